@@ -6,13 +6,13 @@
 __all__ = ['checked', 'SampleConfig', 'LabelConfig', 'TrainConfig', 'LoopConfig', 'RewardConfig', 'config_error', 'make_config',
            'notebook_config', 'Profile', 'Settings', 'find_settings', 'load_settings', 'config_json', 'parse_args']
 
-# %% ../nbs/01_config.ipynb #feb992bd
+# %% ../nbs/01_config.ipynb #b92d384f
 import configparser, difflib, json, os
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from tyro.conf import Positional
 
