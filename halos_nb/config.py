@@ -19,7 +19,7 @@ from tyro.conf import Positional
 # %% ../nbs/01_config.ipynb #cc61bf9c
 checked = dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True), kw_only=True)
 
-# %% ../nbs/01_config.ipynb #78a6142d
+# %% ../nbs/01_config.ipynb #eb86733c
 @checked
 class SampleConfig:
     "What `halos_nb.sample` needs: prompts in, samples out."
@@ -34,7 +34,7 @@ class SampleConfig:
     top_p: PositiveFloat = 1.0 # nucleus probability mass kept; 1.0 keeps all
     max_new_tokens: PositiveInt = 256 # longest completion, in tokens; longer ones are cut and counted
     max_prompt_length: PositiveInt = 512 # longest prompt, in tokens; oldest turns are dropped first and counted
-    batch_size: PositiveInt = 64 # rows generated together on one process
+    batch_size: PositiveInt = 128 # rows generated together on one process
     reference: str | None = None # score the samples under this model too, for the KL to it
     mode: Literal["train", "alpacaeval"] = "train" # alpacaeval adds `instruction` to each sample
     seed: int = 0 # with the prompt and the sample's number it decides every draw
@@ -132,25 +132,30 @@ class LoopConfig:
         if self.prompts_per_round > self.total_prompts:
             raise ValueError(f"prompts_per_round: {self.prompts_per_round} is more than total_prompts, {self.total_prompts}")
 
-# %% ../nbs/01_config.ipynb #d990448b
+# %% ../nbs/01_config.ipynb #bd3ddcd1
 @checked
 class RewardConfig:
     "What the reward-model workflow needs: pairs in, an evaluated reward model and labelled samples out."
     run_name: str = "reward_model" # the run's folder under runs/
     exp_name: str = "rm" # the model is saved to {run folder}/{exp_name}/FINAL
-    train_datasets: list[str] | str = "" # pairwise data: names or files, one or a list (empty: the playground's)
-    test_datasets: list[str] | str = "" # held-out pairs (empty: the playground's)
+    train_datasets: list[str] | str = "" # pairwise data: names or files, comma-separated or a list (empty: the playground's)
+    test_datasets: list[str] | str = "" # held-out pairs, likewise (empty: the playground's)
     samples: str = "" # samples file to label at the end (empty: the playground's, or none with other data)
     model: str = "" # start from this model (empty: the playground's policy, or a small model from scratch with other data)
     lr: PositiveFloat = 1e-3 # peak learning rate
     epochs: PositiveInt = 1 # passes over the pairs
-    batch_size: PositiveInt = 32 # pairs per optimiser step
+    batch_size: PositiveInt = 16 # pairs per optimiser step
     token_budget: PositiveInt = 4096 # tokens in one forward pass
     max_length: PositiveInt = 1024 # longest prompt + answer, in tokens
     max_prompt_length: PositiveInt = 512 # longest prompt, in tokens
     profile: str = "" # how stages are launched (empty: settings.ini's default)
     seed: int = 0 # decides the order of training and fresh weights
     fresh: bool = False # start this run again from nothing
+
+    def __post_init__(self):
+        for name in ("train_datasets", "test_datasets"):
+            if isinstance(value := getattr(self, name), str): setattr(self, name, [x.strip() for x in value.split(",") if x.strip()])
+        if bool(self.train_datasets) != bool(self.test_datasets): raise ValueError("test_datasets: name training and held-out pairs together, or neither (then the playground's are used)")
 
 # %% ../nbs/01_config.ipynb #89fb7ba3
 def config_error(e: ValidationError, cls) -> str:

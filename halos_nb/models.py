@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['branch_mask', 'tree_attention', 'hidden_states', 'gather_logps', 'token_logps', 'BranchLogps', 'chunk_logps',
-           'TreePolicy', 'mix_in', 'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary', 'BranchScores',
-           'last_attended', 'TreeScorer', 'AutoModelForBradleyTerry', 'load_reward_model', 'Layout', 'choose_layout',
-           'start_processes', 'end_process']
+           'TreePolicy', 'mix_in', 'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary', 'small_llama',
+           'BranchScores', 'last_attended', 'TreeScorer', 'AutoModelForBradleyTerry', 'load_reward_model', 'Layout',
+           'choose_layout', 'start_processes', 'end_process']
 
-# %% ../nbs/05_models.ipynb #0dee8157
+# %% ../nbs/05_models.ipynb #bb88e61b
 import os, sys
 from typing import NamedTuple
 
@@ -20,8 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.logging import disable_progress_bar
 
 from .batching import CHATML, Segment, Tree, TreeBatch, make_batch
+
+disable_progress_bar() # a bar for every load and save of weights; long work reports by `Progress`
 
 # %% ../nbs/05_models.ipynb #72950182
 def branch_mask(prompt: int, branch: int, device) -> Tensor:
@@ -132,6 +135,14 @@ def fit_vocabulary(model, tokenizer):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer))
     return model
 
+# %% ../nbs/05_models.ipynb #35f8cf8d
+def small_llama(tokenizer, hidden_size=64, layers=2, heads=4, max_length=2048, seed=0, **more):
+    "A Llama of this size with fresh weights for a tokenizer's vocabulary."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers, max_position_embeddings=max_length,
+        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more))
+
 # %% ../nbs/05_models.ipynb #45c5ee37
 class BranchScores(NamedTuple):
     scores: Tensor # (K, 2) logits of each branch; the reward is column 1
@@ -199,13 +210,12 @@ def choose_layout(model, wanted: str = "auto", max_length: int = 0) -> Layout:
     good = off <= (1e-4 if model.dtype == torch.float32 else 3e-2) * max(scale, 1)
     return Layout("tree", f"equal to plain on a probe (largest difference {off:.1e})") if good else Layout("plain", f"trees differ from plain rows by {off:.1e} on a probe")
 
-# %% ../nbs/05_models.ipynb #9f247f4e
-def start_processes(num_processes: int | None = None, timeout_minutes: float = 10, cpu: bool | None = None):
+# %% ../nbs/05_models.ipynb #74bd5077
+def start_processes(num_processes: int | None = None, cpu: bool | None = None):
     "The stage's Accelerator; an error if the number of processes is not the one asked for."
     from datetime import timedelta
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar() # bars for loading and writing weights; stages report themselves by `Progress`
+    timeout_minutes = float(os.environ.get("HALOS_NB_TIMEOUT_MINUTES", 10)) # set by the launcher from the profile
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))])
     if num_processes not in (None, accelerator.num_processes):
         raise RuntimeError(f"num_processes: asked for {num_processes} processes, Accelerate started {accelerator.num_processes}; check the profile in settings.ini")

@@ -6,14 +6,14 @@
 __all__ = ['METHODS', 'TrainResult', 'check_checkpoint', 'load_model', 'make_loader', 'make_trainer', 'metrics_path', 'train',
            'write_scores', 'main']
 
-# %% ../nbs/10_train.ipynb #38096247
+# %% ../nbs/10_train.ipynb #dfd5c51b
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import TrainConfig, make_config, parse_args
+from .config import TrainConfig, parse_args
 from .data import load_data
 from .models import choose_layout, end_process, fit_vocabulary, load_policy, load_reference, load_reward_model, load_tokenizer, start_processes
-from .records import append_jsonl, atomic_write, read_jsonl, write_json
+from .records import atomic_write, write_json
 from .trainers import BradleyTerryTrainer, DPOTrainer, SFTTrainer
 
 # %% ../nbs/10_train.ipynb #2d8693ec

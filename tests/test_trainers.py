@@ -10,11 +10,10 @@ import pytest
 import torch
 from golden import cases
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_nb.batching import Tree, byte_tokenizer, make_batch
 from halos_nb.config import TrainConfig, config_json
-from halos_nb.models import BranchLogps, BranchScores, gather_logps
+from halos_nb.models import BranchLogps, BranchScores, gather_logps, small_llama
 from halos_nb.records import read_jsonl
 from halos_nb.train import train
 from halos_nb.trainers import BradleyTerryTrainer, DPOTrainer, SFTTrainer
@@ -73,9 +72,7 @@ def test_golden_batches(case):
 def home(tmp_path_factory):
     "A tiny model and seven pairs of very different lengths."
     home, tok = tmp_path_factory.mktemp("trainers"), byte_tokenizer()
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 initializer_range=0.2, pad_token_id=0, eos_token_id=2, bos_token_id=None)).save_pretrained(home / "start")
+    small_llama(tok, hidden_size=32, initializer_range=0.2).save_pretrained(home / "start")
     tok.save_pretrained(home / "start")
     rows = [{"prompt": "Say it " + "again " * (i * i % 7), "chosen": "Yes" + "!" * (3 * i), "rejected": "No."} for i in range(7)]
     (home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
