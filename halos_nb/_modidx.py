@@ -334,6 +334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.sample.InverseCDF.__init__': ('sample.html#inversecdf.__init__', 'halos_nb/sample.py'),
                                  'halos_nb.sample.Row': ('sample.html#row', 'halos_nb/sample.py'),
                                  'halos_nb.sample.answer_logps': ('sample.html#answer_logps', 'halos_nb/sample.py'),
+                                 'halos_nb.sample.distinct_prompts': ('sample.html#distinct_prompts', 'halos_nb/sample.py'),
                                  'halos_nb.sample.draws': ('sample.html#draws', 'halos_nb/sample.py'),
                                  'halos_nb.sample.end_tokens': ('sample.html#end_tokens', 'halos_nb/sample.py'),
                                  'halos_nb.sample.generate': ('sample.html#generate', 'halos_nb/sample.py'),

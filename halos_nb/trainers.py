@@ -158,7 +158,7 @@ def gather_rows(self: TreeTrainer, rows: list[tuple]) -> list[tuple]:
     everyone = self.accelerator.gather(self.accelerator.pad_across_processes(mine, dim=0, pad_index=float("nan")))
     return sorted((int(i), c, r) for i, c, r in everyone[~everyone[:, 0].isnan()].tolist())
 
-# %% ../nbs/07_trainers.ipynb #ff53dd85
+# %% ../nbs/07_trainers.ipynb #844f4f8a
 @patch
 def _prepare_for_training(self: TreeTrainer, max_steps, train_dataloader, resume_from_checkpoint):
     prepared = Trainer._prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)
@@ -174,6 +174,7 @@ def save_final(self: TreeTrainer, folder: str | Path, tokenizer) -> Path:
     if self.is_world_process_zero():
         tokenizer.save_pretrained(partial)
         (partial / "training_args.bin").unlink(missing_ok=True) # a pickle that nothing here reads
+        self.state.log_history = [] # its times would make the same checkpoint another one; the logs are in metrics.jsonl
         self.state.save_to_json(str(partial / "trainer_state.json"))
     self._save_optimizer_and_scheduler(str(partial))
     self.accelerator.wait_for_everyone()

@@ -174,6 +174,6 @@ def test_two_processes_write_the_same_file(tiny, tmp_path):
     assert (tmp_path / "two/samples.json").read_bytes() == (tmp_path / "one/samples.json").read_bytes()
     two = json.loads((tmp_path / "two/samples.counts.json").read_text())
     assert {k: v for k, v in two.items() if k != "seconds"} == {k: v for k, v in one.items() if k != "seconds"}
-    assert (two["prompts_asked"], two["prompts"], two["ran_out"], two["samples"]) == (20, 7, True, 14)
+    assert (two["prompts_asked"], two["prompts"], two["prompts_left"], two["samples"]) == (20, 7, 0, 14)
     last = json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])
     assert (last["done"], last["total"], last["unit"]) == (14, 14, "samples") and last["tokens_per_second"] > 0

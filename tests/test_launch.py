@@ -1,0 +1,164 @@
+"""Launching: real processes, real deaths. Nothing of a job may outlive its notebook, and no failure may look like success."""
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from halos_nb.config import Profile, SampleConfig
+from halos_nb.launch import StageError, launch
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(sys.platform != "linux", reason="the supervisor's guarantee needs Linux")]
+TWO = Profile(name="cpu2", num_processes=2)
+
+
+@pytest.fixture(autouse=True)
+def stages(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+
+
+def start(mode, folder, profile=TWO):
+    return launch("sample", SampleConfig(model=mode, output_file=str(folder / "out")), profile, folder, module="tiny_stage")
+
+
+def alive(folder):
+    "Processes of a job: they inherit the path of its progress file."
+    found = []
+    for p in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"HALOS_NB_PROGRESS={folder}".encode() in (p / "environ").read_bytes(): found.append(int(p.name))
+        except OSError: pass
+    return found
+
+
+def until(condition, seconds, what):
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_runs_the_processes_asked_for(n, tmp_path):
+    job = start("gather", tmp_path, Profile(num_processes=n, threads=1))
+    job.wait()
+    total, found, asked, device, threads = json.loads((tmp_path / "out").read_text())
+    assert (total, found, asked, device.split(":")[0], threads) == (n * (n + 1) // 2, n, n, "cpu", "1")
+    assert job.poll() == 0 and not alive(tmp_path)
+    assert json.loads(job.file("config.json").read_text())["num_processes"] == n
+
+
+@pytest.mark.parametrize("n, mode, says, code", [
+    (1, "early", "RuntimeError: broken before joining", 1), (1, "die", "killed by SIGKILL (out of memory, or by hand)", -9),
+    (2, "early", "RuntimeError: broken before joining", 1), (2, "raise", "ValueError: record 7: no reward", 1),
+    (2, "die", "killed by SIGKILL (out of memory, or by hand)", -9), (2, "segfault", "killed by SIGSEGV", -11), (2, "quiet", "exit code 7", 7)])
+def test_failure_is_raised_with_its_cause(n, mode, says, code, tmp_path):
+    job = start(mode, tmp_path, Profile(num_processes=n))
+    with pytest.raises(StageError, match=re.escape(says)) as error: job.wait()
+    e, first = error.value, str(error.value).splitlines()[0]
+    assert says in first and first.startswith("sample failed") and str(job.file("log")) in str(e)
+    assert e.code == code and (mode == "early" or e.rank == n - 1)
+    assert "ChildFailedError" not in str(e) and "Connection" not in (e.traceback if code > 0 else "")
+    if mode == "raise": assert e.traceback.count("Traceback") == 2 and "KeyError: 'reward'" in e.traceback
+    assert not alive(tmp_path)
+
+
+def test_secrets_are_in_no_file_and_no_argument_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    job = start("deaf", tmp_path, Profile())
+    until((tmp_path / "out").exists, 20, "start")
+    assert all(b"sk-very-secret" not in Path(f"/proc/{p}/cmdline").read_bytes() for p in alive(tmp_path))
+    job.stop()
+    assert all(b"sk-very-secret" not in f.read_bytes() for f in tmp_path.iterdir())
+    assert not alive(tmp_path) # three of them were deaf to TERM
+
+
+def test_second_attempt_waits_for_the_first_to_be_gone(tmp_path):
+    first = start("deaf", tmp_path, Profile())
+    until((tmp_path / "out").exists, 20, "start")
+    first.process.stdin.close() # dying takes it a second
+    stale = tmp_path / "stale"
+    stale.write_text("of the first attempt")
+    second = launch("sample", SampleConfig(model="nothing", output_file=str(tmp_path / "out")), Profile(), tmp_path, module="tiny_stage", clear=[stale])
+    assert first.poll() is not None or first.process.wait(1) == 0
+    assert not stale.exists()
+    second.wait()
+
+
+def test_log_line_when_there_is_no_terminal(tmp_path, capfd):
+    start("gather", tmp_path, Profile()).wait(title="round 1 of 2 · sample", next="label")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("round 1 of 2 · sample: starting") and lines[0].endswith("next: label")
+    assert "done" in lines[-1] and "5/5 prompts" in lines[-1] and len(lines) <= 3
+
+
+# --- deaths -------------------------------------------------------------------------------------------------------
+
+CELL = """
+from halos_nb.config import Profile, SampleConfig
+from halos_nb.launch import launch
+job = launch("sample", SampleConfig(model="hang", output_file="{out}"), Profile(num_processes=2), "{folder}", module="tiny_stage")
+job.wait()
+"""
+
+
+def notebook(folder):
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate([CELL.format(out=folder / "out", folder=folder), f"open('{folder}/next', 'w')"])]
+    (folder / "nb.ipynb").write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))))
+    return subprocess.Popen([sys.executable, "-m", "papermill", "--no-progress-bar", folder / "nb.ipynb", folder / "out.ipynb"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def pid_of(folder, what):
+    "The launcher, or a rank, of the job."
+    for p in alive(folder):
+        args, environ = Path(f"/proc/{p}/cmdline").read_bytes(), Path(f"/proc/{p}/environ").read_bytes()
+        if what == "launcher" and b"accelerate.commands.launch" in args and b"halos_nb.launch" not in args and b"LOCAL_RANK=" not in environ: return p
+        if what == "rank" and b"LOCAL_RANK=0" in environ: return p
+
+
+@pytest.mark.parametrize("death", ["papermill TERM", "papermill KILL", "papermill INT", "launcher KILL", "rank KILL"])
+def test_nothing_outlives_its_notebook(death, tmp_path):
+    papermill = notebook(tmp_path)
+    until((tmp_path / "out").exists, 60, "both ranks running")
+    assert len(alive(tmp_path)) == 4 # supervisor, launcher, two ranks
+    who, how = death.split()
+    os.kill(papermill.pid if who == "papermill" else pid_of(tmp_path, who), getattr(signal, f"SIG{how}"))
+    seconds = until(lambda: not alive(tmp_path), 15, "all gone")
+    _, said = papermill.communicate(timeout=30)
+    print(f"{death}: all gone after {seconds:.1f} s, papermill returned {papermill.returncode}")
+    assert papermill.returncode != 0 and not (tmp_path / "next").exists()
+    if who != "papermill": assert "killed by SIGKILL" in said
+
+
+@pytest.mark.parametrize("death", ["interrupt", "KILL"])
+def test_nothing_outlives_its_kernel(death, tmp_path):
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel()
+    try:
+        request = client.execute(CELL.format(out=tmp_path / "out", folder=tmp_path))
+        until((tmp_path / "out").exists, 60, "both ranks running")
+        if death == "interrupt": manager.interrupt_kernel()
+        else: os.kill(manager.provisioner.pid, signal.SIGKILL)
+        seconds = until(lambda: not alive(tmp_path), 15, "all gone")
+        print(f"kernel {death}: all gone after {seconds:.1f} s")
+        if death == "interrupt":
+            while (reply := client.get_shell_msg(timeout=10))["parent_header"]["msg_id"] != request: pass
+            assert reply["content"]["ename"] == "KeyboardInterrupt"
+            assert client.execute_interactive("assert job.poll() == -15", timeout=10, output_hook=lambda m: None)["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_a_notebook_keeps_one_line(tmp_path):
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel()
+    said = []
+    try: client.execute_interactive(CELL.format(out=tmp_path / "out", folder=tmp_path).replace("hang", "gather"), timeout=60, output_hook=lambda m: said.append((m["msg_type"], m["content"])))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    kinds = [kind for kind, _ in said if kind in ("display_data", "update_display_data", "stream")]
+    assert kinds[0] == "display_data" and set(kinds[1:]) == {"update_display_data"}
+    assert "done" in said[-2][1]["data"]["text/plain"] or "done" in str(said)
