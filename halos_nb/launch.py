@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDED', 'descendants', 'reap', 'end_all', 'supervise', 'command', 'environment', 'root_cause', 'excerpt',
-           'StageError', 'last_line', 'clock', 'describe', 'bundle', 'Line', 'locked', 'remove', 'Job', 'launch']
+           'StageError', 'last_line', 'clock', 'describe', 'bundle', 'terminal', 'Line', 'locked', 'remove', 'Job',
+           'launch']
 
 # %% ../nbs/11_launch.ipynb #9b324c53
 import ctypes, fcntl, json, os, select, signal, sys, time
@@ -63,10 +64,10 @@ def supervise(status: str, # file for the exit code, written last
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(supervise(*sys.argv[1:]))
 
-# %% ../nbs/11_launch.ipynb #0ed5cfbb
+# %% ../nbs/11_launch.ipynb #de39303f
 import html, re, shutil, subprocess
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -168,22 +169,31 @@ def bundle(text: str, share: float | None = None) -> dict[str, str]: # share: of
     bar = "" if share is None else f'<progress value="{share:.3f}" max="1" style="vertical-align:middle"></progress> '
     return {"text/plain": text, "text/html": f'<span style="font-variant-numeric:tabular-nums">{bar}{html.escape(text)}</span>'}
 
-# %% ../nbs/11_launch.ipynb #80d919f7
+# %% ../nbs/11_launch.ipynb #7b0df8a0
+def terminal() -> int | None:
+    "The descriptor of the terminal (or log) somebody may be watching; None in JupyterLab."
+    with suppress(OSError, ValueError, AttributeError): return None if "JPY_SESSION_NAME" in os.environ else sys.stderr.fileno()
+
+
 class Line:
-    "One line that is rewritten in place."
+    "One line that is rewritten in place, in a notebook and in a terminal; whole lines, far apart, in a log."
     def __init__(self):
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-        self.notebook, self.handle, self.said = hasattr(shell, "kernel"), None, 0.0
-        self.every = 0.2 if self.notebook or sys.stderr.isatty() else 10
+        self.notebook, self.handle, self.fd, self.said, self.told = hasattr(shell, "kernel"), None, terminal(), 0.0, 0.0
+        self.tty = self.fd is not None and os.isatty(self.fd)
 
     def say(self, text: str, share: float | None = None, last: bool = False): # last: whatever the time
-        if not last and time.monotonic() - self.said < self.every: return
-        self.said = time.monotonic()
-        if not self.notebook: print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, end="" if sys.stderr.isatty() and not last else "\n", file=sys.stderr, flush=True)
-        elif self.handle: self.handle.update(bundle(text, share), raw=True)
-        else:
-            from IPython.display import display
-            self.handle = display(bundle(text, share), raw=True, display_id=True)
+        now = time.monotonic()
+        if self.notebook and (last or now - self.said >= 0.2): self.show(text, share); self.said = now
+        if self.fd is not None and (last or now - self.told >= (0.2 if self.tty else 10)): self.tell(text, last); self.told = now
+
+    def show(self, text, share):
+        from IPython.display import display
+        if self.handle: self.handle.update(bundle(text, share), raw=True)
+        else: self.handle = display(bundle(text, share), raw=True, display_id=True)
+
+    def tell(self, text, last):
+        with suppress(OSError): os.write(self.fd, (f"\r\x1b[2K{text}" + "\n" * last if self.tty else f"{text}\n").encode())
 
 # %% ../nbs/11_launch.ipynb #6fb94db4
 @contextmanager

@@ -1,0 +1,86 @@
+# `make` lists what there is. All is installed into .venv; outside this folder nothing is changed, but that Chromium
+# is installed with apt-get where that is allowed (as root on Debian or Ubuntu).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab bench clean clean-runs setup python chromium hooks
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/installed
+export PATH := $(BIN):$(PATH)
+
+help:
+	@echo 'make demo        set up, then run 4 rounds of online DPO on the embedded playground (about 6 minutes on 2 cores)'
+	@echo 'make test        set up, then run every notebook and every test'
+	@echo 'make lab         set up, then open the notebooks in JupyterLab'
+	@echo 'make bench       set up, then run the measurements in bench/'
+	@echo 'make clean       remove caches and build outputs (not .venv, not runs/)'
+	@echo 'make clean-runs  remove everything computed in runs/'
+	@echo 'PYTHON=python3.12 chooses another Python; . .venv/bin/activate gives you papermill, jupyter and halos_nb'
+
+# ---- what you type
+
+demo: setup
+	@mkdir -p runs/online
+	@echo '== Online DPO, 4 rounds: nbs/online_loop.ipynb -> runs/online/online_loop.ipynb (progress below)'
+	@papermill nbs/online_loop.ipynb runs/online/online_loop.ipynb --no-progress-bar
+	@echo '== Executed notebook: runs/online/online_loop.ipynb (make lab opens it; it needs no kernel)'
+
+# Tests have a runs folder of their own: yours is never touched. One OpenMP thread each, for the notebooks run side by side.
+test: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
+test: export OMP_NUM_THREADS := 1
+test: setup
+	@echo '== Notebooks: every cell of every room, top to bottom'
+	@nbdev-test --file-re '^[0-9]' --do-print --timing
+	@echo '== Tests'
+	@pytest -v
+
+lab: setup
+	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
+
+bench: setup
+	@shopt -s nullglob; files=(bench/*.py); if [ $${#files[@]} = 0 ]; then echo 'bench/ holds no measurement yet'; fi; \
+	for f in "$${files[@]}"; do echo "== $$f"; python "$$f"; done
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+clean-runs:
+	@find runs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+
+# ---- what those need
+
+setup: $(STAMP) chromium hooks
+
+# Done again only when what is to be installed has changed. The whole of pip's talk is in the log.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("halos_nb needs Python 3.11 or newer; $(PYTHON) is %s. Try: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	@echo '== Installing about 170 packages into $(VENV), once: 1 to 10 minutes, mostly downloads (log: $(VENV)/install.log)'
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	@python -m pip install -c constraints.txt -e '.[dev]' --progress-bar off --disable-pip-version-check 2>&1 | tee $(VENV)/install.log \
+		| sed -u -nE 's/^ +(Downloading .*)-[^-]+-[^-]+-[^-]+\.whl (\(([0-9]{2,}\.[0-9] M|[0-9.]+ G)B\)).*/  \1 \2/p; s/^Installing collected.*/  Unpacking them (about a minute)/p' \
+		|| { tail -n 15 $(VENV)/install.log; echo 'Installing failed: see above and $(VENV)/install.log'; exit 1; }
+	@touch $@
+
+# A browser draws the PNG of each figure and runs the browser tests.
+chromium:
+	@for b in chromium chromium-browser google-chrome; do if command -v $$b >/dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo '== Installing Chromium with apt-get (about a minute)'; \
+		if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; then exit 0; fi; \
+	fi; \
+	echo 'No Chromium here and none could be installed: figures in executed notebooks have no PNG (they still draw in JupyterLab), browser tests are skipped.'; \
+	if [ -n "$${CI:-}" ]; then exit 1; fi
+
+# nbdev's git hooks, kept inside this checkout: notebooks are merged cell by cell, and are clean and exported when committed.
+# (nbdev-install-hooks would write to ~/.jupyter, trust the outputs of whatever is pulled, and hide notebooks from plain `git diff`.)
+hooks: $(STAMP)
+	@if [ '$(VENV)' = .venv ] && hooks=$$(git rev-parse --git-path hooks 2>/dev/null); then \
+		git config --local merge.jupyternotebook.name 'merge notebooks cell by cell'; \
+		git config --local merge.jupyternotebook.driver 'if [ -x .venv/bin/nbdev-merge ]; then .venv/bin/nbdev-merge %O %A %B %P; else git merge-file %A %O %B; fi'; \
+		mkdir -p "$$hooks"; \
+		if [ ! -e "$$hooks/pre-commit" ]; then printf '%s\n' '#!/bin/sh' '[ ! -x .ci/pre-commit ] || exec .ci/pre-commit' > "$$hooks/pre-commit"; chmod +x "$$hooks/pre-commit"; fi; \
+	fi

@@ -1,0 +1,108 @@
+"What the tests share: a runs folder of their own, and a browser with a JupyterLab in it."
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs")) # a user's runs are never touched
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"] # papermill, accelerate, jupyter of this environment
+
+
+def missing(what):
+    "What a test cannot do without: its absence skips it on a laptop and fails it in CI."
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+
+
+# ---- a browser with a JupyterLab in it
+
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                  "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+LAB_SETTINGS = { # no look-ups on the network; every cell in the page, also those that are scrolled away
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Lab:
+    "A JupyterLab server over `folder` that knows nothing of the user's own Jupyter; `kernels=False` gives it none to start."
+    def __init__(self, folder: Path, kernels=True):
+        self.folder, self.token, self.port = folder, secrets.token_hex(16), free_port()
+        state = folder / f".lab-{self.port}"
+        for name, text in LAB_SETTINGS.items():
+            file = state / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(state / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(state / "workspaces"),
+                            "JUPYTER_CONFIG_DIR": str(state / "config"), "JUPYTER_DATA_DIR": str(state / "data"),
+                            "JUPYTER_RUNTIME_DIR": str(state / "runtime"), "IPYTHONDIR": str(state / "ipython")}
+        no_kernels = [] if kernels else ["--KernelSpecManager.allowed_kernelspecs=none", "--KernelSpecManager.ensure_native_kernel=False"]
+        self.log = open(state / "server.log", "w+")
+        self.process = subprocess.Popen([
+            sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}", "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *no_kernels], env=env, cwd=folder, stdin=subprocess.DEVNULL,
+            stdout=self.log, stderr=subprocess.STDOUT)
+        self.wait_ready()
+
+    def wait_ready(self, seconds=60):
+        for _ in range(seconds * 5):
+            if self.process.poll() is not None: break
+            try: return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api?token={self.token}", timeout=2).close()
+            except OSError: time.sleep(0.2)
+        self.close()
+        self.log.seek(0)
+        raise RuntimeError(f"JupyterLab did not start:\n{self.log.read()[-3000:]}")
+
+    def url(self, name): return f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset"
+
+    def close(self):
+        self.process.terminate()
+        try: self.process.wait(15)
+        except subprocess.TimeoutExpired: self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "Path of the browser."
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None: missing(f"no browser: none of {', '.join(names)} is installed (as root on Debian or Ubuntu, `make chromium` installs one)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def page(chromium, tmp_path_factory):
+    "A blank page of a headless browser."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("chromium")), executable_path=chromium, headless=True,
+                                                       args=CHROMIUM_FLAGS, viewport={"width": 1400, "height": 1600})
+        yield context.pages[0]
+        context.close()
+
+
+@pytest.fixture
+def lab(chromium, tmp_path):
+    "`lab(kernels=True)`: a JupyterLab over the test's folder, with this checkout's settings; ended after the test."
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    servers = []
+    def start(**kw):
+        servers.append(Lab(tmp_path, **kw))
+        return servers[-1]
+    yield start
+    for s in servers: s.close()
