@@ -100,17 +100,17 @@ class TrainConfig:
         if self.online and self.lr_scheduler != "constant_with_warmup":
             raise ValueError(f"lr_scheduler: rounds continue one schedule, which {self.lr_scheduler} cannot without knowing its end; use constant_with_warmup")
 
-# %% ../nbs/01_config.ipynb #e453a88a
+# %% ../nbs/01_config.ipynb #4f83ae39
 @checked
 class LoopConfig:
     "What the online loop needs: rounds of sample, label and train."
     run_name: str = "online" # the run's folder under runs/
     method: Literal["dpo"] = "dpo" # loss of the training stage
     beta: PositiveFloat = 0.1 # strength of the pull towards the reference
-    lr: PositiveFloat = 5e-4 # peak learning rate
+    lr: PositiveFloat = 3e-4 # peak learning rate
     total_prompts: PositiveInt = 512 # prompts over all rounds
     prompts_per_round: PositiveInt = 128 # prompts of one round: rounds = total_prompts / prompts_per_round
-    num_samples_per_prompt: PositiveInt = 4 # samples drawn for each prompt
+    num_samples_per_prompt: PositiveInt = 8 # samples drawn for each prompt
     temperature: PositiveFloat = 1.0 # sampling temperature
     top_p: PositiveFloat = 1.0 # nucleus probability mass kept
     max_new_tokens: PositiveInt = 64 # longest sample, in tokens
@@ -118,8 +118,8 @@ class LoopConfig:
     max_prompt_length: PositiveInt = 256 # longest prompt, in tokens
     feedback_type: Literal["pairwise"] = "pairwise" # form of the feedback; dpo needs pairs
     feedback_mode: Literal["random", "max", "min"] = "random" # which pairs of a prompt's samples are kept
-    threshold: NonNegativeFloat = 0.0 # smallest reward difference that makes a pair
-    batch_size: PositiveInt = 32 # pairs per optimiser step
+    threshold: NonNegativeFloat = 0.5 # a pair's scores must differ by more, in units of the reward model: closer ones are mostly noise
+    batch_size: PositiveInt = 16 # pairs per optimiser step
     token_budget: PositiveInt = 4096 # tokens in one forward pass
     sft_checkpoint: str = "" # first policy and reference (empty: the playground's)
     reward_checkpoint: str = "" # reward model (empty: the playground's)
@@ -183,7 +183,7 @@ def notebook_config(cls, namespace, reserved=("In", "Out", "exit", "quit", "open
              and not isinstance(v, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType))}
     return make_config(cls, **given)
 
-# %% ../nbs/01_config.ipynb #48e89f4f
+# %% ../nbs/01_config.ipynb #c7820970
 @checked
 class Profile:
     "How Accelerate launches a stage."
@@ -200,7 +200,7 @@ class Settings:
     runs_dir: str = "runs" # where runs, models and the playground go; relative to settings.ini
     profile: str = "cpu1" # profile used when a run names none
     precision: Literal["float32", "bfloat16"] = "float32" # of every stage
-    profiles: dict[str, Profile] = field(default_factory=lambda: {"cpu1": Profile(threads=2), "cpu2": Profile(name="cpu2", num_processes=2)})
+    profiles: dict[str, Profile] = field(default_factory=lambda: {"cpu1": Profile(), "cpu2": Profile(name="cpu2", num_processes=2)})
 
     def get_profile(self, name: str = "") -> Profile:
         name = name or self.profile

@@ -268,7 +268,7 @@ def train_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
     return Stage("train", folder, c, [folder / "feedback.json", cfg.sft_checkpoint, *([previous] if previous else [])],
                  [folder / "policy/FINAL", folder / "policy/counts.json", folder / "metrics.jsonl"], round)
 
-# %% ../nbs/12_loop.ipynb #a6b874a6
+# %% ../nbs/12_loop.ipynb #44480e7b
 @dataclass
 class Round:
     "What one round left; `final` has no number, feedback of scores, and no training."
@@ -289,6 +289,13 @@ class Round:
     def labels_file(self) -> Path: return self.folder / "feedback.labels.jsonl"
     @property
     def metrics_file(self) -> Path | None: return self.folder / "metrics.jsonl" if self.number else None
+
+    def __str__(self):
+        "What was used, what was lost on the way, and anything unusual."
+        sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason")
+        lost = [f"{stage}: {k.replace('_', ' ')} {v}" for stage, c in self.counts.items() for k, v in c.items() if v and k not in usual]
+        made = f", {labelled['records']} pairs" if self.number else ""
+        return f"{self.name}: {sampled['prompts']} prompts, {labelled['samples']} samples{made}; lost: {'; '.join(lost) or 'nothing'}" + (f"\n{self.note}" if self.note else "")
 
 # %% ../nbs/12_loop.ipynb #85882fe6
 def labelled(folder: Path) -> list[dict]:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['branch_mask', 'tree_attention', 'hidden_states', 'gather_logps', 'token_logps', 'BranchLogps', 'chunk_logps',
            'TreePolicy', 'mix_in', 'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary', 'small_llama',
-           'BranchScores', 'last_attended', 'TreeScorer', 'AutoModelForBradleyTerry', 'load_reward_model', 'Layout',
-           'choose_layout', 'start_processes', 'end_process']
+           'start_from_scratch', 'BranchScores', 'last_attended', 'TreeScorer', 'AutoModelForBradleyTerry',
+           'load_reward_model', 'Layout', 'choose_layout', 'start_processes', 'end_process']
 
-# %% ../nbs/05_models.ipynb #bb88e61b
+# %% ../nbs/05_models.ipynb #e7067793
 import os, sys
 from typing import NamedTuple
 
@@ -22,11 +22,11 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
-from .batching import CHATML, Segment, Tree, TreeBatch, make_batch
+from .batching import CHATML, Segment, Tree, TreeBatch, make_batch, train_tokenizer
 
 disable_progress_bar() # a bar for every load and save of weights; long work reports by `Progress`
 
-# %% ../nbs/05_models.ipynb #72950182
+# %% ../nbs/05_models.ipynb #1eeb495e
 def branch_mask(prompt: int, branch: int, device) -> Tensor:
     "(branch, prompt + branch) mask: all of the prompt, the branch causally."
     return torch.ones(branch, prompt + branch, dtype=torch.bool, device=device).tril(prompt)
@@ -36,15 +36,13 @@ def tree_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     "SDPA over one row of trees; plain SDPA when no `segments` come with it."
     if segments is None: return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
-    key, value, out = repeat_kv(key, groups), repeat_kv(value, groups), []
-    sdpa = lambda q, k, v, **kw: F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **kw)
-    for start, prompt, (first, *others) in segments:
-        p, end = slice(start, start + prompt), start + prompt + first
-        out.append(sdpa(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True))
-        for n in others:
-            b = slice(end, end := end + n)
-            k, v = (torch.cat([x[:, :, p], x[:, :, b]], 2) for x in (key, value))
-            out.append(sdpa(query[:, :, b], k, v, attn_mask=branch_mask(prompt, n, query.device)))
+    sizes = [n for _, prompt, (first, *others) in segments for n in (prompt + first, *others)]
+    q, k, v = (iter(x.split(sizes, 2)) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    sdpa, out = lambda q, k, v, **kw: F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **kw), []
+    for _, prompt, (_, *others) in segments:
+        trunk = k0, v0 = next(k), next(v)
+        out.append(sdpa(next(q), *trunk, is_causal=True))
+        for n in others: out.append(sdpa(next(q), *(torch.cat([t[:, :, :prompt], next(b)], 2) for t, b in ((k0, k), (v0, v))), attn_mask=branch_mask(prompt, n, query.device)))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
@@ -142,6 +140,14 @@ def small_llama(tokenizer, hidden_size=64, layers=2, heads=4, max_length=2048, s
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers, max_position_embeddings=max_length,
         num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more))
+
+# %% ../nbs/05_models.ipynb #054f1f0e
+def start_from_scratch(folder: str, texts: list[str], vocab_size: int = 4096, **size) -> str:
+    "Save a small Llama with fresh weights and a tokenizer learnt from these texts; the same every time."
+    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer.save_pretrained(folder)
+    small_llama(tokenizer, **size).save_pretrained(folder)
+    return str(folder)
 
 # %% ../nbs/05_models.ipynb #45c5ee37
 class BranchScores(NamedTuple):
