@@ -81,8 +81,8 @@ def true_reward(prompt: list[dict], output: str | list[dict]) -> float:
     parts = true_reward_parts(prompt, output)
     return round(sum(w * parts[k] for k, w in WEIGHTS.items()) * parts["readable"] * (1.0 if parts["kind"] else 0.3), 3)
 
-# %% ../nbs/15_playground.ipynb #075229d5
-FAULTS = dict(evasive=0.08, animal=0.06, fact=0.2, repeat=0.07, ramble=0.08, cut=0.07) # probability of each
+# %% ../nbs/15_playground.ipynb #ca7ad558
+FAULTS = dict(evasive=0.07, animal=0.05, fact=0.18, repeat=0.06, ramble=0.06, cut=0.06, lost=0.1) # probability of each
 OPENINGS = dict(courteous=0.5, rude=0.17) # otherwise none
 
 
@@ -94,16 +94,17 @@ def plan_answer(rng: random.Random, prompt: list[dict]) -> dict:
     return dict(opening=rng.choice(COURTEOUS) if u < OPENINGS["courteous"] else rng.choice(RUDE) if u < sum(OPENINGS.values()) else "",
                 evasion=rng.choice(EVASIVE) if fault["evasive"] else "", statement=rng.choice(STATEMENTS[topic]), who=other(animal) if fault["animal"] else animal,
                 what=FACTS[other(animal) if fault["fact"] else animal, topic], times=2 if fault["repeat"] else 1,
-                aside=[rng.choice(STATEMENTS[t]).format(a, FACTS[a, t]) for a, t in rng.sample(sorted(FACTS), 2)] if fault["ramble"] else [], cut=fault["cut"])
+                aside=[rng.choice(STATEMENTS[t]).format(a, FACTS[a, t]) for a, t in rng.sample(sorted(FACTS), 2)] if fault["ramble"] else [], cut=fault["cut"], lost=rng.sample(range(12), 4) if fault["lost"] else [])
 
 
 def write_answer(plan: dict) -> str:
     "The answer as text."
     body = [plan["evasion"] or plan["statement"].format(plan["who"], plan["what"])] * plan["times"] + plan["aside"]
-    text = " ".join(filter(None, [plan["opening"], *body]))
+    words = " ".join(filter(None, [plan["opening"], *body])).split()
+    text = " ".join(w for i, w in enumerate(words) if i not in plan["lost"])
     return text.rsplit(" ", 1)[0] if plan["cut"] else text
 
-# %% ../nbs/15_playground.ipynb #da5b8dfd
+# %% ../nbs/15_playground.ipynb #c4c55ba7
 def pair(rng: random.Random, prompt: list[dict], noise: float, gap: float = 0.1) -> dict:
     "A pairwise record of two answers, half of the time alike but for one thing; with probability `noise` it prefers the worse."
     ra = rb = 0.0
@@ -117,7 +118,7 @@ def pair(rng: random.Random, prompt: list[dict], noise: float, gap: float = 0.1)
                 reward_difference=round(abs(ra - rb), 3), type="pairwise_feedback")
 
 
-def make_data(n_sft: int = 8000, n_pairs: int = 4000, n_test: int = 400, noise: float = 0.05) -> dict[str, list[dict]]:
+def make_data(n_sft: int = 7000, n_pairs: int = 4000, n_test: int = 400, noise: float = 0.05) -> dict[str, list[dict]]:
     "All files of the world, by name; the same every time."
     everything, rng = prompts(), random.Random(1)
     held_out, loop = everything[:100], everything[100:]
@@ -152,9 +153,9 @@ def fresh_policy(world: Playground) -> Path:
         start_from_scratch(folder, texts, vocab_size=768, hidden_size=64, layers=3, initializer_range=0.06, max_length=512)
     return folder
 
-# %% ../nbs/15_playground.ipynb #559cbf24
+# %% ../nbs/15_playground.ipynb #de5551c1
 SFT = dict(loss="sft", exp_name="policy", lr=5e-3, epochs=2, batch_size=64, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
-REWARD = dict(loss="bradley-terry", exp_name="reward", lr=1e-3, epochs=3, batch_size=32, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
+REWARD = dict(loss="bradley-terry", exp_name="reward", lr=1e-3, epochs=4, batch_size=32, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
 
 
 def train_stages(world: Playground) -> list[Stage]:
