@@ -17,27 +17,25 @@ from .config import LoopConfig, Profile, RewardConfig, Settings, TrainConfig, lo
 from .loop import Ledger, RunBusy, Stage, run_folder
 from .records import as_text, file_hash, prompt_id, write_records
 
-# %% ../nbs/15_playground.ipynb #9b749e00
+# %% ../nbs/15_playground.ipynb #aa47841c
 TABLE = """
 owl      | a hollow tree | mice          | hoots
 duck     | a pond        | water plants  | quacks
 lion     | the savanna   | meat          | roars
 bear     | a cave        | honey         | growls
 cat      | a cosy house  | fish          | meows
-horse    | a stable      | hay           | neighs
 cow      | a meadow      | grass         | moos
-pig      | a sty         | acorns        | grunts
-bee      | a hive        | nectar        | buzzes
 """
 TOPICS = ("home", "food", "sound")
 FACTS = {(animal, topic): value for line in TABLE.strip().splitlines() for animal, *values in [[x.strip() for x in line.split("|")]] for topic, value in zip(TOPICS, values)}
 ANIMALS = list(dict.fromkeys(animal for animal, _ in FACTS))
 
-# %% ../nbs/15_playground.ipynb #6d46caa6
+# %% ../nbs/15_playground.ipynb #def9e4b1
 QUESTIONS = dict(home=["where does the {} live", "what is the home of the {}", "where can I find the {}"],
                  food=["what does the {} eat", "what is the favourite food of the {}", "what should I feed the {}"],
                  sound=["what sound does the {} make", "what can I hear when the {} calls", "what does the {} sound like"])
-MANNERS = ["{}?", "Please tell me: {}?", "I wonder, {}?", "Do you know this: {}?", "My child asks: {}?", "Quick question: {}?", "Tell me, {}?", "Good day, {}?", "Could you say: {}?", "One more thing: {}?"]
+MANNERS = ["{}?", "Please tell me: {}?", "I wonder, {}?", "Do you know this: {}?", "My child asks: {}?", "Quick question: {}?", "Tell me, {}?", "Good day, {}?", "Could you say: {}?", "One more thing: {}?",
+           "Now, {}?", "For my homework: {}?", "Let me ask: {}?", "Just curious, {}?"]
 STATEMENTS = dict(home=["The {} lives in {}.", "You will find the {} in {}."], food=["The {} likes to eat {}.", "For supper the {} has {}."],
                   sound=["When it calls, the {} {}.", "Listen, and you hear how the {} {}."])
 COURTEOUS = ["Happily!", "With pleasure!", "A lovely question!", "Of course!"]
@@ -104,7 +102,7 @@ def write_answer(plan: dict) -> str:
     text = " ".join(w for i, w in enumerate(words) if i not in plan["lost"])
     return text.rsplit(" ", 1)[0] if plan["cut"] else text
 
-# %% ../nbs/15_playground.ipynb #c4c55ba7
+# %% ../nbs/15_playground.ipynb #e2675b94
 def pair(rng: random.Random, prompt: list[dict], noise: float, gap: float = 0.1) -> dict:
     "A pairwise record of two answers, half of the time alike but for one thing; with probability `noise` it prefers the worse."
     ra = rb = 0.0
@@ -118,7 +116,7 @@ def pair(rng: random.Random, prompt: list[dict], noise: float, gap: float = 0.1)
                 reward_difference=round(abs(ra - rb), 3), type="pairwise_feedback")
 
 
-def make_data(n_sft: int = 7000, n_pairs: int = 4000, n_test: int = 400, noise: float = 0.05) -> dict[str, list[dict]]:
+def make_data(n_sft: int = 8000, n_pairs: int = 3500, n_test: int = 400, noise: float = 0.05) -> dict[str, list[dict]]:
     "All files of the world, by name; the same every time."
     everything, rng = prompts(), random.Random(1)
     held_out, loop = everything[:100], everything[100:]
