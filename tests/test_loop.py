@@ -220,5 +220,5 @@ def test_prompts_that_run_out_exactly_end_the_run(pretend, tmp_path):
 
 
 def test_a_round_that_fails_is_continued_when_the_cause_is_gone(pretend):
-    with pytest.raises(StageError, match="no pairs; lower `threshold`"): pretend(total_prompts=10, prompts_per_round=10, threshold=5.0)
+    with pytest.raises(StageError, match="no pairs; lower `threshold`"): pretend(total_prompts=10, prompts_per_round=10, threshold=50.0)
     assert [r.skipped for r in pretend(total_prompts=10, prompts_per_round=10)] == [["sample"], []]
