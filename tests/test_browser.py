@@ -114,7 +114,7 @@ DRIVERS = { # small enough for a test: two rounds of eight prompts
 def test_driver_runs_in_the_lab(name, lab, page, tmp_path):
     "Opened and run by hand, from the menu, as a user does; then looked at again without a kernel."
     driver = ROOT / "nbs" / f"{name}.ipynb"
-    if not driver.exists(): pytest.skip(f"{driver.name} is not there yet")
+    assert driver.exists(), f"{driver.name} is gone"
     with_parameters(driver, tmp_path / "driver.ipynb", **DRIVERS[name])
     open_notebook(page, lab(), "driver.ipynb")
     run_all(page, seconds=600)
