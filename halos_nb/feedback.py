@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAIRINGS', 'scored', 'number', 'convert_to_scalar_feedback', 'convert_to_binary_feedback', 'gap', 'ranking',
            'neighbours', 'extremes', 'closest', 'by_prompt', 'compare', 'convert_to_pairwise_feedback',
-           'feedback_counts']
+           'group_advantages', 'feedback_counts']
 
 # %% ../nbs/03_feedback.ipynb #df3a6c9e
 import math, random, statistics
@@ -103,6 +103,20 @@ def convert_to_pairwise_feedback(samples: list[dict], # labelled samples
         for a, b in PAIRINGS[mode](group, threshold, rng):
             records.append(compare(b, a) if rng.random() < 0.5 else compare(a, b))
     return records
+
+# %% ../nbs/03_feedback.ipynb #a6160d37
+def group_advantages(
+    prompt_ids: list, # of each sample; equal ids are one group
+    scores: list[float], # of each sample
+) -> tuple[list[float], list[int]]: # advantages and group sizes, one per sample
+    "How far each score lies above its group's mean, in standard deviations."
+    groups = {}
+    for p, s in zip(prompt_ids, scores, strict=True):
+        if s is None or not math.isfinite(s): raise ValueError(f"prompt_id {p!r}: score {s!r} is no finite number; unscored samples belong to no group")
+        groups.setdefault(p, []).append(s)
+    level = {p: (statistics.fmean(g), statistics.pstdev(g) + 0.01) for p, g in groups.items()}
+    advantages = [0.0 if min(groups[p]) == max(groups[p]) else (s - level[p][0]) / level[p][1] for p, s in zip(prompt_ids, scores)]
+    return advantages, [len(groups[p]) for p in prompt_ids]
 
 # %% ../nbs/03_feedback.ipynb #56383686
 def feedback_counts(samples: list[dict], # labelled samples

@@ -8,13 +8,13 @@ __all__ = ['OURS', 'our_modules', 'source', 'code_hash', 'versions', 'Stage', 'S
            'Round', 'labelled', 'round_counts', 'summary_row', 'run_summary', 'revision', 'write_params', 'point_to',
            'located', 'one_round', 'run_rounds']
 
-# %% ../nbs/12_loop.ipynb #62bb02a2
+# %% ../nbs/12_loop.ipynb #8d52ab8e
 import ast, fcntl, hashlib, importlib.metadata, importlib.util, json, math, os, shutil, socket, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, TrainConfig, config_json
+from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, config_json
 from .launch import Job, launch, locked, remove
 from .records import append_jsonl, file_hash, read_jsonl, write_json
 
@@ -249,26 +249,25 @@ def sample_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str
         max_prompt_length=cfg.max_prompt_length, reference=cfg.sft_checkpoint, seed=derive(cfg.seed, "sample", round), precision=precision)
     return Stage("sample", folder, c, [policy, cfg.sft_checkpoint, cfg.prompts], [folder / "samples.json", folder / "samples.counts.json"], round)
 
-# %% ../nbs/12_loop.ipynb #dad965d4
+# %% ../nbs/12_loop.ipynb #84ea63de
 def label_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
-                feedback_type: str) -> Stage: # pairwise to train on, scalar to look at
+                feedback_type: str) -> Stage: # what the method learns from; scalar to look at
     "Samples to feedback, and every score beside it."
     c = LabelConfig(samples_file=str(folder / "samples.json"), output_file=str(folder / "feedback.json"), reward_model_path=cfg.reward_checkpoint,
-        feedback_type=feedback_type, feedback_mode=cfg.feedback_mode, threshold=cfg.threshold, max_length=cfg.max_length,
+        feedback_type=feedback_type, feedback_mode=cfg.feedback_mode, threshold=cfg.threshold if feedback_type == cfg.feedback_type else None, max_length=cfg.max_length,
         token_budget=cfg.token_budget, seed=derive(cfg.seed, "label", round), precision=precision)
     return Stage("label", folder, c, [folder / "samples.json", cfg.reward_checkpoint], [folder / f"feedback.{kind}" for kind in ("json", "labels.jsonl", "counts.json")], round)
 
-# %% ../nbs/12_loop.ipynb #304ac6f5
+# %% ../nbs/12_loop.ipynb #60030adf
 def train_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
                 previous: Path | None) -> Stage: # the last round's checkpoint; None in the first
     "Feedback to the next policy."
-    c = TrainConfig(loss=cfg.method, load_from=cfg.sft_checkpoint, from_checkpoint=previous and str(previous), online=True, train_datasets=[str(folder / "feedback.json")],
-        exp_name="policy", cache_dir=str(folder), metrics_file=str(folder / "metrics.jsonl"), beta=cfg.beta, lr=cfg.lr, batch_size=cfg.batch_size,
-        token_budget=cfg.token_budget, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length, seed=derive(cfg.seed, "train", round), precision=precision)
+    c = cfg.training(load_from=cfg.sft_checkpoint, from_checkpoint=previous and str(previous), online=True, train_datasets=[str(folder / "feedback.json")], exp_name="policy",
+        cache_dir=str(folder), metrics_file=str(folder / "metrics.jsonl"), seed=derive(cfg.seed, "train", round), precision=precision)
     return Stage("train", folder, c, [folder / "feedback.json", cfg.sft_checkpoint, *([previous] if previous else [])],
                  [folder / "policy/FINAL", folder / "policy/counts.json", folder / "metrics.jsonl"], round)
 
-# %% ../nbs/12_loop.ipynb #44480e7b
+# %% ../nbs/12_loop.ipynb #b597fde2
 @dataclass
 class Round:
     "What one round left; `final` has no number, feedback of scores, and no training."
@@ -294,7 +293,7 @@ class Round:
         "What was used, what was lost on the way, and anything unusual."
         sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason")
         lost = [f"{stage}: {k.replace('_', ' ')} {v}" for stage, c in self.counts.items() for k, v in c.items() if v and k not in usual]
-        made = f", {labelled['records']} pairs" if self.number else ""
+        made = f", {labelled['records']} examples" if self.number else ""
         return f"{self.name}: {sampled['prompts']} prompts, {labelled['samples']} samples{made}; lost: {'; '.join(lost) or 'nothing'}" + (f"\n{self.note}" if self.note else "")
 
 # %% ../nbs/12_loop.ipynb #85882fe6
@@ -309,16 +308,16 @@ def round_counts(folder: Path) -> dict[str, dict]: # by stage
     files = dict(sample="samples.counts.json", label="feedback.counts.json", train="policy/counts.json")
     return {stage: json.loads((folder / f).read_text()) for stage, f in files.items() if (folder / f).exists()}
 
-# %% ../nbs/12_loop.ipynb #0c887b77
+# %% ../nbs/12_loop.ipynb #1850f23d
 def summary_row(folder: Path, seconds: float) -> dict:
     "One round in numbers; None where there is nothing to count."
     mean = lambda xs: statistics.fmean(xs) if xs else None
     samples, counts, trained = labelled(folder), round_counts(folder)["label"], folder.name != "final"
-    pairs = json.loads((folder / "feedback.json").read_text()) if trained else []
+    records = json.loads((folder / "feedback.json").read_text()) if trained else []
     last = [{}, *(m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m)][-1] if trained else {}
     return dict(round=folder.name.removeprefix("round-"), prompts=counts["prompts"], samples=counts["samples"], unscored=counts["unscored"],
-                reward=mean([s["reward"] for s in samples if s["reward"] is not None]), pairs=len(pairs) if trained else None, ties=counts.get("ties"),
-                margin=mean([p["reward_difference"] for p in pairs]), kl=mean([s["policy_logps"] - s["reference_logps"] for s in samples if "policy_logps" in s]),
+                reward=mean([s["reward"] for s in samples if s["reward"] is not None]), examples=len(records) if trained else None, ties=counts.get("ties"),
+                margin=mean([r["reward_difference"] for r in records if "reward_difference" in r]), kl=mean([s["policy_logps"] - s["reference_logps"] for s in samples if "policy_logps" in s]),
                 loss=last.get("loss"), accuracy=last.get("rewards_train/accuracies"), seconds=seconds)
 
 # %% ../nbs/12_loop.ipynb #a1964156
@@ -367,7 +366,7 @@ def one_round(ledger: Ledger, stages: list[Stage], number: int | None, policy: P
         if not ledger.run(stage, f"{title} · {stage.name}", next): skipped.append(stage.name)
     return Round(number, folder.name, folder, policy, {s.name: s.sealed()["seconds"] for s in stages}, skipped, round_counts(folder))
 
-# %% ../nbs/12_loop.ipynb #d13d45db
+# %% ../nbs/12_loop.ipynb #d0a45a7f
 def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
                settings: Settings, # the machine's
                on_start: Callable | None = None, # called with each Stage that is about to run
@@ -383,7 +382,7 @@ def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
         record("running, or killed")
         for r in range(1, rounds + 1):
             folder, asked, previous = run / f"round-{r}", min(step, cfg.total_prompts - used), done[-1].policy if done else None
-            stages = [sample_stage(cfg, float_type, folder, r, previous or cfg.sft_checkpoint, used, asked), label_stage(cfg, float_type, folder, r, "pairwise"), train_stage(cfg, float_type, folder, r, previous)]
+            stages = [sample_stage(cfg, float_type, folder, r, previous or cfg.sft_checkpoint, used, asked), label_stage(cfg, float_type, folder, r, cfg.feedback_type), train_stage(cfg, float_type, folder, r, previous)]
             this = one_round(ledger, stages, r, folder / "policy/FINAL", f"round {r} of {rounds}", f"round {r + 1}" if r < rounds else "final samples")
             used, left = used + this.counts["sample"]["prompts"], this.counts["sample"]["prompts_left"]
             if not left and used < cfg.total_prompts: this.note = f"prompts ran out: {used} of {cfg.total_prompts}, so this is the last round"

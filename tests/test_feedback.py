@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb.feedback import convert_to_binary_feedback, convert_to_pairwise_feedback, convert_to_scalar_feedback, feedback_counts
+from halos_nb.feedback import convert_to_binary_feedback, convert_to_pairwise_feedback, convert_to_scalar_feedback, feedback_counts, group_advantages
 from halos_nb.records import RecordError, check
 
 from golden import cases, load
@@ -33,6 +33,27 @@ def test_binary_golden(case):
     feedback = convert_to_binary_feedback(samples, *given)
     assert [r["label"] for r in feedback] == case.get("documented", case)["labels"]
     if "items" in case: assert feedback == case["items"]
+
+
+@cases("grpo_advantages")
+def test_group_advantages_golden(case):
+    advantages, sizes = group_advantages(case["inputs"]["prompt_id"], case["inputs"]["score"])
+    assert advantages == pytest.approx(case["outputs"]["advantages"], rel=1e-4, abs=1e-5) and sizes == case["outputs"]["group_size"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(-1e6, 1e6)), max_size=12), st.floats(-100, 100))
+def test_group_advantages(samples, shift):
+    ids, scores = [p for p, _ in samples], [s for _, s in samples]
+    advantages, sizes = group_advantages(ids, scores)
+    assert sizes == [ids.count(p) for p in ids]
+    for p in set(ids):
+        group = [(s, a) for q, s, a in zip(ids, scores, advantages) if q == p]
+        assert abs(sum(a for _, a in group)) < 1e-3, "they say what is better within a prompt, nothing of the prompt"
+        assert all(a == 0 for _, a in group) == (len({s for s, _ in group}) == 1) or max(s for s, _ in group) - min(s for s, _ in group) < 1e-6
+        assert all((a <= b) for (s, a), (t, b) in combinations(sorted(group), 2)), "in the order of the scores"
+    alone = [group_advantages([p], [s])[0] for p, s in samples]
+    assert all(a == [0] for a in alone)
 
 
 @cases("feedback_pairwise")

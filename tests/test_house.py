@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "config": [],
     "data": ["records"],
     "feedback": ["records"],
-    "batching": ["records", "config", "data"],
+    "batching": ["records", "config", "data", "feedback"],
     "models": ["config", "batching"],
     "losses": [],
     "trainers": BASE,
