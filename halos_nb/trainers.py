@@ -378,7 +378,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         losses, chosen, rejected = self.loss(batch, *self.forward(model or self.model, batch))
         return losses, self.pair_metrics(mode, losses, chosen, rejected)
 
-# %% ../nbs/07_trainers.ipynb #c0a5b818
+# %% ../nbs/07_trainers.ipynb #bea44121
 class UnpairedPreferenceTrainer(TreeTrainer):
     "Methods that learn from single answers, good or bad."
     loader_class, use_reference_model = UnpairedPreferenceDataLoader, True
@@ -387,10 +387,20 @@ class UnpairedPreferenceTrainer(TreeTrainer):
         "(K, S) token log-probs of every branch."
         return model(tree=batch).logps
 
-
+# %% ../nbs/07_trainers.ipynb #c171b819
 class KTOTrainer(UnpairedPreferenceTrainer):
     "Kahneman-Tversky optimisation (Ethayarajh et al. 2024)."
     loader_options = dict(mismatched=True)
+
+    def prepare(self, step, mode="train"):
+        "Estimates `self.KL` over the step; returns the batches without the mismatched answers."
+        batches, share = super().prepare(step, mode), torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for b in filter(None, [b.only("KL") for b in batches]):
+            with torch.no_grad(): share += torch.stack(tuple(kto_kl(self.forward(self.model, b), self.reference_logps(b), self.clamp))).double()
+        part, whole = self.over_step(share, step)
+        self.KL = (part / whole.clamp(min=1)).clamp(min=0).float()
+        return [b.only("chosen", "rejected") for b in batches]
 
     def loss(self, batch, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
         c = self.config
@@ -403,26 +413,12 @@ class KTOTrainer(UnpairedPreferenceTrainer):
         return out.losses, {f"loss/{mode}": out.losses.detach(), f"{name}/chosen": out.chosen_rewards, f"{name}/rejected": out.rejected_rewards, f"{name}/KL_estimate": Share(self.KL * count, count),
                             f"{name}/chosen_unclamped": out.chosen_unclamped, f"{name}/rejected_unclamped": out.rejected_unclamped}
 
-# %% ../nbs/07_trainers.ipynb #b7b8b4c9
-@patch
-def prepare(self: KTOTrainer, step: Step, mode: str = "train") -> list[TreeBatch]:
-    "Estimates `self.KL` over the step; the batches without the mismatched answers."
-    batches, share = TreeTrainer.prepare(self, step, mode), torch.zeros(2, dtype=torch.float64, device=self.args.device)
-    self.model.eval()
-    for b in filter(None, [b.only("KL") for b in batches]):
-        with torch.no_grad(): share += torch.stack(tuple(kto_kl(self.forward(self.model, b), self.reference_logps(b), self.clamp))).double()
-    part, whole = self.over_step(share, step)
-    self.KL = (part / whole.clamp(min=1)).clamp(min=0).float()
-    return [b.only("chosen", "rejected") for b in batches]
-
-
-@patch
-def derive(self: KTOTrainer, means):
-    "The margin between good and bad answers; a step without one side counts it as 0, and as unclamped."
-    absent = {f"{k}_unclamped": 1.0 for k, v in means.items() if k.endswith(("/chosen", "/rejected")) and math.isnan(v)}
-    means = TreeTrainer.derive(self, means) | absent
-    side = lambda mode, s: 0.0 if math.isnan(x := means[f"rewards_{mode}/{s}"]) else x
-    return means | {f"rewards_{m}/margins": side(m, "chosen") - side(m, "rejected") for m in ("train", "eval") if f"rewards_{m}/chosen" in means}
+    def derive(self, means):
+        "The margin between good and bad answers; a step without one side counts it as 0, and as unclamped."
+        absent = {f"{k}_unclamped": 1.0 for k, v in means.items() if k.endswith(("/chosen", "/rejected")) and math.isnan(v)}
+        means = super().derive(means) | absent
+        side = lambda mode, s: 0.0 if math.isnan(x := means[f"rewards_{mode}/{s}"]) else x
+        return means | {f"rewards_{m}/margins": side(m, "chosen") - side(m, "rejected") for m in ("train", "eval") if f"rewards_{m}/chosen" in means}
 
 # %% ../nbs/07_trainers.ipynb #5bf0c9f4
 class GRPOTrainer(TreeTrainer):
@@ -462,7 +458,7 @@ class Repeated:
     def __iter__(self): return (step for step in self.loader for _ in range(self.times))
     def set_epoch(self, epoch): self.loader.set_epoch(epoch)
 
-# %% ../nbs/07_trainers.ipynb #7d1f7412
+# %% ../nbs/07_trainers.ipynb #ebf6112a
 class PPOTrainer(UnpairedPreferenceTrainer):
     "Proximal policy optimisation on given answers (Schulman et al. 2017)."
     def step_size(self, step): return step.targets
@@ -485,36 +481,40 @@ class PPOTrainer(UnpairedPreferenceTrainer):
         for name, table in dict(returns=before.returns, val=before.values * batch.mask).items(): stats |= {f"{name}/mean": Share(table.sum(), tokens), f"{name}/square": Share(table.square().sum(), tokens)}
         return out.losses, stats if mode == "train" else {f"{mode}_{k}": v for k, v in stats.items()}
 
+    def prepare(self, step, mode="train"):
+        "The step's batches with their rollouts; those of the update before, if it is the same step again."
+        held = self.__dict__.setdefault("held", {})
+        if mode == "train" and held.get(mode, (None,))[0] is step: return held[mode][1]
+        batches = super().prepare(step, mode)
+        held[mode] = step, batches, self.roll_out(batches, step)
+        self.rollouts = {k: v for *_, rollouts in held.values() for k, v in rollouts.items()}
+        return batches
+
+    def derive(self, means):
+        "Variances from means of squares."
+        means = super().derive(means)
+        var = {k.removesuffix("square") + "var": v - means[k.removesuffix("square") + "mean"] ** 2 for k, v in means.items() if k.endswith("/square")}
+        return {k: v for k, v in means.items() if not k.endswith("/square")} | var
+
     def rewards(self, batch: TreeBatch) -> torch.Tensor:
         "(K,) +1 for a good answer, -1 for a bad one."
         return torch.tensor([1.0 if m == "chosen" else -1.0 for m in batch.meanings], device=batch.target.device)
 
-# %% ../nbs/07_trainers.ipynb #163248d7
+# %% ../nbs/07_trainers.ipynb #d067c330
 @patch
-def prepare(self: PPOTrainer, step: Step, mode: str = "train") -> list[TreeBatch]:
-    "The rollouts of a step's batches; those of the step before, if it is the same one again."
-    if mode == "train" and getattr(self, "current", (None,))[0] is step: return self.current[1]
-    batches, tables = TreeTrainer.prepare(self, step, mode), []
+def roll_out(self: PPOTrainer, batches: list[TreeBatch], step: Step) -> dict[int, Rollout]: # by `id` of the batch
+    "Values, advantages and returns of a step's batches."
+    tables, c = [], self.config
     self.model.eval()
     for b in batches:
         with torch.no_grad(): values, old = self.forward(self.model, b).values, self.reference_logps(b)
-        tables.append((old, values, generalized_advantages(values, at_the_end(self.rewards(b), b.mask), b.mask, self.config.gamma, self.config.lam)))
+        tables.append((old, values, generalized_advantages(values, at_the_end(self.rewards(b), b.mask), b.mask, c.gamma, c.lam)))
     own = torch.stack([torch.stack(tuple(moments(a.raw, b.mask))) for b, (_, _, a) in zip(batches, tables)]).double().sum(0)
     m = Moments(*self.over_step(own, step))
-    self.rollouts = {id(b): Rollout(old, values, whiten(a.raw, b.mask, m.mean, m.variance), a.returns, a.discounted_future_rewards) for b, (old, values, a) in zip(batches, tables)}
-    self.current = step, batches
-    return batches
+    return {id(b): Rollout(old, values, whiten(a.raw, b.mask, m.mean, m.variance), a.returns, a.discounted_future_rewards) for b, (old, values, a) in zip(batches, tables)}
 
 
 def at_the_end(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "(K,) rewards and (K, S) mask -> (K, S), each reward at its row's last token."
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
     return torch.zeros(mask.shape, device=mask.device).scatter(1, last[:, None], rewards[:, None])
-
-
-@patch
-def derive(self: PPOTrainer, means):
-    "Variances from means of squares."
-    means = TreeTrainer.derive(self, means)
-    var = {k.removesuffix("square") + "var": v - means[k.removesuffix("square") + "mean"] ** 2 for k, v in means.items() if k.endswith("/square")}
-    return {k: v for k, v in means.items() if not k.endswith("/square")} | var

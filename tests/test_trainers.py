@@ -17,10 +17,10 @@ from halos_nb.config import TrainConfig, config_json
 from halos_nb.data import load_data
 from halos_nb.feedback import group_advantages
 from halos_nb.losses import token_entropy
-from halos_nb.models import BranchLogps, BranchScores, BranchValues, gather_logps, load_policy, load_reference, load_tokenizer, make_reference, small_llama
+from halos_nb.models import BranchLogps, BranchScores, BranchValues, gather_logps, load_policy, load_reference, load_tokenizer, small_llama
 from halos_nb.records import prompt_id, read_jsonl, write_records
 from halos_nb.train import METHODS, load_model, loader_options, make_trainer, train
-from halos_nb.trainers import BradleyTerryTrainer, PPOTrainer, Sums
+from halos_nb.trainers import PPOTrainer, Sums
 
 TRAINERS = {c.__name__: c for c in METHODS.values()}
 TOL = dict(rtol=1e-4, atol=1e-5)
@@ -352,7 +352,7 @@ def test_lora_reward_model_keeps_its_head(home):
 
 def test_lora_reference_is_the_policy_without_adapters(home):
     trainer, _ = make_trainer(config(home, "dpo", "x", **LORA))
-    own = make_reference(None, lambda: load_reference(str(home / "start"))) if False else load_reference(str(home / "start"))
+    own = load_reference(str(home / "start"))
     for step in trainer.loader: trainer.training_step(trainer.model, step)
     with torch.no_grad():
         for p in trainer.model.parameters():
@@ -417,6 +417,12 @@ def test_timetable(home):
     assert json.loads((Path(late.model) / "counters.json").read_text())["total_steps"] == 4 + 3
     train(config(home, "dpo", "quiet", eval_at_start=False, epochs=1))
     assert [r["step"] for r in read_jsonl(home / "quiet/metrics.jsonl") if "eval_loss" in r] == [3]
+
+
+def test_evaluation_between_two_updates_changes_nothing(home):
+    "PPO uses a step's rollouts for several updates; looking at held-out data in between does not renew them."
+    for name, more in dict(seen={"eval_every": 1}, unseen={}).items(): train(config(home, "ppo", name, ppo_epochs=3, **more))
+    assert torch.equal(weights(home / "seen"), weights(home / "unseen"))
 
 
 def test_no_pickle_is_left(home):
