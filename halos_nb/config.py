@@ -21,7 +21,7 @@ from tyro.conf import Positional
 # %% ../nbs/01_config.ipynb #cc61bf9c
 checked = dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True), kw_only=True)
 
-# %% ../nbs/01_config.ipynb #cc598a57
+# %% ../nbs/01_config.ipynb #f133f377
 @checked
 class SampleConfig:
     "What `halos_nb.sample` needs: prompts in, samples out."
@@ -40,7 +40,7 @@ class SampleConfig:
     max_prompt_length: PositiveInt = 512 # longest prompt, in tokens; oldest turns are dropped first and counted; openai: the server's own limit instead
     batch_size: PositiveInt = 128 # rows generated together on one process; vllm: rows handed to an engine at a time, many more are faster
     reference: str | None = None # transformers: score the samples under this model too, for the KL to it
-    mode: Literal["train", "alpacaeval"] = "train" # alpacaeval adds `instruction` to each sample, of which a prompt then has one
+    mode: Literal["train", "alpacaeval"] = "train" # alpacaeval: the output is what AlpacaEval reads, one answer per prompt; the samples stand beside it
     seed: int = 0 # with the prompt and the sample's number it decides every draw
     precision: Literal["float32", "bfloat16"] = "float32" # dtype of the weights
     trust_remote_code: bool = False # run code that comes with the model; leave off unless you have read it
@@ -76,7 +76,7 @@ def sample_contradictions(c) -> list[str]:
         "" if c.mode == "train" or c.num_samples_per_prompt == 1 else f"num_samples_per_prompt: AlpacaEval takes one answer per instruction, got {c.num_samples_per_prompt}",
     ]
 
-# %% ../nbs/01_config.ipynb #14104ed1
+# %% ../nbs/01_config.ipynb #f3181c25
 @checked
 class LabelConfig:
     "What `halos_nb.label` needs: samples in, feedback out. Name one labeller: reward_model_path, api_type, function, or from_labels."
@@ -129,17 +129,17 @@ class LabelConfig:
         if self.judge == "pairwise" and not self.api_type: raise ValueError("judge: only an API judge compares two answers; name it with api_type and api_model")
         if self.judge == "pairwise" and self.feedback_type not in (None, "pairwise"): raise ValueError(f"feedback_type: a pairwise judge gives pairs, not {self.feedback_type} feedback")
         if self.judge == "pairwise" and self.feedback_mode != "random": raise ValueError(f"feedback_mode: {self.feedback_mode} needs scores; a pairwise judge has none, its pairs are random")
+        if self.judge == "pairwise": self.feedback_type = "pairwise"
         if self.score_min >= self.score_max: raise ValueError(f"score_min: {self.score_min} is not below score_max, {self.score_max}")
         if (self.input_price is None) != (self.output_price is None): raise ValueError("input_price: give both prices, input_price and output_price, or none")
         if self.max_cost and self.input_price is None: raise ValueError("max_cost: a cap in USD needs input_price and output_price")
-        if self.base_url and "@" in self.base_url.split("//")[-1].split("/")[0]: raise ValueError("base_url: holds a name or password; the key belongs in OPENAI_API_KEY")
 
 # %% ../nbs/01_config.ipynb #cc57a783
 METHODS = ("sft", "csft", "dpo", "cdpo", "ipo", "simpo", "slic", "kto", "grpo", "ppo", "bradley-terry")
 BETA = dict(dpo=0.1, cdpo=0.1, simpo=2.0, slic=1.0, kto=0.1, grpo=0.1) # strength of the pull to the reference; simpo, slic: scale of the margin
 EPSILON = dict(cdpo=0.2, grpo=0.1) # cdpo: share of wrong labels; grpo: how far the ratio may go from 1
 
-# %% ../nbs/01_config.ipynb #54ddb6ef
+# %% ../nbs/01_config.ipynb #fd37ba13
 @checked
 class TrainConfig:
     "What `halos_nb.train` needs: a policy and data in, a trained model out."
@@ -178,7 +178,7 @@ class TrainConfig:
     weight_decay: NonNegativeFloat = 0.0 # AdamW's decoupled weight decay
     max_grad_norm: PositiveFloat = 10.0 # gradients longer than this are scaled down
     epochs: PositiveInt = 1 # passes over the data
-    n_examples: PositiveInt | None = None # stop after this many examples, within `epochs`
+    n_examples: PositiveInt | None = None # stop after this many examples, if `epochs` have not ended before
     batch_size: PositiveInt = 32 # examples per optimiser step over all processes: pairs, answers, or (grpo) prompts with all their answers
     token_budget: PositiveInt = 4096 # tokens in one forward pass; how a batch is cut never changes the gradient
     microbatch_size: PositiveInt | None = None # most examples in one forward pass (None: the token budget alone decides)
@@ -187,8 +187,8 @@ class TrainConfig:
     drop: Literal["oldest", "newest"] = "oldest" # which turns of a long prompt go first; never the last one
     layout: Literal["auto", "tree", "plain"] = "auto" # tree: prompt once for all its branches; auto: tree where the model is proved to take it
     max_prompt_count: PositiveInt | None = None # most pairs of one prompt in an epoch, drawn anew each time
-    frac_unique_desirable: float = Field(1.0, ge=0, le=1) # kto, ppo: random share of good answers that is kept
-    frac_unique_undesirable: float = Field(1.0, ge=0, le=1) # kto, ppo: random share of bad answers that is kept
+    frac_unique_desirable: float = Field(1.0, ge=0, le=1) # csft, kto, ppo, grpo: random share of good answers that is kept
+    frac_unique_undesirable: float = Field(1.0, ge=0, le=1) # csft, kto, ppo, grpo: random share of bad answers that is kept
     control_chosen: str = "<|good|>" # csft: token in front of good answers
     control_rejected: str = "<|bad|>" # csft: token in front of bad answers
     use_peft: bool = False # train LoRA adapters; the reference is the model without them

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'STATEMENTS', 'COURTEOUS', 'RUDE', 'EVASIVE', 'ASKED',
-           'SAID', 'BEST', 'WEIGHTS', 'FAULTS', 'OPENINGS', 'SFT', 'REWARD', 'prompts', 'asked', 'true_reward_parts',
-           'true_reward', 'plan_answer', 'write_answer', 'pair', 'make_data', 'Playground', 'fresh_policy',
-           'train_stages', 'build', 'into_playground', 'pairs_of_playground']
+           'SAID', 'BEST', 'WEIGHTS', 'FAULTS', 'OPENINGS', 'SFT', 'REWARD', 'SWEEP', 'prompts', 'asked',
+           'true_reward_parts', 'true_reward', 'plan_answer', 'write_answer', 'pair', 'make_data', 'Playground',
+           'fresh_policy', 'train_stages', 'build', 'into_playground', 'pairs_of_playground', 'sweep_configs']
 
-# %% ../nbs/15_playground.ipynb #d49adc18
+# %% ../nbs/15_playground.ipynb #79a439c8
 from dataclasses import dataclass, replace
 from pathlib import Path
 import random, re, time
 
-from .config import LoopConfig, Profile, RewardConfig, Settings, TrainConfig, load_settings
+from .config import CompareConfig, LoopConfig, Profile, RewardConfig, Settings, TrainConfig, load_settings
 from .loop import Ledger, RunBusy, Stage, run_folder
 from .records import as_text, file_hash, prompt_id, write_records
 
@@ -191,3 +191,15 @@ def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     if cfg.train_datasets: return cfg
     world = build(settings)
     return replace(cfg, train_datasets=[str(world.pairs_train)], test_datasets=[str(world.pairs_test)], samples=cfg.samples or str(world.samples), model=cfg.model or str(world.policy))
+
+# %% ../nbs/15_playground.ipynb #7aaff4a8
+SWEEP = {"dpo": dict(method="dpo"), "cdpo": dict(method="cdpo"), "ipo": dict(method="ipo"), "simpo": dict(method="simpo"), "slic": dict(method="slic"),
+         "kto": dict(method="kto", lr=1e-4), "grpo": dict(method="grpo", batch_size=4), "ppo": dict(method="ppo", lr=1e-4),
+         "dpo + humanline": dict(method="dpo", humanline=True, sync_reference=4), "dpo + LoRA": dict(method="dpo", lr=1e-3, train_options="use_peft=true, lora_r=16, lora_alpha=32")}
+
+
+def sweep_configs(cfg: CompareConfig, settings: Settings) -> dict[str, LoopConfig]:
+    "The run of each method that is asked for, by its name."
+    if unknown := [m for m in cfg.methods if m not in SWEEP]: raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join(SWEEP)}")
+    common = {k: getattr(cfg, k) for k in ("total_prompts", "prompts_per_round", "num_samples_per_prompt", "profile", "seed", "fresh")}
+    return {m: into_playground(LoopConfig(run_name=f"{cfg.run_name}-{m.replace(' + ', '-').lower()}", **common, **SWEEP[m]), settings) for m in cfg.methods or SWEEP}

@@ -8,7 +8,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'GREY', 'INK', 'PALE', 'AXIS', 'TE
            'Interval', 'accuracy_interval', 'mean_interval', 'violin', 'round_axis', 'reward_distributions',
            'bin_edges', 'score_distributions', 'margins', 'margin_histogram', 'thin', 'end_to_end', 'draw_curve',
            'mark_rounds', 'training_curves', 'bars', 'mean_of', 'mean_trace', 'kl_curve', 'reward_vs_true',
-           'reward_scatter', 'calibration_table', 'calibration_curve', 'Shown', 'number_text', 'row_html',
+           'reward_scatter', 'frontier', 'calibration_table', 'calibration_curve', 'Shown', 'number_text', 'row_html',
            'summary_table', 'spread', 'words', 'text_box', 'cell', 'gallery', 'pairs_table', 'samples_table']
 
 # %% ../nbs/13_plots.ipynb #fb97f300
@@ -199,11 +199,13 @@ def margin_histogram(pairs, # margins, or pairwise records
              f"{(v == 0).sum():,} exactly 0" * bool((v == 0).any()), left_out(lost)]
     return dressed(fig, title, notes, xaxis_title_text=unit, yaxis=dict(title_text="share of pairs", ticksuffix="%"))
 
-# %% ../nbs/13_plots.ipynb #e6d2ace1
+# %% ../nbs/13_plots.ipynb #7ba234ad
 CURVES = {"Loss": {"train": "loss", "held out": "eval_loss"},
           "Accuracy (share of pairs)": {"train": "rewards_train/accuracies", "held out": "rewards_eval/accuracies"},
           "Margin (chosen - rejected)": {"train": "rewards_train/margins", "held out": "rewards_eval/margins"},
           "Rewards": {"chosen": "rewards_train/chosen", "rejected": "rewards_train/rejected"},
+          "KL estimate of KTO": {"train": "rewards_train/KL_estimate", "held out": "rewards_eval/KL_estimate"}, "KL per token of GRPO": {"train": "rewards_train/KL", "held out": "rewards_eval/KL"},
+          "Value loss of PPO": {"train": "loss/critic"}, "Clipped tokens of PPO": {"train": "clipfrac/policy"},
           "Gradient norm": {"train": "grad_norm"}, "Learning rate": {"train": "learning_rate"}, "Tokens per second": {"train": "tokens_per_second"}}
 FROM_ZERO = {"Gradient norm", "Learning rate", "Tokens per second"} # amounts: an axis cut off above 0 would make noise look like news
 LINES = {"train": INK, "held out": PINK, "chosen": BLUE, "rejected": ORANGE}
@@ -333,6 +335,19 @@ def reward_scatter(rows, # samples with `reward` and `true_reward`
     rho = pd.Series(x).rank().corr(pd.Series(y).rank()) if len(x) > 1 else np.nan
     notes = [f"Spearman {rho:.3f}, n={len(x):,}" + f" ({most:,} drawn)" * (len(x) > most), left_out(len(ok) - len(x)), "line: mean of each tenth, 95% interval"]
     return dressed(fig, title, notes, 460, xaxis_title_text="reward-model score", yaxis_title_text="true reward")
+
+# %% ../nbs/13_plots.ipynb #4b694272
+def frontier(runs: dict, # run's name -> rows with `kl` and the reward, in order of the rounds, such as those of `loop.run_summary`
+             key: str = "true_reward", best: float | None = None, # which reward; that of the best possible answer, drawn as a line
+             title: str = "Reward against KL") -> go.Figure:
+    "One line per run through its rounds, named at its end."
+    fig = go.Figure()
+    for i, (name, rows) in enumerate(runs.items()):
+        x, y, color = floats(rows, "kl"), floats(rows, key), TEMPLATE.layout.colorway[i % len(TEMPLATE.layout.colorway)]
+        fig.add_scatter(x=x, y=y, name=name, mode="lines+markers+text", line=dict(color=color, width=2, dash=("solid", "dash", "dot")[i // len(TEMPLATE.layout.colorway) % 3]), showlegend=False,
+                        text=[""] * (len(x) - 1) + [inert(name)], textposition="top center", textfont_color=color, hovertemplate=hover(f"<b>{inert(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}"))
+    if best is not None: fig.add_hline(best, line_dash="dash", line_color=GREY, annotation_text=f"best: {best:g}", annotation_position="bottom left")
+    return dressed(fig, title, ["Each point is a round, before its training; the last one is the final policy on unseen prompts"], 520, xaxis_title_text="KL to the reference (nats per completion)", yaxis_title_text=key.replace("_", " "))
 
 # %% ../nbs/13_plots.ipynb #1f8ef3fe
 def calibration_table(pairs, # margins (chosen minus rejected), or pairwise records

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'TrainResult', 'check_checkpoint', 'load_model', 'with_adapters', 'loader_options', 'make_loader',
            'OnDemand', 'the_reference', 'make_trainer', 'metrics_path', 'train', 'write_scores', 'main']
 
-# %% ../nbs/10_train.ipynb #838460d1
+# %% ../nbs/10_train.ipynb #57516297
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import NamedTuple
 from .batching import add_control_tokens
 from .config import TrainConfig, parse_args
 from .data import load_data
-from .models import (add_lora, cache_reference_logps, choose_layout, end_process, fit_vocabulary, load_actor_critic, load_policy, load_reference,
-                             load_reward_model, load_tokenizer, make_reference, start_processes)
+from .models import (choose_layout, end_process, fit_vocabulary, load_actor_critic, load_policy, load_reference, load_reward_model, load_tokenizer,
+                             start_processes)
 from .records import Progress, atomic_write, write_json
+from .reference import add_lora, cache_reference_logps, make_reference
 from .trainers import (BradleyTerryTrainer, CDPOTrainer, ConditionalSFTTrainer, DPOTrainer, GRPOTrainer, IPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer,
                                SimPOTrainer, SLiCTrainer)
 

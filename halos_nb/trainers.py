@@ -8,7 +8,7 @@ __all__ = ['Sums', 'TreeTrainer', 'Timetable', 'MetricsFile', 'read_counters', '
            'SimPOTrainer', 'SLiCTrainer', 'BradleyTerryTrainer', 'UnpairedPreferenceTrainer', 'KTOTrainer',
            'GRPOTrainer', 'Rollout', 'Repeated', 'PPOTrainer', 'at_the_end']
 
-# %% ../nbs/07_trainers.ipynb #6098e8a7
+# %% ../nbs/07_trainers.ipynb #586a87a3
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,8 +25,9 @@ from .batching import ConditionalSFTDataLoader, GroupUnpairedPreferenceDataLoade
 from .config import TrainConfig
 from .losses import (Moments, Share, bradley_terry_loss, cdpo_loss, dpo_loss, generalized_advantages, grpo_loss, ipo_loss, kto_kl, kto_loss, moments, ppo_loss,
                              sft_loss, simpo_loss, slic_loss, whiten)
-from .models import Layout, merge_lora, save_adapter
+from .models import Layout
 from .records import Progress, append_jsonl, write_json
+from .reference import merge_lora, save_adapter
 
 # %% ../nbs/07_trainers.ipynb #cddc9dcd
 @dataclass
@@ -49,7 +50,7 @@ class Sums:
         if not names: return {}
         return {n: (s / c).item() if c > 1e-6 else float("nan") for n, (s, c) in zip(names, accelerator.reduce(sums, "sum"))}
 
-# %% ../nbs/07_trainers.ipynb #80f5e1b2
+# %% ../nbs/07_trainers.ipynb #945e0de8
 class TreeTrainer(Trainer):
     "transformers' Trainer over steps of tree batches."
     use_reference_model, loader_options = False, {}
@@ -60,7 +61,7 @@ class TreeTrainer(Trainer):
         config: TrainConfig,
         loader: TreeDataLoader, # training steps
         eval_loader: TreeDataLoader | None = None, # held-out steps
-        reference=None, # a `Reference` of 05_models, for methods that need one
+        reference=None, # of 05_reference, for methods that need one
         layout: Layout | None = None, # as chosen for this model; goes into the metrics
         metrics_file: str | Path | None = None, # a JSON line per log
         tokenizer=None, # saved with intermediate checkpoints

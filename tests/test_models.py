@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from halos_nb import models
+from halos_nb import reference as references
 from halos_nb.batching import GroupUnpairedPreferenceDataLoader, PairedPreferenceDataLoader, Tree, UnpairedPreferenceDataLoader, byte_tokenizer, make_batch
 from halos_nb.data import get_preferences
 from halos_nb.models import (
-    AutoModelForBradleyTerry, TreeActorCritic, TreePolicy, TreeScorer, add_lora, cache_reference_logps, choose_layout, fit_vocabulary, load_actor_critic, load_policy, load_reference,
-    load_reward_model, make_reference, merge_lora, save_adapter, start_processes, without_adapter,
+    AutoModelForBradleyTerry, TreeActorCritic, TreePolicy, TreeScorer, choose_layout, fit_vocabulary, load_actor_critic, load_policy, load_reference, load_reward_model, start_processes,
 )
+from halos_nb.reference import add_lora, cache_reference_logps, make_reference, merge_lora, save_adapter, without_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
@@ -553,7 +554,7 @@ def test_harmed_file_is_refused(llama, tmp_path, harm):
     raw, name = file.read_bytes(), file.name
     head = 8 + int.from_bytes(raw[:8], "little")
     tensors = load_file(file)
-    with models.safe_open(file, "pt") as f: meta = f.metadata()
+    with references.safe_open(file, "pt") as f: meta = f.metadata()
     if harm == "last byte": file.write_bytes(flip(raw, len(raw) - 1))
     if harm == "first hash": file.write_bytes(flip(raw, head))
     if harm == "truncated": file.write_bytes(raw[:-100])
@@ -563,7 +564,7 @@ def test_harmed_file_is_refused(llama, tmp_path, harm):
     if harm == "other model": save_file(tensors, file, metadata=meta | dict(model="x" * 64))
     if harm == "wrong counts":
         tensors["offsets"][-1] -= 1 # by a program that is wrong, so hash and name are right
-        content = models.tensors_hash(tensors)
+        content = references.tensors_hash(tensors)
         file.unlink(); file = tmp_path / f"{name[:17]}{content[:16]}.safetensors"
         save_file(tensors, file, metadata=meta | dict(content=content))
     with pytest.raises(ValueError, match=f"{file.name}: .*delete this file"): fill(fresh_trees(), tmp_path, llama)
@@ -601,7 +602,7 @@ def test_hub_name_is_known_by_its_commit(tmp_path, llama):
     repo = tmp_path / "hub/models--someone--small"
     (repo / "refs").mkdir(parents=True); (repo / "refs/main").write_text(commit)
     (repo / "snapshots" / commit).mkdir(parents=True); (repo / "snapshots" / commit / "config.json").write_text((Path(llama) / "config.json").read_text())
-    run = subprocess.run([sys.executable, "-c", "from halos_nb.models import model_identity; print(model_identity('someone/small'))"], capture_output=True, text=True, cwd=tmp_path,
+    run = subprocess.run([sys.executable, "-c", "from halos_nb.reference import model_identity; print(model_identity('someone/small'))"], capture_output=True, text=True, cwd=tmp_path,
                          env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, timeout=120)
     assert run.stdout.strip() == f"someone/small@{commit}", run.stderr[-2000:]
 
