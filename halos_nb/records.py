@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'RECORDS', 'zero_or_one', 'text_or_whole', 'encodable', 'Record', 'Turn', 'Sample',
-           'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'RecordError', 'field_name', 'check',
-           'show', 'prompt_id', 'as_turns', 'as_text', 'parse', 'read_rows', 'read_records', 'atomic_write',
+           'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'field_name',
+           'check', 'show', 'prompt_id', 'as_turns', 'as_text', 'parse', 'read_rows', 'read_records', 'atomic_write',
            'StreamingJSONWriter', 'write_records', 'write_json', 'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
 
-# %% ../nbs/00_records.ipynb #e003f4e3
+# %% ../nbs/00_records.ipynb #8be4b321
 import fcntl, hashlib, json, os, time, uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -85,17 +85,37 @@ class PairwiseFeedback(Record):
     reward_B: FiniteFloat # score of B
     reward_difference: FiniteFloat # how far the scores are apart
 
-# %% ../nbs/00_records.ipynb #b7a05538
+# %% ../nbs/00_records.ipynb #e6ddc385
 class Label(Record):
     "The journal of one labelled sample."
     prompt_id: Id # the sample's prompt
     sample_id: Id # the sample
-    labeller: str # who scored: a model's path, an API model, a person
+    labeller: str # who scored: "rm:<path>", "api:<model>", "human:<name>", "function:<name>"
     score: FiniteFloat | None # None: unscored
     reason: str # why it is unscored; empty if scored
+    reply: Text | None = None # the labeller's own words, where there are any
+    time: FiniteFloat | None = None # when, in seconds since 1970
+    cost: FiniteFloat | None = None # USD; None: unknown
+    input_tokens: int | None = None # read by an API judge
+    output_tokens: int | None = None # written by it
+    truncated: bool = False # the output's end was not read
+
+# %% ../nbs/00_records.ipynb #84b5d69f
+class Comparison(Record):
+    "The journal of one look at two samples of a prompt."
+    prompt_id: Id # their prompt
+    sample_id_A: Id # one sample
+    sample_id_B: Id # the other
+    labeller: str # who compared
+    winner: Literal["A", "B", "tie"] | None # None: no verdict
+    reason: str # why there is none; empty if there is
+    order: Literal["AB", "BA"] # which was shown first
+    reply: Text | None = None # the labeller's own words, where there are any
+    time: FiniteFloat | None = None # when, in seconds since 1970
+    cost: FiniteFloat | None = None # USD; None: unknown
 
 
-RECORDS = {"sample": Sample, "pairwise_feedback": PairwiseFeedback, "binary_feedback": BinaryFeedback, "scalar_feedback": ScalarFeedback, "label": Label}
+RECORDS = {"sample": Sample, "pairwise_feedback": PairwiseFeedback, "binary_feedback": BinaryFeedback, "scalar_feedback": ScalarFeedback, "label": Label, "comparison": Comparison}
 
 # %% ../nbs/00_records.ipynb #f8065a8b
 class RecordError(ValueError):

@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'draws', 'InverseCDF', 'processors', 'distinct_prompts', 'next_prompts', 'Row', 'plan', 'end_tokens',
-           'generate', 'answer_logps', 'model_name', 'to_record', 'sample_batch', 'make_scorers', 'sample', 'shard',
-           'merge', 'sample_share', 'load_models', 'main']
+           'cut_at_stop', 'StopAt', 'generate', 'answer_logps', 'counted', 'model_name', 'as_record', 'to_record',
+           'sample_batch', 'make_scorers', 'sample', 'shard', 'write_samples', 'merge', 'sample_share',
+           'choose_prompts', 'all_counts', 'write_counts', 'load_models', 'sample_here', 'sample_seed', 'load_engine',
+           'generate_with_engine', 'gpu_groups', 'own_end_tokens', 'run_engine', 'sample_with_vllm', 'read_reply',
+           'ServerError', 'ask', 'ask_all', 'run_async', 'asked_with', 'read_answers', 'sample_with_server', 'main']
 
-# %% ../nbs/08_sample.ipynb #ed95e9fa
-import hashlib, math, time
+# %% ../nbs/08_sample.ipynb #81048761
+import asyncio, hashlib, json, math, os, time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper, set_seed
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper, TopPLogitsWarper, set_seed
 
 from .batching import Tree, cut, encode, encode_prompt, make_batch
 from .config import SampleConfig, make_config, parse_args
 from .data import Dataset, Example, load_data
 from .models import choose_layout, end_process, fit_vocabulary, load_reference, load_tokenizer, start_processes
-from .records import Progress, append_jsonl, as_turns, prompt_id, read_jsonl, write_json, write_records
+from .records import Progress, append_jsonl, as_turns, prompt_id, read_jsonl, show, write_json, write_records
 
 # %% ../nbs/08_sample.ipynb #5a7cfeb0
 def draws(
@@ -100,13 +104,33 @@ def end_tokens(model, tokenizer) -> list[int]:
     marker = next((i for i in reversed(turn) if i in special), None) # what the template puts behind an answer
     return sorted({tokenizer.eos_token_id, marker, *(own if isinstance(own, list) else [own])} - {None})
 
-# %% ../nbs/08_sample.ipynb #ad8ffeb0
+# %% ../nbs/08_sample.ipynb #f9c2d102
+def cut_at_stop(text: str, stop: list[str]) -> tuple[str, bool]: # the text, and whether there was a stop
+    "What comes before the first stop."
+    at = min((text.find(s) for s in stop if s in text), default=None)
+    return text[:at], at is not None
+
+
+class StopAt(StoppingCriteria):
+    "Ends a row when its text has a stop in it."
+    def __init__(self, stop: list[str], tokenizer, width: int): # width: tokens of the padded prompts
+        self.stop, self.tokenizer, self.width, self.length = stop, tokenizer, width, {} # length: row -> tokens until its stop
+        self.window = max(len(s.encode()) for s in stop) + 8
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        new = input_ids[:, max(self.width, input_ids.shape[1] - self.window):]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for i, t in enumerate(texts):
+            if cut_at_stop(t, self.stop)[1]: self.length.setdefault(i, input_ids.shape[1] - self.width)
+        return torch.tensor([i in self.length for i in range(len(texts))], device=input_ids.device)
+
+# %% ../nbs/08_sample.ipynb #fecb65dd
 @torch.inference_mode()
 def generate(
     rows: list[Row], # one batch
     model, tokenizer,
-    cfg: SampleConfig, # max_new_tokens, temperature, top_p, seed
-) -> list[list[int]]: # token ids of each answer, its end token included if it came to one
+    cfg: SampleConfig, # max_new_tokens, temperature, top_p, stop, seed
+) -> list[list[int]]: # token ids of each answer, its end token or the tokens of its stop included if it came to one
     "Draw the answers of a batch."
     width, ends, pad = max(len(r.ids) for r in rows), end_tokens(model, tokenizer), tokenizer.pad_token_id
     if width + cfg.max_new_tokens > (most := getattr(model.config, "max_position_embeddings", math.inf)):
@@ -115,10 +139,11 @@ def generate(
     mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rows], device=model.device)
     u = torch.from_numpy(np.stack([draws(cfg.seed, r.example.prompt_id, r.sample_id, cfg.max_new_tokens) for r in rows])).to(model.device)
     settings = GenerationConfig(do_sample=False, max_new_tokens=cfg.max_new_tokens, eos_token_id=ends, pad_token_id=pad)
+    stop = StoppingCriteriaList([StopAt(cfg.stop, tokenizer, width)] if cfg.stop else [])
     own, model.generation_config = model.generation_config, GenerationConfig()
-    try: out = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=processors(u, width, cfg.temperature, cfg.top_p))
+    try: out = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=processors(u, width, cfg.temperature, cfg.top_p), stopping_criteria=stop)
     finally: model.generation_config = own
-    answers = out[:, width:].tolist()
+    answers = [a[:stop[0].length.get(i) if stop else None] for i, a in enumerate(out[:, width:].tolist())]
     return [a[:next((i + 1 for i, t in enumerate(a) if t in ends), len(a))] for a in answers]
 
 # %% ../nbs/08_sample.ipynb #de2e328d
@@ -139,31 +164,46 @@ def answer_logps(
         for i, x in zip((i for t in part for i in t.index), sums): out[i] = x
     return out
 
-# %% ../nbs/08_sample.ipynb #ab689c23
+# %% ../nbs/08_sample.ipynb #127cbd7a
 COUNTED = ("samples", "tokens", "outputs_cut", "empty_outputs", "outputs_with_special_tokens")
+
+
+def counted(cfg: SampleConfig) -> tuple: return COUNTED + ("outputs_stopped",) * bool(cfg.stop)
 
 
 def model_name(path: str) -> str:
     "The last two parts of a model's path or hub name; FINAL says nothing."
     return "/".join([p for p in Path(path).parts if p not in ("FINAL", "/")][-2:])
 
-# %% ../nbs/08_sample.ipynb #5c08a1bb
-def to_record(row: Row, ids: list[int], tokenizer, ends: list[int], cfg: SampleConfig, counts: Counter) -> dict:
+# %% ../nbs/08_sample.ipynb #153d7a5c
+def as_record(
+    row: Row,
+    text: str, # the answer
+    finished: bool, # it came to an end of its own
+    cfg: SampleConfig,
+    counts: Counter, # what `counted` names is added here
+) -> dict:
     "One sample as it is written."
-    finished, e, special = ids[-1] in ends, row.example, set(tokenizer.all_special_ids)
-    body = ids[:-1] if finished else ids
-    text = tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    counts.update(samples=1, tokens=len(ids), outputs_cut=not finished, empty_outputs=not text, outputs_with_special_tokens=not special.isdisjoint(body))
+    (text, stopped), e = cut_at_stop(text, cfg.stop), row.example
+    counts.update(samples=1, outputs_cut=not (finished or stopped), empty_outputs=not text, **{"outputs_stopped": stopped} if cfg.stop else {})
     extra = {"instruction": e.original_prompt or e.prompt[-1]["content"]} if cfg.mode == "alpacaeval" else {}
     return dict(prompt_id=e.prompt_id, sample_id=row.sample_id, prompt=e.prompt, output=text, generator=model_name(cfg.model),
-                dataset=f"{e.dataset_name or 'prompts'}_{cfg.split}", split=cfg.split, type="sample", finished=finished) | extra
+                dataset=f"{e.dataset_name or 'prompts'}_{cfg.split}", split=cfg.split, type="sample", finished=finished or stopped) | extra
 
-# %% ../nbs/08_sample.ipynb #9ce2ae20
+
+def to_record(row: Row, ids: list[int], tokenizer, ends: list[int], cfg: SampleConfig, counts: Counter) -> dict:
+    "A sample of which we have the tokens."
+    finished, special = ids[-1:] != [] and ids[-1] in ends, set(tokenizer.all_special_ids)
+    body = ids[:-1] if finished else ids
+    counts.update(tokens=len(ids), outputs_with_special_tokens=not special.isdisjoint(body))
+    return as_record(row, tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False), finished, cfg, counts)
+
+# %% ../nbs/08_sample.ipynb #ce453bbc
 def sample_batch(
     rows: list[Row],
     model, tokenizer,
     cfg: SampleConfig,
-    counts: Counter, # what `COUNTED` names is added here
+    counts: Counter, # what `counted` names is added here
     scorers: dict, # name of a log-prob field -> (model, layout)
 ) -> list[dict]: # sample records
     "Draw a batch and write it down."
@@ -179,7 +219,7 @@ def make_scorers(model, reference, cfg: SampleConfig) -> dict: # reference: a mo
     named = {} if reference is None else {"policy_logps": model, "reference_logps": reference}
     return {name: (m, choose_layout(m, max_length=cfg.max_prompt_length + cfg.max_new_tokens).name) for name, m in named.items()}
 
-# %% ../nbs/08_sample.ipynb #31f2cefe
+# %% ../nbs/08_sample.ipynb #bf032ab6
 def sample(
     prompts: list, # each a text or a list of turns
     model, tokenizer,
@@ -189,6 +229,7 @@ def sample(
 ) -> list[dict]: # sample records, in the order of the prompts
     "Sample in this process."
     cfg, counts = make_config(SampleConfig, model=model.name_or_path or "policy", **settings), Counter() if counts is None else counts
+    if cfg.backend != "transformers": raise ValueError(f"backend: `sample` uses the model it is given; `main` samples with {cfg.backend}")
     turns = [as_turns(p, "user") for p in prompts]
     batches = plan([Example(t, prompt_id(t)) for t in turns], tokenizer, cfg, counts)
     scorers, out = make_scorers(model, reference, cfg), {}
@@ -200,12 +241,20 @@ def shard(path: str | Path, rank: int) -> Path:
     "Where one process keeps its samples until all are done."
     return Path(path).with_name(f".{Path(path).name}.shard{rank}.jsonl")
 
-# %% ../nbs/08_sample.ipynb #cf06272f
-def merge(path: str | Path, world: int, expected: int):
+# %% ../nbs/08_sample.ipynb #3cf8a7a8
+def write_samples(path: Path, rows: list[dict], mode: str = "train"):
+    "The samples' file; in mode alpacaeval one for AlpacaEval, and beside it the samples."
+    if mode == "alpacaeval":
+        write_records(path.with_name(f"{path.stem}.samples.json"), rows)
+        rows = [{k: v for k, v in r.items() if k not in ("prompt", "type")} for r in rows]
+    write_records(path, rows)
+
+# %% ../nbs/08_sample.ipynb #63e0ed93
+def merge(path: str | Path, world: int, expected: int, mode: str = "train"):
     "The shards' samples in order, as one file; each must be there exactly once."
     rows = sorted((r for k in range(world) for r in read_jsonl(shard(path, k))), key=lambda r: r["number"])
     if [r.pop("number") for r in rows] != list(range(expected)): raise RuntimeError(f"{path}: {len(rows)} samples came together, {expected} were asked for; sample again")
-    write_records(path, rows)
+    write_samples(Path(path), rows, mode)
     for k in range(world): shard(path, k).unlink()
 
 # %% ../nbs/08_sample.ipynb #54ec21a6
@@ -225,6 +274,23 @@ def sample_share(batches: list[list[Row]], rank: int, world: int, path: Path, dr
     if progress: progress.close()
     return counts
 
+# %% ../nbs/08_sample.ipynb #aab0580f
+def choose_prompts(cfg: SampleConfig) -> tuple[Dataset, list[Example]]:
+    "The data, and those of its prompts that are to be answered."
+    data = load_data(cfg.datasets, cfg.split)
+    return data, next_prompts(data, cfg.num_prompts, cfg.num_skip)
+
+
+def all_counts(cfg: SampleConfig, data: Dataset, examples: list[Example], counts: dict) -> dict:
+    "What was asked and what is left of the data, and what was counted."
+    return dict(prompts_asked=cfg.num_prompts, prompts=len(examples), prompts_left=len(distinct_prompts(data)) - cfg.num_skip - len(examples), **counts)
+
+
+def write_counts(path: Path, counts: dict, start: float) -> dict: # path: of the samples; start: time.monotonic() when it began
+    counts["seconds"] = round(time.monotonic() - start, 3)
+    write_json(path.with_name(f"{path.stem}.counts.json"), counts)
+    return counts
+
 # %% ../nbs/08_sample.ipynb #239b703e
 def load_models(cfg: SampleConfig, tokenizer, device):
     "Policy and reference (None without one; the same object if it is the same model)."
@@ -233,13 +299,12 @@ def load_models(cfg: SampleConfig, tokenizer, device):
     policy = load(cfg.model)
     return policy, policy if cfg.reference == cfg.model else load(cfg.reference) if cfg.reference else None
 
-# %% ../nbs/08_sample.ipynb #8e0db533
-def main(cfg: SampleConfig) -> dict: # the counts, as in the counts file
-    "Sample as the config says, on all processes."
+# %% ../nbs/08_sample.ipynb #d398d802
+def sample_here(cfg: SampleConfig) -> dict: # the counts, as in the counts file
+    "Sample with transformers, on all processes that Accelerate started."
     from accelerate.utils import gather_object
     accelerator, start, path = start_processes(cfg.num_processes), time.monotonic(), Path(cfg.output_file)
-    data = load_data(cfg.datasets, cfg.split)
-    examples = next_prompts(data, cfg.num_prompts, cfg.num_skip)
+    data, examples = choose_prompts(cfg)
     tokenizer, counts = load_tokenizer(cfg.model, cfg.trust_remote_code), Counter(prompts_shortened=0, prompts_cut=0)
     batches = plan(examples, tokenizer, cfg, counts)
     policy, reference = load_models(cfg, tokenizer, accelerator.device)
@@ -247,13 +312,173 @@ def main(cfg: SampleConfig) -> dict: # the counts, as in the counts file
     path.parent.mkdir(parents=True, exist_ok=True)
     own = sample_share(batches, rank, world, path, lambda rows, c: sample_batch(rows, policy, tokenizer, cfg, c, scorers))
     drawn = sum(gather_object([own]), Counter()) # all shards are complete once this returns
-    counts = dict(prompts_asked=cfg.num_prompts, prompts=len(examples), prompts_left=len(distinct_prompts(data)) - cfg.num_skip - len(examples), **counts, **{k: drawn[k] for k in COUNTED})
+    counts = all_counts(cfg, data, examples, dict(counts) | {k: drawn[k] for k in counted(cfg)})
     if accelerator.is_main_process:
-        merge(path, world, sum(map(len, batches)))
-        counts["seconds"] = round(time.monotonic() - start, 3)
-        write_json(path.with_name(f"{path.stem}.counts.json"), counts)
+        merge(path, world, sum(map(len, batches)), cfg.mode)
+        write_counts(path, counts, start)
     accelerator.wait_for_everyone()
     return counts
+
+# %% ../nbs/08_sample.ipynb #455add40
+def sample_seed(seed: int, prompt: str, sample: int) -> int: # prompt: its id; sample: number within the prompt
+    "The seed under which another program draws one sample."
+    return (int.from_bytes(hashlib.sha256(f"{seed}/{prompt}".encode()).digest()[:4], "little") + sample) % 2**31
+
+
+def load_engine(cfg: SampleConfig):
+    "The vLLM engine of this process."
+    try: from vllm import LLM
+    except ImportError as e: raise ImportError(f"backend: vllm cannot be imported ({e}); it is an extra: pip install 'halos_nb[vllm]', in an environment of its own, for it pins its own torch") from e
+    return LLM(model=cfg.model, tensor_parallel_size=cfg.tensor_parallel_size, dtype=cfg.precision, seed=cfg.seed % 2**31, trust_remote_code=cfg.trust_remote_code,
+               gpu_memory_utilization=cfg.gpu_memory_utilization, max_model_len=cfg.max_prompt_length + cfg.max_new_tokens, generation_config="vllm")
+
+# %% ../nbs/08_sample.ipynb #5c39388e
+def generate_with_engine(rows: list[Row], engine, ends: list[int], cfg: SampleConfig) -> list[list[int]]: # ends: `end_tokens`
+    "`generate`, by vLLM."
+    from vllm import SamplingParams
+    params = [SamplingParams(n=1, seed=sample_seed(cfg.seed, r.example.prompt_id, r.sample_id), temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_new_tokens,
+                             stop=cfg.stop or None, stop_token_ids=ends) for r in rows]
+    replies = engine.generate([dict(prompt_token_ids=r.ids) for r in rows], params, use_tqdm=False)
+    if [list(a.prompt_token_ids) for a in replies] != [r.ids for r in rows]: raise RuntimeError("backend: vLLM's answers are not those to the prompts it got, in their order; is this version newer than the one this was written for (0.9 and later)?")
+    return [list(a.outputs[0].token_ids) for a in replies]
+
+# %% ../nbs/08_sample.ipynb #3976f642
+def gpu_groups(cfg: SampleConfig) -> list[str | None]: # None: all that there are
+    "CUDA_VISIBLE_DEVICES of each engine."
+    named, n, k = os.environ.get("CUDA_VISIBLE_DEVICES"), cfg.data_parallel_size, cfg.tensor_parallel_size
+    if n == 1: return [None]
+    gpus = list(map(str, range(torch.cuda.device_count()))) if named is None else [g for g in named.split(",") if g]
+    if len(gpus) < n * k: raise ValueError(f"data_parallel_size: {n} engines on {k} GPUs each need {n * k}, there are {len(gpus)}")
+    return [",".join(gpus[i * k:(i + 1) * k]) for i in range(n)]
+
+
+def own_end_tokens(path: str, tokenizer, trust_remote_code: bool = False) -> list[int]:
+    "`end_tokens` of a model that is not loaded here."
+    try: own = GenerationConfig.from_pretrained(path)
+    except OSError: own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    return end_tokens(SimpleNamespace(generation_config=own), tokenizer)
+
+# %% ../nbs/08_sample.ipynb #c77bd3fb
+def run_engine(rank: int, cfg: SampleConfig, batches: list[list[Row]], gpus: list[str | None]):
+    "One engine's share of the batches, into its shard."
+    if gpus[rank] is not None: os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]
+    tokenizer, engine, path = load_tokenizer(cfg.model, cfg.trust_remote_code), load_engine(cfg), Path(cfg.output_file)
+    ends = own_end_tokens(cfg.model, tokenizer, cfg.trust_remote_code)
+    def draw(rows, counts): return [to_record(r, ids, tokenizer, ends, cfg, counts) for r, ids in zip(rows, generate_with_engine(rows, engine, ends, cfg))]
+    write_json(shard(path, rank).with_suffix(".counts"), sample_share(batches, rank, len(gpus), path, draw))
+
+
+def sample_with_vllm(cfg: SampleConfig) -> dict: # the counts
+    "Sample with vLLM, on one engine or several."
+    import importlib.util
+    if importlib.util.find_spec("vllm") is None: load_engine(cfg) # says what is missing, before anything is read
+    start, path, gpus, counts = time.monotonic(), Path(cfg.output_file), gpu_groups(cfg), Counter(prompts_shortened=0, prompts_cut=0)
+    data, examples = choose_prompts(cfg)
+    batches = plan(examples, load_tokenizer(cfg.model, cfg.trust_remote_code), cfg, counts)
+    gpus = gpus[:len(batches)] # no engine without work
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(gpus) == 1: run_engine(0, cfg, batches, gpus)
+    else: torch.multiprocessing.spawn(run_engine, (cfg, batches, gpus), nprocs=len(gpus))
+    files = [shard(path, k).with_suffix(".counts") for k in range(len(gpus))]
+    drawn = sum((Counter(json.loads(f.read_text())) for f in files), Counter())
+    merge(path, len(gpus), sum(map(len, batches)), cfg.mode)
+    for f in files: f.unlink()
+    return write_counts(path, all_counts(cfg, data, examples, dict(counts) | {k: drawn[k] for k in counted(cfg)}), start)
+
+# %% ../nbs/08_sample.ipynb #40aa6577
+def read_reply(reply) -> dict: # reply: what the client returned, of whatever kind
+    "The answer in a reply, or the reason why there is none."
+    choices = getattr(reply, "choices", None)
+    if not choices: return dict(reason="no choices", detail=show(reply, 200))
+    text, end, usage = choices[0].message.content, choices[0].finish_reason, getattr(reply, "usage", None)
+    if end == "content_filter" or not isinstance(text, str): return dict(reason="filtered" if end == "content_filter" else "no text", detail=show(choices[0], 200))
+    text.encode() # half a character cannot be written
+    return dict(output=text, finished=end == "stop", tokens=getattr(usage, "completion_tokens", None) or 0, input_tokens=getattr(usage, "prompt_tokens", None) or 0)
+
+# %% ../nbs/08_sample.ipynb #5d8c40b1
+class ServerError(RuntimeError):
+    "The server will not answer, whatever is asked."
+
+
+async def ask(client, row: Row, cfg: SampleConfig) -> dict: # client: an openai.AsyncOpenAI
+    "One sample from a server: `output`, or `reason` why there is none."
+    most = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens" # the older name is known everywhere else
+    settings = dict(temperature=cfg.temperature, top_p=cfg.top_p, seed=sample_seed(cfg.seed, row.example.prompt_id, row.sample_id)) | ({"stop": cfg.stop} if cfg.stop else {})
+    try:
+        async with asyncio.timeout(cfg.timeout * (cfg.max_retries + 1)):
+            return read_reply(await client.chat.completions.create(model=cfg.model, messages=row.example.prompt, extra_body=json.loads(cfg.extra_body or "{}"), **settings, **{most: cfg.max_new_tokens}))
+    except Exception as e:
+        status = getattr(e, "status_code", None)
+        if status in (401, 402, 403, 404) or getattr(e, "code", None) == "insufficient_quota": raise ServerError(f"{client.base_url}: {e}") from None
+        return dict(reason=f"http {status}" if status else type(e).__name__, detail=show(str(e), 200), down=status is None or status == 429 or status >= 500)
+
+# %% ../nbs/08_sample.ipynb #8122fa0c
+async def ask_all(rows: list[Row], cfg: SampleConfig, keep): # keep(row, answer) is called as each arrives
+    "Ask for every row, `concurrency` at a time."
+    from openai import AsyncOpenAI
+    todo, failed = iter(rows), 0
+    async with AsyncOpenAI(base_url=cfg.base_url, timeout=cfg.timeout, max_retries=cfg.max_retries) as client:
+        async def work():
+            nonlocal failed
+            for row in todo:
+                answer = await ask(client, row, cfg)
+                failed = failed + 1 if answer.pop("down", False) else 0
+                keep(row, answer)
+                if failed >= 4 * cfg.concurrency: raise ServerError(f"{client.base_url}: {failed} requests in a row failed, the last one with {answer['reason']}: {answer['detail']}")
+        await asyncio.gather(*(work() for _ in range(cfg.concurrency)))
+
+
+def run_async(coroutine):
+    "The result of a coroutine, also where a notebook's own loop is running."
+    try: asyncio.get_running_loop()
+    except RuntimeError: return asyncio.run(coroutine)
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
+
+# %% ../nbs/08_sample.ipynb #c6bbc6a6
+def asked_with(cfg: SampleConfig) -> str:
+    "A hash of what an answer depends on, besides the prompt and the sample's number."
+    names = ("model", "temperature", "top_p", "stop", "max_new_tokens", "seed", "extra_body")
+    return hashlib.sha256(json.dumps([cfg.base_url or os.environ.get("OPENAI_BASE_URL"), *(getattr(cfg, n) for n in names)]).encode()).hexdigest()[:16]
+
+
+def read_answers(journal: Path, settings: str) -> dict[tuple, dict]: # settings: `asked_with`
+    "The answers there are already, by prompt and sample."
+    return {(a["prompt_id"], a["sample_id"]): a for a in (read_jsonl(journal) if journal.exists() else []) if a["settings"] == settings and "output" in a}
+
+# %% ../nbs/08_sample.ipynb #23266fc7
+def sample_with_server(cfg: SampleConfig) -> dict: # the counts
+    "Sample from a server, asking only what its journal has no answer to."
+    if not os.environ.get("OPENAI_API_KEY"): raise ValueError("backend: OPENAI_API_KEY is not set; the key is read from the environment and from nowhere else (any text, for a server that wants none)")
+    start, path, settings, reasons, last, counts = time.monotonic(), Path(cfg.output_file), asked_with(cfg), Counter(), {}, Counter(dict.fromkeys(("samples", "tokens", "outputs_cut", "empty_outputs"), 0))
+    data, examples = choose_prompts(cfg)
+    rows = [Row(i * cfg.num_samples_per_prompt + k, e, k, []) for i, e in enumerate(examples) for k in range(cfg.num_samples_per_prompt)]
+    journal, key = path.with_name(f"{path.stem}.answers.jsonl"), lambda r: (r.example.prompt_id, r.sample_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answers = read_answers(journal, settings)
+    missing = [r for r in rows if key(r) not in answers]
+    with Progress(len(rows), "samples", "sample") as progress:
+        progress.update(len(rows) - len(missing))
+        def keep(row, answer):
+            append_jsonl(journal, dict(settings=settings, prompt_id=row.example.prompt_id, sample_id=row.sample_id, time=time.time()) | answer, sync=True)
+            if "output" in answer: answers[key(row)] = answer
+            else: reasons[answer["reason"]] += 1; last.update(answer)
+            progress.update(1, unanswered=reasons.total())
+        run_async(ask_all(missing, cfg, keep))
+    answered = [r for r in rows if key(r) in answers]
+    if not answered: raise ServerError(f"{journal}: none of {len(rows)} samples was answered: {dict(reasons)}; the last reply: {last['detail']}")
+    counts["tokens"] = sum(answers[key(r)]["tokens"] for r in answered)
+    records = [as_record(r, answers[key(r)]["output"], answers[key(r)]["finished"], cfg, counts) for r in answered]
+    write_samples(path, records, cfg.mode)
+    counts["repeated_outputs"] = len(records) - len({(r["prompt_id"], r["output"]) for r in records})
+    told = dict(from_journal=len(rows) - len(missing), unanswered=reasons.total()) | {f"unanswered ({why})": n for why, n in reasons.items()}
+    return write_counts(path, all_counts(cfg, data, examples, dict(counts) | told), start)
+
+# %% ../nbs/08_sample.ipynb #d667f277
+def main(cfg: SampleConfig) -> dict: # the counts, as in the counts file
+    "Sample as the config says."
+    if cfg.backend != "transformers" and int(os.environ.get("WORLD_SIZE", 1)) > 1: raise RuntimeError(f"backend: {cfg.backend} is started in one process: python -m halos_nb.sample, not accelerate launch")
+    return dict(transformers=sample_here, vllm=sample_with_vllm, openai=sample_with_server)[cfg.backend](cfg)
 
 # %% ../nbs/08_sample.ipynb #871ffe49
 if __name__ == "__main__" and "__file__" in globals():

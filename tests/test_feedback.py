@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import halos_nb.feedback as feedback_module
 from halos_nb.feedback import convert_to_binary_feedback, convert_to_pairwise_feedback, convert_to_scalar_feedback, feedback_counts, group_advantages
 from halos_nb.records import RecordError, check
 
@@ -57,7 +58,9 @@ def test_group_advantages(samples, shift):
 
 
 @cases("feedback_pairwise")
-def test_pairwise_golden(case):
+def test_pairwise_golden(case, monkeypatch):
+    "Bit for bit, once HALOs' rule for equal rewards (the file's order) is put in the place of ours (the answers' words)."
+    monkeypatch.setattr(feedback_module, "ranking", lambda group: sorted(group, key=lambda s: s["reward"], reverse=True))
     samples, name_of = the_samples("feedback_pairwise", case)
     def run(): return convert_to_pairwise_feedback(samples, case["seed"], case["mode"], case["threshold"])
     if "error" in case:
@@ -73,6 +76,19 @@ def test_pairwise_golden(case):
         assert [[p["prompt_id"], name_of(p, "A"), name_of(p, "B"), p["label"]] for p in pairs] == case["pairs"]
         assert [p["reward_difference"] for p in pairs] == case["reward_differences"]
     if "items" in case and "quirk" not in case: assert pairs == case["items"]
+
+
+@cases("feedback_pairwise", keep=lambda case: "error" not in case and "quirk" not in case)
+def test_pairwise_golden_with_our_ties(case):
+    "deliberate: which of a prompt's equal rewards `max` takes does not hang on their order; all else is as recorded."
+    samples, name_of = the_samples("feedback_pairwise", case)
+    reward = {(s["prompt_id"], s["sample_id"]): s["reward"] for s in samples}
+    tied = {k for k, n in Counter((s["prompt_id"], s["reward"]) for s in samples).items() if n > 1} if case["mode"] != "random" else set()
+    def standing(p, a, b, label): return [p, *((reward[p, i] if (p, reward[p, i]) in tied else f"sample {i}") for i in (a, b)), label]
+    pairs = convert_to_pairwise_feedback(samples, case["seed"], case["mode"], case["threshold"])
+    ours, theirs = ([standing(*x) for x in rows] for rows in ([[p["prompt_id"], name_of(p, "A"), name_of(p, "B"), p["label"]] for p in pairs], case["pairs"]))
+    assert ours == theirs
+    assert [p["reward_difference"] for p in pairs] == case["reward_differences"]
 
 
 rewards = st.one_of(st.none(), st.just(math.nan), st.integers(-3, 3), st.floats(-5, 5))

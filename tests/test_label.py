@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import golden
 from halos_nb.batching import byte_tokenizer, encode, encode_prompt
 from halos_nb.config import LabelConfig
-from halos_nb.label import check_reward_model, main, process_batch_with_reward_model, read_samples, score_samples, to_feedback
+from halos_nb.label import head_of, main, process_batch_with_reward_model, read_samples, score_samples, to_feedback
 from halos_nb.models import load_reward_model
 from halos_nb.records import RecordError, as_turns, prompt_id, read_jsonl, read_records, write_records
 
@@ -155,7 +155,7 @@ def test_golden_label_command():
     labelled = [s | dict(reward=reward.get((s["prompt_id"], s["sample_id"])), output=as_turns(s["output"])) for s in told["samples"]]
     for case in told["cases"]:
         options = {k: v for k, v in case["options"].items() if k != "threshold" or case["options"]["feedback_type"]}
-        cfg = LabelConfig(samples_file="", output_file="", reward_model_path="", **options)
+        cfg = LabelConfig(samples_file="", output_file="", reward_model_path="rm", **options)
         if "file" in case: assert to_feedback(labelled, cfg) == case["file"], case["id"]
         elif options["split"]: assert {r["split"] for r in to_feedback(labelled, cfg)} == {options["split"]}, case["id"] # documented_note
         elif cfg.threshold == 5.5: assert [r["label"] for r in to_feedback(labelled, cfg)] == [int(r["reward"] >= 5.5) for r in scalar]
@@ -166,7 +166,7 @@ def test_golden_label_command():
 def test_defaults():
     "Pairwise: any difference; binary: the median; no type: the score."
     rows = [dict(prompt_id="p", sample_id=i, prompt=as_turns("?", "user"), output=as_turns(str(r)), reward=r) for i, r in enumerate((0.1, 0.2, 5.0))]
-    given = dict(samples_file="", output_file="", reward_model_path="")
+    given = dict(samples_file="", output_file="", reward_model_path="rm")
     assert [r["reward_difference"] > 0 for r in to_feedback(rows, LabelConfig(feedback_type="pairwise", **given))] == [True]
     assert [r["label"] for r in to_feedback(rows, LabelConfig(feedback_type="binary", **given))] == [0, 1, 1]
     assert {r["type"] for r in to_feedback(rows, LabelConfig(**given))} == {"scalar_feedback"}
@@ -188,7 +188,199 @@ def test_broken_file(tmp_path, text, told):
     with pytest.raises(RecordError, match=f"samples.json: .*{told}"): read_samples(tmp_path / "samples.json")
 
 
-def test_other_heads_are_refused(tmp_path):
-    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match="with 1 logits, not a Bradley-Terry reward model"): check_reward_model(str(tmp_path / "one"))
+
+
+# ---- other heads than ours
+
+
+def save_llama(folder, tok, **more):
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, pad_token_id=0, eos_token_id=2,
+                                               bos_token_id=None, **more)).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def save_bert(folder, tok, **more):
+    torch.manual_seed(1)
+    BertForSequenceClassification(BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, **more)).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def label(folder, tmp_path, samples=None, **more):
+    write_records(tmp_path / "samples.json", samples or make_samples())
+    return main(LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "feedback.json"), **(dict(reward_model_path=str(folder)) if folder else {}), **more))
+
+
+def scores(tmp_path): return [r["score"] for r in read_jsonl(tmp_path / "feedback.labels.jsonl")]
+
+
+@pytest.mark.parametrize("save", [save_llama, save_bert])
+@pytest.mark.parametrize("n, weights, meaning", [(1, "", "its one logit"), (2, "", "second of two logits (Bradley-Terry)"), (3, "safe=0.25, helpful=-1", "0.25 safe + -1 helpful"), (2, "LABEL_0=1", "1 LABEL_0")])
+def test_heads(tmp_path, tok, save, n, weights, meaning):
+    "Decoders and encoders with one, two and three logits, against plain transformers one text at a time."
+    save(tmp_path / "m", tok, **(dict(id2label=dict(enumerate(("helpful", "safe", "brief")))) if n == 3 else dict(num_labels=n)))
+    counts, plain = label(tmp_path / "m", tmp_path, objective_weights=weights), AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    assert counts["head"] == meaning and counts["scored"] == 23
+    w = torch.tensor({"": [0.0] * (n - 1) + [1.0], "LABEL_0=1": [1.0, 0.0]}.get(weights, [-1, 0.25, 0]))
+    for s, score in zip(make_samples(), scores(tmp_path)):
+        with torch.no_grad(): assert score == pytest.approx((plain(torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])).logits[0] @ w).item(), abs=1e-5)
+
+
+def test_heads_that_are_refused(tmp_path, tok):
+    save_llama(tmp_path / "three", tok, id2label=dict(enumerate(("helpful", "safe", "brief"))))
+    with pytest.raises(ValueError, match="has 3 logits, helpful, safe, brief; weigh them by name"): label(tmp_path / "three", tmp_path)
+    for weights, told in [("kind=1", "'kind' is no objective of .*; it has helpful, safe, brief"), ("safe=x", "safe has no number"), ("safe", "safe has no number"), ("safe=1,safe=2", "given twice"), ("safe=0", "weighs nothing"), ("safe=nan", "weighs nothing")]:
+        with pytest.raises(ValueError, match="objective_weights: .*" + told): label(tmp_path / "three", tmp_path, objective_weights=weights)
+    with pytest.raises(ValueError, match="is a LlamaForCausalLM, not a reward model"): head_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
+    assert not (tmp_path / "feedback.labels.jsonl").exists()
+
+
+GATED = '''
+from dataclasses import dataclass
+import torch
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.utils import ModelOutput
+
+@dataclass
+class Answer(ModelOutput):
+    rewards: torch.Tensor | None = None
+    score: torch.Tensor | None = None
+
+class GatedReward(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.objectives, self.gate = (torch.nn.Linear(config.hidden_size, config.num_labels, bias=False) for _ in range(2))
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs): # takes it that nothing is padded
+        last = self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, -1]
+        rewards = self.objectives(last)
+        return Answer(rewards=rewards, score=(rewards * self.gate(last).softmax(-1)).sum(-1))
+'''
+
+
+def test_model_with_a_score_of_its_own(tmp_path, tok):
+    "ArmoRM-like: code that comes with the model runs only if the user says so, and its `score` is taken, whatever it does with padding."
+    from importlib.util import module_from_spec, spec_from_file_location
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/gated.py").write_text(GATED)
+    spec = spec_from_file_location("gated", tmp_path / "m/gated.py")
+    sys.modules["gated"] = gated = module_from_spec(spec) # dataclass looks there
+    spec.loader.exec_module(gated)
+    torch.manual_seed(0)
+    model = gated.GatedReward(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, initializer_range=0.2, num_labels=5, pad_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text()) | dict(auto_map={"AutoModelForSequenceClassification": "gated.GatedReward"})
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code: .* is a GatedReward with code of its own"): label(tmp_path / "m", tmp_path)
+    command = [sys.executable, "-m", "halos_nb.label", "--reward_model_path", str(tmp_path / "m"), "--trust_remote_code", str(tmp_path / "samples.json"), str(tmp_path / "feedback.json")]
+    out = subprocess.run(command, env=os.environ | dict(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=200)
+    assert out.returncode == 0, out.stderr[-2000:]
+    for s, score in zip(make_samples(), scores(tmp_path)):
+        ids = torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])
+        with torch.no_grad(): assert score == pytest.approx(model(ids, torch.ones_like(ids)).score.item(), abs=1e-5)
+    assert json.loads((tmp_path / "feedback.counts.json").read_text())["head"] == "the `score` of GatedReward"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|im_end|>"])
+def test_padding_side(folder, tmp_path, rm, tok, side, pad):
+    "How the tokenizer would pad, and with what, changes nothing."
+    other = byte_tokenizer()
+    other.padding_side, other.pad_token = side, pad
+    assert [x.score for x in score_samples(make_samples(), rm, other, token_budget=300)] == pytest.approx([x.score for x in score_samples(make_samples(), rm, tok)], abs=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_batch_size(rm, tok, most):
+    seen, samples = [], make_samples()
+    hook = rm.register_forward_hook(lambda module, args, kwargs, out: seen.append(len(out[0])) if "tree" in kwargs else None, with_kwargs=True)
+    scored = [x.score for x in score_samples(samples, rm, tok, batch_size=most)]
+    hook.remove()
+    assert scored == pytest.approx([x.score for x in score_samples(samples, rm, tok)], abs=1e-5) and max(seen[2:]) == most and sum(seen[2:]) == len(samples) # the first two: a probe of the layout
+
+
+def test_process_batch_takes_plain_and_wrapped_models(folder, rm, tok):
+    plain, samples = AutoModelForSequenceClassification.from_pretrained(folder).eval(), make_samples()
+    expected = [x.score for x in score_samples(samples, rm, tok)]
+    for model in (plain, type("DDP", (), dict(module=rm))()): assert [s["reward"] for s in process_batch_with_reward_model(samples, model, tok, None)] == pytest.approx(expected, abs=1e-5)
+
+
+# ---- functions, journals, two files
+
+
+def grade(prompt, output):
+    prompt.clear() # a labeller cannot spoil the samples
+    if not output: raise KeyError("empty")
+    return float("inf") if "9" in output else len(output) if "3" in output else True if "2" in output else "many" if "1" in output else 0
+
+
+def test_function(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    samples = [s | dict(output=o) for s, o in zip(make_samples((6,)), ("", "9", "333", "2", "1", "0"))]
+    counts = label(None, tmp_path, samples, function="test_label:grade")
+    assert scores(tmp_path) == [None, None, 3.0, 1.0, None, 0.0] and counts["reasons"] == {"KeyError: 'empty'": 1, "the function gave inf": 1, "the function gave 'many'": 1}
+    assert [r["reward"] for r in read_records(tmp_path / "feedback.json", "scalar_feedback")] == [3.0, 1.0, 0.0]
+    assert read_jsonl(tmp_path / "feedback.labels.jsonl")[0]["labeller"] == "function:test_label:grade"
+    for spec in ("test_label", "test_label:gone", "gone:f", "test_label:TWO", ":"):
+        with pytest.raises(ValueError, match="function: "): label(None, tmp_path, samples, function=spec)
+
+
+def test_conversion_from_labels(folder, tmp_path):
+    "The same feedback from the journal as from the model, in every form; an older journal, whose labeller is a path, is read too."
+    for kind in ("pairwise", "binary", "scalar"):
+        label(folder, tmp_path, feedback_type=kind)
+        made, journal = (tmp_path / "feedback.json").read_bytes(), tmp_path / "feedback.labels.jsonl"
+        rows = read_jsonl(journal)
+        assert {r["labeller"] for r in rows} == {f"rm:{folder}"}
+        (tmp_path / "old.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("prompt_id", "sample_id", "score", "reason", "truncated")} | dict(labeller=str(folder))) + "\n" for r in rows))
+        for source in (journal, tmp_path / "old.jsonl"):
+            label(None, tmp_path, feedback_type=kind, from_labels=str(source))
+            assert (tmp_path / "feedback.json").read_bytes() == made
+
+
+def test_journal_of_others(tmp_path):
+    samples, file = make_samples(), tmp_path / "some.jsonl"
+    row = lambda s, **more: dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], labeller="human:a", score=1.0, reason="", type="label") | more
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*(row(s, score=float(i)) for i, s in enumerate(samples[:9])), row(samples[0], labeller="rm:x"), row(samples[0], prompt_id="gone")]))
+    with pytest.raises(ValueError, match="labeller: .*human:a, rm:x; name one"): label(None, tmp_path, from_labels=str(file))
+    counts = label(None, tmp_path, from_labels=str(file), labeller="human:a")
+    assert (counts["scored"], counts["unscored"], counts["reasons"], counts["labels_without_sample"]) == (9, 14, {"not in the journal": 14}, 1)
+    with pytest.raises(RecordError, match="paid for"): label(None, tmp_path, function="builtins:len") # a person's labels are beside the output now
+    file.write_text(json.dumps(row(samples[0], score="9")) + "\n")
+    with pytest.raises(RecordError, match="some.jsonl, record 1: field `score`"): label(None, tmp_path, from_labels=str(file))
+
+
+def test_second_file(folder, tmp_path):
+    "The k-th sample of a prompt here against the k-th there, with the scores that each has in its own file; broken second files say so."
+    samples = make_samples()
+    write_records(tmp_path / "other.json", other := [s | dict(output=s["output"] + " indeed") for s in samples[::-1]])
+    alone = {}
+    for name, rows in (("first", samples), ("second", other)):
+        label(folder, tmp_path, rows)
+        alone[name] = {(s["prompt_id"], s["output"]): x for s, x in zip(rows, scores(tmp_path))}
+    counts = label(folder, tmp_path, samples, second_samples_path=str(tmp_path / "other.json"), feedback_type="pairwise")
+    assert counts["pairs"] == 23 == counts["first_better"] + counts["second_better"] + counts["equal"] and counts["unmatched"] == 0
+    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
+        sides = [("second" if r[k][0]["content"].endswith("indeed") else "first", r[k][0]["content"], r[v]) for k, v in (("output_A", "reward_A"), ("output_B", "reward_B"))]
+        assert {s for s, _, _ in sides} == {"first", "second"} and r["label"] == (r["reward_A"] > r["reward_B"])
+        for side, text, reward in sides: assert reward == pytest.approx(alone[side][r["prompt_id"], text], abs=1e-5)
+    for rows, told in [([other[0] | dict(prompt=as_turns("?", "user"))], "other.json, record 1: field `prompt`"), ([other[0] | dict(prompt_id="new")], "no prompt_id of it is in"), ([other[0], other[0]], "other.json, record 2: field `sample_id`")]:
+        write_records(tmp_path / "other.json", rows)
+        with pytest.raises(RecordError, match=told): label(folder, tmp_path, samples, second_samples_path=str(tmp_path / "other.json"))
+
+
+def test_trim_to_sentence(folder, tmp_path, rm, tok):
+    "Only if asked; what is scored is what stands in the feedback."
+    samples = [s | dict(output=o) for s, o in zip(make_samples((3,)), ("One. Two, th", "One. Two.", "no end"))]
+    assert "outputs_trimmed" not in label(folder, tmp_path, samples)
+    assert label(folder, tmp_path, samples, trim_to_sentence=True)["outputs_trimmed"] == 1
+    cut = [r["output"][0]["content"] for r in read_records(tmp_path / "feedback.json")]
+    assert cut == ["One.", "One. Two.", "no end"] and scores(tmp_path) == pytest.approx([x.score for x in score_samples([s | dict(output=o) for s, o in zip(samples, cut)], rm, tok)], abs=1e-5)
+
+
+def test_dry_run_scores_nothing(folder, tmp_path, capsys):
+    counts = label(folder, tmp_path, dry_run=True)
+    assert counts["samples"] == 23 and "second of two logits" in capsys.readouterr().out and not (tmp_path / "feedback.labels.jsonl").exists()

@@ -1,22 +1,31 @@
 "Sampling: the policy's distribution, and the same samples whatever the batches and the processes."
+import asyncio
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import free_port, missing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from halos_nb.batching import byte_tokenizer
-from halos_nb.config import SampleConfig
+from halos_nb.config import SampleConfig, config_json, parse_args
 from halos_nb.data import Example
-from halos_nb.models import load_policy, load_reference
-from halos_nb.records import as_turns, prompt_id, read_records
-from halos_nb.sample import answer_logps, end_tokens, generate, main, merge, plan, sample, sample_batch, sample_share, shard
+from halos_nb.models import load_policy, load_reference, load_tokenizer
+from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
+from halos_nb.sample import Row, answer_logps, ask, ask_all, end_tokens, generate, main, merge, own_end_tokens, plan, sample, sample_batch, sample_seed, sample_share, shard
 
 TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
        "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
@@ -177,3 +186,460 @@ def test_two_processes_write_the_same_file(tiny, tmp_path):
     assert (two["prompts_asked"], two["prompts"], two["prompts_left"], two["samples"]) == (20, 7, 0, 14)
     last = json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])
     assert (last["done"], last["total"], last["unit"]) == (14, 14, "samples") and last["tokens_per_second"] > 0
+
+
+# ---- stop strings
+
+
+STOPS = ["e", "\\", "1 "] # of which the random model has enough
+
+
+def test_stop_cuts_what_would_be_said_anyway(policy, tok):
+    "Each answer is what it is without stops, up to the first of them; whatever else is in the batch."
+    counts, settings = Counter(), dict(num_samples_per_prompt=20, max_new_tokens=25, seed=2)
+    free = sample(PROMPTS, policy, tok, **settings)
+    for size in (1, 7, 200):
+        stopped = sample(PROMPTS, policy, tok, counts=(counts := Counter()), batch_size=size, stop=STOPS, **settings)
+        assert [s["output"] for s in stopped] == [min((s["output"].split(x)[0] for x in STOPS), key=len) for s in free]
+        found = [any(x in s["output"] for x in STOPS) for s in free]
+        assert counts["outputs_stopped"] == sum(found) and 10 < sum(found) < 140
+        assert [s["finished"] for s in stopped] == [s["finished"] or f for s, f in zip(free, found)]
+        assert counts["outputs_cut"] == sum(not s["finished"] for s in stopped)
+
+
+def test_stop_keeps_the_tokens_until_it_is_complete(policy, tok):
+    "Also a stop of several tokens, over characters of several bytes; the log-probabilities are of just these tokens."
+    cfg = SampleConfig(model="tiny", num_samples_per_prompt=40, max_new_tokens=30)
+    [rows] = plan(examples(PROMPTS[:3]), tok, cfg, Counter())
+    free = generate(rows, policy, tok, cfg)
+    texts = [tok.decode(a, skip_special_tokens=True) for a in free]
+    long = next(t[i:i + 4] for t in texts for i in range(3, len(t) - 4) if "\ufffd" not in t[i:i + 4])
+    stop = [long, "e"]
+    stopped = generate(rows, policy, tok, replace(cfg, stop=stop))
+    for a, b in zip(free, stopped):
+        n = next((n for n in range(len(a) + 1) if any(s in tok.decode(a[:n], skip_special_tokens=True) for s in stop)), len(a))
+        assert b == a[:n]
+    assert any(a != b and tok.decode(b, skip_special_tokens=True).endswith(long) for a, b in zip(free, stopped))
+    assert answer_logps(rows, stopped, policy, "plain") == pytest.approx(answer_logps(rows, stopped, policy, "tree"), abs=1e-3)
+
+
+def test_without_stop_nothing_is_new(policy, tok):
+    "No stop and a stop that nobody says: the same samples, byte for byte."
+    one, two = (sample(PROMPTS, policy, tok, max_new_tokens=20, stop=s) for s in ("", "no such words are ever said"))
+    assert one == two
+
+
+# ---- which prompts, and what is written
+
+
+def command(tiny, out, *more): return [str(tiny), "--output_file", str(out), "--max_new_tokens", "4", "--num_processes", "1", *map(str, more)]
+
+
+def test_flags_of_old_on_named_sets(tiny, tmp_path, monkeypatch):
+    "The predecessor's command line, on a named set in a local folder, then two sources together; prompts are the example's, once each, and run out."
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "princeton-nlp/llama3-ultrafeedback-armorm").mkdir(parents=True)
+    def turns(q, a): return [dict(role="user", content=q), dict(role="assistant", content=a)]
+    questions = ["One?  Two spaces.", "Two?", "Three?", "Two?"]
+    rows = [dict(prompt=q, prompt_id=str(i), all_generated_responses=["x", "y"], all_rm_scores=[0.1, 0.2], chosen=turns(q, "y"), rejected=turns(q, "x")) for i, q in enumerate(questions)]
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "princeton-nlp/llama3-ultrafeedback-armorm/train.jsonl")
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(dict(prompt=p)) + "\n" for p in ("Three?", "Four?")))
+    flags = ["--num_samples_per_prompt", 4, "--num_prompts", 512, "--num_skip", 0]
+    counts = main(parse_args(SampleConfig, command(tiny, "a.json", "--datasets", "ultrafeedback_armorm", *flags)))
+    written = read_records(tmp_path / "a.json", "sample")
+    assert [(s["prompt"][0]["content"], s["sample_id"], s["dataset"]) for s in written] == [(q, k, "ultrafeedback_armorm_train") for q in questions[:3] for k in range(4)]
+    assert all(s["prompt_id"] == prompt_id(s["prompt"]) for s in written) and len({s["prompt_id"] for s in written}) == 3
+    assert (counts["prompts_asked"], counts["prompts"], counts["prompts_left"]) == (512, 3, 0)
+    both = ["--datasets", "ultrafeedback_armorm", "more.jsonl"]
+    main(parse_args(SampleConfig, command(tiny, "b.json", *both, "--num_skip", 1, "--num_prompts", 2)))
+    assert [s["prompt"][0]["content"] for s in read_records(tmp_path / "b.json")] == ["Two?", "Three?"]
+    main(parse_args(SampleConfig, command(tiny, "c.json", *both, "--num_skip", 3, "--num_prompts", 2)))
+    assert [(s["prompt"][0]["content"], s["dataset"]) for s in read_records(tmp_path / "c.json")] == [("Four?", "more_train")]
+    with pytest.raises(ValueError, match="prompts ran out"): main(parse_args(SampleConfig, command(tiny, "d.json", *both, "--num_skip", 4)))
+
+
+def test_what_alpacaeval_reads(tiny, prompts, tmp_path):
+    "What AlpacaEval does with a file of outputs, in pandas: one generator, joined by instruction, duplicate rows dropped (a list in a row ends that)."
+    import pandas as pd
+    out = tmp_path / "outputs.json"
+    main(parse_args(SampleConfig, command(tiny, out, "--datasets", prompts, "--mode", "alpacaeval", "--reference", tiny)))
+    ours = pd.read_json(out)
+    assert {"instruction", "output", "generator", "dataset"} <= set(ours.columns) and ours["generator"].nunique() == 1
+    reference = pd.DataFrame([dict(instruction=p, output="x", generator="other", dataset="y") for p in PROMPTS[::-1]])
+    joined = pd.merge(reference, ours, on=["instruction"], suffixes=("_1", "_2")).drop_duplicates()
+    assert len(joined) == len(ours) == len(PROMPTS) and ours["output"].map(type).eq(str).all()
+    full = read_records(tmp_path / "outputs.samples.json", "sample") # and for our own stages
+    assert [s["output"] for s in full] == list(ours["output"]) and [s["prompt"][0]["content"] for s in full] == PROMPTS
+
+
+# ---- vLLM: NOT run here. This module stands in its place; it has the names and signatures of vLLM's documentation (LLM, LLM.generate,
+# SamplingParams, RequestOutput) and refuses others, notes how it was used, and says random letters by each request's seed.
+
+
+VLLM = '''
+import json, os, random
+from dataclasses import dataclass
+
+@dataclass(kw_only=True)
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = 16
+    skip_special_tokens: bool = True
+
+@dataclass
+class CompletionOutput:
+    index: int
+    text: str
+    token_ids: list
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+@dataclass
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list
+    outputs: list
+
+class LLM:
+    def __init__(self, model, *, tokenizer=None, trust_remote_code=False, tensor_parallel_size=1, dtype="auto", seed=None, gpu_memory_utilization=0.9, **engine_args):
+        from transformers import AutoTokenizer
+        assert set(engine_args) <= {"max_model_len", "generation_config"}, engine_args
+        self.tokenizer, self.most = AutoTokenizer.from_pretrained(model), engine_args["max_model_len"]
+        self.note(model=model, tensor_parallel_size=tensor_parallel_size, dtype=dtype, gpu_memory_utilization=gpu_memory_utilization, **engine_args)
+
+    def note(self, **what):
+        with open(os.environ["STAND_IN_LOG"], "a") as f: f.write(json.dumps(what | dict(pid=os.getpid(), gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))) + "\\n")
+
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
+        assert len(prompts) == len(sampling_params)
+        out = []
+        for i, (p, s) in enumerate(zip(prompts, sampling_params)):
+            assert s.n == 1 and 0 < s.top_p <= 1 and len(p["prompt_token_ids"]) + s.max_tokens <= self.most
+            self.note(prompt_token_ids=p["prompt_token_ids"], **vars(s))
+            rng, ids, why = random.Random(f"{s.seed} {p['prompt_token_ids']}"), [], "length"
+            while len(ids) < s.max_tokens and why == "length":
+                ids.append(s.stop_token_ids[0] if rng.random() < 0.1 else self.tokenizer.encode(rng.choice("abcdefgh"), add_special_tokens=False)[0])
+                if ids[-1] in s.stop_token_ids or any(x in self.tokenizer.decode(ids) for x in s.stop or []): why = "stop"
+            out.append(RequestOutput(str(i), None, p["prompt_token_ids"], [CompletionOutput(0, self.tokenizer.decode(ids, skip_special_tokens=True), ids, why)]))
+        return out
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    "The stand-in, to be imported here and in processes started from here, and its log."
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/vllm.py").write_text(VLLM)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path / "modules"), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "vllm.log"))
+    monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+    yield lambda: [json.loads(x) for x in (tmp_path / "vllm.log").read_text().splitlines()]
+    sys.modules.pop("vllm", None)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def with_bos(tiny, tmp_path_factory):
+    "The tiny model with a tokenizer like Llama's: its chat template writes a BOS, and so does the tokenizer itself before any text."
+    from tokenizers.processors import TemplateProcessing
+    folder, tok = tmp_path_factory.mktemp("models") / "bos", byte_tokenizer()
+    shutil.copytree(tiny, folder)
+    tok.add_special_tokens({"bos_token": "<s>"})
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.bos_token_id)])
+    tok.chat_template = "{{ bos_token }}" + tok.chat_template
+    tok.save_pretrained(folder)
+    return folder
+
+
+def test_vllm_gets_what_it_should(with_bos, prompts, tmp_path, stand_in):
+    "Prompt ids with one BOS, parameters, a seed per sample, order, records and counts. With a stand-in: the real vLLM was not run."
+    out, tok = tmp_path / "out/samples.json", load_tokenizer(with_bos)
+    cfg = SampleConfig(model=str(with_bos), backend="vllm", datasets=[str(prompts)], output_file=str(out), num_samples_per_prompt=3, num_prompts=20, batch_size=4, max_new_tokens=9,
+                       temperature=0.7, top_p=0.9, stop=["ab", "c"], seed=5, gpu_memory_utilization=0.5, precision="bfloat16", max_prompt_length=200)
+    counts = main(cfg)
+    engine, *requests = stand_in()
+    assert {k: v for k, v in engine.items() if k not in ("pid", "gpus")} == dict(model=str(with_bos), tensor_parallel_size=1, dtype="bfloat16", gpu_memory_utilization=0.5, max_model_len=209, generation_config="vllm")
+    text = tok.apply_chat_template(as_turns(PROMPTS[0], "user"), tokenize=False, add_generation_prompt=True)
+    assert tok(text)["input_ids"].count(tok.bos_token_id) == 2 # what one gets who hands over the text
+    expected = {tuple(tok(tok.apply_chat_template(as_turns(p, "user"), tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]): p for p in PROMPTS}
+    assert all(ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id for ids in expected)
+    assert Counter(expected[tuple(r["prompt_token_ids"])] for r in requests) == dict.fromkeys(PROMPTS, 3)
+    for r in requests: assert (r["n"], r["temperature"], r["top_p"], r["max_tokens"], r["stop"], r["stop_token_ids"]) == (1, 0.7, 0.9, 9, ["ab", "c"], [2])
+    seeds = {(expected[tuple(r["prompt_token_ids"])], r["seed"]) for r in requests}
+    assert seeds == {(p, sample_seed(5, prompt_id(as_turns(p, "user")), k)) for p in PROMPTS for k in range(3)} and len({s for _, s in seeds}) == 21
+    written = read_records(out, "sample")
+    assert [(s["prompt"][0]["content"], s["sample_id"]) for s in written] == [(p, k) for p in PROMPTS for k in range(3)]
+    assert not any("ab" in s["output"] or "c" in s["output"] for s in written) and len({s["output"] for s in written}) > 5
+    assert (counts["prompts_asked"], counts["prompts"], counts["samples"], counts["outputs_cut"]) == (20, 7, 21, sum(not s["finished"] for s in written))
+    assert counts["outputs_stopped"] > 3 and sorted(p.name for p in out.parent.iterdir()) == ["samples.counts.json", "samples.json"]
+    main(replace(cfg, output_file=str(tmp_path / "more.json"), num_samples_per_prompt=4, batch_size=50)) # other batches, more samples: the old ones stay
+    assert [s for s in read_records(tmp_path / "more.json") if s["sample_id"] < 3] == written
+
+
+def test_vllm_engines_share_the_work(with_bos, prompts, tmp_path, stand_in, monkeypatch):
+    "The command with two engines on two GPUs each: processes and GPUs of their own, the same file as from one. With a stand-in."
+    same = ["--backend", "vllm", "--datasets", prompts, "--num_samples_per_prompt", 2, "--batch_size", 3]
+    one = main(parse_args(SampleConfig, command(with_bos, tmp_path / "one.json", *same)))
+    before = len(stand_in())
+    two = [*command(with_bos, tmp_path / "two.json", *same), "--data_parallel_size", "2", "--tensor_parallel_size", "2"]
+    done = subprocess.run([sys.executable, "-m", "halos_nb.sample", *two], env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    counts = json.loads((tmp_path / "two.counts.json").read_text())
+    assert {k: v for k, v in counts.items() if k != "seconds"} == {k: v for k, v in one.items() if k != "seconds"}
+    notes = stand_in()[before:]
+    assert {(n["gpus"], n["tensor_parallel_size"]) for n in notes if "tensor_parallel_size" in n} == {("4,5", 2), ("6,7", 2)} and len({n["pid"] for n in notes}) == 2
+    assert not [p for p in tmp_path.iterdir() if ".shard" in p.name]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(ValueError, match="2 engines on 2 GPUs each need 4, there are 3"): main(parse_args(SampleConfig, two))
+
+
+def test_vllm_answers_in_another_order_are_refused(with_bos, prompts, tmp_path, stand_in, monkeypatch):
+    import vllm
+    monkeypatch.setattr(vllm.LLM, "generate", lambda self, p, s, f=vllm.LLM.generate, **more: f(self, p, s, **more)[::-1])
+    with pytest.raises(RuntimeError, match="not those to the prompts"): main(parse_args(SampleConfig, command(with_bos, tmp_path / "a.json", "--backend", "vllm", "--datasets", prompts)))
+
+
+def test_end_tokens_of_a_model_that_is_not_loaded(tiny, tok, tmp_path):
+    "From its generation config, and from its config where it has none."
+    shutil.copytree(tiny, tmp_path / "m")
+    GenerationConfig(eos_token_id=[2, 77]).save_pretrained(tmp_path / "m")
+    assert own_end_tokens(str(tmp_path / "m"), tok) == [2, 77]
+    (tmp_path / "m/generation_config.json").unlink()
+    file = tmp_path / "m/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(eos_token_id=[2, 78])))
+    assert own_end_tokens(str(tmp_path / "m"), tok) == [2, 78]
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch):
+    if importlib.util.find_spec("vllm"): pytest.skip("vLLM is installed here")
+    with pytest.raises(ImportError, match=r"pip install 'halos_nb\[vllm\]'"): main(SampleConfig(model="no such model", backend="vllm", datasets=["no such data"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="python -m halos_nb.sample, not accelerate launch"): main(SampleConfig(model="m", backend="vllm"))
+
+
+# ---- a server that speaks OpenAI's protocol
+
+
+KEY = "the-key-of-the-test"
+
+
+def reply(text, end="stop", **more): return dict(id="1", object="chat.completion", created=0, model="m", usage=dict(prompt_tokens=3, completion_tokens=2, total_tokens=5),
+                                                 choices=[dict(index=0, message=dict(role="assistant", content=text), finish_reason=end)]) | more
+
+
+ONCE = { # a fault at the first attempt, after which all is well: (status, headers)
+    "429 now": (429, {"retry-after": "0"}), "429 ms": (429, {"retry-after-ms": "20"}), "429": (429, {}), "500": (500, {}), "503": (503, {"retry-after-ms": "5"}), "408": (408, {"retry-after-ms": "5"})}
+NEVER = { # (reply, why there is no answer)
+    "no choices": (reply("x", choices=[]), "no choices"), "error in a 200": (dict(error=dict(message="overloaded")), "no choices"), "null": (reply(None), "no text"), "filtered": (reply("I wo", "content_filter"), "filtered"),
+    "html": ("<html>gateway</html>", "no choices"), "not json": ("{oops", "JSONDecodeError"), "bytes": (b"\xff\xfe{", "UnicodeDecodeError"), "half a character": (reply("\ud800"), "UnicodeEncodeError"),
+    "400": (400, "http 400"), "always 500": (500, "http 500"), "empty body": ("", "JSONDecodeError")}
+FINE = ["fine", "slow", "empty answer", "cut", *ONCE, "dropped", "hangs"]
+
+
+class Server:
+    "A loopback server whose prompts say what is to go wrong; it notes every request and every answer."
+    def __init__(self, delay=0.0):
+        self.lock, self.asked, self.answered, self.busy, self.busiest, self.delay, server = threading.Lock(), Counter(), Counter(), 0, 0, delay, self
+        self.bodies = []
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock: server.busy += 1; server.busiest = max(server.busiest, server.busy)
+                try: self.answer(body)
+                except OSError: pass # the client has gone
+                finally:
+                    with server.lock: server.busy -= 1
+
+            def answer(self, body):
+                what, key = body["messages"][-1]["content"].partition(":")[0], (body["messages"][-1]["content"], body["seed"])
+                with server.lock: server.asked[key] += 1; first = server.asked[key] == 1; server.bodies.append(body)
+                time.sleep(server.delay)
+                if self.headers["Authorization"] != f"Bearer {KEY}": return self.send(401, dict(error=dict(message="wrong key")))
+                if what == "no credit": return self.send(429, dict(error=dict(message="pay", code="insufficient_quota", type="insufficient_quota")))
+                if what in ONCE and first: return self.send(ONCE[what][0], dict(error=dict(message="later")), ONCE[what][1])
+                if what == "dropped" and first: self.close_connection = True; return self.connection.shutdown(2)
+                if what == "hangs" and first: # until the client has given up, and then no answer
+                    with server.lock: server.busy -= 1
+                    time.sleep(2)
+                    with server.lock: server.busy += 1
+                    self.close_connection = True
+                    return
+                if what == "slow": time.sleep(0.3)
+                if what in NEVER:
+                    r = NEVER[what][0]
+                    return self.send(r, dict(error=dict(message="no"))) if isinstance(r, int) else self.send(200, r)
+                with server.lock: server.answered[key] += 1
+                self.send(200, reply("" if what == "empty answer" else f"{body['messages'][-1]['content']} {body['seed']}", "length" if what == "cut" else "stop"))
+
+            def send(self, status, body, headers=()):
+                data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(status)
+                for k, v in (dict(headers) | {"Content-Type": "text/html" if data[:1] == b"<" else "application/json", "Content-Length": str(len(data))}).items(): self.send_header(k, v)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args): pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+    made = []
+    yield lambda **k: made.append(Server(**k)) or made[-1]
+    for s in made: s.http.shutdown(); s.http.server_close()
+
+
+def server_config(server, tmp_path, contents, **more):
+    (tmp_path / "contents.jsonl").write_text("".join(json.dumps(dict(prompt=c)) + "\n" for c in contents))
+    return SampleConfig(**dict(model="m", backend="openai", base_url=server.url, datasets=[str(tmp_path / "contents.jsonl")], output_file=str(tmp_path / "out/samples.json"), timeout=1, max_retries=2) | more)
+
+
+def test_every_sample_is_answered_or_has_a_reason(serve, tmp_path):
+    "All kinds of faults: what can be mended by asking again is; the rest is unanswered, with its reason, and never an empty text. Nothing journalled is asked again."
+    server, kinds = serve(), [*FINE, *NEVER]
+    cfg = server_config(server, tmp_path, [f"{kind}: {i}" for i in range(2) for kind in kinds], num_samples_per_prompt=2, concurrency=8, temperature=0.5, top_p=0.9, stop="###", max_new_tokens=7, extra_body='{"top_k": 3}', seed=1)
+    counts = main(cfg)
+    written = read_records(tmp_path / "out/samples.json", "sample")
+    fine = [(f"{kind}: {i}", k) for i in range(2) for kind in kinds if kind not in NEVER for k in range(2)]
+    assert [(s["prompt"][0]["content"], s["sample_id"]) for s in written] == fine
+    for s in written:
+        text = s["prompt"][0]["content"]
+        assert s["output"] == ("" if text.startswith("empty") else f"{text} {sample_seed(1, prompt_id(s['prompt']), s['sample_id'])}") and s["finished"] != text.startswith("cut")
+    why = Counter(reason for _, reason in NEVER.values() for _ in range(4))
+    assert {k: v for k, v in counts.items() if k.startswith("unanswered")} == dict(unanswered=44) | {f"unanswered ({k})": v for k, v in why.items()}
+    assert (counts["samples"], counts["empty_outputs"], counts["outputs_cut"], counts["from_journal"], counts["repeated_outputs"], counts["tokens"]) == (len(fine), 4, 4, 0, 2, 2 * len(fine))
+    journal = read_jsonl(tmp_path / "out/samples.answers.jsonl")
+    assert len(journal) == len({(a["prompt_id"], a["sample_id"]) for a in journal}) == counts["samples"] + counts["unanswered"]
+    assert 1 < server.busiest <= 8 and all(b["temperature"] == 0.5 and b["top_p"] == 0.9 and b["stop"] == ["###"] and b["max_tokens"] == 7 and b["top_k"] == 3 and b["model"] == "m" for b in server.bodies)
+    assert {n for (c, _), n in server.asked.items() if c.startswith("always 500")} == {3} # the client's two retries
+    before, server.bodies = server.answered.copy(), []
+    again = main(cfg)
+    assert server.answered == before and again["from_journal"] == len(fine) and again["unanswered"] == 44
+    assert {b["messages"][0]["content"].partition(":")[0] for b in server.bodies} == set(NEVER)
+    assert read_records(tmp_path / "out/samples.json") == written
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+
+
+@pytest.mark.parametrize("kind, told", [("no credit", "pay"), ("key", "wrong key"), ("down", "requests in a row failed"), ("no key", "OPENAI_API_KEY is not set")])
+def test_what_will_not_go_away_stops_the_run(serve, tmp_path, monkeypatch, kind, told):
+    "And nothing is written but the journal; what was answered before is not asked again."
+    server = serve()
+    if kind == "key": monkeypatch.setenv("OPENAI_API_KEY", "another")
+    if kind == "no key": monkeypatch.delenv("OPENAI_API_KEY")
+    cfg = server_config(server, tmp_path, ["fine: 0", *(f"{'always 500' if kind == 'down' else kind}: {i}" for i in range(60))], concurrency=1, max_retries=0)
+    with pytest.raises((RuntimeError, ValueError), match=told): main(cfg)
+    assert server.asked.total() == {"no key": 0, "key": 1, "no credit": 2, "down": 5}[kind]
+    assert not (tmp_path / "out/samples.json").exists() and server.answered.total() == (kind in ("no credit", "down"))
+    if kind in ("no credit", "down"):
+        with pytest.raises(RuntimeError, match=told): main(cfg)
+        assert server.answered.total() == 1
+
+
+@pytest.mark.parametrize("host, name", [("api.openai.com", "max_completion_tokens"), ("127.0.0.1", "max_tokens")])
+def test_name_of_the_longest_answer(host, name):
+    "OpenAI's newer models refuse max_tokens; other servers know nothing else."
+    sent = {}
+    async def create(**k): sent.update(k)
+    client = SimpleNamespace(base_url=SimpleNamespace(host=host), chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    answer = asyncio.run(ask(client, Row(0, examples(["Hi"])[0], 0, []), SampleConfig(model="m", backend="openai", max_new_tokens=7)))
+    assert answer["reason"] == "no choices" and sent[name] == 7 and len({"max_tokens", "max_completion_tokens"} & set(sent)) == 1 and "stop" not in sent
+
+
+def test_a_dripping_answer_ends(serve, tmp_path):
+    "One that comes a byte at a time, each within the time-out of a read."
+    async def drip(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+        while True:
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+    async def go():
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        cfg = SampleConfig(model="m", backend="openai", base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", timeout=0.4, max_retries=1)
+        kept = []
+        await ask_all([Row(0, examples(["Hi"])[0], 0, [])], cfg, lambda row, answer: kept.append(answer))
+        return kept
+    start = time.monotonic()
+    assert [a["reason"] for a in asyncio.run(go())] == ["TimeoutError"] and time.monotonic() - start < 5
+
+
+def test_killed_and_started_again(serve, tmp_path):
+    "kill -9 twice on the way: what was journalled is never asked again, at most `concurrency` answers a time are paid twice, and none is lost."
+    server = serve(delay=0.03)
+    cfg = server_config(server, tmp_path, [f"fine: {i}" for i in range(60)], num_samples_per_prompt=3, concurrency=4)
+    journal, ids = tmp_path / "out/samples.answers.jsonl", {prompt_id(as_turns(f"fine: {i}", "user")): f"fine: {i}" for i in range(60)}
+    (tmp_path / "config.json").write_text(config_json(cfg))
+    def start(): return subprocess.Popen([sys.executable, "-m", "halos_nb.sample", "--config", str(tmp_path / "config.json")], stderr=subprocess.PIPE, text=True)
+    def kept(): return {(ids[a["prompt_id"]], sample_seed(0, a["prompt_id"], a["sample_id"])) for a in (read_jsonl(journal) if journal.exists() else [])}
+    for goal in (40, 110):
+        known, run = kept(), start()
+        server.asked.clear()
+        while len(kept()) < goal:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.02)
+        run.kill()
+        run.communicate()
+        assert len(kept()) < 180 and not set(server.asked) & known and not (tmp_path / "out/samples.json").exists()
+        time.sleep(0.2) # what is in flight arrives nowhere
+    known, run = kept(), start()
+    server.asked.clear()
+    assert run.communicate(timeout=120) and run.returncode == 0 and not set(server.asked) & known
+    assert len(server.answered) == 180 and server.answered.total() <= 180 + 2 * 4
+    counts = json.loads((tmp_path / "out/samples.counts.json").read_text())
+    assert (counts["samples"], counts["from_journal"], counts["unanswered"]) == (180, len(known), 0)
+    assert len({(s["prompt_id"], s["sample_id"]) for s in read_records(tmp_path / "out/samples.json")}) == 180
+
+
+def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
+    "`transformers serve` with the tiny model. It draws only where do_sample is set, which extra_body can; then seeds repeat a run that asks one at a time."
+    for module in ("fastapi", "uvicorn"):
+        if not importlib.util.find_spec(module): missing(f"{module} is not installed: pip install -c constraints.txt 'transformers[serving]'")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+    port, env = free_port(), os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"], env=env, stdout=log, stderr=log)
+    def run(name, **more): return main(SampleConfig(**dict(model=str(tiny), backend="openai", base_url=f"http://127.0.0.1:{port}/v1", datasets=[str(prompts)], output_file=str(tmp_path / name), num_samples_per_prompt=3,
+                                                            max_new_tokens=10, concurrency=1, extra_body=json.dumps(dict(generation_config=json.dumps(dict(do_sample=True, top_k=0, eos_token_id=2, pad_token_id=0))))) | more))
+    try:
+        while True:
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2); break
+            except OSError: assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            time.sleep(0.2)
+        greedy, drawn, again = run("greedy.json", extra_body="", concurrency=4), run("a.json"), run("b.json")
+        stopped = run("stopped.json", stop=STOPS)
+    finally:
+        server.terminate()
+        server.wait(30)
+    texts = {n: [s["output"] for s in read_records(tmp_path / f"{n}.json", "sample")] for n in ("greedy", "a", "b", "stopped")}
+    assert greedy["repeated_outputs"] == 14 and drawn["repeated_outputs"] < 3 and texts["a"] == texts["b"] and len(set(texts["a"])) > 15
+    assert all(c["samples"] == 21 and c["unanswered"] == 0 and c["tokens"] > 21 for c in (greedy, drawn, again, stopped))
+    assert texts["stopped"] == [min((t.split(x)[0] for x in STOPS), key=len) for t in texts["a"]] and stopped["outputs_stopped"] > 3
+    assert [s["finished"] for s in read_records(tmp_path / "a.json")] and 0 < drawn["outputs_cut"] <= 21
