@@ -192,9 +192,10 @@ def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     world = build(settings)
     return replace(cfg, train_datasets=[str(world.pairs_train)], test_datasets=[str(world.pairs_test)], samples=cfg.samples or str(world.samples), model=cfg.model or str(world.policy))
 
-# %% ../nbs/15_playground.ipynb #7aaff4a8
-SWEEP = {"dpo": dict(method="dpo"), "cdpo": dict(method="cdpo"), "ipo": dict(method="ipo"), "simpo": dict(method="simpo"), "slic": dict(method="slic"),
-         "kto": dict(method="kto", lr=1e-4), "grpo": dict(method="grpo", batch_size=4), "ppo": dict(method="ppo", lr=1e-4),
+# %% ../nbs/15_playground.ipynb #3d0232ab
+SWEEP = {"dpo": dict(method="dpo"), "cdpo": dict(method="cdpo"), "ipo": dict(method="ipo"), "simpo": dict(method="simpo", lr=1e-4),
+         "slic": dict(method="slic", lr=1e-4, train_options="lambda_coef=1.0"), "kto": dict(method="kto", lr=1e-4), "ppo": dict(method="ppo", lr=1e-4),
+         "grpo": dict(method="grpo", batch_size=4, beta=0.02, train_options="epsilon=0.8"), "grpo + humanline": dict(method="grpo", batch_size=4, humanline=True, sync_reference=8),
          "dpo + humanline": dict(method="dpo", humanline=True, sync_reference=4), "dpo + LoRA": dict(method="dpo", lr=1e-3, train_options="use_peft=true, lora_r=16, lora_alpha=32")}
 
 
