@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['checked', 'METHODS', 'BETA', 'EPSILON', 'FEEDBACK', 'THRESHOLD', 'SampleConfig', 'sample_contradictions',
            'LabelConfig', 'TrainConfig', 'contradictions', 'config_error', 'make_config', 'read_options', 'LoopConfig',
-           'CompareConfig', 'names', 'RewardConfig', 'notebook_config', 'Profile', 'Settings', 'find_settings',
-           'load_settings', 'config_json', 'parse_args']
+           'CompareConfig', 'names', 'HandConfig', 'RewardConfig', 'RunsConfig', 'notebook_config', 'Profile',
+           'Settings', 'find_settings', 'load_settings', 'config_json', 'awaited', 'parse_args']
 
-# %% ../nbs/01_config.ipynb #312d817b
-import configparser, difflib, json, os
+# %% ../nbs/01_config.ipynb #81b82366
+import configparser, difflib, json, os, time
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Literal
@@ -76,7 +76,7 @@ def sample_contradictions(c) -> list[str]:
         "" if c.mode == "train" or c.num_samples_per_prompt == 1 else f"num_samples_per_prompt: AlpacaEval takes one answer per instruction, got {c.num_samples_per_prompt}",
     ]
 
-# %% ../nbs/01_config.ipynb #f3181c25
+# %% ../nbs/01_config.ipynb #c5fd6227
 @checked
 class LabelConfig:
     "What `halos_nb.label` needs: samples in, feedback out. Name one labeller: reward_model_path, api_type, function, or from_labels."
@@ -87,6 +87,7 @@ class LabelConfig:
     function: str | None = None # labeller: "module:name" of a Python function (prompt turns, output text) -> number
     from_labels: str | None = None # labeller: none; convert the labels in this journal again
     labeller: str | None = None # from_labels: whose labels, where the journal has several labellers'
+    combine: Literal["mean", "vote", "human-where-they-disagree"] | None = None # from_labels: all labellers together, how (pairs that were compared: not mean)
     feedback_type: Literal["pairwise", "binary", "scalar"] | None = None # form of the feedback (None: scalar; with judge=pairwise: pairwise)
     feedback_mode: Literal["random", "max", "min"] = "random" # which pairs of a prompt's samples are kept
     threshold: float | Literal["mean", "median"] | None = None # pairwise: smallest difference (None: 0); binary: smallest good reward (None: median)
@@ -129,7 +130,9 @@ class LabelConfig:
         if self.judge == "pairwise" and not self.api_type: raise ValueError("judge: only an API judge compares two answers; name it with api_type and api_model")
         if self.judge == "pairwise" and self.feedback_type not in (None, "pairwise"): raise ValueError(f"feedback_type: a pairwise judge gives pairs, not {self.feedback_type} feedback")
         if self.judge == "pairwise" and self.feedback_mode != "random": raise ValueError(f"feedback_mode: {self.feedback_mode} needs scores; a pairwise judge has none, its pairs are random")
+        if self.judge == "pairwise" and self.threshold not in (None, 0): raise ValueError("threshold: a pairwise judge has no scores, so there is no difference to be larger; leave threshold out")
         if self.judge == "pairwise": self.feedback_type = "pairwise"
+        if self.combine and (self.labeller or not self.from_labels): raise ValueError("combine: speaks of all labellers in from_labels; name that journal, and no labeller")
         if self.score_min >= self.score_max: raise ValueError(f"score_min: {self.score_min} is not below score_max, {self.score_max}")
         if (self.input_price is None) != (self.output_price is None): raise ValueError("input_price: give both prices, input_price and output_price, or none")
         if self.max_cost and self.input_price is None: raise ValueError("max_cost: a cap in USD needs input_price and output_price")
@@ -332,6 +335,39 @@ def names(x: str | list[str]) -> list[str]:
     "Names set apart by commas, or a list of them."
     return [n.strip() for n in x.split(",") if n.strip()] if isinstance(x, str) else x
 
+# %% ../nbs/01_config.ipynb #27f6ba1a
+@checked
+class HandConfig:
+    "What labelling by hand needs: samples in, pairs that a person compared and a trained step out."
+    run_name: str = "by_hand" # the run's folder under runs/; another name is another session
+    samples: str = "" # samples file (empty: the playground's)
+    labels: list[str] | str = "" # other labellers' journals of these samples, *.labels.jsonl, comma-separated or a list (empty: the playground's reward model and truth)
+    labeller: str = "human:me" # who labels; human:<name>
+    choose: Literal["spread", "uncertain", "disputed"] = "spread" # which pairs: over all prompts, the first other labeller's closest, or those on which others disagree
+    num_pairs: PositiveInt = 20 # how many
+    repeats: NonNegativeFloat = 0.05 # share of the pairs shown twice, sides changed
+    guidelines: str = "" # shown above the pairs
+    pending: Literal["judge", "skip", "stop"] | None = None # pairs that nobody answered, where nobody is there: as the first other labeller says, left out, or an error (None: judge if there is one, else stop)
+    mode: Literal["auto", "widget", "static"] = "auto" # widget: somebody can press keys; static: nobody can
+    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "bradley-terry"] = "dpo" # loss of the training step
+    model: str = "" # what is trained, and its reference (empty: the playground's policy)
+    lr: PositiveFloat = 3e-4 # peak learning rate
+    epochs: PositiveInt = 1 # passes over the pairs
+    batch_size: PositiveInt = 16 # pairs per optimiser step
+    max_length: PositiveInt = 512 # longest prompt + answer, in tokens
+    max_prompt_length: PositiveInt = 256 # longest prompt, in tokens
+    profile: str = "" # how stages are launched (empty: settings.ini's default)
+    seed: int = 0 # decides pairs, sides, repeats and the order of training
+
+    def __post_init__(self):
+        self.labels = names(self.labels)
+        others = self.labels or not self.samples
+        if self.pending is None: self.pending = "judge" if others else "stop"
+        if not others and self.pending == "judge": raise ValueError("pending: nobody but you labels these samples; name other labellers' journals in `labels`, or choose skip or stop")
+        if not others and self.choose != "spread": raise ValueError(f"choose: {self.choose} pairs are chosen by other labellers; name their journals in `labels`")
+        if not self.labeller.startswith("human:"): raise ValueError(f"labeller: should be human:<name>, got {self.labeller!r}")
+        if self.samples and not self.model: raise ValueError("model: name the model to train on your samples")
+
 # %% ../nbs/01_config.ipynb #836ce045
 @checked
 class RewardConfig:
@@ -355,6 +391,20 @@ class RewardConfig:
     def __post_init__(self):
         self.train_datasets, self.test_datasets = names(self.train_datasets), names(self.test_datasets)
         if bool(self.train_datasets) != bool(self.test_datasets): raise ValueError("test_datasets: name training and held-out pairs together, or neither (then the playground's are used)")
+
+# %% ../nbs/01_config.ipynb #e3564859
+@checked
+class RunsConfig:
+    "What the comparison of runs needs: which runs, and what of them."
+    runs: list[str] | str = "" # names of runs under runs/, comma-separated or a list (empty: all that have finished a round)
+    only_differences: bool = True # leave out parameters that are the same in all of them
+    curve: str = "loss" # the training metric that is drawn, a key of metrics.jsonl
+    prompts: PositiveInt = 3 # how many prompts are shown with every run's answer, those that differ most
+    truth: bool = False # the runs took place in the playground: compute the true reward of their samples too
+    csv: str = "" # where the table goes (empty: compare_runs.csv in the runs' folder)
+    mode: Literal["auto", "widget", "static"] = "auto" # with controls, or as it can be read without a kernel; auto: what suits the place
+
+    def __post_init__(self): self.runs = names(self.runs)
 
 # %% ../nbs/01_config.ipynb #4abaa804
 def notebook_config(cls, namespace, reserved=("In", "Out", "exit", "quit", "open", "get_ipython")):
@@ -409,10 +459,19 @@ def load_settings(path: str | Path | None = None, env=os.environ) -> Settings:
     if path and not Path(s.runs_dir).is_absolute(): s.runs_dir = str(path.parent / s.runs_dir)
     return s
 
-# %% ../nbs/01_config.ipynb #4cd9b96d
+# %% ../nbs/01_config.ipynb #b43d18e5
 def config_json(cfg) -> str:
     "A config as JSON, fields in their order."
     return json.dumps(asdict(cfg), indent=1, ensure_ascii=False)
+
+
+def awaited(config: str | Path) -> Path:
+    "The config's file; a stage that was started ahead of its turn (HALOS_NB_AHEAD) waits until it is there."
+    parent = os.getppid()
+    while "HALOS_NB_AHEAD" in os.environ and not Path(config).exists():
+        if os.getppid() != parent: raise SystemExit("who started this stage is gone")
+        time.sleep(0.02)
+    return Path(config)
 
 
 def parse_args(cls, args=None):
@@ -421,5 +480,5 @@ def parse_args(cls, args=None):
     args = list(sys.argv[1:] if args is None else args)
     if "--config" not in args: return tyro.cli(cls, args=args, description=cls.__doc__)
     i = args.index("--config")
-    default = make_config(cls, **json.loads(Path(args[i + 1]).read_text()))
+    default = make_config(cls, **json.loads(awaited(args[i + 1]).read_text()))
     return tyro.cli(cls, args=args[:i] + args[i + 2:], default=default, description=cls.__doc__)

@@ -84,12 +84,13 @@ def command(module: str, # module of the stage
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(profile.threads), "--main_process_port", "0", *run]
 
-# %% ../nbs/11_launch.ipynb #f6133486
-def environment(profile: Profile, progress: Path) -> dict[str, str]:
+# %% ../nbs/11_launch.ipynb #eecd1929
+def environment(profile: Profile, progress: Path,
+                ahead: bool = False) -> dict[str, str]: # ahead: the config is not there yet
     "The environment of a stage."
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     env |= {"OMP_NUM_THREADS": str(profile.threads), "HALOS_NB_PROGRESS": str(progress), "HALOS_NB_TIMEOUT_MINUTES": str(profile.timeout_minutes),
-            "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+            "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | ({"HALOS_NB_AHEAD": "1"} if ahead else {})
     if profile.cpu: env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     elif profile.num_processes == 1: env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return env
@@ -216,7 +217,7 @@ def remove(path: Path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-# %% ../nbs/11_launch.ipynb #2a3fd592
+# %% ../nbs/11_launch.ipynb #0a77875a
 @dataclass
 class Job:
     "A stage that runs, or has run, in processes of its own."
@@ -227,6 +228,12 @@ class Job:
 
     def file(self, kind: str) -> Path: # config.json, log, progress.jsonl or status.json
         return self.folder / f"{self.stage}.{kind}"
+
+    def go(self, cfg, profile: Profile, clear: Iterable[Path] = ()):
+        "Give it its config, which is what its processes wait for."
+        for path in clear: remove(Path(path))
+        with atomic_write(self.file("config.json")) as f: f.write(config_json(replace(cfg, num_processes=profile.num_processes)))
+        self.started = time.monotonic()
 
     def poll(self) -> int | None:
         "None while anything of it lives, then its exit code; one that nobody recorded is a failure."
@@ -260,9 +267,9 @@ class Job:
             say("stopped" if code is None else "failed" if code else "done", last=True)
         if code: raise StageError(self.stage, code, self.file("log"))
 
-# %% ../nbs/11_launch.ipynb #7e900939
+# %% ../nbs/11_launch.ipynb #6e93f587
 def launch(stage: str, # sample, label or train
-           cfg, # its config, see `config`
+           cfg, # its config, see `config`; None: start ahead of its turn, and wait for `Job.go`
            profile: Profile, # how many processes, on what
            folder: str | Path, # for the stage's config, log, progress and status
            module: str = "", # where its `main` is (empty: halos_nb.{stage})
@@ -273,8 +280,8 @@ def launch(stage: str, # sample, label or train
     job.folder.mkdir(parents=True, exist_ok=True)
     config, status, progress = map(job.file, ("config.json", "status.json", "progress.jsonl"))
     with locked(job.file("log")) as log:
-        for path in (status, progress, *clear): remove(Path(path))
-        with atomic_write(config) as f: f.write(config_json(replace(cfg, num_processes=profile.num_processes)))
+        for path in (config, status, progress): remove(path)
+        if cfg: job.go(cfg, profile, clear)
         job.process = subprocess.Popen([sys.executable, "-m", "halos_nb.launch", status, *command(module or f"halos_nb.{stage}", config, profile)],
-                                       stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(profile, progress), start_new_session=True)
+                                       stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(profile, progress, not cfg), start_new_session=True)
     return job

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OURS', 'our_modules', 'source', 'code_hash', 'versions', 'Stage', 'Seals', 'identity', 'unsealed', 'RunBusy', 'lock',
-           'run_folder', 'clear', 'Diary', 'Ledger', 'seal', 'derive', 'sample_stage', 'label_stage', 'train_stage',
-           'Round', 'labelled', 'round_counts', 'summary_row', 'run_summary', 'revision', 'write_params', 'point_to',
-           'located', 'one_round', 'run_rounds']
+           'run_folder', 'clear', 'Diary', 'Ledger', 'Ahead', 'begin', 'seal', 'derive', 'sample_stage', 'label_stage',
+           'train_stage', 'Round', 'labelled', 'round_counts', 'summary_row', 'run_summary', 'revision', 'write_params',
+           'point_to', 'located', 'one_round', 'run_rounds']
 
-# %% ../nbs/12_loop.ipynb #8d52ab8e
+# %% ../nbs/12_loop.ipynb #26455a3f
 import ast, fcntl, hashlib, importlib.metadata, importlib.util, json, math, os, shutil, socket, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, config_json
 from .launch import Job, launch, locked, remove
@@ -128,13 +129,13 @@ def unsealed(seals: Seals, stage: Stage, now: dict, # now: its identity
 class RunBusy(RuntimeError):
     "Another process works on this run."
 
-# %% ../nbs/12_loop.ipynb #b5dc974b
-OURS = {} # locks this process holds, by run folder
+# %% ../nbs/12_loop.ipynb #6c911d10
+OURS = {} # the diaries of this process, by run folder
 
 
 def lock(run: Path):
     "The open lock file of a run; RunBusy if another process has it."
-    if run in OURS: OURS.pop(run).close()
+    if run in OURS: OURS[run].close()
     f = open(run / ".lock", "a+")
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -143,7 +144,6 @@ def lock(run: Path):
     f.truncate(0)
     f.write(f"process {os.getpid()} on {socket.gethostname()}")
     f.flush()
-    OURS[run] = f
     return f
 
 # %% ../nbs/12_loop.ipynb #dcaf8436
@@ -162,7 +162,7 @@ def clear(run: Path):
         with locked(log): pass
     for p in sorted(entries, key=lambda p: p.name == "ledger.jsonl"): remove(p) # the mark of a run goes last
 
-# %% ../nbs/12_loop.ipynb #a49ee5fc
+# %% ../nbs/12_loop.ipynb #cb03fbf3
 class Diary(Seals):
     "A run's folder in our hands: locked, with its ledger."
     def __init__(self, run: str | Path, # the run's folder
@@ -171,12 +171,16 @@ class Diary(Seals):
         super().__init__(run, profile)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.run_dir)
+        OURS[self.run_dir] = self
         if fresh: clear(self.run_dir)
 
     def __enter__(self): return self
 
-    def __exit__(self, *error):
-        if OURS.get(self.run_dir) is self.lock: del OURS[self.run_dir]
+    def __exit__(self, *error): self.close()
+
+    def close(self):
+        "Give the run's folder back."
+        if OURS.get(self.run_dir) is self: del OURS[self.run_dir]
         self.lock.close()
 
     def event(self, event: str, **more):
@@ -186,7 +190,7 @@ class Diary(Seals):
         whole = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
         self.event(event, stage=stage.name, round=stage.round, folder=self.name(stage.folder), identity=whole, inputs=dict(zip(map(str, stage.inputs), now["inputs"])), **more)
 
-# %% ../nbs/12_loop.ipynb #fd1030c7
+# %% ../nbs/12_loop.ipynb #1fc63c07
 class Ledger(Diary):
     "Runs stages in a run's folder, each once."
     def __init__(self, run: str | Path, # the run's folder
@@ -194,11 +198,16 @@ class Ledger(Diary):
                  fresh: bool = False, # start again from nothing
                  watch: Callable = Job.wait, # waits for a job and shows how it goes: watch(job, title=..., next=...)
                  on_start: Callable | None = None): # called with each stage that is about to run
+        self.watch, self.on_start, self.ahead = watch, on_start or (lambda stage: None), None
         super().__init__(run, profile, fresh)
-        self.watch, self.on_start = watch, on_start or (lambda stage: None)
+
+    def close(self):
+        if self.ahead: self.ahead.job.stop()
+        super().close()
 
     def run(self, stage: Stage, title: str = "", next: str = "", # shown while it runs
-            needed: str = "") -> bool: # an output that must be there even if it was pruned
+            needed: str = "", # an output that must be there even if it was pruned
+            then: Stage | None = None) -> bool: # what will be run after it, if that is known
         "True if the stage was run, False if its sealed result stands."
         if self.lock.closed: raise RuntimeError(f"{self.run_dir}: this ledger is closed, or a later cell has taken the run over; make a new one")
         self.maker |= {str(p.absolute()): stage for p in stage.outputs}
@@ -208,7 +217,7 @@ class Ledger(Diary):
             return False
         for p in stage.inputs:
             if self.pruned(p): self.run(self.made(p), f"again, for {title or stage.name}: {self.name(p)}", stage.name, needed=self.name(p))
-        seal(self, stage, why, title or stage.name, next)
+        seal(self, stage, why, title or stage.name, next, then)
         return True
 
     def prune(self, path: Path):
@@ -219,14 +228,32 @@ class Ledger(Diary):
             self.note("pruned", stage, manifest["identity"], outputs=[self.name(path)])
         remove(path)
 
-# %% ../nbs/12_loop.ipynb #e6bb63d3
-def seal(ledger: Ledger, stage: Stage, why: str, title: str, next: str): # why: the reason for running it
+# %% ../nbs/12_loop.ipynb #3088755d
+class Ahead(NamedTuple):
+    "A stage that was started before its turn."
+    stage: Stage
+    code: str # hash of the code it has imported
+    job: Job
+
+
+def begin(ledger: Ledger, stage: Stage, then: Stage | None) -> Job:
+    "The stage's job, which may have been waiting; the one after it starts to wait, if it has not been finished before."
+    ahead, wanted = ledger.ahead, (stage.name, stage.folder, stage.module, code_hash(stage.module))
+    if ready := ahead and (ahead.stage.name, ahead.stage.folder, ahead.stage.module, ahead.code) == wanted and ahead.job.poll() is None: ahead.job.go(stage.config, ledger.profile, stage.outputs)
+    elif ahead: ahead.job.stop()
+    job = ahead.job if ready else launch(stage.name, stage.config, ledger.profile, stage.folder, stage.module, clear=stage.outputs)
+    ledger.ahead = Ahead(then, code_hash(then.module), launch(then.name, None, ledger.profile, then.folder, then.module)) if then and not then.manifest.exists() else None
+    return job
+
+# %% ../nbs/12_loop.ipynb #d936538b
+def seal(ledger: Ledger, stage: Stage, why: str, # why: the reason for running it
+         title: str, next: str, then: Stage | None = None):
     "Run a stage from nothing; if it ends well and all its outputs are there, write its manifest."
     now, start = identity(ledger, stage), time.monotonic()
     remove(stage.manifest)
     ledger.note("started", stage, now, why=why)
     ledger.on_start(stage)
-    job = launch(stage.name, stage.config, ledger.profile, stage.folder, stage.module, clear=stage.outputs)
+    job = begin(ledger, stage, then)
     try: ledger.watch(job, title=title, next=next)
     finally: job.stop()
     if missing := [p for p in stage.outputs if not p.exists()]: raise RuntimeError(f"{stage.name} ended well and did not write {missing[0]}; its log is {job.file('log')}")
@@ -358,15 +385,16 @@ def located(cfg: LoopConfig) -> LoopConfig:
     if empty := [k for k, v in given.items() if not v]: raise ValueError(f"{empty[0]}: the loop needs a path or name here; for the playground's, pass what `playground.build` made")
     return replace(cfg, **{k: str(Path(v).absolute()) if Path(v).exists() else v for k, v in given.items()})
 
-# %% ../nbs/12_loop.ipynb #b253ea88
-def one_round(ledger: Ledger, stages: list[Stage], number: int | None, policy: Path, title: str, after: str) -> Round: # after: what comes next
+# %% ../nbs/12_loop.ipynb #facf1771
+def one_round(ledger: Ledger, stages: list[Stage], number: int | None, policy: Path, title: str,
+              after: str = "", then: Stage | None = None) -> Round: # what comes after the round: in words, and its first stage
     "Run the stages of a round whose results do not stand, and look at what they left."
     folder, skipped = stages[0].folder, []
-    for stage, next in zip(stages, [*(s.name for s in stages[1:]), after]):
-        if not ledger.run(stage, f"{title} · {stage.name}", next): skipped.append(stage.name)
+    for stage, following, name in zip(stages, [*stages[1:], then], [*(s.name for s in stages[1:]), after]):
+        if not ledger.run(stage, f"{title} · {stage.name}", name, then=following): skipped.append(stage.name)
     return Round(number, folder.name, folder, policy, {s.name: s.sealed()["seconds"] for s in stages}, skipped, round_counts(folder))
 
-# %% ../nbs/12_loop.ipynb #d0a45a7f
+# %% ../nbs/12_loop.ipynb #39ae6c01
 def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
                settings: Settings, # the machine's
                on_start: Callable | None = None, # called with each Stage that is about to run
@@ -383,7 +411,8 @@ def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
         for r in range(1, rounds + 1):
             folder, asked, previous = run / f"round-{r}", min(step, cfg.total_prompts - used), done[-1].policy if done else None
             stages = [sample_stage(cfg, float_type, folder, r, previous or cfg.sft_checkpoint, used, asked), label_stage(cfg, float_type, folder, r, cfg.feedback_type), train_stage(cfg, float_type, folder, r, previous)]
-            this = one_round(ledger, stages, r, folder / "policy/FINAL", f"round {r} of {rounds}", f"round {r + 1}" if r < rounds else "final samples")
+            follows = Stage("sample", run / (f"round-{r + 1}" if r < rounds else "final"), None, [], [])
+            this = one_round(ledger, stages, r, folder / "policy/FINAL", f"round {r} of {rounds}", f"round {r + 1}" if r < rounds else "final samples", follows)
             used, left = used + this.counts["sample"]["prompts"], this.counts["sample"]["prompts_left"]
             if not left and used < cfg.total_prompts: this.note = f"prompts ran out: {used} of {cfg.total_prompts}, so this is the last round"
             if this.policy.exists(): point_to(run / "policy", this.policy)
@@ -393,7 +422,7 @@ def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
             if not left: break
         skip, final = used if left else used - this.counts["sample"]["prompts"], run / "final"
         stages = [sample_stage(cfg, float_type, final, "final", this.policy, skip, step), label_stage(cfg, float_type, final, "final", "scalar")]
-        last = one_round(ledger, stages, None, this.policy, "final", "")
+        last = one_round(ledger, stages, None, this.policy, "final")
         last.note = "" if left else "no unseen prompts are left: these are the last round's again"
         record("; ".join(filter(None, [this.note, last.note])) or "as planned")
         yield last

@@ -151,7 +151,7 @@ def fresh_policy(world: Playground) -> Path:
         start_from_scratch(folder, texts, vocab_size=768, hidden_size=64, layers=3, initializer_range=0.06, max_length=512)
     return folder
 
-# %% ../nbs/15_playground.ipynb #de5551c1
+# %% ../nbs/15_playground.ipynb #7988ffff
 SFT = dict(loss="sft", exp_name="policy", lr=5e-3, epochs=2, batch_size=64, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
 REWARD = dict(loss="bradley-terry", exp_name="reward", lr=1e-3, epochs=4, batch_size=32, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
 
@@ -175,7 +175,9 @@ def build(settings: Settings | None = None, patience: float = 600) -> Playground
             time.sleep(0.5)
     with ledger:
         for name, rows in make_data().items(): write_records(world.folder / f"{name}.json", rows)
-        for stage, title, next in zip(train_stages(world), ("a policy", "its reward model"), ("its reward model", "the run")): ledger.run(stage, f"playground: {title}", next)
+        policy, reward = train_stages(world)
+        ledger.run(policy, "playground: a policy", "its reward model", then=reward)
+        ledger.run(reward, "playground: its reward model", "the run")
     return world
 
 # %% ../nbs/15_playground.ipynb #3e38fc26

@@ -2,9 +2,10 @@
 import json, sys
 from pathlib import Path
 
+from halos_nb.config import awaited
 from halos_nb.feedback import convert_to_pairwise_feedback
 
-cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+cfg = json.loads(awaited(sys.argv[sys.argv.index("--config") + 1]).read_text())
 if "num_skip" in cfg:
     ids = range(40)[cfg["num_skip"]:][:cfg["num_prompts"]]
     rows = [dict(prompt_id=f"p{i}", sample_id=k, prompt=[dict(role="user", content=f"{i}?")], output=f"{'x' * k} {cfg['seed']}", type="sample",

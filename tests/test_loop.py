@@ -35,7 +35,7 @@ def chain(run, n=3, word="b"):
 
 
 def go(run, stages, profile=Profile()): # noqa: B008
-    with Ledger(run, profile, watch=quiet) as ledger: return [ledger.run(s) for s in stages]
+    with Ledger(run, profile, watch=quiet) as ledger: return [ledger.run(s, then=t) for s, t in zip(stages, [*stages[1:], None])]
 
 
 @pytest.fixture
@@ -117,6 +117,37 @@ def test_two_ledgers_in_one_process_the_later_takes_over(run):
     first.run(chain(run)[0])
     assert go(run, chain(run)) == [False, True, True]
     with pytest.raises(RuntimeError, match="taken the run over"): first.run(chain(run)[0])
+
+
+def test_the_next_stage_is_ready_before_its_turn(run):
+    seen = []
+    def watch(job, **shown): seen.append((job, ledger.ahead and ledger.ahead.job)); quiet(job)
+    with Ledger(run, Profile(), watch=watch) as ledger: made = [ledger.run(s, then=t) for s, t in zip(chain(run), [*chain(run)[1:], None])]
+    (one, ahead), (two, later), (three, last) = seen
+    assert made == [True] * 3 and two is ahead and three is later and last is None
+    changed = chain(run, word="c")
+    with Ledger(run, Profile(), watch=watch) as ledger: assert ledger.run(changed[0], then=changed[1])
+    assert seen[-1][1] is None # it was finished before and may be skipped, so nothing waits
+
+
+@pytest.mark.parametrize("case", ["another comes", "it dies", "the code changes", "nothing comes", "interrupt"])
+def test_who_waits_in_vain_is_gone(run, case):
+    one, two, three = chain(run)
+    def watch(job, **shown):
+        quiet(job)
+        if case == "interrupt": raise KeyboardInterrupt
+    ledger = Ledger(run, Profile(), watch=watch)
+    try: ledger.run(one, then=three if case == "another comes" else two)
+    except KeyboardInterrupt: assert case == "interrupt"
+    waiting = ledger.ahead.job
+    assert waiting.poll() is None
+    if case == "it dies": os.kill(waiting.process.pid, signal.SIGKILL); waiting.process.wait()
+    if case == "the code changes": ledger.ahead = ledger.ahead._replace(code="older")
+    if case in ("another comes", "it dies", "the code changes"): assert ledger.run(two) and (run / "round-2/out").exists()
+    else: Ledger(run, Profile(), watch=quiet).close() # a later cell takes the run over
+    assert waiting.poll() is not None and waiting.process.poll() is not None
+    ledger.close()
+    assert go(run, chain(run))[2]
 
 
 DRIVER = """

@@ -2,7 +2,9 @@
 import json, os, signal, sys, time
 from pathlib import Path
 
-cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+from halos_nb.config import awaited
+
+cfg = json.loads(awaited(sys.argv[sys.argv.index("--config") + 1]).read_text())
 mode, _, extra = cfg["model"].partition(":")
 rank, out = int(os.environ.get("RANK", 0)), Path(cfg["output_file"])
 
