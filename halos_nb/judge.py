@@ -8,13 +8,13 @@ __all__ = ['NUMBER', 'VALUE', 'WORD', 'MARKS', 'BEHIND', 'FINAL', 'BEGINS', 'SAY
            'read_winner', 'fill', 'conversation', 'Question', 'digest', 'Judge', 'messages', 'schema', 'question',
            'questions_of_pair', 'interpret', 'Limiter', 'tokens_of', 'Budget', 'run_async', 'JudgeStopped', 'hide',
            'api_key', 'is_hopeless', 'complete', 'read_answer', 'blank', 'ask', 'process_samples_with_api', 'Job',
-           'key_of', 'read_journal', 'answered', 'locked', 'estimate', 'estimate_text', 'ask_all', 'connect_and_ask',
-           'run_job', 'job_counts']
+           'key_of', 'read_journal', 'last_words', 'answered', 'locked', 'estimate', 'estimate_text', 'ask_all',
+           'connect_and_ask', 'run_job', 'job_counts']
 
-# %% ../nbs/09_judge.ipynb #36210274
+# %% ../nbs/09_judge.ipynb #7e8b1f1f
 import asyncio, fcntl, hashlib, inspect, json, math, os, re, threading, time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ SAYS = (r"\b(?:rat(?:e|es|ed|ing)|giv(?:e|es|en|ing)|gets?|deserves?|award(?:s|e
         r"(?:[\s:,=*_]+(?:this|it|that|the|a|an|my|is|as|at|of|with|would|be|answer|response|reply|output|score|rating)\b)*[\s:,=*_]+")
 ENDS = r"[\s.!*_`)\]\"']*"
 
-# %% ../nbs/09_judge.ipynb #9dd65213
+# %% ../nbs/09_judge.ipynb #0f184349
 class Reading(NamedTuple):
     "What a reply says."
     value: float | str | None # a score, or A, B, tie
@@ -43,8 +43,10 @@ class Reading(NamedTuple):
 
 
 def plain(reply: str) -> str:
-    "Full-width signs and the typographic minus as the keyboard's; a code fence is taken off. Digits of every script are read as they are."
-    text = reply.translate(str.maketrans("：／．，％−（）", ":/.,%-()")).strip()
+    "Without the judge's thoughts and without a code fence; full-width signs and the typographic minus as the keyboard's. Digits of every script are read as they are."
+    thoughts, end, said = reply.partition("</think>")
+    text = said if end else "" if thoughts.lstrip().startswith("<think>") else reply
+    text = text.translate(str.maketrans("：／．，％−（）", ":/.,%-()")).strip()
     return m[1] if (m := re.fullmatch(r"```\w*\s*(.*?)\s*```", text, re.S)) else text
 
 # %% ../nbs/09_judge.ipynb #757e3e9b
@@ -183,22 +185,24 @@ def questions_of_pair(a: dict, b: dict) -> list[Question]:
     ids, said = dict(prompt_id=a["prompt_id"], sample_id_A=a["sample_id"], sample_id_B=b["sample_id"]), dict(A=as_text(a["output"]), B=as_text(b["output"]))
     return [Question(ids | dict(order=order), dict(prompt=conversation(a["prompt"]), output_A=said[order[0]], output_B=said[order[1]])) for order in ("AB", "BA")]
 
-# %% ../nbs/09_judge.ipynb #389b8b11
+# %% ../nbs/09_judge.ipynb #609c7fdb
 def interpret(row: dict, judge: Judge) -> dict:
     "A journal line with what its reply means; one without reply keeps its reason."
     if row["reply"] is None: return row
     name = "score" if judge.kind == "scalar" else "winner"
     value, reason = read_number(row["reply"], judge.score_max) if name == "score" else read_winner(row["reply"])
+    if row.get("refusal"): value, reason = None, f"the judge refused: {row['refusal'][:200]}"
     if row.get("finish") == "length": value, reason = None, f"the reply was cut off at max_tokens, {row.get('output_tokens')} tokens"
     if name == "score" and value is not None and not judge.score_min <= value <= judge.score_max: value, reason = None, f"{value:g} is outside {judge.score_min:g} to {judge.score_max:g}"
     if name == "winner" and row["order"] == "BA" and value in ("A", "B"): value = "BA"["AB".index(value)]
     return row | {name: value, "reason": reason}
 
-# %% ../nbs/09_judge.ipynb #5dfba3db
+# %% ../nbs/09_judge.ipynb #e69e50a4
 class Limiter:
     "At most so many requests and tokens in any window."
     def __init__(self, requests: int | None = None, tokens: int | None = None, window: float = 60.0): # window: seconds
         self.requests, self.tokens, self.window, self.sent, self.lock = requests or math.inf, tokens or math.inf, window, deque(), asyncio.Lock()
+        self.ready = set() # tasks that have waited and not sent yet
 
     async def wait(self, tokens: int):
         async with self.lock: # first come, first served
@@ -208,6 +212,12 @@ class Limiter:
                 if not self.sent or (len(self.sent) < self.requests and sum(n for _, n in self.sent) + tokens <= self.tokens): break
                 await asyncio.sleep(self.sent[0][0] + self.window - now)
             self.sent.append((now, tokens))
+            self.ready.add(asyncio.current_task())
+
+    async def send(self, tokens: int):
+        "Just before a request leaves: one that is a repeat waits for its own place."
+        if asyncio.current_task() not in self.ready: await self.wait(tokens)
+        self.ready.remove(asyncio.current_task())
 
 # %% ../nbs/09_judge.ipynb #b3c78b87
 def tokens_of(text: str) -> int: return len(text.encode()) // 3 + 4
@@ -244,7 +254,7 @@ def run_async(work: Coroutine):
     if "error" in box: raise box["error"]
     return box["result"]
 
-# %% ../nbs/09_judge.ipynb #f2fd663e
+# %% ../nbs/09_judge.ipynb #ab7a4698
 class JudgeStopped(RuntimeError):
     "No further question makes sense; what was answered is in the journal."
 
@@ -258,8 +268,8 @@ def api_key() -> str: return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
 def is_hopeless(e: Exception) -> bool:
-    "Whether the next question would fail like this one."
-    return getattr(e, "status_code", None) in (401, 403, 404) or getattr(e, "code", None) == "insufficient_quota"
+    "Whether the next question would fail like this one: wrong key, no money, no such model, a temperature that it does not take."
+    return getattr(e, "status_code", None) in (401, 402, 404) or getattr(e, "code", None) == "insufficient_quota" or getattr(e, "param", None) == "temperature"
 
 # %% ../nbs/09_judge.ipynb #6a90517f
 async def complete(client, judge: Judge, q: Question, refused: set):
@@ -372,13 +382,19 @@ def read_journal(job: Job) -> list[dict]:
         raise RecordError(f"{job.journal}: prompt {changed['prompt_id']!r}, sample {key_of(changed)[1]!r} was asked with another text; the samples have changed since: give another output_file")
     return rows
 
-# %% ../nbs/09_judge.ipynb #3ea0b301
-def answered(rows: list[dict], judge: Judge) -> dict[tuple, dict]:
-    "The last answer to each question, read anew; without one, the last line."
+# %% ../nbs/09_judge.ipynb #9654b3b7
+def last_words(rows: Iterable[dict]) -> dict[tuple, dict]: # labels and comparisons of one labeller
+    "The last line about each sample, or look at a pair; one that says something before one that does not."
+    def says(r): return r.get("reply") is not None or r.get("score", r.get("winner")) is not None
     out = {}
     for r in rows:
-        if r["reply"] is not None or (out.get(key_of(r)) or r)["reply"] is None: out[key_of(r)] = interpret(r, judge)
+        if says(r) or not says(out.get(key_of(r), r)): out[key_of(r)] = r
     return out
+
+
+def answered(rows: list[dict], judge: Judge) -> dict[tuple, dict]:
+    "The last answer to each question, read anew."
+    return {k: interpret(r, judge) for k, r in last_words(rows).items()}
 
 # %% ../nbs/09_judge.ipynb #f9f38155
 @contextmanager
@@ -433,7 +449,7 @@ async def ask_all(client, job: Job, todo: deque, budget: Budget, limiter: Limite
     await asyncio.gather(*(work() for _ in range(job.cfg.batch_size or 10)))
     if stop: raise JudgeStopped(f"{stop[0]}. {job.journal} keeps what was answered; run again to go on from there")
 
-# %% ../nbs/09_judge.ipynb #98b0512a
+# %% ../nbs/09_judge.ipynb #51e947e7
 async def connect_and_ask(job: Job, todo: deque, budget: Budget, progress: Progress) -> int: # HTTP requests, repeats included
     "With a client of the job's own."
     import openai
@@ -443,7 +459,7 @@ async def connect_and_ask(job: Job, todo: deque, budget: Budget, progress: Progr
     async def count(request):
         nonlocal sent
         sent += 1
-        if request.headers.get("x-stainless-retry-count", "0") != "0": await limiter.wait(0) # repeats are requests too
+        await limiter.send(tokens_of(request.content.decode()) + (job.judge.max_tokens or 0))
     http = openai.DefaultAsyncHttpxClient(event_hooks=dict(request=[count]))
     async with openai.AsyncOpenAI(api_key=key or "none", base_url=job.judge.base_url, max_retries=c.max_retries, timeout=c.request_timeout, http_client=http) as client:
         await ask_all(client, job, todo, budget, limiter, progress)

@@ -1,5 +1,5 @@
 """Converters: equal to HALOs where HALOs is right, and what must hold for any samples."""
-import copy, math
+import copy, json, math, subprocess, sys
 from collections import Counter
 from itertools import combinations
 
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import halos_nb.feedback as feedback_module
-from halos_nb.feedback import convert_to_binary_feedback, convert_to_pairwise_feedback, convert_to_scalar_feedback, feedback_counts, group_advantages
+from halos_nb.feedback import (HOW, Tally, combine_labels, combine_pairs, convert_comparisons, convert_to_binary_feedback, convert_to_pairwise_feedback, convert_to_scalar_feedback, feedback_counts,
+                               group_advantages, iter_pairwise_feedback, pair_of, pair_table, verdict_table, with_scores)
 from halos_nb.records import RecordError, check
 
 from golden import cases, load
@@ -129,6 +130,10 @@ def test_pairs_are_true(samples, mode, threshold, seed):
     if mode == "max": assert max(Counter(p["prompt_id"] for p in pairs).values(), default=1) == 1
     counts = feedback_counts(samples, pairs, mode)
     assert counts["records"] == len(pairs) and counts["samples"] == len(samples) and counts["unscored"] == len(samples) - len(good(samples))
+    used = {x[0] for x in of_pair(pairs)} # outputs are unique
+    assert counts["samples"] == counts["unscored"] + counts["unused"] + len(used)
+    tally = Tally()
+    assert list(tally.count(iter_pairwise_feedback(samples, seed, mode, threshold))) == pairs and feedback_counts(samples, tally, mode) == counts
     sizes = Counter(s["prompt_id"] for s in good(samples))
     assert counts["singles"] == sum(n == 1 for n in sizes.values())
     if mode == "random": assert counts["ties"] + len(pairs) == sum(n // 2 for n in sizes.values())
@@ -140,6 +145,8 @@ def test_pairs_are_true(samples, mode, threshold, seed):
 def test_order_of_samples_does_not_matter(samples, mode, threshold, seed, rng):
     def values(pairs): # equal rewards may stand in for each other
         return sorted((p["prompt_id"], max(p["reward_A"], p["reward_B"]), min(p["reward_A"], p["reward_B"])) for p in pairs)
+    within = {p: iter(rng.sample(group := [s for s in samples if s["prompt_id"] == p], len(group))) for p in {s["prompt_id"] for s in samples}}
+    assert convert_to_pairwise_feedback([next(within[s["prompt_id"]]) for s in samples], seed, mode, threshold) == convert_to_pairwise_feedback(samples, seed, mode, threshold), "equal rewards included"
     shuffled = rng.sample(samples, len(samples))
     a, b = (convert_to_pairwise_feedback(x, seed, mode, threshold) for x in (samples, shuffled))
     assert values(a) == values(b)
@@ -182,3 +189,92 @@ def test_unlabelled_samples_are_an_error(broken, told):
     sample = dict(prompt_id=0, sample_id=0, prompt=[dict(role="user", content="?")], output="!")
     for convert in (convert_to_scalar_feedback, convert_to_binary_feedback, lambda s: convert_to_pairwise_feedback(s, 0)):
         with pytest.raises(RecordError, match=told): convert([sample | dict(reward=1), sample | broken])
+
+
+# ---- several labellers
+
+scores_of_labellers = st.dictionaries(st.sampled_from(["rm:a", "api:b", "human:c", "human:d"]), st.dictionaries(st.tuples(st.sampled_from("pq"), st.integers(0, 3)), st.one_of(st.none(), st.integers(-2, 2)), max_size=8), min_size=1)
+
+
+def as_labels(said): return [dict(prompt_id=p, sample_id=i, labeller=n, score=x, reason="" if x is not None else "?", type="label") for n, v in said.items() for (p, i), x in v.items()]
+
+
+@given(scores_of_labellers, st.sampled_from(list(HOW)), st.randoms())
+@settings(deadline=None, max_examples=200)
+def test_combined_labels(said, how, rng):
+    "The order of labels changes nothing; by hand for each way; people count only where machines contradict each other or are silent."
+    rows = as_labels(said)
+    found = combine_labels(rows, how)
+    assert combine_labels(rng.sample(rows, len(rows)), how).scores == found.scores and found.counts["samples"] == len(found.scores)
+    known = {n: {k: x for k, x in v.items() if x is not None} for n, v in said.items()}
+    sign = lambda x: (x > 0) - (x < 0)
+    def beats(names, k): return [(1 + sign(known[n][k] - known[n][j])) / 2 for n in names for j in known[n] if k in known[n] and j != k and j[0] == k[0]]
+    for k, x in found.scores.items():
+        machines, people = ([n for n in known if n.startswith("human:") == human] for human in (False, True))
+        fight = any({sign(known[n][a] - known[n][b]) for n in machines if {a, b} <= known[n].keys()} >= {1, -1} for a, b in combinations(found.scores, 2) if a[0] == b[0] == k[0])
+        quiet = not any(j[0] == k[0] for n in machines for j in known[n])
+        values = [v[k] for v in known.values() if k in v] if how == "mean" else beats(known if how == "vote" else people if fight or quiet else machines, k)
+        assert x == (pytest.approx(sum(values) / len(values)) if values else None)
+
+
+looks = st.lists(st.tuples(st.sampled_from(["rm:a", "api:b", "human:c"]), st.sampled_from("pq"), st.integers(0, 3), st.integers(0, 3), st.sampled_from(["A", "B", "tie", None]), st.sampled_from(["AB", "BA"])).filter(lambda x: x[2] != x[3]), max_size=25)
+
+
+@given(looks, st.sampled_from(["vote", "human-where-they-disagree"]), st.integers(0, 99), st.dictionaries(st.tuples(st.sampled_from("pq"), st.integers(0, 3)), st.floats(-2, 2)))
+@settings(deadline=None, max_examples=200)
+def test_verdicts_become_pairs(rows, how, seed, scores):
+    "The winner is who most chose, whatever was called A; its reward is higher; every pair is a record, a tie, undecided or of equal outputs."
+    comparisons = [dict(prompt_id=p, sample_id_A=a, sample_id_B=b, labeller=n, winner=w, order=o, reason="", type="comparison") for n, p, a, b, w, o in rows]
+    samples = [dict(prompt_id=p, sample_id=i, prompt=[dict(role="user", content=p)], output=f"{p}{min(i, 2)}") for p in "pq" for i in range(4)] # 2 and 3 are the same words
+    records, counts = convert_comparisons(comparisons, samples, seed, how, scores=scores)
+    assert counts["items"] == len({pair_of(p, a, b)[0] for _, p, a, b, _, _ in rows}) == counts["ties"] + counts["no_verdict"] + counts["equal_outputs"] + counts["records"] and counts["records"] == len(records)
+    said = {}
+    for n, p, a, b, w, o in rows:
+        first = a if o == "AB" else b # which was shown first: one look of each kind counts, the last
+        if w is not None: said.setdefault((p, frozenset((a, b))), {}).setdefault(n, {})[first] = dict(A=a, B=b, tie=None)[w]
+    for r in records:
+        check(r, "pairwise_feedback")
+        better, worse = (int(r[f"output_{x}"][0]["content"][1:]) for x in ("AB" if r["label"] else "BA"))
+        assert r["label"] == (r["reward_A"] > r["reward_B"]) and r["reward_difference"] > 0
+        options = [k for k in said if k[0] == r["prompt_id"] and {min(i, 2) for i in k[1]} == {better, worse}]
+        def margin(k, names, better=better, worse=worse): # votes for better
+            votes = [v.pop() if len(v := set(x.values())) == 1 else None for n, x in said[k].items() if n in names]
+            return sum((min(v, 2) == better) - (min(v, 2) == worse) for v in votes if v is not None), {v for v in votes if v is not None}, len(votes)
+        def wins(k, margin=margin):
+            total, _, _ = margin(k, ("rm:a", "api:b", "human:c"))
+            machines, sides, n = margin(k, ("rm:a", "api:b"))
+            human, _, _ = margin(k, ("human:c",))
+            return total > 0 if how == "vote" else (human if len(sides) == 2 or not n else machines) > 0
+        assert any(wins(k) for k in options)
+    again = convert_comparisons([c | dict(sample_id_A=c["sample_id_B"], sample_id_B=c["sample_id_A"], winner=dict(A="B", B="A").get(c["winner"], c["winner"]), order=c["order"][::-1]) for c in comparisons], samples, seed, how, scores=scores)
+    assert again == (records, counts)
+
+
+@given(scores_of_labellers)
+@settings(deadline=None)
+def test_scores_and_verdicts_are_one_table(said):
+    "A labeller who compares as its scores do is the same labeller."
+    rows = as_labels(said)
+    table = pair_table(labels=rows)
+    spoken = [dict(prompt_id=p, sample_id_A=b, sample_id_B=a, labeller=n, winner="tie" if m == 0 else "B" if m > 0 else "A", order="AB", reason="", type="comparison") for n, v in table.items() for (p, a, b), m in v.items()]
+    verdicts = verdict_table(spoken).table
+    assert {n: {k: (m > 0) - (m < 0) for k, m in v.items()} for n, v in table.items() if v} == verdicts
+    pairs = [k for v in verdicts.values() for k in v]
+    for how in ("vote", "human-where-they-disagree"): assert combine_pairs(table, pairs, how) == combine_pairs(verdicts, pairs, how)
+
+
+def test_margins_are_kept():
+    "From labels through a vote to pairs: the reward difference is the difference of the shares won."
+    rows = as_labels({"rm:a": {("p", i): float(i) for i in range(3)}, "api:b": {("p", i): 2.0 - (i == 0) for i in range(3)}})
+    samples = [dict(prompt_id="p", sample_id=i, prompt=[dict(role="user", content="?")], output=str(i)) for i in range(3)]
+    [best] = convert_to_pairwise_feedback(with_scores(samples, combine_labels(rows, "vote").scores), 0, "max")
+    assert {best["output_A"][0]["content"], best["output_B"][0]["content"]} == {"2", "0"} and best["reward_difference"] == 7 / 8 - 0
+
+
+def test_streamed_in_little_memory(tmp_path):
+    "10,000 samples from file to file by the script that measures a million: nothing lost, and memory for little more than the samples."
+    script = __file__.replace("tests/test_feedback.py", "bench/feedback.py")
+    lines = subprocess.run([sys.executable, script, "--n", "10000", "--folder", str(tmp_path)], capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()[1:]
+    found = {r["form"]: r for r in map(json.loads, lines)}
+    assert {k: v["records"] for k, v in found.items() if k != "min"} == dict(random=5000, max=2500, binary=10000, scalar=10000) and found["min"]["records"] >= 2500
+    assert all(r["peak_gib"] < 0.2 for r in found.values()) and not list(tmp_path.iterdir())

@@ -17,24 +17,31 @@ MAY_IMPORT = {
     "config": [],
     "data": ["records"],
     "feedback": ["records"],
+    "agreement": ["records", "feedback"],
     "batching": ["records", "config", "data", "feedback"],
     "models": ["config", "batching"],
     "reference": ["batching", "models"],
     "losses": [],
     "trainers": BASE,
-    "sample": ["records", "config", "data", "batching", "models"],
+    "generate": ["records", "config", "data", "batching", "models"],
+    "sample": ["records", "config", "data", "batching", "models", "generate"],
+    "score": ["records", "batching", "models"],
     "judge": ["records", "config"],
-    "label": ["records", "config", "feedback", "batching", "models", "judge"],
-    "people": ["records", "feedback"],
+    "label": ["records", "config", "feedback", "models", "judge", "score"],
+    "people": ["records", "feedback", "agreement"],
     "train": [*BASE, "trainers"],
     "launch": ["records", "config"],
     "loop": ["records", "config", "feedback", "launch"],
     "plots": ["records"],
-    "widgets": ["records", "config", "feedback", "plots", "loop"],
-    "playground": [*BASE, "trainers", "sample", "label", "train", "launch", "loop", "plots", "widgets"],
+    "rewards": ["records", "plots"],
+    "compare": ["records", "loop", "plots"],
+    "monitor": ["records", "launch", "loop", "plots"],
+    "page": ["records", "loop", "plots", "rewards", "monitor", "compare"],
+    "widgets": ["records", "config", "feedback", "people", "launch", "loop", "plots"],
+    "playground": [*BASE, "trainers", "sample", "label", "train", "launch", "loop", "plots"],
 }
 # These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory) has no place in them.
-LIGHT = ["records", "config", "feedback", "launch", "loop", "plots"]
+LIGHT = ["records", "config", "feedback", "agreement", "people", "judge", "launch", "loop", "plots", "rewards", "widgets", "monitor", "compare", "page"]
 HEAVY = {"torch", "transformers", "accelerate", "datasets"}
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))

@@ -62,6 +62,14 @@ def test_golden_process_samples(case, sync):
     assert all(bool(s["reason"]) == (wanted is None) for s in out)
 
 
+@pytest.mark.parametrize("reply, score", [("<think>Final Score: 3? No, 4.</think>\nFinal Score: 7", 7), ("So 3.\n</think>\n\n{\"why\": \"\", \"score\": 7}", 7), ("<think>\nFinal Score: 7", None), ("<think></think>", None),
+                                          ("<think>8/10</think>It is fine.", None), ("<think>a</think>Final Score: 7. It wrote </think>Final Score: 10", None)])
+def test_thoughts_are_not_the_reply(reply, score): assert read_number(reply).value == score
+
+
+def test_thoughts_name_no_winner(): assert [read_winner(r).value for r in ("<think>Winner: A</think>Winner: B", "Winner: A?</think>\n[[B]]", "<think>Winner: A")] == ["B", "B", None]
+
+
 numbers = st.decimals(-20, 20, places=2, allow_nan=False).map(lambda d: f"{d:f}")
 words = st.text("abcdefg ,.!?\n0123456789/-", max_size=60)
 
@@ -207,26 +215,27 @@ def test_faults_and_kills(tmp_path):
     for i in range(n):
         for times in range(1, 30): fault[i, times] = rng.choices(FAULTS, weights)[0] if rng.random() < 0.3 else None
     with Server(lambda body, times: fault.get((number_of(body), times)) or f"Fine, 2 points.\nFinal Score: {truth(number_of(body))}") as server:
-        cfg, journal = config(server, tmp_path, n, structured=False, request_timeout=1, deadline=3, batch_size=128, feedback_type="binary", input_price=1, output_price=2), tmp_path / "feedback.labels.jsonl"
-        on_disk, told = {}, []
-        for share in (0.2, 0.5, 0.75, None):
+        cfg, journal = config(server, tmp_path, n, structured=False, request_timeout=1.5, deadline=3, batch_size=96, feedback_type="binary", input_price=1, output_price=2), tmp_path / "feedback.labels.jsonl"
+        on_disk, told, keys = {}, [], [(s["prompt_id"], s["sample_id"]) for s in make_samples(n)]
+        for share in (0.2, 0.45, 0.65, None): # of the answers
             before, first = set(on_disk), len(server.heard)
             p = subprocess.Popen(flags(cfg), env=environment(tmp_path, OPENAI_API_KEY=KEY), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if share:
-                while p.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < share * n): time.sleep(0.02)
+                while p.poll() is None and (not journal.exists() or (text := journal.read_bytes()).count(b"\n") - text.count(b'"reply":null') < share * n): time.sleep(0.05)
                 p.send_signal(signal.SIGKILL)
             told.append(p.communicate(timeout=200)[0])
             assert p.returncode == (-signal.SIGKILL if share else 0), told[-1][-2000:]
             assert not before & {number_of(b) for b in server.heard[first:]} # nothing that was on disk is asked again
-            on_disk = {int(re.search(r"\d+", s["output"])[0]): r for s in make_samples(n) for r in [answers(journal).get((s["prompt_id"], s["sample_id"]))] if r}
+            told_before = answers(journal)
+            on_disk = {i: told_before[k] for i, k in enumerate(keys) if k in told_before}
     lines = read_jsonl(journal)
     assert max(Counter((r["prompt_id"], r["sample_id"]) for r in lines if r["reply"] is not None).values()) == 1 # nothing was answered twice
     counts, last = json.loads((tmp_path / "feedback.counts.json").read_text()), {(r["prompt_id"], r["sample_id"]): r for r in lines}
-    assert len(server.heard) >= 2000 and len(last) == counts["samples"] == n == counts["scored"] + counts["unscored"] and counts["answered_before"] >= 0.6 * n
-    for i, s in enumerate(make_samples(n)):
-        r = on_disk.get(i) or last[s["prompt_id"], s["sample_id"]]
+    assert len(server.heard) >= 2000 and len(last) == counts["samples"] == n == counts["scored"] + counts["unscored"] and counts["answered_before"] >= 0.65 * n
+    for i, key in enumerate(keys):
+        r = on_disk.get(i) or last[key]
         assert r["score"] == truth(i) or (r["score"] is None and r["reason"]), r
-    assert counts["scored"] > 0.8 * n and len(read_records(tmp_path / "feedback.json", "binary_feedback")) == counts["scored"]
+    assert counts["scored"] > 0.7 * n and len(read_records(tmp_path / "feedback.json", "binary_feedback")) == counts["scored"]
     assert {k.split(":")[0] for k in counts["reasons"]} >= {"no answer", "the reply is empty", "the reply states no score", "11 is outside 0 to 10"} and any("no answer within 3 s" in k for k in counts["reasons"])
     print(len(server.heard), "requests;", len(lines), "lines;", counts)
     assert server.keys == {f"Bearer {KEY}"}
@@ -287,8 +296,14 @@ def test_refused_options_are_remembered(tmp_path, status):
 
 
 def test_bad_request_is_unscored(tmp_path):
-    with Server(lambda body, times: (400, dict(error=dict(message="context too long"))) if number_of(body) == 2 else score_of(body, times)) as server: counts = main(config(server, tmp_path, 6))
-    assert (counts["scored"], counts["unscored"]) == (5, 1) and "context too long" in next(iter(counts["reasons"]))
+    "One too long, one that a filter of the server's flags, one that the judge will not rate; the others are scored."
+    def reply(body, times):
+        no = {1: (403, dict(error=dict(message="your input was flagged"))), 2: (400, dict(error=dict(message="context too long")))}
+        if number_of(body) == 3: return 200, completion(None) | dict(choices=[dict(index=0, message=dict(role="assistant", content=None, refusal="I cannot rate this."), finish_reason="stop")])
+        return no.get(number_of(body)) or score_of(body, times)
+    with Server(reply) as server: counts = main(config(server, tmp_path, 6))
+    assert (counts["scored"], counts["unscored"], counts["unreadable"], counts["no_answer"]) == (3, 3, 1, 2)
+    for told in ("flagged", "context too long", "the judge refused: I cannot rate this."): assert sum(told in reason for reason in counts["reasons"]) == 1
 
 
 def test_caps_and_resume(tmp_path):
@@ -341,7 +356,8 @@ def test_two_runs_at_once(tmp_path):
     assert not server.heard
 
 
-@pytest.mark.parametrize("status, body", [(401, dict(error=dict(message=f"Incorrect API key provided: {KEY}"))), (404, dict(error=dict(message="no such model"))), (429, dict(error=dict(message="pay", code="insufficient_quota")))])
+@pytest.mark.parametrize("status, body", [(401, dict(error=dict(message=f"Incorrect API key provided: {KEY}"))), (404, dict(error=dict(message="no such model"))), (402, dict(error=dict(message="Insufficient Balance"))),
+                                          (400, dict(error=dict(message="temperature does not support 0 with this model", param="temperature"))), (429, dict(error=dict(message="pay", code="insufficient_quota")))])
 def test_hopeless_errors_stop_the_job(tmp_path, monkeypatch, status, body):
     "What was answered stays; the key is in no message."
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -374,16 +390,49 @@ def test_dry_run_spends_nothing(tmp_path):
     assert not server.heard and sorted(f.name for f in tmp_path.iterdir()) == ["samples.json"]
 
 
-def test_requests_per_minute(tmp_path, monkeypatch):
-    "Repeats count too: eight requests in a window of 0.4 s at most, whoever makes them."
-    times, usual = [], j.Limiter.__init__
-    monkeypatch.setattr(j.Limiter, "__init__", lambda self, requests, tokens: usual(self, requests, tokens, window=0.4))
+@pytest.fixture
+def places(monkeypatch):
+    "A minute of 0.4 s; every place that the limiter gave: when, and for how many tokens."
+    begin, wait, given = j.Limiter.__init__, j.Limiter.wait, []
+    async def noted(self, tokens):
+        await wait(self, tokens)
+        given.append((time.monotonic(), tokens))
+    monkeypatch.setattr(j.Limiter, "__init__", lambda self, requests, tokens: begin(self, requests, tokens, window=0.4))
+    monkeypatch.setattr(j.Limiter, "wait", noted)
+    return given
+
+
+def most_in_a_minute(places): return max(sum(n for x, n in places if t <= x < t + 0.39) for t, _ in places)
+
+
+def test_requests_per_minute(tmp_path, places):
+    "Every HTTP request has a place of its own, those too that repeat one that failed or had an option that is refused; eight a minute at most."
     def reply(body, n):
-        times.append(time.monotonic())
+        if "response_format" in body: return 400, dict(error=dict(message="response_format is unknown"))
         return "429 after" if n == 1 and number_of(body) % 3 == 0 else score_of(body, n)
-    with Server(reply) as server: counts = main(config(server, tmp_path, 24, structured=False, requests_per_minute=8))
-    assert counts["scored"] == 24 and counts["http_requests"] == 32
-    assert max(sum(t <= x < t + 0.35 for x in times) for t in times) <= 8
+    with Server(reply) as server: counts = main(config(server, tmp_path, 24, requests_per_minute=8))
+    assert counts["scored"] == 24 and 32 < counts["http_requests"] == len(server.heard) == len(places) <= 40
+    assert most_in_a_minute([(t, 1) for t, _ in places]) <= 8
+
+
+def test_tokens_per_minute(tmp_path, places):
+    "By the estimate, three bytes to a token and each reply at its longest; a repeat reads its tokens again."
+    with Server(lambda body, n: "429 after" if n == 1 and number_of(body) % 4 == 0 else score_of(body, n)) as server:
+        counts = main(config(server, tmp_path, 16, structured=False, max_tokens=20, tokens_per_minute=1200))
+    assert counts["scored"] == 16 and len(server.heard) == len(places) == 20
+    assert min(n for _, n in places) >= min(sum(len(m["content"].encode()) for m in body["messages"]) / 3 + 20 for body in server.heard)
+    assert 400 < most_in_a_minute(places) <= 1200
+
+
+def test_retry_after_is_kept(tmp_path):
+    "The client waits as long as the server says, not as long as it would itself."
+    times = {}
+    def reply(body, n):
+        times.setdefault(number_of(body), []).append(time.monotonic())
+        return "429 after" if n <= 2 else score_of(body, n)
+    with Server(reply) as server: assert main(config(server, tmp_path, 4, structured=False))["http_requests"] == 12
+    waits = [b - a for t in times.values() for a, b in zip(t, t[1:])]
+    assert 0.1 <= min(waits) < 0.35 # its own first waits are 0.4 to 1 s
 
 
 @pytest.mark.parametrize("asked, expected", [("best", (0, 1.0)), ("first", (1.0, 0.0))])
@@ -421,6 +470,15 @@ def test_two_files_compared(tmp_path):
     for counts in (pairs, scores): assert (counts["first_better"], counts["second_better"], counts["pairs"], counts["unmatched"], counts["records"]) == (0, 20, 20, 4, 20)
     for kind in ("pairwise", "scalar"):
         for r in read_records(tmp_path / f"{kind}.json", "pairwise_feedback"): assert ("#1" in r["output_A"][0]["content"]) >= r["label"]
+
+
+def test_predecessors_function():
+    "Where the predecessor had it, with its parameters."
+    from inspect import signature
+    from halos_nb import label
+    assert label.process_samples_with_api is process_samples_with_api
+    assert [str(p).split(":")[0] for p in signature(process_samples_with_api).parameters.values()] == ["samples", "client", "system_prompt", "label_prompt", "model", "batch_size"]
+    assert signature(process_samples_with_api).parameters["batch_size"].default == 10 and list(signature(label.process_batch_with_reward_model).parameters)[:4] == ["samples", "reward_model", "tokenizer", "accelerator"]
 
 
 def test_real_clients(tmp_path):

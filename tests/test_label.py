@@ -7,14 +7,17 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, RobertaConfig,
+                          RobertaForSequenceClassification)
 
 import golden
 from halos_nb.batching import byte_tokenizer, encode, encode_prompt
-from halos_nb.config import LabelConfig
-from halos_nb.label import head_of, main, process_batch_with_reward_model, read_samples, score_samples, to_feedback
-from halos_nb.models import load_reward_model
-from halos_nb.records import RecordError, as_turns, prompt_id, read_jsonl, read_records, write_records
+from halos_nb.config import LabelConfig, parse_args
+from halos_nb.label import main, process_batch_with_reward_model, read_samples, to_feedback
+from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
+from halos_nb.people import Session, choose_pairs, comparisons
+from halos_nb.records import RecordError, append_jsonl, as_turns, prompt_id, read_jsonl, read_records, write_records
+from halos_nb.score import head_of, score_samples
 
 TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
        "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
@@ -174,12 +177,19 @@ def test_defaults():
 
 @pytest.mark.parametrize("broken, told", [
     ({"output": None}, "record 2: field `output`"), ({"prompt": []}, "record 2: field `prompt`"), ({"prompt": [{"role": "user"}]}, r"record 2: field `prompt\[0\].content` is missing"),
-    ({"type": "smaple"}, "record 2: field `type`"), ({"prompt_id": "other", "sample_id": [1]}, "record 2: field `sample_id`")])
+    ({"type": "smaple"}, "record 2: field `type`"), ({"prompt_id": "other", "sample_id": [1]}, "record 2: field `sample_id`"),
+    ({"spllit": "train"}, "record 2: field `spllit` is unknown and `split` is missing"), ({"genrator": "m"}, "record 2: field `genrator` is unknown and `generator` is missing")])
 def test_broken_record(folder, tmp_path, broken, told):
     rows = make_samples()[:3]
     (tmp_path / "samples.json").write_text(json.dumps([rows[0], rows[1] | broken, rows[2]]))
     with pytest.raises(RecordError, match="samples.json, " + told):
         main(LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "f.json"), reward_model_path=str(folder)))
+
+
+def test_other_fields_are_kept_and_counted(folder, tmp_path):
+    samples = [s | dict(judge_preference=i) if i % 2 else s for i, s in enumerate(make_samples())]
+    assert label(folder, tmp_path, samples)["other_fields"] == {"judge_preference": 11}
+    assert [r.get("judge_preference") for r in read_records(tmp_path / "feedback.json")] == [s.get("judge_preference") for s in samples]
 
 
 @pytest.mark.parametrize("text, told", [("[]", "an empty list"), ("{", "not JSON"), ('{"type": "sample"}', "should be a list")])
@@ -224,6 +234,28 @@ def test_heads(tmp_path, tok, save, n, weights, meaning):
     w = torch.tensor({"": [0.0] * (n - 1) + [1.0], "LABEL_0=1": [1.0, 0.0]}.get(weights, [-1, 0.25, 0]))
     for s, score in zip(make_samples(), scores(tmp_path)):
         with torch.no_grad(): assert score == pytest.approx((plain(torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])).logits[0] @ w).item(), abs=1e-5)
+
+
+def save_roberta(folder, tok, **more):
+    torch.manual_seed(1)
+    RobertaForSequenceClassification(RobertaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, pad_token_id=0, **more)).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save, positions", [(save_bert, 64), (save_roberta, 65), (save_llama, 64)])
+def test_a_model_that_reads_less(tmp_path, tok, save, positions):
+    "A model whose positions end before max_length: its own limit counts, by the same policy; RoBERTa's first position is one behind its padding."
+    save(tmp_path / "m", tok, num_labels=1, max_position_embeddings=positions)
+    counts, plain = label(tmp_path / "m", tmp_path), AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    rows, cut = read_jsonl(tmp_path / "feedback.labels.jsonl"), 0
+    for s, r in zip(make_samples(), rows):
+        ids = encode(tok, s["prompt"] + as_turns(s["output"]))
+        if len(ids) > 64: ids = encode(tok, encode_prompt(tok, s["prompt"], 32, Counter())[0] + as_turns(s["output"]))
+        assert r["truncated"] == (len(ids) > 64)
+        cut += len(ids) > 64
+        with torch.no_grad(): assert r["score"] == pytest.approx(plain(torch.tensor([ids[:64]])).logits[0, 0].item(), abs=1e-5)
+    assert counts["read_at_most"] == 64 and 0 < counts["outputs_cut"] == cut < 23
+    assert "read_at_most" not in label(tmp_path / "m", tmp_path, max_length=64)
 
 
 def test_heads_that_are_refused(tmp_path, tok):
@@ -282,6 +314,8 @@ def test_model_with_a_score_of_its_own(tmp_path, tok):
         ids = torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])
         with torch.no_grad(): assert score == pytest.approx(model(ids, torch.ones_like(ids)).score.item(), abs=1e-5)
     assert json.loads((tmp_path / "feedback.counts.json").read_text())["head"] == "the `score` of GatedReward"
+    model.config.auto_map = config["auto_map"] # as if it had been loaded with its code
+    assert [s["reward"] for s in process_batch_with_reward_model(make_samples(), model, tok, None)] == pytest.approx(scores(tmp_path), abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -306,6 +340,21 @@ def test_process_batch_takes_plain_and_wrapped_models(folder, rm, tok):
     plain, samples = AutoModelForSequenceClassification.from_pretrained(folder).eval(), make_samples()
     expected = [x.score for x in score_samples(samples, rm, tok)]
     for model in (plain, type("DDP", (), dict(module=rm))()): assert [s["reward"] for s in process_batch_with_reward_model(samples, model, tok, None)] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["plain", "ours", "dropout"])
+def test_process_batch_takes_a_model_in_memory(tok, how):
+    "Never saved, so without a named architecture; in training mode, where dropout would spoil the scores; it is left as it was."
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, num_labels=2, pad_token_id=0,
+                         attention_dropout=0.5 * (how == "dropout"))
+    model = LlamaForSequenceClassification(config) if how != "ours" else AutoModelForBradleyTerry.from_config(config)
+    model.train(how == "dropout")
+    out = process_batch_with_reward_model(make_samples(), model, tok, None)
+    assert model.training == (how == "dropout")
+    model.eval()
+    for s in out:
+        with torch.no_grad(): assert s["reward"] == pytest.approx(model(torch.tensor([encode(tok, s["prompt"] + s["output"])])).logits[0, 1].item(), abs=1e-5)
 
 
 # ---- functions, journals, two files
@@ -351,6 +400,62 @@ def test_journal_of_others(tmp_path):
     with pytest.raises(RecordError, match="paid for"): label(None, tmp_path, function="builtins:len") # a person's labels are beside the output now
     file.write_text(json.dumps(row(samples[0], score="9")) + "\n")
     with pytest.raises(RecordError, match="some.jsonl, record 1: field `score`"): label(None, tmp_path, from_labels=str(file))
+
+
+def by_hand(tmp_path, samples, better):
+    "A session in which a person prefers what `better` prefers; its comparisons in a journal."
+    session = Session(tmp_path / "session.jsonl", samples, choose_pairs(samples, seed=1), "human:ann", repeats=0.2)
+    while (item := session.current) is not None:
+        shown = session.show(item)
+        session.choose("tie" if better(shown["left"]) == better(shown["right"]) else "left" if better(shown["left"]) > better(shown["right"]) else "right", seconds=1.0)
+    for r in comparisons(session): append_jsonl(tmp_path / "ann.labels.jsonl", r)
+    return session
+
+
+def test_people(tmp_path):
+    "What a person said of pairs, through the command: the winner is the one that was chosen, whatever side it was on; a tie is no pair."
+    samples = make_samples()
+    session = by_hand(tmp_path, samples, len)
+    counts = label(None, tmp_path, samples, from_labels=str(tmp_path / "ann.labels.jsonl"), feedback_type="pairwise")
+    made = read_records(tmp_path / "feedback.json", "pairwise_feedback")
+    for r in made: assert r["label"] == (len(r["output_A"][0]["content"]) > len(r["output_B"][0]["content"])) and r["reward_difference"] == 1
+    assert counts["items"] == len({i[1:4] for i in session.items}) == counts["records"] + counts["ties"] and counts["records"] == len(made) > 20 and counts["position_bias"] == 0 < counts["compared"]
+    assert read_jsonl(tmp_path / "feedback.labels.jsonl") == comparisons(session)
+    for more, told in [(dict(feedback_type="binary"), "feedback_type: .*compared pairs"), (dict(threshold=0.5), "threshold: .*no scores"), (dict(combine="mean"), "combine: mean needs scores")]:
+        with pytest.raises(ValueError, match=told): label(None, tmp_path, samples, from_labels=str(tmp_path / "ann.labels.jsonl"), **more)
+    with pytest.raises(RecordError, match="session.jsonl: .*halos_nb.people.comparisons"): label(None, tmp_path, samples, from_labels=str(tmp_path / "session.jsonl"))
+    assert label(None, tmp_path, samples[:-1], from_labels=str(tmp_path / "ann.labels.jsonl"))["labels_without_sample"] > 0
+
+
+def test_labellers_together(tmp_path):
+    "Mean, vote, and people where the machines disagree, of scores and of scores with comparisons."
+    samples = make_samples((2, 2))
+    rows = {name: [dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], labeller=name, score=x, reason="", type="label") for s, x in zip(sorted(samples, key=lambda s: (s["prompt_id"], s["sample_id"])), xs)]
+            for name, xs in {"rm:a": (1.0, 2.0, 5.0, 0.0), "api:b": (3.0, 1.0, 9.0, 2.0), "human:c": (0.0, 1.0, 0.0, 1.0)}.items()}
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in sum(rows.values(), [])))
+    rewards = lambda: {(r["prompt_id"], r["sample_id"]): r["reward"] for r in read_records(tmp_path / "feedback.json", "scalar_feedback")}
+    keys = [(r["prompt_id"], r["sample_id"]) for r in rows["rm:a"]]
+    counts = label(None, tmp_path, samples, from_labels=str(file), combine="mean")
+    assert [rewards()[k] for k in keys] == pytest.approx([4 / 3, 4 / 3, 14 / 3, 1]) and (counts["labellers"], counts["disputed_prompts"]) == (3, 2)
+    label(None, tmp_path, samples, from_labels=str(file), combine="human-where-they-disagree")
+    assert [rewards()[k] for k in keys] == [0, 1, 1, 0] # the machines agree on the second prompt alone
+    with file.open("a") as f: # a person who compared; now pairs are what is voted on
+        for i in (0, 2): f.write(json.dumps(dict(prompt_id=keys[i][0], sample_id_A=keys[i][1], sample_id_B=keys[i + 1][1], labeller="human:d", winner="B", reason="", order="AB", type="comparison")) + "\n")
+    label(None, tmp_path, samples, from_labels=str(file), combine="human-where-they-disagree")
+    said = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
+    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"): assert r["output_A" if r["label"] else "output_B"][0]["content"] == said[r["prompt_id"], 1 if r["prompt_id"] == keys[0][0] else 0]
+    for more in (dict(labeller="rm:a", from_labels=str(file)), dict(function="x:y")):
+        with pytest.raises(ValueError, match="combine: "): LabelConfig(samples_file="s", output_file="f", combine="vote", **more)
+
+
+def test_options_of_the_command_line():
+    "Every option of the predecessor by its name, with its kind of value; the defaults are those of the documentation."
+    given = parse_args(LabelConfig, "--reward_model_path rm --feedback_type pairwise --feedback_mode max --threshold 0.5 --batch_size 4 --seed 7 --split test --second_samples_path b.json --trim_to_sentence --dry_run a.json f.json".split())
+    assert given == LabelConfig(samples_file="a.json", output_file="f.json", reward_model_path="rm", feedback_type="pairwise", feedback_mode="max", threshold=0.5, batch_size=4, seed=7, split="test", second_samples_path="b.json", trim_to_sentence=True, dry_run=True)
+    given = parse_args(LabelConfig, ["--api_type", "openai", "--api_model", "gpt", "--system_prompt", "You judge.", "--label_prompt", "Rate.", "--feedback_type", "binary", "--threshold", "median", "a.json", "f.json"])
+    assert (given.api_model, given.system_prompt, given.label_prompt, given.threshold) == ("gpt", "You judge.", "Rate.", "median")
+    assert (given.batch_size, given.seed, given.split, given.second_samples_path, given.trim_to_sentence, given.dry_run) == (None, 0, None, None, False, False)
 
 
 def test_second_file(folder, tmp_path):
