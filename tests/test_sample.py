@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, missing
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, LogitsProcessor, MistralConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
 from halos_nb.batching import byte_tokenizer
 from halos_nb.config import SampleConfig, config_json, parse_args
 from halos_nb.data import Example
+from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan
 from halos_nb.models import load_policy, load_reference, load_tokenizer
 from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
-from halos_nb.sample import Row, answer_logps, ask, ask_all, end_tokens, generate, main, merge, own_end_tokens, plan, sample, sample_batch, sample_seed, sample_share, shard
+from halos_nb.sample import answer_logps, ask, ask_all, main, merge, own_end_tokens, sample, sample_batch, sample_seed, sample_share, shard
 
 TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
        "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
@@ -70,6 +71,82 @@ def test_same_distribution_as_transformers(policy, tok, settings):
     assert degrees > 5 and x < degrees + 5 * (2 * degrees) ** 0.5
     if cfg.top_p < 1: # one step inside the nucleus
         assert len({a[0] for a in generate(rows, policy, tok, cfg)}) < len({a[0] for a in generate(rows, policy, tok, replace(cfg, top_p=1.0))})
+
+
+class InverseCDF(LogitsProcessor):
+    "Leaves one token per row, the one its number points at: makes transformers' greedy search draw as we do."
+    def __init__(self, u, width): self.u, self.width = u, width
+
+    def __call__(self, input_ids, scores):
+        cdf = scores.double().softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, self.u[:, input_ids.shape[1] - self.width, None] * cdf[:, -1:], right=True)
+        return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
+
+
+def plain_generate(rows, model, tok, cfg):
+    "What transformers' own `generate` says with the same draws: all rows to the end, nothing shared."
+    width, ends = max(len(r.ids) for r in rows), end_tokens(model, tok)
+    ids = torch.tensor([[0] * (width - len(r.ids)) + r.ids for r in rows])
+    mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rows])
+    u = torch.from_numpy(np.stack([draws(cfg.seed, r.example.prompt_id, r.sample_id, cfg.max_new_tokens) for r in rows]))
+    warp = [TemperatureLogitsWarper(cfg.temperature)] * (cfg.temperature != 1) + [TopPLogitsWarper(cfg.top_p)] * (cfg.top_p < 1)
+    out = model.generate(ids, attention_mask=mask, logits_processor=[*warp, InverseCDF(u, width)], generation_config=GenerationConfig(do_sample=False, max_new_tokens=cfg.max_new_tokens, eos_token_id=ends, pad_token_id=0))
+    return [a[:next((i + 1 for i, t in enumerate(a) if t in ends), len(a))] for a in out[:, width:].tolist()]
+
+
+SMALL = dict(pad_token_id=0, eos_token_id=2, bos_token_id=None, initializer_range=0.3)
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+KINDS = {
+    "grouped heads": lambda n: LlamaConfig(vocab_size=n, **SIZES, **SMALL),
+    "learned positions": lambda n: GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=128, **SMALL),
+    "sliding window": lambda n: MistralConfig(vocab_size=n, sliding_window=7, **SIZES, **SMALL)}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, tok, tmp_path):
+    "Folder of a random model of each kind."
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(KINDS[request.param](len(tok))).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5, "seed": 3}], ids=str)
+def test_same_tokens_as_transformers(kind, tok, settings):
+    "Rows left out, prompts read once and a cache of our own change no token, in prompts of different lengths."
+    cfg = SampleConfig(model="tiny", num_samples_per_prompt=12, max_new_tokens=40, **settings)
+    [rows], ours, theirs = plan(examples(PROMPTS), tok, cfg, Counter()), load_policy(kind).eval(), AutoModelForCausalLM.from_pretrained(kind).eval()
+    ours.generation_config.eos_token_id = theirs.generation_config.eos_token_id = list(range(2, 20))
+    expected = plain_generate(rows, theirs, tok, cfg)
+    assert generate(rows, ours, tok, cfg) == expected
+    ends = [len(a) for a in expected]
+    assert len(set(ends)) > 10 and len({tuple(a) for a in expected}) > 40
+    alone = [generate([r], ours, tok, cfg)[0] for r in rows[::9]]
+    assert alone == expected[::9]
+
+
+def test_work_is_for_answers_that_go_on(policy, tok):
+    "Each prompt is read once, a row leaves soon after its end, and the vocabulary head sees one position per row."
+    cfg, seen = SampleConfig(model="tiny", num_samples_per_prompt=30, max_new_tokens=60, batch_size=300), []
+    [rows] = plan(examples(PROMPTS), tok, cfg, counts := Counter())
+    hook = policy.lm_head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
+    try: answers = generate(rows, policy, tok, cfg, counts)
+    finally: hook.remove()
+    read, drawn, width = len(PROMPTS) * len(rows[0].ids), sum(map(len, answers)), len(rows)
+    assert read + drawn - width <= counts["positions"] <= read + 1.15 * drawn < width * max(map(len, answers))
+    assert {n for _, n in seen} == {1} and seen[0][0] == len(PROMPTS) and sum(b for b, _ in seen[1:]) == counts["positions"] - read
+
+
+def test_bfloat16_draws_from_its_own_distribution(tiny, tok):
+    "First tokens against the softmax of the bfloat16 model's logits; and the same batch gives the same tokens."
+    model, n = load_policy(tiny, "bfloat16").eval(), 4000
+    cfg = SampleConfig(model="tiny", num_samples_per_prompt=n, batch_size=n, max_new_tokens=2, precision="bfloat16")
+    [rows] = plan(examples(["Hi"]), tok, cfg, Counter())
+    answers = generate(rows, model, tok, cfg)
+    with torch.no_grad(): expected = n * model(torch.tensor([rows[0].ids])).logits[0, -1].double().softmax(-1)
+    found, often = torch.tensor([a[0] for a in answers]).bincount(minlength=len(tok)), expected >= 5
+    x, degrees = ((found - expected)[often] ** 2 / expected[often]).sum().item(), int(often.sum()) - 1
+    assert degrees > 5 and x < degrees + 5 * (2 * degrees) ** 0.5
+    assert generate(rows, model, tok, cfg) == answers
 
 
 def test_same_samples_in_any_batch(policy, tok):
@@ -224,9 +301,12 @@ def test_stop_keeps_the_tokens_until_it_is_complete(policy, tok):
 
 
 def test_without_stop_nothing_is_new(policy, tok):
-    "No stop and a stop that nobody says: the same samples, byte for byte."
-    one, two = (sample(PROMPTS, policy, tok, max_new_tokens=20, stop=s) for s in ("", "no such words are ever said"))
-    assert one == two
+    "No stop, in every way to say so, and a stop that nobody says: the same samples, byte for byte."
+    one, *more = (sample(PROMPTS, policy, tok, max_new_tokens=20, stop=s) for s in ("", [], ",", "no such words are ever said"))
+    assert all(m == one for m in more)
+    assert has_stop(torch.tensor([[5, 6], [7, 8]]), [], tok).tolist() == [False, False]
+    cfg = parse_args(SampleConfig, ["m", "--stop", ""])
+    assert cfg.stop == [] and cfg == replace(cfg, stop=[])
 
 
 # ---- which prompts, and what is written
