@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench clean clean-runs setup python chromium hooks
+.PHONY: help demo test lab bench screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +16,7 @@ help:
 	@echo 'make test        set up, then run every notebook and every test'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/'
+	@echo 'make screenshots draw the pictures of the README again, from the demo run'
 	@echo 'make clean       remove caches and build outputs (not .venv, not runs/)'
 	@echo 'make clean-runs  remove everything computed in runs/'
 	@echo 'PYTHON=python3.12 chooses another Python; . .venv/bin/activate gives you papermill, jupyter and halos_nb'
@@ -41,13 +42,25 @@ test: setup
 lab: setup
 	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
 
-bench: setup
-	@shopt -s nullglob; files=(bench/*.py); if [ $${#files[@]} = 0 ]; then echo 'bench/ holds no measurement yet'; fi; \
-	for f in "$${files[@]}"; do echo "== $$f"; python "$$f"; done
+# Ours beside TRL in one run, one job after another, alternated: half an hour on idle cores, `make bench BENCH='--only DPO --rounds 1'` for a part.
+bench: export OMP_NUM_THREADS := 1
+bench: setup build/trl-venv/installed
+	@python bench/run.py $(BENCH)
+
+# The peer has an environment of its own, with the same versions of what both use.
+build/trl-venv/installed: constraints.txt
+	@echo '== Installing TRL into build/trl-venv, once, for the comparison (log: build/trl-venv.log)'
+	@mkdir -p build && $(PYTHON) -m venv build/trl-venv
+	@build/trl-venv/bin/pip install -q -c constraints.txt 'trl==1.16.*' torch transformers datasets accelerate >build/trl-venv.log 2>&1 && touch $@ \
+		|| { tail -n 3 build/trl-venv.log; rm -rf build/trl-venv; echo 'TRL could not be installed: ours is measured alone'; }
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# Small pictures of a real run for the README; needs runs/online (`make demo`).
+screenshots: setup
+	@python tests/screenshots.py runs/online nbs/images
 
 clean-runs:
 	@find runs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

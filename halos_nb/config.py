@@ -8,11 +8,11 @@ __all__ = ['checked', 'METHODS', 'BETA', 'EPSILON', 'FEEDBACK', 'THRESHOLD', 'Sa
            'CompareConfig', 'names', 'HandConfig', 'RewardConfig', 'RunsConfig', 'notebook_config', 'Profile',
            'Settings', 'find_settings', 'load_settings', 'config_json', 'awaited', 'parse_args']
 
-# %% ../nbs/01_config.ipynb #81b82366
+# %% ../nbs/01_config.ipynb #3a1b971a
 import configparser, difflib, json, os, time
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
@@ -142,7 +142,7 @@ METHODS = ("sft", "csft", "dpo", "cdpo", "ipo", "simpo", "slic", "kto", "grpo", 
 BETA = dict(dpo=0.1, cdpo=0.1, simpo=2.0, slic=1.0, kto=0.1, grpo=0.1) # strength of the pull to the reference; simpo, slic: scale of the margin
 EPSILON = dict(cdpo=0.2, grpo=0.1) # cdpo: share of wrong labels; grpo: how far the ratio may go from 1
 
-# %% ../nbs/01_config.ipynb #fd37ba13
+# %% ../nbs/01_config.ipynb #1a4b1380
 @checked
 class TrainConfig:
     "What `halos_nb.train` needs: a policy and data in, a trained model out."
@@ -190,14 +190,14 @@ class TrainConfig:
     drop: Literal["oldest", "newest"] = "oldest" # which turns of a long prompt go first; never the last one
     layout: Literal["auto", "tree", "plain"] = "auto" # tree: prompt once for all its branches; auto: tree where the model is proved to take it
     max_prompt_count: PositiveInt | None = None # most pairs of one prompt in an epoch, drawn anew each time
-    frac_unique_desirable: float = Field(1.0, ge=0, le=1) # csft, kto, ppo, grpo: random share of good answers that is kept
-    frac_unique_undesirable: float = Field(1.0, ge=0, le=1) # csft, kto, ppo, grpo: random share of bad answers that is kept
+    frac_unique_desirable: Annotated[float, Field(ge=0, le=1)] = 1.0 # csft, kto, ppo, grpo: random share of good answers that is kept
+    frac_unique_undesirable: Annotated[float, Field(ge=0, le=1)] = 1.0 # csft, kto, ppo, grpo: random share of bad answers that is kept
     control_chosen: str = "<|good|>" # csft: token in front of good answers
     control_rejected: str = "<|bad|>" # csft: token in front of bad answers
     use_peft: bool = False # train LoRA adapters; the reference is the model without them
     lora_r: PositiveInt = 64 # rank of the adapters
     lora_alpha: PositiveFloat = 256 # their scale is alpha / r
-    lora_dropout: float = Field(0.05, ge=0, lt=1) # dropout in front of them
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05 # dropout in front of them
     lora_targets: str = "all-linear" # layers that get one: names separated by commas
     reference_cache: str | None = None # folder that keeps reference log-probs from run to run (None: computed as they are needed)
     eval_at_start: bool = True # evaluate before the first step too

@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 from test_house import NOTEBOOKS, default_exp
 
-from halos_nb.config import CompareConfig, LoopConfig, RewardConfig, notebook_config
+from halos_nb.config import CompareConfig, HandConfig, LoopConfig, RewardConfig, RunsConfig, notebook_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVERS = {p.stem: p for p in NOTEBOOKS if default_exp(p) is None}
-CONFIG = {"online_loop": LoopConfig, "reward_model": RewardConfig, "compare_methods": CompareConfig}
+CONFIG = {"online_loop": LoopConfig, "reward_model": RewardConfig, "compare_methods": CompareConfig, "label_by_hand": HandConfig, "compare_runs": RunsConfig}
 WRONG = { # parameter and value that must be refused by name: a misspelling, a wrong type, a value out of range
     "online_loop": [("bta", "0.1"), ("beta", "hello"), ("total_prompts", "0")],
     "reward_model": [("epoch", "1"), ("lr", "hello"), ("batch_size", "0")],
     "compare_methods": [("method", "dpo"), ("seed", "hello"), ("total_prompts", "0")],
+    "label_by_hand": [("pendng", "skip"), ("num_pairs", "0"), ("lr", "hello")],
+    "compare_runs": [("run", "x"), ("only_differences", "maybe"), ("prompts", "0")],
 }
 drivers = pytest.mark.parametrize("name", DRIVERS)
 

@@ -1,5 +1,5 @@
 """Figures show the numbers they were given, tables show text and nothing else, and a saved notebook keeps both."""
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 
 from halos_nb import plots
 from halos_nb.plots import (
-    accuracy_interval, calibration_curve, calibration_table, kl_curve, margin_histogram, mean_interval, pairs_table, reward_distributions,
-    reward_scatter, reward_vs_true, samples_table, score_distributions, spread, summary_table, training_curves, visible,
+    accuracy_interval, margin_histogram, mean_interval, pairs_table, reward_distributions, samples_table, score_distributions, spread, summary_table, training_curves, visible,
 )
+from halos_nb.rewards import calibration_curve, calibration_table, kl_curve, reward_scatter, reward_vs_true
 
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre></td></table><iframe src='//x'>", "\" onmouseover=\"alert(1)", "' style='x' autofocus onfocus='y",
            "<!-- ", "<![CDATA[", "&lt;b&gt; &#60;script&#62;", "[x](javascript:alert(1)) **bold** $x$ `c`", "\x1b]8;;http://x\x07link\x1b]8;;\x07", "a\u202eb\u2066c\u200bd\ufeff\x00\x85\u2028", "\ud800",
@@ -81,6 +81,53 @@ def test_preferred_is_marked_and_missing_is_a_dash():
     assert "reward –" in human.text and "margin –" in human.text
     assert [s.count("reward") for s in samples_table([dict(prompt_id=1, prompt="p", output="o", reward=r) for r in (1.0, None)]).text.split("---")][1:] == [1, 1]
     assert set(pairs_table([pair("a", "b")])._repr_mimebundle_()) == {"text/html", "text/plain"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_word_diff_keeps_both_texts(a, b):
+    "Without the marked insertions and deletions both sides are the same text; with them each side is its own, escaped."
+    left, right = plots.word_diff(a, b)
+    for marked, text in ((left, a), (right, b)):
+        page = Page(f"<div>{marked}</div>")
+        assert set(page.tags) <= {"div", "ins", "del"} and page.text.replace("\r", "") == visible(text).replace("\r", "")
+    assert re.sub("<del>.*?</del>", "", left, flags=re.S) == re.sub("<ins>.*?</ins>", "", right, flags=re.S)
+    assert "<ins>" not in left and "<del>" not in right and (a != b or "<del>" not in left)
+
+
+def test_display_mode_is_decided_in_one_place(monkeypatch):
+    monkeypatch.delenv("HALOS_NB_MODE", raising=False)
+    assert plots.display_mode() == "static" # no kernel here
+    monkeypatch.setenv("HALOS_NB_MODE", "widget")
+    assert plots.display_mode() == "widget" and plots.display_mode("static") == "static"
+    monkeypatch.setenv("HALOS_NB_MODE", "film")
+    with pytest.raises(ValueError, match="film"): plots.display_mode()
+
+
+def luminance(colour): # WCAG 2.1, relative luminance of #rrggbb
+    r, g, b = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (r, g, b))
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a, b):
+    hi, lo = sorted((luminance(a), luminance(b)), reverse=True)
+    return (hi + 0.05) / (lo + 0.05)
+
+
+def test_colours_can_be_read_on_light_and_dark():
+    "WCAG: 4.5 for text, 3 for lines and areas; what means something keeps its colour on both pages."
+    dark = plots.DARK["white"]
+    assert contrast(plots.INK, "#FFFFFF") > 7 and contrast(plots.DARK[plots.INK], dark) > 7
+    assert contrast(plots.PALE, "#FFFFFF") > 4.5 and contrast(plots.DARK[plots.PALE], dark) > 4.5
+    for c in (plots.CHOSEN, plots.REJECTED, plots.REFERENCE, plots.TRUTH): assert contrast(c, "#FFFFFF") >= 3 and contrast(c, dark) >= 3, c
+
+
+def test_a_colour_means_the_same_everywhere():
+    assert plots.LINES["chosen"] == plots.CHOSEN and plots.LINES["rejected"] == plots.REJECTED
+    both = score_distributions([1.0, 2.0], [0.0, 1.0])
+    assert [t.line.color for t in both.data] == [plots.CHOSEN, plots.REJECTED]
+    assert len({plots.CHOSEN, plots.REJECTED, plots.REFERENCE, plots.TRUTH}) == 4
 
 
 def test_spread_covers_the_margins():

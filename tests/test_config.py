@@ -1,0 +1,44 @@
+"Configs as they come from a command line: every field is a flag, its range is checked, and nothing is said that is not meant."
+import subprocess
+import sys
+import warnings
+from dataclasses import fields
+
+import pytest
+
+from halos_nb.config import LabelConfig, SampleConfig, TrainConfig, parse_args
+
+STAGES = {"sample": (SampleConfig, ["m"]), "label": (LabelConfig, ["--reward_model_path", "rm", "in.json", "out.json"]), "train": (TrainConfig, ["--loss", "kto", "--model", "m", "--train_datasets", "a", "b"])}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flags_make_a_config_quietly(stage):
+    "HALOs' way to start a stage; what is not given has its default."
+    cls, flags = STAGES[stage]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cfg = parse_args(cls, flags)
+    given = {"model", "reward_model_path", "samples_file", "output_file", "loss", "train_datasets"}
+    plain = cls(**{f.name: getattr(cfg, f.name) for f in fields(cls) if f.name in given})
+    assert {f.name: getattr(cfg, f.name) for f in fields(cls)} == {f.name: getattr(plain, f.name) for f in fields(cls)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_every_flag(stage, capsys):
+    cls, _ = STAGES[stage]
+    with pytest.raises(SystemExit): parse_args(cls, ["--help"])
+    said = capsys.readouterr().out.replace("-", "_")
+    assert [f.name for f in fields(cls) if f"__{f.name}" not in said] == dict(sample=["model"], label=["samples_file", "output_file"], train=[])[stage] # these stand by themselves
+
+
+@pytest.mark.parametrize("flag, value", [("frac_unique_desirable", "1.5"), ("frac_unique_undesirable", "-0.1"), ("lora_dropout", "1"), ("frac_unique_desirable", "most")])
+def test_a_share_outside_its_range_is_an_error(flag, value, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error: parse_args(TrainConfig, [*STAGES["train"][1], f"--{flag}", value])
+    assert flag in str(error.value) + capsys.readouterr().err.replace("-", "_")
+
+
+def test_the_command_itself(tmp_path):
+    "Flags reach the stage: it goes as far as the model that is not there."
+    flags = ["--loss", "kto", "--model", str(tmp_path / "none"), "--train_datasets", "a", "--frac_unique_desirable", "0.5"]
+    done = subprocess.run([sys.executable, "-m", "halos_nb.train", *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and str(tmp_path / "none") in done.stderr.splitlines()[-1]
