@@ -26,8 +26,8 @@ from .records import Progress, RecordError, atomic_write, check, read_jsonl, rea
 from .score import Scored, head_at, load_scorer, score_samples, with_rewards
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
 
-# %% ../nbs/09_label.ipynb #99794522
-FIELDS = frozenset(("prompt_id", "sample_id", "prompt", "output", "type", "generator", "dataset", "split", "instruction")) # of a sample
+# %% ../nbs/09_label.ipynb #9b1c89cc
+FIELDS = frozenset(("prompt_id", "sample_id", "prompt", "output", "type", "generator", "dataset", "split", "instruction", "finished", "policy_logps", "reference_logps")) # of a sample
 
 
 def check_names(names: set[str], where: str):

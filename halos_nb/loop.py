@@ -294,7 +294,7 @@ def train_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
     return Stage("train", folder, c, [folder / "feedback.json", cfg.sft_checkpoint, *([previous] if previous else [])],
                  [folder / "policy/FINAL", folder / "policy/counts.json", folder / "metrics.jsonl"], round)
 
-# %% ../nbs/12_loop.ipynb #b597fde2
+# %% ../nbs/12_loop.ipynb #d53aa782
 @dataclass
 class Round:
     "What one round left; `final` has no number, feedback of scores, and no training."
@@ -318,7 +318,7 @@ class Round:
 
     def __str__(self):
         "What was used, what was lost on the way, and anything unusual."
-        sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason")
+        sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason", "positions", "other_fields", "head", "unused")
         lost = [f"{stage}: {k.replace('_', ' ')} {v}" for stage, c in self.counts.items() for k, v in c.items() if v and k not in usual]
         made = f", {labelled['records']} examples" if self.number else ""
         return f"{self.name}: {sampled['prompts']} prompts, {labelled['samples']} samples{made}; lost: {'; '.join(lost) or 'nothing'}" + (f"\n{self.note}" if self.note else "")
