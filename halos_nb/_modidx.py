@@ -729,6 +729,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.plots.gallery': ('plots.html#gallery', 'halos_nb/plots.py'),
                                 'halos_nb.plots.hover': ('plots.html#hover', 'halos_nb/plots.py'),
                                 'halos_nb.plots.inert': ('plots.html#inert', 'halos_nb/plots.py'),
+                                'halos_nb.plots.known_as': ('plots.html#known_as', 'halos_nb/plots.py'),
                                 'halos_nb.plots.left_out': ('plots.html#left_out', 'halos_nb/plots.py'),
                                 'halos_nb.plots.margin_histogram': ('plots.html#margin_histogram', 'halos_nb/plots.py'),
                                 'halos_nb.plots.margins': ('plots.html#margins', 'halos_nb/plots.py'),

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'GREY', 'INK', 'PALE', 'CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'DARK', 'AXIS',
            'TEMPLATE', 'FEW', 'MANY', 'CURVES', 'FROM_ZERO', 'LINES', 'BOX', 'dressed', 'left_out', 'hover',
-           'setup_display', 'display_mode', 'visible', 'inert', 'floats', 'scored', 'Interval', 'accuracy_interval',
-           'mean_interval', 'violin', 'round_axis', 'reward_distributions', 'bin_edges', 'score_distributions',
-           'margins', 'margin_histogram', 'thin', 'end_to_end', 'draw_curve', 'mark_rounds', 'training_curves', 'Shown',
-           'number_text', 'row_html', 'summary_table', 'spread', 'words', 'text_box', 'cell', 'word_diff', 'gallery',
-           'pairs_table', 'samples_table']
+           'setup_display', 'display_mode', 'visible', 'inert', 'known_as', 'floats', 'scored', 'Interval',
+           'accuracy_interval', 'mean_interval', 'violin', 'round_axis', 'reward_distributions', 'bin_edges',
+           'score_distributions', 'margins', 'margin_histogram', 'thin', 'end_to_end', 'draw_curve', 'mark_rounds',
+           'training_curves', 'Shown', 'number_text', 'row_html', 'summary_table', 'spread', 'words', 'text_box',
+           'cell', 'word_diff', 'gallery', 'pairs_table', 'samples_table']
 
-# %% ../nbs/13_plots.ipynb #73ff257a
+# %% ../nbs/13_plots.ipynb #0ea343a1
 import difflib, html, os, re, sys, unicodedata, warnings
 from itertools import groupby
 from numbers import Integral, Number
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ def display_mode(mode: str = "auto") -> str: # auto, widget or static
     kernel = hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel")
     return asked if asked != "auto" else "widget" if kernel and "JPY_SESSION_NAME" in os.environ else "static"
 
-# %% ../nbs/13_plots.ipynb #ce8e428d
+# %% ../nbs/13_plots.ipynb #a552fbdb
 def visible(x) -> str:
     "The text with control, format and lone surrogate characters spelt out; newline and tab stay."
     def spell(c): return f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
@@ -81,6 +82,12 @@ def visible(x) -> str:
 def inert(x) -> str:
     "Any text as HTML that says exactly that text."
     return html.escape(visible(x))
+
+
+def known_as(labeller: str) -> str: # such as rm:/home/me/models/rm/FINAL, api:gpt, human:ada
+    "A labeller's name for the screen; of a path its last two folders."
+    kind, _, name = labeller.partition(":")
+    return visible(f"{kind}:{'/'.join(Path(name).parts[-2:])}" if Path(name).is_absolute() else labeller)
 
 # %% ../nbs/13_plots.ipynb #d298d306
 def floats(rows, key: str = "reward") -> np.ndarray: # float64, one per row

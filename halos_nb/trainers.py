@@ -308,7 +308,7 @@ class ConditionalSFTTrainer(SFTTrainer):
     "Supervised fine-tuning on good and bad answers, told apart by a control token (Korbak et al. 2023; Lu et al. 2022)."
     loader_class = ConditionalSFTDataLoader
 
-# %% ../nbs/07_trainers.ipynb #f599edad
+# %% ../nbs/07_trainers.ipynb #45439506
 class PairedPreferenceTrainer(TreeTrainer):
     "Methods that compare a chosen with a rejected continuation."
     loader_class = PairedPreferenceDataLoader
@@ -327,8 +327,8 @@ class PairedPreferenceTrainer(TreeTrainer):
                 f"rewards_{mode}/accuracies": (chosen > rejected).float(), f"rewards_{mode}/margins": chosen - rejected}
 
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
+        reference = self.sides(self.reference_logps(batch), batch) if self.use_reference_model else () # first: the policy's graph is not held meanwhile
         policy = self.forward(model or self.model, batch)
-        reference = self.sides(self.reference_logps(batch), batch) if self.use_reference_model else ()
         out, (chosen, rejected) = self.loss(batch, *policy, *reference), (x.detach().sum(-1) for x in policy)
         return out.losses, {**self.pair_metrics(mode, out.losses, out.chosen_rewards, out.rejected_rewards), f"logps_{mode}/chosen": chosen, f"logps_{mode}/rejected": rejected,
                             f"rewards_{mode}/chosen_unclamped": out.chosen_unclamped, f"rewards_{mode}/rejected_unclamped": out.rejected_unclamped}

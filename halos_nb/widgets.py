@@ -8,7 +8,7 @@ __all__ = ['STATIC', 'feedback_files', 'as_pairs', 'said_beside', 'Pairs', 'dept
            'still', 'page_code', 'Talk', 'PairBrowser', 'browse_pairs', 'save_feedback', 'share', 'report_rows', 'Desk',
            'desk_page', 'HumanLabeler', 'labelled_so_far', 'label_pairs', 'Waiting', 'judged', 'finish']
 
-# %% ../nbs/14_widgets.ipynb #b7db001a
+# %% ../nbs/14_widgets.ipynb #cf058bb1
 import hashlib, json, math, re, sys, threading, time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from .config import checked, make_config
 from .feedback import convert_comparisons, convert_to_pairwise_feedback, pair_of, pair_table
 from .launch import clock
 from .people import Session, comparisons, most_disputed, report
-from .plots import CHOSEN, Shown, display_mode, dressed, floats, hover, inert, margins, pairs_table, summary_table, visible, words
+from .plots import CHOSEN, Shown, display_mode, dressed, floats, hover, inert, known_as, margins, pairs_table, summary_table, visible, words
 from .records import append_jsonl, as_text, atomic_write, read_jsonl, read_records, read_rows, write_json, write_records
 
 # %% ../nbs/14_widgets.ipynb #aa4cc834
@@ -162,7 +162,7 @@ def export(pairs: Pairs, at, # numbers of pairs, in order
     write_records(path, [pairs.records[i] for i in at])
     return path
 
-# %% ../nbs/14_widgets.ipynb #83649b0c
+# %% ../nbs/14_widgets.ipynb #906785a6
 def some(x) -> float | None: return None if x is None or x != x else float(x) # JSON has no NaN
 
 
@@ -170,7 +170,7 @@ def detail(pairs: Pairs, i: int) -> dict:
     "One pair for the page."
     r, c = pairs.records[i], pairs.columns
     side = lambda s: dict(text=words(r[f"output_{s}"]), reward=some(r.get(f"reward_{s}")), chosen=r["label"] == (s == "A"), length=len(as_text(r[f"output_{s}"])))
-    said = [dict(labeller=visible(who), winner="AB"[x < 0] if x else "tie", margin=some(x)) for who, x in pairs.said[i].items()]
+    said = [dict(labeller=known_as(who), winner="AB"[x < 0] if x else "tie", margin=some(x)) for who, x in pairs.said[i].items()]
     same = [dict(i=j, round=visible(pairs.rounds[j]), margin=some(c["margin"][j])) for j in pairs.same[r["prompt_id"]][:50]]
     prompt = [dict(role=visible(t["role"]), content=visible(t["content"])) for t in r["prompt"]]
     return dict(i=i, round=visible(pairs.rounds[i]), prompt=prompt, margin=some(c["margin"][i]), length=some(c["length"][i]), A=side("A"), B=side("B"), said=said, same=same, same_total=len(pairs.same[r["prompt_id"]]))
@@ -285,7 +285,7 @@ def save_feedback(session: Session, file: Path, # where the feedback goes; compa
     write_json(file.with_suffix(".counts.json"), made.counts)
     return made.counts
 
-# %% ../nbs/14_widgets.ipynb #735f68e9
+# %% ../nbs/14_widgets.ipynb #56580774
 def share(x) -> str: return "–" if math.isnan(x.value) else f"{x.value:.0%} [{x.low:.0%}, {x.high:.0%}]" # of an Interval
 
 
@@ -295,7 +295,7 @@ def report_rows(session: Session, others: dict | None = None) -> list[dict]: # o
     seconds = r["median_seconds"]
     lines = {"labeller": r["labeller"], "answered": f"{r['answered']} of {r['items']}", "skipped": r["skip"], "ties": r["tie"], "both bad": r["bad"], "taken back": r["undone"],
              "left chosen, of left and right": share(r["left_rate"]), "same verdict at the second look": share(r["self_agreement"]), "median seconds": "–" if seconds is None else f"{seconds:.1f}"}
-    for a in r["agreement"]: lines[f"agrees with {a.second}"] = f"{share(a.rate)} of {a.items}, kappa {a.kappa.value:.2f} [{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
+    for a in r["agreement"]: lines[f"agrees with {known_as(a.second)}"] = f"{share(a.rate)} of {a.items}, kappa {a.kappa.value:.2f} [{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
     return [{"": k, "value": str(v)} for k, v in lines.items()]
 
 # %% ../nbs/14_widgets.ipynb #6e28833a
