@@ -30,14 +30,14 @@ demo: setup
 	@python -c "import json; print(*(''.join(o.get('text') or o['data'].get('text/plain', '')) for c in json.load(open('runs/online/online_loop.ipynb'))['cells'][-3:] for o in c.get('outputs', [])), sep='\n')"
 	@echo '== Executed notebook: runs/online/online_loop.ipynb (make lab opens it; it needs no kernel)'
 
-# Tests have a runs folder of their own: yours is never touched. One OpenMP thread each, for the notebooks run side by side.
+# Tests have a runs folder of their own: yours is never touched. One OpenMP thread each, for notebooks and test files run side by side.
 test: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
 test: export OMP_NUM_THREADS := 1
 test: setup
 	@echo '== Notebooks: every cell of every room, top to bottom'
 	@nbdev-test --file-re '^[0-9]' --do-print --timing
 	@echo '== Tests'
-	@pytest -v
+	@pytest -v -n 2 --dist loadfile
 
 lab: setup
 	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
