@@ -507,6 +507,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.loop.lock': ('loop.html#lock', 'halos_nb/loop.py'),
                                'halos_nb.loop.one_round': ('loop.html#one_round', 'halos_nb/loop.py'),
                                'halos_nb.loop.our_modules': ('loop.html#our_modules', 'halos_nb/loop.py'),
+                               'halos_nb.loop.parsed': ('loop.html#parsed', 'halos_nb/loop.py'),
                                'halos_nb.loop.point_to': ('loop.html#point_to', 'halos_nb/loop.py'),
                                'halos_nb.loop.revision': ('loop.html#revision', 'halos_nb/loop.py'),
                                'halos_nb.loop.round_counts': ('loop.html#round_counts', 'halos_nb/loop.py'),
