@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['checked', 'METHODS', 'BETA', 'EPSILON', 'FEEDBACK', 'THRESHOLD', 'SampleConfig', 'sample_contradictions',
-           'LabelConfig', 'TrainConfig', 'contradictions', 'config_error', 'make_config', 'read_options', 'LoopConfig',
-           'CompareConfig', 'names', 'HandConfig', 'RewardConfig', 'RunsConfig', 'notebook_config', 'Profile',
-           'Settings', 'find_settings', 'load_settings', 'config_json', 'awaited', 'parse_args']
+           'LabelConfig', 'TrainConfig', 'contradictions', 'config_error', 'make_config', 'there', 'read_options',
+           'LoopConfig', 'CompareConfig', 'names', 'HandConfig', 'RewardConfig', 'RunsConfig', 'notebook_config',
+           'Profile', 'Settings', 'find_settings', 'load_settings', 'config_json', 'awaited', 'parse_args']
 
 # %% ../nbs/01_config.ipynb #3a1b971a
 import configparser, difflib, json, os, time
@@ -236,7 +236,7 @@ def contradictions(c) -> list[str]:
         "" if c.max_prompt_length < c.max_length else f"max_prompt_length: {c.max_prompt_length} leaves no room for a completion in max_length {c.max_length}",
     ]
 
-# %% ../nbs/01_config.ipynb #89fb7ba3
+# %% ../nbs/01_config.ipynb #eeb27a8f
 def config_error(e: ValidationError, cls) -> str:
     "A pydantic error in one line per field, with the names that were probably meant."
     names, lines = [f.name for f in fields(cls)], []
@@ -245,7 +245,7 @@ def config_error(e: ValidationError, cls) -> str:
         if err["type"] == "unexpected_keyword_argument":
             near = difflib.get_close_matches(name, names, 1)
             lines.append(f"{name}: unknown parameter" + (f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(names)}"))
-        else: lines.append(": ".join(filter(None, [name, f"{err['msg']}, got {err['input']!r}" if name else err["msg"]])))
+        else: lines.append(": ".join(filter(None, [name, f"{err['msg']}, got {err['input']!r}" if name else err["msg"].removeprefix("Value error, ")])))
     return f"{cls.__name__}: " + "; ".join(dict.fromkeys(lines))
 
 
@@ -253,6 +253,12 @@ def make_config(cls, **given):
     "`cls(**given)`, or a ValueError that names each wrong parameter."
     try: return cls(**given)
     except ValidationError as e: raise ValueError(config_error(e, cls)) from None
+
+
+def there(path: str, what: str) -> str: # path: of a file or folder, or a name on the hub; what: the parameter
+    "The same; an error if it looks like a path and nothing is there."
+    if str(path).startswith(("/", "./", "../", "~")) and not Path(path).exists(): raise FileNotFoundError(f"{what}: nothing is at {path}")
+    return path
 
 # %% ../nbs/01_config.ipynb #5955a7b1
 FEEDBACK = {m: ("pairwise",) for m in ("dpo", "cdpo", "ipo", "simpo", "slic")} | dict(kto=("binary", "pairwise"), ppo=("binary", "pairwise"), grpo=("scalar",)) # forms a method can learn from

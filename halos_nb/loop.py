@@ -8,7 +8,7 @@ __all__ = ['OURS', 'our_modules', 'source', 'parsed', 'code_hash', 'versions', '
            'sample_stage', 'label_stage', 'train_stage', 'Round', 'labelled', 'round_counts', 'summary_row',
            'run_summary', 'revision', 'write_params', 'point_to', 'located', 'one_round', 'run_rounds']
 
-# %% ../nbs/12_loop.ipynb #550e5962
+# %% ../nbs/12_loop.ipynb #423ff475
 import ast, fcntl, hashlib, importlib.metadata, importlib.util, json, math, os, shutil, socket, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, config_json
+from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, config_json, there
 from .launch import Job, launch, locked, remove
 from .records import append_jsonl, file_hash, read_jsonl, write_json
 
@@ -303,7 +303,7 @@ def train_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
     return Stage("train", folder, c, [folder / "feedback.json", cfg.sft_checkpoint, *([previous] if previous else [])],
                  [folder / "policy/FINAL", folder / "policy/counts.json", folder / "metrics.jsonl"], round)
 
-# %% ../nbs/12_loop.ipynb #d53aa782
+# %% ../nbs/12_loop.ipynb #e667b27a
 @dataclass
 class Round:
     "What one round left; `final` has no number, feedback of scores, and no training."
@@ -327,7 +327,7 @@ class Round:
 
     def __str__(self):
         "What was used, what was lost on the way, and anything unusual."
-        sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason", "positions", "other_fields", "head", "unused")
+        sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason", "positions", "other_fields", "head")
         lost = [f"{stage}: {k.replace('_', ' ')} {v}" for stage, c in self.counts.items() for k, v in c.items() if v and k not in usual]
         made = f", {labelled['records']} examples" if self.number else ""
         return f"{self.name}: {sampled['prompts']} prompts, {labelled['samples']} samples{made}; lost: {'; '.join(lost) or 'nothing'}" + (f"\n{self.note}" if self.note else "")
@@ -387,12 +387,12 @@ def point_to(link: Path, target: Path):
     temp.symlink_to(os.path.relpath(target, link.parent))
     os.replace(temp, link)
 
-# %% ../nbs/12_loop.ipynb #acaa4b8c
+# %% ../nbs/12_loop.ipynb #da324f8d
 def located(cfg: LoopConfig) -> LoopConfig:
     "The config with its paths made absolute; an error if one is empty."
     given = {k: getattr(cfg, k) for k in ("sft_checkpoint", "reward_checkpoint", "prompts")}
     if empty := [k for k, v in given.items() if not v]: raise ValueError(f"{empty[0]}: the loop needs a path or name here; for the playground's, pass what `playground.build` made")
-    return replace(cfg, **{k: str(Path(v).absolute()) if Path(v).exists() else v for k, v in given.items()})
+    return replace(cfg, **{k: str(Path(v).absolute()) if Path(there(v, k)).exists() else v for k, v in given.items()})
 
 # %% ../nbs/12_loop.ipynb #facf1771
 def one_round(ledger: Ledger, stages: list[Stage], number: int | None, policy: Path, title: str,

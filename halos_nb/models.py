@@ -10,7 +10,7 @@ __all__ = ['VALUE_HEAD', 'branch_mask', 'tree_attention', 'sees', 'make_block_ma
            'TreeActorCritic', 'load_actor_critic', 'BranchScores', 'last_attended', 'TreeScorer',
            'AutoModelForBradleyTerry', 'load_reward_model', 'Layout', 'choose_layout', 'start_processes', 'end_process']
 
-# %% ../nbs/05_models.ipynb #01304ce8
+# %% ../nbs/05_models.ipynb #e91dab59
 import os, sys, warnings
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
 from .batching import CHATML, Segment, Tree, TreeBatch, make_batch, train_tokenizer
+from .config import there
 
 disable_progress_bar() # a bar for every load and save of weights; long work reports by `Progress`
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated") # peft asks for it by its old name
@@ -216,7 +217,7 @@ class TreePolicy:
         out = super().forward(input_ids=tree.input_ids, attention_mask=tree.attention_mask, use_cache=False, output_hidden_states=hidden)
         return out.logits.flatten(0, 1)[tree.predict], torch.nn.Identity(), out.hidden_states[-1].flatten(0, 1)[tree.predict] if hidden else None
 
-# %% ../nbs/05_models.ipynb #11829256
+# %% ../nbs/05_models.ipynb #ddaec65e
 def mix_in(model, mixin):
     "The same model with `mixin` in front of its class; the name stays, so that it is saved as what it is."
     model.__class__ = type(type(model).__name__, (mixin, type(model)), {"__module__": type(model).__module__})
@@ -237,7 +238,7 @@ def load_reference(path: str, precision: str = "float32", trust_remote_code: boo
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     "The tokenizer; one without a chat template gets ChatML, its markers added as real tokens."
-    tok = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tok = AutoTokenizer.from_pretrained(there(path, "model"), trust_remote_code=trust_remote_code)
     if tok.chat_template is None:
         tok.chat_template = CHATML
         tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

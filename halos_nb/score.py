@@ -7,7 +7,7 @@ __all__ = ['reads_at_most', 'take', 'sample_trees', 'split_tree', 'micro_batches
            'OwnScore', 'load_scorer', 'Scored', 'to_scored', 'evaluating', 'score_batch', 'score_samples',
            'with_rewards', 'process_batch_with_reward_model']
 
-# %% ../nbs/08_score.ipynb #09ae47e9
+# %% ../nbs/08_score.ipynb #49c4445f
 import math, sys
 from collections import Counter
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .batching import Tree, cut, make_batch, trees_from_samples
+from .config import there
 from .models import BranchScores, TreeScorer, choose_layout, mix_in
 from .records import Progress, as_turns
 
@@ -105,10 +106,10 @@ def head_of(config, objective_weights: str = "", trust_remote_code: bool = False
     if config.num_labels > 2: raise ValueError(f"objective_weights: {name} has {config.num_labels} logits, {', '.join(config.id2label[i] for i in range(config.num_labels))}; weigh them by name, as in 'helpful=0.7,safe=0.3'")
     return Head((0.0, 1.0), "second of two logits (Bradley-Terry)") if config.num_labels == 2 else Head((1.0,), "its one logit")
 
-# %% ../nbs/08_score.ipynb #8e87139b
+# %% ../nbs/08_score.ipynb #4eac8989
 def head_at(path: str | Path, objective_weights: str = "", trust_remote_code: bool = False) -> Head: # path: a folder or a name on the hub
     "How the model there is read; nothing but its config is loaded."
-    return head_of(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), objective_weights, trust_remote_code, str(path))
+    return head_of(AutoConfig.from_pretrained(there(path, "reward_model_path"), trust_remote_code=trust_remote_code), objective_weights, trust_remote_code, str(path))
 
 
 class OwnScore:

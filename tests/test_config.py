@@ -6,7 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from halos_nb.config import LabelConfig, SampleConfig, TrainConfig, parse_args
+from halos_nb.config import LabelConfig, LoopConfig, SampleConfig, Settings, TrainConfig, make_config, parse_args, there
+from halos_nb.loop import run_rounds
+from halos_nb.score import head_at
 
 STAGES = {"sample": (SampleConfig, ["m"]), "label": (LabelConfig, ["--reward_model_path", "rm", "in.json", "out.json"]), "train": (TrainConfig, ["--loss", "kto", "--model", "m", "--train_datasets", "a", "b"])}
 
@@ -41,4 +43,19 @@ def test_the_command_itself(tmp_path):
     "Flags reach the stage: it goes as far as the model that is not there."
     flags = ["--loss", "kto", "--model", str(tmp_path / "none"), "--train_datasets", "a", "--frac_unique_desirable", "0.5"]
     done = subprocess.run([sys.executable, "-m", "halos_nb.train", *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and str(tmp_path / "none") in done.stderr.splitlines()[-1]
+    assert done.returncode != 0 and done.stderr.splitlines()[-1] == f"FileNotFoundError: model: nothing is at {tmp_path / 'none'}"
+
+
+def test_a_model_that_is_not_there_is_named_before_anything_starts(tmp_path):
+    "A path is told from a hub's name by its look; the loop says so before its first stage."
+    assert [there(name, "model") for name in ("org/model", "gpt2", str(tmp_path))] == ["org/model", "gpt2", str(tmp_path)]
+    for gone in (str(tmp_path / "none"), "./none", "~/none"):
+        with pytest.raises(FileNotFoundError, match="reward_model_path: nothing is at .*none"): head_at(gone)
+    loop = LoopConfig(run_name="r", sft_checkpoint=str(tmp_path), reward_checkpoint=str(tmp_path / "none"), prompts="hh")
+    with pytest.raises(FileNotFoundError, match="reward_checkpoint: nothing is at .*none"): next(run_rounds(loop, Settings(runs_dir=str(tmp_path / "runs"))))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_errors_of_a_config_are_in_its_own_words():
+    with pytest.raises(ValueError) as error: make_config(LoopConfig, train_options="tau=x")
+    assert str(error.value) == "LoopConfig: training stage, TrainConfig: tau: Input should be a valid number, unable to parse string as a number, got 'x'"

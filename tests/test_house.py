@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "trainers": BASE,
     "generate": ["records", "config", "data", "batching"],
     "sample": ["records", "config", "data", "batching", "models", "generate"],
-    "score": ["records", "batching", "models"],
+    "score": ["records", "config", "batching", "models"],
     "judge": ["records", "config"],
     "label": ["records", "config", "feedback", "models", "judge", "score"],
     "people": ["records", "feedback", "agreement"],

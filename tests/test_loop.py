@@ -119,6 +119,17 @@ def test_two_ledgers_in_one_process_the_later_takes_over(run):
     with pytest.raises(RuntimeError, match="taken the run over"): first.run(chain(run)[0])
 
 
+def test_code_that_changes_while_a_notebook_lives_is_noticed(tmp_path, monkeypatch):
+    "The hash is kept for a file that stays as it was, and for no other; comments are no change."
+    monkeypatch.syspath_prepend(str(tmp_path))
+    def written(text, at):
+        (tmp_path / "a_stage.py").write_text(text)
+        os.utime(tmp_path / "a_stage.py", ns=(at, at))
+        return code_hash("a_stage")
+    first = written("x = 1\n", 1)
+    assert written("x = 1 # one\n", 2) == first and written("x = 2\n", 3) != first and written("from halos_nb import records\nx = 1\n", 4) != first
+
+
 def test_the_next_stage_is_ready_before_its_turn(run):
     seen = []
     def watch(job, **shown): seen.append((job, ledger.ahead and ledger.ahead.job)); quiet(job)
