@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OURS', 'our_modules', 'source', 'parsed', 'code_hash', 'versions', 'Stage', 'Seals', 'identity', 'unsealed',
-           'RunBusy', 'lock', 'run_folder', 'clear', 'Diary', 'Ledger', 'Ahead', 'begin', 'seal', 'derive',
-           'sample_stage', 'label_stage', 'train_stage', 'Round', 'labelled', 'round_counts', 'summary_row',
-           'run_summary', 'revision', 'write_params', 'point_to', 'located', 'one_round', 'run_rounds']
+           'RunBusy', 'lock', 'run_folder', 'clear', 'Diary', 'Ledger', 'Ahead', 'job_of', 'await_turn', 'Begun',
+           'begin', 'seal', 'derive', 'sample_stage', 'label_stage', 'train_stage', 'Round', 'labelled', 'round_counts',
+           'summary_row', 'run_summary', 'revision', 'write_params', 'point_to', 'located', 'one_round', 'run_rounds']
 
-# %% ../nbs/12_loop.ipynb #423ff475
+# %% ../nbs/12_loop.ipynb #1b285e64
 import ast, fcntl, hashlib, importlib.metadata, importlib.util, json, math, os, shutil, socket, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, config_json, there
-from .launch import Job, launch, locked, remove
+from .launch import Job, launch, locked, prepare, remove
 from .records import append_jsonl, file_hash, read_jsonl, write_json
 
 # %% ../nbs/12_loop.ipynb #7a5cb3b3
@@ -199,7 +199,7 @@ class Diary(Seals):
         whole = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
         self.event(event, stage=stage.name, round=stage.round, folder=self.name(stage.folder), identity=whole, inputs=dict(zip(map(str, stage.inputs), now["inputs"])), **more)
 
-# %% ../nbs/12_loop.ipynb #1fc63c07
+# %% ../nbs/12_loop.ipynb #c9015a5b
 class Ledger(Diary):
     "Runs stages in a run's folder, each once."
     def __init__(self, run: str | Path, # the run's folder
@@ -207,27 +207,38 @@ class Ledger(Diary):
                  fresh: bool = False, # start again from nothing
                  watch: Callable = Job.wait, # waits for a job and shows how it goes: watch(job, title=..., next=...)
                  on_start: Callable | None = None): # called with each stage that is about to run
-        self.watch, self.on_start, self.ahead = watch, on_start or (lambda stage: None), None
+        self.watch, self.on_start, self.ahead, self.begun = watch, on_start or (lambda stage: None), None, None
         super().__init__(run, profile, fresh)
 
     def close(self):
-        if self.ahead: self.ahead.job.stop()
+        for early in filter(None, (self.ahead, self.begun)): early.job.stop()
+        self.begun = None
         super().close()
 
     def run(self, stage: Stage, title: str = "", next: str = "", # shown while it runs
             needed: str = "", # an output that must be there even if it was pruned
             then: Stage | None = None) -> bool: # what will be run after it, if that is known
         "True if the stage was run, False if its sealed result stands."
-        if self.lock.closed: raise RuntimeError(f"{self.run_dir}: this ledger is closed, or a later cell has taken the run over; make a new one")
-        self.maker |= {str(p.absolute()): stage for p in stage.outputs}
-        now = identity(self, stage)
+        now, begun, self.begun = self.look(stage), self.begun, None
+        if begun and (begun.stage, begun.identity) == (stage, now): return seal(self, begun, title or stage.name, next, then)
+        if begun: begun.job.stop()
         if not (why := unsealed(self, stage, now, needed)):
             self.note("skipped", stage, now, outputs=stage.sealed()["outputs"], seconds=stage.sealed()["seconds"])
             return False
         for p in stage.inputs:
             if self.pruned(p): self.run(self.made(p), f"again, for {title or stage.name}: {self.name(p)}", stage.name, needed=self.name(p))
-        seal(self, stage, why, title or stage.name, next, then)
-        return True
+        return seal(self, begin(self, stage, now, why), title or stage.name, next, then)
+
+    def start(self, stage: Stage):
+        "Begin a stage that `run` will be asked for next, unless its result stands or something that it needs was pruned."
+        why = unsealed(self, stage, now := self.look(stage))
+        if why and not any(map(self.pruned, stage.inputs)): self.begun = begin(self, stage, now, why)
+
+    def look(self, stage: Stage) -> dict:
+        "The stage's identity, with the run in our hands."
+        if self.lock.closed: raise RuntimeError(f"{self.run_dir}: this ledger is closed, or a later cell has taken the run over; make a new one")
+        self.maker |= {str(p.absolute()): stage for p in stage.outputs}
+        return identity(self, stage)
 
     def prune(self, path: Path):
         "Remove an output to save space, and remember it."
@@ -237,38 +248,56 @@ class Ledger(Diary):
             self.note("pruned", stage, manifest["identity"], outputs=[self.name(path)])
         remove(path)
 
-# %% ../nbs/12_loop.ipynb #3088755d
+# %% ../nbs/12_loop.ipynb #142418e7
 class Ahead(NamedTuple):
-    "A stage that was started before its turn."
+    "A stage that was started before its turn, because it cannot be a copy of a nursery."
     stage: Stage
     code: str # hash of the code it has imported
     job: Job
 
 
-def begin(ledger: Ledger, stage: Stage, then: Stage | None) -> Job:
-    "The stage's job, which may have been waiting; the one after it starts to wait, if it has not been finished before."
+def job_of(ledger: Ledger, stage: Stage) -> Job:
+    "The stage's job, which may have been waiting."
     ahead, wanted = ledger.ahead, (stage.name, stage.folder, stage.module, code_hash(stage.module))
     if ready := ahead and (ahead.stage.name, ahead.stage.folder, ahead.stage.module, ahead.code) == wanted and ahead.job.poll() is None: ahead.job.go(stage.config, ledger.profile, stage.outputs)
     elif ahead: ahead.job.stop()
-    job = ahead.job if ready else launch(stage.name, stage.config, ledger.profile, stage.folder, stage.module, clear=stage.outputs)
-    ledger.ahead = Ahead(then, code_hash(then.module), launch(then.name, None, ledger.profile, then.folder, then.module)) if then and not then.manifest.exists() else None
-    return job
+    ledger.ahead = None
+    return ahead.job if ready else launch(stage.name, stage.config, ledger.profile, stage.folder, stage.module, clear=stage.outputs)
 
-# %% ../nbs/12_loop.ipynb #d936538b
-def seal(ledger: Ledger, stage: Stage, why: str, # why: the reason for running it
-         title: str, next: str, then: Stage | None = None):
-    "Run a stage from nothing; if it ends well and all its outputs are there, write its manifest."
-    now, start = identity(ledger, stage), time.monotonic()
+
+def await_turn(ledger: Ledger, stage: Stage):
+    "Make a stage that is to come start fast: through a nursery, or by starting it now. One that was finished before may be skipped."
+    if not stage.manifest.exists() and not prepare(ledger.profile): ledger.ahead = Ahead(stage, code_hash(stage.module), launch(stage.name, None, ledger.profile, stage.folder, stage.module))
+
+# %% ../nbs/12_loop.ipynb #384eb34f
+class Begun(NamedTuple):
+    "A stage that runs."
+    stage: Stage
+    identity: dict
+    job: Job
+    time: float # when it began
+
+
+def begin(ledger: Ledger, stage: Stage, now: dict, why: str) -> Begun: # now: its identity; why: the reason for running it
+    "Start a stage from nothing."
     remove(stage.manifest)
     ledger.note("started", stage, now, why=why)
     ledger.on_start(stage)
-    job = begin(ledger, stage, then)
-    try: ledger.watch(job, title=title, next=next)
+    return Begun(stage, now, job_of(ledger, stage), time.time())
+
+
+def seal(ledger: Ledger, begun: Begun, title: str, next: str, then: Stage | None) -> bool:
+    "Wait for a stage; if it ends well and all its outputs are there, write its manifest. True, since it was run."
+    stage, now, job, _ = begun
+    try:
+        if then: await_turn(ledger, then)
+        ledger.watch(job, title=title, next=next)
     finally: job.stop()
     if missing := [p for p in stage.outputs if not p.exists()]: raise RuntimeError(f"{stage.name} ended well and did not write {missing[0]}; its log is {job.file('log')}")
-    outputs, seconds = {ledger.name(p): ledger.hash(p) for p in stage.outputs}, round(time.monotonic() - start, 3)
+    outputs, seconds = {ledger.name(p): ledger.hash(p) for p in stage.outputs}, round(job.file("status.json").stat().st_mtime - begun.time, 3)
     write_json(stage.manifest, dict(stage=stage.name, identity=now, outputs=outputs, pruned=[], seconds=seconds))
     ledger.note("finished", stage, now, outputs=outputs, seconds=seconds)
+    return True
 
 # %% ../nbs/12_loop.ipynb #04494e24
 def derive(seed: int, *parts) -> int: # parts: what makes this use of the seed its own
@@ -403,7 +432,7 @@ def one_round(ledger: Ledger, stages: list[Stage], number: int | None, policy: P
         if not ledger.run(stage, f"{title} · {stage.name}", name, then=following): skipped.append(stage.name)
     return Round(number, folder.name, folder, policy, {s.name: s.sealed()["seconds"] for s in stages}, skipped, round_counts(folder))
 
-# %% ../nbs/12_loop.ipynb #39ae6c01
+# %% ../nbs/12_loop.ipynb #919c9537
 def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
                settings: Settings, # the machine's
                on_start: Callable | None = None, # called with each Stage that is about to run
@@ -417,20 +446,25 @@ def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
         seeds = {r: {s: derive(cfg.seed, s, r) for s in ("sample", "label", "train")} for r in [*range(1, rounds + 1), "final"]}
         record = lambda ended: write_params(run, cfg, settings, profile=asdict(profile), seeds=seeds, rounds=len(done), ended=ended)
         record("running, or killed")
+        def stages_of(r: int | str, policy: Path | None, skip: int, count: int) -> list[Stage]: # policy: the last round's
+            folder, kind = run / (f"round-{r}" if r != "final" else r), cfg.feedback_type if r != "final" else "scalar"
+            stages = [sample_stage(cfg, float_type, folder, r, policy or cfg.sft_checkpoint, skip, count), label_stage(cfg, float_type, folder, r, kind)]
+            return stages + [train_stage(cfg, float_type, folder, r, policy)] * (r != "final")
+
+        stages = stages_of(1, None, 0, min(step, cfg.total_prompts))
         for r in range(1, rounds + 1):
-            folder, asked, previous = run / f"round-{r}", min(step, cfg.total_prompts - used), done[-1].policy if done else None
-            stages = [sample_stage(cfg, float_type, folder, r, previous or cfg.sft_checkpoint, used, asked), label_stage(cfg, float_type, folder, r, cfg.feedback_type), train_stage(cfg, float_type, folder, r, previous)]
             follows = Stage("sample", run / (f"round-{r + 1}" if r < rounds else "final"), None, [], [])
-            this = one_round(ledger, stages, r, folder / "policy/FINAL", f"round {r} of {rounds}", f"round {r + 1}" if r < rounds else "final samples", follows)
+            this = one_round(ledger, stages, r, run / f"round-{r}/policy/FINAL", f"round {r} of {rounds}", f"round {r + 1}" if r < rounds else "final samples", follows)
             used, left = used + this.counts["sample"]["prompts"], this.counts["sample"]["prompts_left"]
             if not left and used < cfg.total_prompts: this.note = f"prompts ran out: {used} of {cfg.total_prompts}, so this is the last round"
             if this.policy.exists(): point_to(run / "policy", this.policy)
             for old in done: ledger.prune(old.policy)
             done.append(this)
+            over = r == rounds or not left
+            stages = stages_of("final", this.policy, used if left else used - this.counts["sample"]["prompts"], step) if over else stages_of(r + 1, this.policy, used, min(step, cfg.total_prompts - used))
+            ledger.start(stages[0]) # who asked for the rounds looks at this one meanwhile
             yield this
-            if not left: break
-        skip, final = used if left else used - this.counts["sample"]["prompts"], run / "final"
-        stages = [sample_stage(cfg, float_type, final, "final", this.policy, skip, step), label_stage(cfg, float_type, final, "final", "scalar")]
+            if over: break
         last = one_round(ledger, stages, None, this.policy, "final")
         last.note = "" if left else "no unseen prompts are left: these are the last round's again"
         record("; ".join(filter(None, [this.note, last.note])) or "as planned")

@@ -262,14 +262,14 @@ def draw_curve(fig, rows: list[dict], key: str, name: str, place: dict) -> int:
         fig.add_scatter(y=mean[at], line=line | dict(width=2.5), hoverinfo="skip", **style | dict(x=steps[at], hovertemplate=None))
     return int(y.isna().sum())
 
-# %% ../nbs/13_plots.ipynb #a780b810
+# %% ../nbs/13_plots.ipynb #4b61d56a
 def mark_rounds(fig, names: list[str], ends: list[float]):
     "A dotted line in every panel where a round ends; names over the top panels, every k-th where there are many."
-    for i, (name, start) in enumerate(zip(names, ends)):
-        if i: fig.add_vline(start + 0.5, line=dict(color=GREY, width=1, dash="dot"))
-        for axis in ("", "2", "3") if i % -(-len(names) // 3) == 0 else ():
-            fig.add_annotation(x=start + 0.5, y=1, xref=f"x{axis}", yref=f"y{axis} domain", text=inert(name), showarrow=False,
-                               xanchor="left", yanchor="bottom", font=dict(size=11, color=PALE))
+    at, panels, every = [start + 0.5 for _, start in zip(names, ends)], list(dict.fromkeys((t.xaxis or "x")[1:] for t in fig.data)), -(-len(names) // 3)
+    line = dict(type="line", y0=0, y1=1, line=dict(color=GREY, width=1, dash="dot"))
+    name = dict(y=1, showarrow=False, xanchor="left", yanchor="bottom", font=dict(size=11, color=PALE))
+    fig.layout.shapes += tuple(line | dict(x0=x, x1=x, xref=f"x{p}", yref=f"y{p} domain") for x in at[1:] for p in panels)
+    fig.layout.annotations += tuple(name | dict(x=x, xref=f"x{p}", yref=f"y{p} domain", text=inert(n)) for n, x in list(zip(names, at))[::every] for p in ("", "2", "3"))
 
 # %% ../nbs/13_plots.ipynb #1f7144be
 def training_curves(metrics, # lines of metrics.jsonl, or a dict of round's name -> lines

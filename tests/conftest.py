@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from halos_nb import supervise
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs")) # a user's runs are never touched
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+supervise.OWN += ("PYTEST_CURRENT_TEST",) # it changes from test to test, and no stage reads it
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"] # papermill, accelerate, jupyter of this environment
 
 

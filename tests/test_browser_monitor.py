@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_browser import DONE, open_notebook, outputs, run_all, wait_idle, write_notebook
+from test_launch import alive
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.browser
@@ -58,11 +59,6 @@ with Ledger(run, Profile(), watch=monitor.wait) as ledger: ledger.run(stage, 'tr
 def press_run_all(page):
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-
-
-def alive(folder):
-    "Stages of a run that are running."
-    return subprocess.run(["pgrep", "-f", f"halos_nb.launch {folder}/"], capture_output=True, text=True).stdout.split()
 
 
 def test_stop_a_real_job_in_its_own_notebook(lab, quiet, tmp_path, monkeypatch):

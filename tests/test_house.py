@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "judge": ["records", "config"],
     "label": ["records", "config", "feedback", "models", "judge", "score"],
     "people": ["records", "feedback", "agreement"],
+    "supervise": [],
     "train": [*BASE, "trainers"],
-    "launch": ["records", "config"],
+    "launch": ["records", "config", "supervise"],
     "loop": ["records", "config", "feedback", "launch"],
     "plots": ["records"],
     "rewards": ["plots"],
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "playground": [*BASE, "trainers", "sample", "label", "train", "launch", "loop", "plots"],
 }
 # These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory) has no place in them.
-LIGHT = ["records", "config", "feedback", "agreement", "people", "judge", "launch", "loop", "plots", "rewards", "widgets", "monitor", "compare", "page"]
+LIGHT = ["records", "config", "feedback", "agreement", "people", "judge", "supervise", "launch", "loop", "plots", "rewards", "widgets", "monitor", "compare", "page"]
 HEAVY = {"torch", "transformers", "accelerate", "datasets"}
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))

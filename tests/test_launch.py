@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from halos_nb import supervise
 from halos_nb.config import Profile, SampleConfig
-from halos_nb.launch import StageError, launch
+from halos_nb.launch import StageError, launch, prepare
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(sys.platform != "linux", reason="the supervisor's guarantee needs Linux")]
@@ -22,11 +23,11 @@ def start(mode, folder, profile=TWO):
 
 
 def alive(folder):
-    "Processes of a job: they inherit the path of its progress file."
+    "Processes of a job: they inherit its log as their stdout, however they were started."
     found = []
     for p in Path("/proc").glob("[0-9]*"):
         try:
-            if f"HALOS_NB_PROGRESS={folder}".encode() in (p / "environ").read_bytes(): found.append(int(p.name))
+            if os.readlink(p / "fd/1").startswith(f"{folder}/"): found.append(int(p.name))
         except OSError: pass
     return found
 
@@ -103,8 +104,8 @@ job.wait()
 """
 
 
-def notebook(folder):
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate([CELL.format(out=folder / "out", folder=folder), f"open('{folder}/next', 'w')"])]
+def notebook(folder, cell=CELL):
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate([cell.format(out=folder / "out", folder=folder), f"open('{folder}/next', 'w')"])]
     (folder / "nb.ipynb").write_text(json.dumps(dict(cells=cells, nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))))
     return subprocess.Popen([sys.executable, "-m", "papermill", "--no-progress-bar", folder / "nb.ipynb", folder / "out.ipynb"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -113,7 +114,7 @@ def pid_of(folder, what):
     "The launcher, or a rank, of the job."
     for p in alive(folder):
         args, environ = Path(f"/proc/{p}/cmdline").read_bytes(), Path(f"/proc/{p}/environ").read_bytes()
-        if what == "launcher" and b"accelerate.commands.launch" in args and b"halos_nb.launch" not in args and b"LOCAL_RANK=" not in environ: return p
+        if what == "launcher" and b"accelerate.commands.launch" in args and b"halos_nb.supervise" not in args and b"LOCAL_RANK=" not in environ: return p
         if what == "rank" and b"LOCAL_RANK=0" in environ: return p
 
 
@@ -162,3 +163,88 @@ def test_a_notebook_keeps_one_line(tmp_path):
     kinds = [kind for kind, _ in said if kind in ("display_data", "update_display_data", "stream")]
     assert kinds[0] == "display_data" and set(kinds[1:]) == {"update_display_data"}
     assert "done" in said[-2][1]["data"]["text/plain"] or "done" in str(said)
+
+
+# --- copies of a nursery ------------------------------------------------------------------------------------------
+
+ONE = Profile()
+
+
+@pytest.fixture
+def nursery(stages):
+    "A nursery that waits; kept from test to test."
+    prepare(ONE)
+    assert supervise.KEPT[0].waits(60)
+    return supervise.KEPT[0]
+
+
+@pytest.mark.parametrize("mode, says, code", [("early", "RuntimeError: broken before joining", 1), ("raise", "ValueError: record 7: no reward", 1), ("die", "killed by SIGKILL", -9),
+                                              ("segfault", "killed by SIGSEGV", -11), ("quiet", "exit code 7", 7), ("gather", "", 0)])
+def test_a_copy_ends_as_a_process_of_its_own_does(mode, says, code, tmp_path, nursery):
+    job = start(mode, tmp_path, Profile(timeout_minutes=11)) # which may differ between the stages of a nursery
+    assert isinstance(job.process, supervise.Forked)
+    if not code:
+        job.wait()
+        assert json.loads((tmp_path / "out").read_text())[:3] == [1, 1, 1]
+        return
+    with pytest.raises(StageError, match=re.escape(says)) as error: job.wait()
+    assert (error.value.code, error.value.rank) == (code, 0)
+    if mode == "raise": assert error.value.traceback.count("Traceback") == 2 and "KeyError: 'reward'" in error.value.traceback
+    assert not alive(tmp_path)
+
+
+def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
+    (tmp_path / "tell.py").write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ['HALOS_NB_PROGRESS'], sys.stdin.read(), os.getsid(0) == os.getppid(), __name__]))\n"
+                                      "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, len(os.listdir('/proc/self/task')), 'torch' in sys.modules)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}") # read at import: this nursery does not fit any more
+    jobs = [launch(s, SampleConfig(model="m"), ONE, tmp_path / "run", module="tell") for s in ("a", "b")]
+    for j in jobs: j.wait()
+    assert not any(isinstance(j.process, supervise.Forked) for j in jobs)
+    prepare(ONE)
+    assert supervise.KEPT[0].waits(60)
+    jobs = [launch(s, SampleConfig(model="m"), ONE, tmp_path / "run", module="tell") for s in ("a", "b")]
+    for j in jobs:
+        j.wait()
+        told, state = j.file("log").read_text().splitlines()
+        assert json.loads(told) == [["--config", str(j.file("config.json"))], str(j.file("progress.jsonl")), "", True, "__main__"]
+        assert state == "True 1 True" and isinstance(j.process, supervise.Forked)
+
+
+def test_secrets_of_the_environment_reach_a_copy_and_no_file(tmp_path, monkeypatch, nursery):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    assert not isinstance(start("nothing", tmp_path, ONE).process, supervise.Forked) # the key is newer than the nursery
+
+
+@pytest.mark.parametrize("who", ["job", "nursery", "leash", "deaf"])
+def test_nothing_of_a_copy_is_left(who, tmp_path, nursery):
+    job = start("deaf" if who == "deaf" else "hang", tmp_path, ONE)
+    until((tmp_path / "out").exists, 30, "start")
+    assert len(alive(tmp_path)) == (5 if who == "deaf" else 2)
+    if who == "job": os.kill(max(alive(tmp_path)), signal.SIGKILL)
+    elif who == "nursery": nursery.process.kill()
+    else: job.process.stdin.close()
+    seconds = until(lambda: not alive(tmp_path), 10, "all gone")
+    print(f"{who}: all gone after {seconds:.1f} s")
+    assert job.poll() == (-9 if who == "job" else -15) and job.process.wait(1) == 0
+
+
+@pytest.mark.parametrize("death", ["TERM", "KILL", "INT"])
+def test_no_copy_outlives_its_notebook(death, tmp_path):
+    cell = CELL.replace("import launch\n", "import launch, prepare\nfrom halos_nb.supervise import KEPT\nprepare(Profile())\nassert KEPT[0].waits(60)\nopen('{folder}/nursery', 'w').write(str(KEPT[0].process.pid))\n").replace("num_processes=2", "")
+    papermill = notebook(tmp_path, cell)
+    until((tmp_path / "out").exists, 60, "running")
+    assert len(alive(tmp_path)) == 2 and Path(f"/proc/{(tmp_path / 'nursery').read_text()}").exists()
+    os.kill(papermill.pid, getattr(signal, f"SIG{death}"))
+    until(lambda: not alive(tmp_path) and not Path(f"/proc/{(tmp_path / 'nursery').read_text()}").exists(), 15, "all gone")
+    papermill.communicate(timeout=30)
+    assert papermill.returncode != 0
+
+
+def test_a_nursery_that_is_not_needed_ends(tmp_path, nursery):
+    job = start("hang", tmp_path, ONE)
+    until((tmp_path / "out").exists, 30, "start")
+    supervise.KEPT.pop().close()
+    time.sleep(0.5)
+    assert nursery.process.poll() is None and job.poll() is None # its job goes on
+    job.stop()
+    nursery.process.wait(5)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb import loop
+from halos_nb import loop, supervise
 from halos_nb.config import LoopConfig, Profile, SampleConfig, Settings
 from halos_nb.launch import StageError
 from halos_nb.loop import Ledger, Stage, code_hash, run_rounds, run_summary
@@ -130,7 +130,13 @@ def test_code_that_changes_while_a_notebook_lives_is_noticed(tmp_path, monkeypat
     assert written("x = 1 # one\n", 2) == first and written("x = 2\n", 3) != first and written("from halos_nb import records\nx = 1\n", 4) != first
 
 
-def test_the_next_stage_is_ready_before_its_turn(run):
+@pytest.fixture
+def no_nursery(monkeypatch):
+    "As with several processes, or a GPU."
+    monkeypatch.setattr(loop, "prepare", lambda profile: False)
+
+
+def test_the_next_stage_is_ready_before_its_turn(run, no_nursery):
     seen = []
     def watch(job, **shown): seen.append((job, ledger.ahead and ledger.ahead.job)); quiet(job)
     with Ledger(run, Profile(), watch=watch) as ledger: made = [ledger.run(s, then=t) for s, t in zip(chain(run), [*chain(run)[1:], None])]
@@ -142,7 +148,7 @@ def test_the_next_stage_is_ready_before_its_turn(run):
 
 
 @pytest.mark.parametrize("case", ["another comes", "it dies", "the code changes", "nothing comes", "interrupt"])
-def test_who_waits_in_vain_is_gone(run, case):
+def test_who_waits_in_vain_is_gone(run, case, no_nursery):
     one, two, three = chain(run)
     def watch(job, **shown):
         quiet(job)
@@ -159,6 +165,55 @@ def test_who_waits_in_vain_is_gone(run, case):
     assert waiting.poll() is not None and waiting.process.poll() is not None
     ledger.close()
     assert go(run, chain(run))[2]
+
+
+def started(run): return [e["folder"] for e in read_jsonl(run / "ledger.jsonl") if e["event"] == "started"]
+
+
+def test_a_stage_that_was_started_while_somebody_looked(run):
+    one, two, three = chain(run)
+    with Ledger(run, Profile(), watch=quiet) as ledger:
+        assert ledger.run(one)
+        ledger.start(two)
+        job = ledger.begun.job
+        assert job.poll() is None and not two.manifest.exists()
+        while job.poll() is None: time.sleep(0.02)
+        time.sleep(1) # somebody looks for longer than it takes
+        assert ledger.run(two) and two.sealed()["seconds"] < 3 and started(run) == ["round-1", "round-2"]
+        ledger.start(two)
+        assert ledger.begun is None and not ledger.run(two) # its result stands
+        ledger.start(three)
+    assert go(run, chain(run)) == [False, False, True] and len(started(run)) == 4 # closed while it ran: once more
+
+
+@pytest.mark.parametrize("change", ["config", "input", "another"])
+def test_a_stage_that_was_started_on_what_is_no_longer_true(run, change):
+    one, two, three = chain(run)
+    with Ledger(run, Profile(), watch=quiet) as ledger:
+        assert ledger.run(one)
+        ledger.start(two)
+        early = ledger.begun.job
+        if change == "config": two.config = SampleConfig(**{**vars(two.config), "model": "append:other"})
+        if change == "input": (run / "round-1/out").write_text("something else\n")
+        if change == "another": assert not ledger.run(one)
+        assert ledger.run(two) and early.poll() is not None
+        assert len(started(run)) == 3
+    text = (run / "round-2/out").read_text()
+    assert text.startswith("something else") == (change == "input") and text.endswith("other\n") == (change == "config")
+
+
+def test_copies_of_a_nursery_end_in_the_same_bits(run, monkeypatch):
+    kinds = []
+    with monkeypatch.context() as m:
+        m.setattr(loop, "prepare", lambda profile: False)
+        m.setattr(supervise, "KEPT", [])
+        assert all(go(run, chain(run, 4)))
+    bits = [file_hash(s.outputs[0]) for s in chain(run, 4)]
+    loop.prepare(Profile())
+    assert supervise.KEPT[0].waits(60)
+    with Ledger(run, Profile(), fresh=True, watch=lambda job, **shown: (kinds.append(type(job.process)), quiet(job))) as ledger:
+        assert all([ledger.run(s, then=s) for s in chain(run, 4)])
+    assert kinds == [supervise.Forked] * 4 and bits == [file_hash(s.outputs[0]) for s in chain(run, 4)]
 
 
 DRIVER = """
