@@ -40,9 +40,9 @@ def jobs(inputs: Path, n: int) -> dict[str, list[Case]]:
     lone = dict(no_share=True)
     return {
         "reward model": [Case("halos_nb", ours("reward_model", model=rm2, pairs=P, n=n)), *trl("rm", rm1, 1.5, 2.5)],
-        "reward model bf16": [Case("halos_nb", ours("reward_model", model=rm2, pairs=P, n=n, precision="bfloat16")), Case("TRL best settings", peer("rm", "best_bf16", rm1, P, n), True, 1.5)],
+        "reward model bf16": [Case("halos_nb", ours("reward_model", model=rm2, pairs=P, n=n, precision="bfloat16")), Case("TRL best settings", peer("rm", "best_bf16", rm1, P, n), True, 1.5), Case("TRL defaults (bf16)", peer("rm", "default", rm1, P, n), True, 2.5)],
         "DPO": [Case("halos_nb", ours("dpo", model=small, pairs=P, n=n)), *trl("dpo", small, 2.4, 4.5)],
-        "DPO bf16": [Case("halos_nb", ours("dpo", model=small, pairs=P, n=n, precision="bfloat16")), Case("TRL best settings", peer("dpo", "best_bf16", small, P, n), True, 2.4)],
+        "DPO bf16": [Case("halos_nb", ours("dpo", model=small, pairs=P, n=n, precision="bfloat16")), Case("TRL best settings", peer("dpo", "best_bf16", small, P, n), True, 2.4), Case("TRL defaults (bf16)", peer("dpo", "default", small, P, n), True, 4.5)],
         "DPO 64k vocabulary": [Case("halos_nb", ours("dpo", model=big, pairs=P, n=n // 2, batch=8)), Case("TRL best settings", peer("dpo", "best_fp32", big, P, n // 2), True, 3.0)],
         "labelling": [Case("halos_nb", ours("label", token_budget=0, model=rm2, samples=S, n=8 * n)), Case("padded batch of 16", peer("label", "batch", rm1, S, 8 * n), True, 2.8), Case("TRL predict", peer("label", "trl_predict", rm1, S, 8 * n), True, 1.8)],
         "sampling": [Case("halos_nb", ours("sample", token_budget=0, model=small, pairs=P, n=n)), Case("transformers generate", ours("sample", token_budget=0, model=small, pairs=P, n=n, way="transformers"))],

@@ -1,5 +1,7 @@
 """A training run of ours as a user starts one, measured: shared by reward_model.py and dpo.py."""
 import tempfile, warnings
+from itertools import islice
+from pathlib import Path
 
 from meter import arguments, count_tokens, report, run_trainer
 
@@ -14,15 +16,22 @@ def no_sharing(trainer):
     trainer.prepare = alone
 
 
+def first(file: str, n: int, folder: str) -> str:
+    "A file of its first `n` lines: what the peers read."
+    with open(file) as f: (few := Path(folder) / "pairs.jsonl").write_text("".join(islice(f, n)))
+    return str(few)
+
+
 def main(doc: str, loss: str):
     a = arguments(doc, pairs="", batch=16, token_budget=0, max_prompt_length=512, layout="auto", no_share=False, lora=False)
     if not a.pairs: raise SystemExit("--pairs: name a jsonl file of prompt, chosen, rejected")
     from halos_nb.config import TrainConfig
     from halos_nb.train import make_trainer
     warnings.filterwarnings("ignore", message="'pin_memory' argument")
+    home = tempfile.mkdtemp()
     more = dict(token_budget=a.token_budget) if a.token_budget else {}
-    cfg = TrainConfig(loss=loss, model=a.model, train_datasets=[a.pairs], n_examples=a.n, batch_size=a.batch, max_prompt_length=a.max_prompt_length, layout=a.layout, lr=1e-6, use_peft=a.lora,
-                      precision=a.precision, cache_dir=tempfile.mkdtemp(), **more)
+    cfg = TrainConfig(loss=loss, model=a.model, train_datasets=[first(a.pairs, a.n, home)], n_examples=a.n, batch_size=a.batch, max_prompt_length=a.max_prompt_length, layout=a.layout, lr=1e-6, use_peft=a.lora,
+                      precision=a.precision, cache_dir=home, **more)
     trainer, _ = make_trainer(cfg)
     if a.no_share: no_sharing(trainer)
     reference = [trainer.reference.model] if getattr(trainer.reference, "model", None) else []

@@ -584,6 +584,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.models.TreeScorer': ('models.html#treescorer', 'halos_nb/models.py'),
                                  'halos_nb.models.TreeScorer.forward': ('models.html#treescorer.forward', 'halos_nb/models.py'),
                                  'halos_nb.models.branch_mask': ('models.html#branch_mask', 'halos_nb/models.py'),
+                                 'halos_nb.models.causal_pieces': ('models.html#causal_pieces', 'halos_nb/models.py'),
                                  'halos_nb.models.choose_layout': ('models.html#choose_layout', 'halos_nb/models.py'),
                                  'halos_nb.models.compiled_flex': ('models.html#compiled_flex', 'halos_nb/models.py'),
                                  'halos_nb.models.end_process': ('models.html#end_process', 'halos_nb/models.py'),

@@ -111,9 +111,20 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary(frozen):
     head.requires_grad_(not frozen)
     saved = []
     with Largest() as most, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t): head_logps(head, x, ids, 16)[0].sum().backward()
-    assert most.numel == 16 * 2000 and max(saved, default=0) <= 4 * 2000
+    assert most.numel == 16 * (2000 + models.MARGIN) and max(saved, default=0) <= 4 * 2000
     with Largest() as whole: torch.log_softmax(head(x), -1).sum().backward()
     assert whole.numel == 300 * 2000 # so the measurement can see it
+
+
+@pytest.mark.parametrize("n, before", [(1, 0), (128, 0), (129, 0), (300, 0), (1, 7), (128, 300), (257, 40)])
+def test_attention_in_blocks_is_attention(n, before):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for length in (n, before + n, before + n))
+    blocks = torch.cat(models.causal_pieces(q, k, v), 1)
+    whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(n, before + n, dtype=torch.bool).tril(before)).transpose(1, 2)
+    weights = torch.randn_like(whole)
+    assert_close(blocks, whole, **EXACT)
+    assert_close(*(torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (blocks, whole)), **EXACT)
 
 
 def test_other_heads_are_called_as_they_are():
