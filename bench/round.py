@@ -3,7 +3,7 @@
 A round lasts from the start of its sampling to the start of the next. Own work: the same three stages once more, one by one, each in a copy of a process that
 has imported everything; so it counts loading models and writing results, and neither imports nor what lies between stages.
 """
-import argparse, json, os, runpy, shutil, statistics, sys, time
+import argparse, gc, json, os, runpy, shutil, statistics, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +56,7 @@ def main():
     run = play(home, a.rounds)
     import tyro, torch, halos_nb.sample, halos_nb.label, halos_nb.train # noqa: F401, what a stage needs
     torch.set_num_threads(1)
+    gc.collect(); gc.freeze() # as a nursery does
     own = {s: statistics.median(own_work(s, run / "round-1", home / "scratch") for _ in range(3)) for s in ("sample", "label", "train")}
     rounds = spans(run)
     print(json.dumps(dict(round_s=round(statistics.median(rounds), 2), rounds=[round(x, 2) for x in rounds], own_s={k: round(v, 2) for k, v in own.items()},
