@@ -88,12 +88,12 @@ def summary(cases: list[Case], results: list[list[dict]]) -> list[dict]:
 
 def markdown(table: dict[str, list[dict]]) -> str:
     "One row per case."
-    head = "| job | case | per CPU s | per s | ours is faster by | asked | CPU s | wall s | peak MB | tokens done |\n|---|---|---|---|---|---|---|---|---|---|\n"
+    head = "| job | case | per CPU s | per s | ours is faster by | asked | CPU s | wall s | peak MB | positions computed (of needed) |\n|---|---|---|---|---|---|---|---|---|---|\n"
     def row(job, r):
         if "error" in r: return f"| {job} | {r['label']} | failed: {r['error'].strip().splitlines()[-1][:80] if r['error'].strip() else 'no output'} | | | | | | | |"
-        own = r is table[job][0]
+        own, tokens = r is table[job][0], f"{r['tokens']:,}" + (f" ({r['tokens'] / r['needed']:.2f})" if r["needed"] else "") if r["tokens"] else ""
         return (f"| {job if own else ''} | {r['label']} | {r['per_cpu_s']:.2f} {r['unit']} | {r['per_s']:.2f} | " + ("" if own else f"**{r['ratio']:.2f}** ({r['low']:.2f} to {r['high']:.2f})")
-                + f" | {'' if not r['least'] else r['least']} | {r['cpu_s']:.1f} | {r['wall_s']:.1f} | {r['peak']:.0f} | {r['tokens'] or ''} |")
+                + f" | {'' if not r['least'] else r['least']} | {r['cpu_s']:.1f} | {r['wall_s']:.1f} | {r['peak']:.0f} | {tokens} |")
     return head + "\n".join(row(job, r) for job, rows in table.items() for r in rows) + "\n"
 
 

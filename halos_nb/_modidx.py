@@ -594,6 +594,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.models.head_logps': ('models.html#head_logps', 'halos_nb/models.py'),
                                  'halos_nb.models.hidden_states': ('models.html#hidden_states', 'halos_nb/models.py'),
                                  'halos_nb.models.in_chunks': ('models.html#in_chunks', 'halos_nb/models.py'),
+                                 'halos_nb.models.in_pieces': ('models.html#in_pieces', 'halos_nb/models.py'),
                                  'halos_nb.models.last_attended': ('models.html#last_attended', 'halos_nb/models.py'),
                                  'halos_nb.models.load_actor_critic': ('models.html#load_actor_critic', 'halos_nb/models.py'),
                                  'halos_nb.models.load_policy': ('models.html#load_policy', 'halos_nb/models.py'),

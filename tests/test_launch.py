@@ -193,6 +193,12 @@ def test_a_copy_ends_as_a_process_of_its_own_does(mode, says, code, tmp_path, nu
     assert not alive(tmp_path)
 
 
+def test_a_nursery_has_one_thread_and_no_gpu(nursery):
+    "What other threads held would stay locked in the copies."
+    assert os.listdir(f"/proc/{nursery.process.pid}/task") == [str(nursery.process.pid)]
+    assert not any("nvidia" in os.readlink(f) for f in Path(f"/proc/{nursery.process.pid}/fd").iterdir())
+
+
 def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
     (tmp_path / "tell.py").write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ['HALOS_NB_PROGRESS'], sys.stdin.read(), os.getsid(0) == os.getppid(), __name__]))\n"
                                       "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, len(os.listdir('/proc/self/task')), 'torch' in sys.modules)")
