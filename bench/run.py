@@ -102,11 +102,12 @@ def draw(table: dict[str, list[dict]], file: Path):
     import plotly.graph_objects as go
     rows = [(f"{job}: {r['label']}", r) for job, rs in table.items() for r in rs[1:] if "ratio" in r][::-1]
     names, ratios = [n for n, _ in rows], [r["ratio"] for _, r in rows]
-    fig = go.Figure(go.Bar(x=ratios, y=names, orientation="h", text=[f"{x:.1f}x" for x in ratios], marker_color="#3b6fb6", name="measured",
+    fig = go.Figure(go.Bar(x=ratios, y=names, orientation="h", text=[f"{x:.2f}x" for x in ratios], textposition="inside", insidetextanchor="start", marker_color="#3b6fb6", name="measured",
                            error_x=dict(type="data", symmetric=False, array=[r["high"] - r["ratio"] for _, r in rows], arrayminus=[r["ratio"] - r["low"] for _, r in rows])))
     asked = [(n, r["least"]) for n, r in rows if r["least"]]
     fig.add_scatter(x=[x for _, x in asked], y=[n for n, _ in asked], mode="markers", marker=dict(symbol="line-ns-open", size=22, color="#c0392b", line_width=2), name="asked")
-    fig.add_vline(x=1, line_dash="dot").update_layout(title="halos_nb per CPU second, over each peer", xaxis_title="times faster", template="plotly_white", width=900, height=120 + 36 * len(rows), margin_l=10, yaxis_automargin=True)
+    fig.add_vline(x=1, line_dash="dot").update_layout(title="halos_nb per CPU second, over each peer", xaxis_title="times faster", template="plotly_white", width=900, height=110 + 30 * len(rows), margin=dict(l=10, r=20, t=50, b=45), yaxis_automargin=True,
+                                                          legend=dict(orientation="h", x=1, xanchor="right", y=1, yanchor="bottom"))
     fig.write_html(file.with_suffix(".html"), include_plotlyjs="cdn")
     try: fig.write_image(file, scale=2)
     except Exception as e: print(f"no PNG ({type(e).__name__}: a browser draws it), only {file.with_suffix('.html')}", file=sys.stderr)

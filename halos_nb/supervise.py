@@ -108,7 +108,7 @@ def copy(line: socket.socket, request: dict, leash: int, log: int):
     point(os.open(os.devnull, os.O_RDONLY), 0)
     return [request["module"], *request["args"]]
 
-# %% ../nbs/10_supervise.ipynb #d19acab2
+# %% ../nbs/10_supervise.ipynb #05c1e50a
 def nursery(*modules: str, # to import
             patience: float = 600): # seconds without work
     "Answer every request for a job with a copy of this process; what to run, in such a copy, and None at the end."
@@ -116,6 +116,7 @@ def nursery(*modules: str, # to import
     for m in modules:
         if os.getppid() != parent: return
         with suppress(Exception): importlib.import_module(m) # the stage itself will say what is wrong
+    os.close(os.pidfd_open(os.getpid())) # a system that has none must do without a nursery
     known = stamps()
     gc.collect(); gc.freeze() # what is here stays, and copies need not look at it
     line.send(b"ready")
@@ -125,7 +126,8 @@ def nursery(*modules: str, # to import
         if not select.select([line], [], [], 0.1)[0]: continue
         message, fds, *_ = socket.recv_fds(line, 1 << 16, 2)
         if not message: break
-        if any(known[f] != now for f, now in stamps().items()): line.send(b"stale"); break
+        if stamps() != known: line.send(b"stale"); break
+        if select.select(fds[:1], [], [], 0)[0]: break # who asked has let go of the leash: nobody waits for this job
         if job := copy(line, json.loads(message), *fds): return job
         for fd in fds: os.close(fd)
         jobs += 1
@@ -146,7 +148,7 @@ def main(status: str = "", *command: str):
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(*sys.argv[1:]))
 
-# %% ../nbs/10_supervise.ipynb #6d8d4999
+# %% ../nbs/10_supervise.ipynb #b7ee9a74
 class Forked:
     "The supervisor of a job that a nursery started, with what we use of `subprocess.Popen`."
     def __init__(self, pid: int, life: int, stdin: int): # life: its pidfd
@@ -157,6 +159,7 @@ class Forked:
         with suppress(subprocess.TimeoutExpired): return self.wait(0)
 
     def wait(self, timeout: float | None = None) -> int:
+        "Return when it has ended; TimeoutExpired if it has not within so many seconds."
         ended = select.poll()
         ended.register(self.life, select.POLLIN)
         if self.returncode is None and not ended.poll(None if timeout is None else timeout * 1000): raise subprocess.TimeoutExpired("a forked stage", timeout)
@@ -165,7 +168,7 @@ class Forked:
 
     def kill(self): signal.pidfd_send_signal(self.life.fileno(), signal.SIGKILL)
 
-# %% ../nbs/10_supervise.ipynb #1488f76f
+# %% ../nbs/10_supervise.ipynb #8a8ea045
 class Nursery:
     "A process that imports, waits, and forks."
     def __init__(self, env: dict[str, str]):
@@ -190,9 +193,11 @@ class Nursery:
         try:
             socket.send_fds(self.line, [json.dumps(dict(status=status, module=module, args=args, env={k: env[k] for k in OWN if k in env})).encode()], [theirs, log])
             answer, (life,), *_ = socket.recv_fds(self.line, 16, 1)
-        except (OSError, ValueError): # it has ended, or ends now
+        except BaseException as e:
             os.close(ours)
-            return self.close()
+            self.close()
+            if not isinstance(e, OSError | ValueError): raise
+            return None # it has ended, or ends now
         finally: os.close(theirs)
         return Forked(int(answer), life, ours)
 
