@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     tmp, patch = tmp_path_factory.mktemp("compared"), pytest.MonkeyPatch()
     real = loop.launch
     patch.setattr(loop, "launch", lambda stage, cfg, profile, folder, module, **k: real(stage, cfg, profile, folder, "pretend", **k))
-    patch.setattr(loop, "begin", lambda ledger, stage, then: loop.launch(stage.name, stage.config, ledger.profile, stage.folder, stage.module, clear=stage.outputs))
+    patch.setattr(loop, "prepare", lambda profile: True) # neither a nursery nor a start ahead of time
     patch.setenv("PYTHONPATH", str(HERE))
     for name in ("sft", "rm"): (tmp / name).mkdir(); (tmp / name / "weights").write_text(name)
     (tmp / "prompts.json").write_text("[]")
