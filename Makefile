@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 export PATH := $(BIN):$(PATH)
 
 help:
-	@echo 'make demo        set up, then run 4 rounds of online DPO on the embedded playground (about 3 minutes on 2 cores, once installed)'
+	@echo 'make demo        set up, then run 4 rounds of online DPO on the embedded playground (about 2 minutes on 2 cores, once installed)'
 	@echo 'make test        set up, then run every notebook and every test'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/'
