@@ -269,7 +269,7 @@ def await_turn(ledger: Ledger, stage: Stage):
     "Make a stage that is to come start fast: through a nursery, or by starting it now. One that was finished before may be skipped."
     if not stage.manifest.exists() and not prepare(ledger.profile): ledger.ahead = Ahead(stage, code_hash(stage.module), launch(stage.name, None, ledger.profile, stage.folder, stage.module))
 
-# %% ../nbs/12_loop.ipynb #384eb34f
+# %% ../nbs/12_loop.ipynb #ad0d21a5
 class Begun(NamedTuple):
     "A stage that runs."
     stage: Stage
@@ -283,7 +283,8 @@ def begin(ledger: Ledger, stage: Stage, now: dict, why: str) -> Begun: # now: it
     remove(stage.manifest)
     ledger.note("started", stage, now, why=why)
     ledger.on_start(stage)
-    return Begun(stage, now, job_of(ledger, stage), time.time())
+    start = time.time()
+    return Begun(stage, now, job_of(ledger, stage), start)
 
 
 def seal(ledger: Ledger, begun: Begun, title: str, next: str, then: Stage | None) -> bool:

@@ -108,16 +108,16 @@ def copy(line: socket.socket, request: dict, leash: int, log: int):
     point(os.open(os.devnull, os.O_RDONLY), 0)
     return [request["module"], *request["args"]]
 
-# %% ../nbs/10_supervise.ipynb #05c1e50a
+# %% ../nbs/10_supervise.ipynb #8e993836
 def nursery(*modules: str, # to import
             patience: float = 600): # seconds without work
     "Answer every request for a job with a copy of this process; what to run, in such a copy, and None at the end."
-    line, parent, used, jobs = socket.socket(fileno=0), os.getppid(), time.monotonic(), 0
+    line, parent, born, used, jobs = socket.socket(fileno=0), os.getppid(), time.time_ns() - 10**7, time.monotonic(), 0 # the clock of files lags by some milliseconds
     for m in modules:
         if os.getppid() != parent: return
         with suppress(Exception): importlib.import_module(m) # the stage itself will say what is wrong
     os.close(os.pidfd_open(os.getpid())) # a system that has none must do without a nursery
-    known = stamps()
+    if max((known := stamps()).values()) > born: return # changed while it was read: nobody knows what is imported here
     gc.collect(); gc.freeze() # what is here stays, and copies need not look at it
     line.send(b"ready")
     while os.getppid() == parent and time.monotonic() - used < patience:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from halos_nb import models
-from halos_nb.batching import Tree, byte_tokenizer, make_batch, tree_mask
+from halos_nb.batching import Segment, Tree, byte_tokenizer, make_batch, tree_mask
 from halos_nb.config import TrainConfig
 from halos_nb.models import HeadLogps, Layout, flex_fault, head_logps, load_policy, load_reward_model, sees
 from halos_nb.records import prompt_id
@@ -125,6 +125,29 @@ def test_attention_in_blocks_is_attention(n, before):
     weights = torch.randn_like(whole)
     assert_close(blocks, whole, **EXACT)
     assert_close(*(torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (blocks, whole)), **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_of_bfloat16_is_nearer_to_the_truth_than_sdpa(autocast):
+    "On a CPU it is computed in float32; under autocast query and key come in float32, turned by their positions, and value in bfloat16."
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 300, 16).bfloat16()
+    if autocast: q, k = q.float(), k.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, _ = models.tree_attention(None, q, k, v, None, segments=[Segment(0, 100, (200,))])
+        usual = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    truth = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True).transpose(1, 2)
+    assert ours.dtype == torch.bfloat16 and 0 < (ours - truth).norm() < 0.95 * (usual - truth).norm()
+
+
+def test_head_s_memory_is_given_back_before_the_layers_go_backward():
+    head, x, ids = head_inputs()
+    logps = head_logps(head, x, ids, 5)[0]
+    node, held = logps.grad_fn, []
+    assert node.room is not None
+    x.register_hook(lambda g: held.append((node.room, node.last)))
+    logps.sum().backward()
+    assert held == [(None, None)]
 
 
 def test_other_heads_are_called_as_they_are():

@@ -1,5 +1,5 @@
 """Launching: real processes, real deaths. Nothing of a job may outlive its notebook, and no failure may look like success."""
-import json, os, re, signal, subprocess, sys, time
+import json, os, re, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -230,9 +230,48 @@ def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
         assert state == "True 1 True" and isinstance(j.process, supervise.Forked)
 
 
-def test_secrets_of_the_environment_reach_a_copy_and_no_file(tmp_path, monkeypatch, nursery):
+def test_secrets_reach_a_copy_and_are_in_no_file_and_no_argument_list(tmp_path, monkeypatch, nursery):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    assert not isinstance(start("nothing", tmp_path, ONE).process, supervise.Forked) # the key is newer than the nursery
+    (tmp_path / "tells.py").write_text("import os; print(len(os.environ['OPENAI_API_KEY']))")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    prepare(ONE) # the nursery that was there is older than the key
+    new = supervise.KEPT[0]
+    assert new is not nursery and new.waits(60)
+    assert b"sk-very-secret" not in Path(f"/proc/{new.process.pid}/cmdline").read_bytes()
+    job = launch("sample", SampleConfig(model="m"), ONE, tmp_path / "run", module="tells")
+    job.wait()
+    assert isinstance(job.process, supervise.Forked) and job.file("log").read_text() == f"{len('sk-very-secret')}\n"
+    assert all(b"sk-very-secret" not in f.read_bytes() for f in (tmp_path / "run").iterdir())
+
+
+@pytest.fixture
+def own_nursery(stages, tmp_path, monkeypatch):
+    "A nursery of one small module, and our end of its line."
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    processes = []
+    def made(text):
+        (tmp_path / "small.py").write_text(text)
+        os.utime(tmp_path / "small.py", (1, 1))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(30)
+        with theirs: processes.append(subprocess.Popen([sys.executable, "-c", "from halos_nb.supervise import nursery; nursery('small')"], stdin=theirs))
+        return ours
+    yield made
+    for p in processes: p.kill(); p.wait()
+
+
+def test_a_file_that_changes_while_it_is_imported_makes_no_nursery(own_nursery):
+    assert own_nursery("x = 1").recv(16) == b"ready"
+    assert own_nursery("import os; os.utime(__file__)").recv(16) == b"" # it has ended
+
+
+def test_a_request_that_nobody_waits_for_starts_nothing(own_nursery, tmp_path):
+    line = own_nursery("x = 1")
+    assert line.recv(16) == b"ready"
+    leash, ours = os.pipe()
+    os.close(ours)
+    with open(tmp_path / "log", "wb") as log: socket.send_fds(line, [json.dumps(dict(status=str(tmp_path / "status"), module="this", args=[], env={})).encode()], [leash, log.fileno()])
+    assert line.recv(16) == b"" and not (tmp_path / "status").exists()
 
 
 @pytest.mark.parametrize("who", ["job", "nursery", "leash", "deaf"])

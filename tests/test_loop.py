@@ -278,7 +278,8 @@ def pretend(tmp_path, monkeypatch):
         (tmp_path / name / "weights").write_text(name)
     (tmp_path / "prompts.json").write_text("[]")
     given = dict(run_name="r", sft_checkpoint=str(tmp_path / "sft"), reward_checkpoint=str(tmp_path / "rm"), prompts=str(tmp_path / "prompts.json"))
-    return lambda **more: list(run_rounds(LoopConfig(**given | more), Settings(runs_dir=str(tmp_path / "runs")), watch=quiet))
+    def rounds(look=lambda r: None, **more): return [(look(r), r)[1] for r in run_rounds(LoopConfig(**given | more), Settings(runs_dir=str(tmp_path / "runs")), watch=quiet)]
+    return rounds
 
 
 def test_rounds_follow_each_other(pretend, tmp_path):
@@ -307,6 +308,14 @@ def test_rounds_resume_shrink_and_start_afresh(pretend, tmp_path):
     assert [row["round"] for row in run_summary(tmp_path / "runs/r")] == ["1", "2", "final"]
     assert [r.skipped for r in pretend(total_prompts=20, prompts_per_round=10, fresh=True)] == [[], [], []]
     assert not (tmp_path / "runs/r/round-3").exists()
+
+
+def test_the_next_round_samples_while_the_last_is_looked_at(pretend, tmp_path):
+    seen = []
+    def looked(r):
+        seen.append([e["folder"] for e in read_jsonl(tmp_path / "runs/r/ledger.jsonl") if e["event"] == "started"][-1])
+    pretend(looked, total_prompts=30, prompts_per_round=10)
+    assert seen == ["round-2", "round-3", "final", "final"]
 
 
 def test_prompts_that_run_out_exactly_end_the_run(pretend, tmp_path):

@@ -76,6 +76,19 @@ def test_stop_ends_this_run_within_two_seconds_and_no_other(tmp_path):
     finally: other.stop()
 
 
+def test_a_number_that_is_used_again_is_not_told_to_end(tmp_path):
+    "Of a supervisor that was killed its number stays; whoever has it now does not write to the stage's log."
+    job, bystander = running(tmp_path / "run"), subprocess.Popen(["sleep", "60"])
+    try:
+        job.file("status.json.pid").write_text(str(bystander.pid))
+        assert not supervisors(tmp_path / "run") and bystander.poll() is None
+        job.file("status.json.pid").write_text("")
+        assert not supervisors(tmp_path / "run")
+        job.file("status.json.pid").write_text(str(job.process.pid))
+        assert supervisors(tmp_path / "run") == {job.process.pid: job.file("status.json")}
+    finally: job.stop(); bystander.kill(); bystander.wait()
+
+
 def test_stop_reaches_a_run_of_another_process_between_two_stages(tmp_path):
     "Its lock is held and no stage is there: the next one is ended as it starts."
     script = f"""
