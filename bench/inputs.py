@@ -20,11 +20,11 @@ def real_texts():
 
 
 def drawn_texts():
-    "The same of made-up words: prompts of about 40, answers of about 300 words, both with long tails."
+    "The same of made-up words: prompts of about 40, answers of about 300 words, both with long tails; more than is kept, for many are too long."
     rng = random.Random(0)
     words = ["".join(rng.choice("bcdfglmnprst") + rng.choice("aeiou") for _ in range(rng.randint(1, 4))) for _ in range(6000)]
     def text(mean): return " ".join(words[min(int(rng.expovariate(1 / 400)), 5999)] for _ in range(max(4, int(rng.lognormvariate(0, 0.6) * mean))))
-    return [(text(40), text(300), text(300)) for _ in range(MAX_PAIRS)], [(text(40), [text(300) for _ in range(8)]) for _ in range(50)]
+    return [(text(40), text(300), text(300)) for _ in range(3 * MAX_PAIRS)], [(text(40), [text(300) for _ in range(8)]) for _ in range(400)]
 
 
 def longer_prompts(tokenizer, texts: list[str], n: int, k: int, answer: int = 200):
