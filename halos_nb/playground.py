@@ -8,12 +8,12 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'STATE
            'true_reward_parts', 'true_reward', 'plan_answer', 'write_answer', 'pair', 'make_data', 'Playground',
            'fresh_policy', 'train_stages', 'build', 'into_playground', 'pairs_of_playground', 'sweep_configs']
 
-# %% ../nbs/15_playground.ipynb #79a439c8
+# %% ../nbs/15_playground.ipynb #6cc9aca2
 from dataclasses import dataclass, replace
 from pathlib import Path
 import random, re, time
 
-from .config import CompareConfig, LoopConfig, Profile, RewardConfig, Settings, TrainConfig, load_settings
+from .config import CompareConfig, LoopConfig, Profile, RewardConfig, Settings, TrainConfig, load_settings, there
 from .loop import Ledger, RunBusy, Stage, run_folder
 from .records import as_text, file_hash, prompt_id, write_records
 
@@ -180,9 +180,10 @@ def build(settings: Settings | None = None, patience: float = 600) -> Playground
         ledger.run(reward, "playground: its reward model", "the run")
     return world
 
-# %% ../nbs/15_playground.ipynb #3e38fc26
+# %% ../nbs/15_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
+    for k in ("sft_checkpoint", "reward_checkpoint", "prompts"): there(getattr(cfg, k), k) # before a minute is spent on the others
     if cfg.sft_checkpoint and cfg.reward_checkpoint and cfg.prompts: return cfg
     world = build(settings)
     return replace(cfg, sft_checkpoint=cfg.sft_checkpoint or str(world.policy), reward_checkpoint=cfg.reward_checkpoint or str(world.reward_model), prompts=cfg.prompts or str(world.prompts))
@@ -191,6 +192,7 @@ def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
 def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     "The config with the playground's pairs, samples and policy where no pairs are named."
     if cfg.train_datasets: return cfg
+    there(cfg.model, "model")
     world = build(settings)
     return replace(cfg, train_datasets=[str(world.pairs_train)], test_datasets=[str(world.pairs_test)], samples=cfg.samples or str(world.samples), model=cfg.model or str(world.policy))
 

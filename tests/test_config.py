@@ -6,8 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from halos_nb.config import LabelConfig, LoopConfig, SampleConfig, Settings, TrainConfig, make_config, parse_args, there
+from halos_nb.config import LabelConfig, LoopConfig, RewardConfig, SampleConfig, Settings, TrainConfig, make_config, parse_args, there
 from halos_nb.loop import run_rounds
+from halos_nb.playground import into_playground, pairs_of_playground
 from halos_nb.score import head_at
 
 STAGES = {"sample": (SampleConfig, ["m"]), "label": (LabelConfig, ["--reward_model_path", "rm", "in.json", "out.json"]), "train": (TrainConfig, ["--loss", "kto", "--model", "m", "--train_datasets", "a", "b"])}
@@ -53,6 +54,9 @@ def test_a_model_that_is_not_there_is_named_before_anything_starts(tmp_path):
         with pytest.raises(FileNotFoundError, match="reward_model_path: nothing is at .*none"): head_at(gone)
     loop = LoopConfig(run_name="r", sft_checkpoint=str(tmp_path), reward_checkpoint=str(tmp_path / "none"), prompts="hh")
     with pytest.raises(FileNotFoundError, match="reward_checkpoint: nothing is at .*none"): next(run_rounds(loop, Settings(runs_dir=str(tmp_path / "runs"))))
+    settings = Settings(runs_dir=str(tmp_path / "runs"))
+    with pytest.raises(FileNotFoundError, match="sft_checkpoint: nothing is at .*none"): into_playground(LoopConfig(sft_checkpoint=str(tmp_path / "none")), settings)
+    with pytest.raises(FileNotFoundError, match="model: nothing is at .*none"): pairs_of_playground(RewardConfig(model=str(tmp_path / "none")), settings)
     assert not (tmp_path / "runs").exists()
 
 
