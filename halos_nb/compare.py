@@ -17,7 +17,25 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .loop import labelled, run_summary
-from .plots import BOX, GREY, TEMPLATE, Shown, display_mode, dressed, end_to_end, floats, hover, inert, number_text, summary_table, text_box, thin, visible, word_diff, words
+from halos_nb.plots import (
+    BOX,
+    GREY,
+    TEMPLATE,
+    Shown,
+    display_mode,
+    dressed,
+    end_to_end,
+    floats,
+    hover,
+    inert,
+    number_text,
+    summary_table,
+    text_box,
+    thin,
+    visible,
+    word_diff,
+    words,
+)
 from .records import atomic_write, read_jsonl
 from .rewards import frontier
 

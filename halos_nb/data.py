@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from .records import RECORDS, Progress, RecordError, as_turns, prompt_id, read_records, read_rows, show
+from halos_nb.records import (
+    RECORDS,
+    Progress,
+    RecordError,
+    as_turns,
+    prompt_id,
+    read_records,
+    read_rows,
+    show,
+)
 
 # %% ../nbs/02_data.ipynb #79bc58d8
 @dataclass

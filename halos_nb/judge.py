@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import LabelConfig
-from .records import Progress, RecordError, append_jsonl, as_text, as_turns, check, read_jsonl, show, write_json
+from halos_nb.records import (
+    Progress,
+    RecordError,
+    append_jsonl,
+    as_text,
+    as_turns,
+    check,
+    read_jsonl,
+    show,
+    write_json,
+)
 
 # %% ../nbs/09_judge.ipynb #0f69cb07
 NUMBER = r"[+-]?(?:\d++(?:\.\d++|,\d{1,2}(?!\d))?+|\.\d++)(?:e[+-]?\d++)?+" # 8, -2, 8.5, 8,5, .5, 1e1

@@ -17,12 +17,44 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import LabelConfig, parse_args
-from .feedback import (combine_labels, combine_pairs, compare, convert_comparisons, convert_to_binary_feedback, convert_to_pairwise_feedback, convert_to_scalar_feedback,
-                               feedback_counts, gap, number, pair_of, pair_table)
-from .judge import Job, digest, estimate, estimate_text, last_words, question, questions_of_pair, run_job
-from .judge import process_samples_with_api as process_samples_with_api # the predecessor had these two here
+from halos_nb.feedback import (
+    combine_labels,
+    combine_pairs,
+    compare,
+    convert_comparisons,
+    convert_to_binary_feedback,
+    convert_to_pairwise_feedback,
+    convert_to_scalar_feedback,
+    feedback_counts,
+    gap,
+    number,
+    pair_of,
+    pair_table,
+)
+from halos_nb.judge import (
+    Job,
+    digest,
+    estimate,
+    estimate_text,
+    last_words,
+    question,
+    questions_of_pair,
+    run_job,
+)
+
+# the predecessor had these two here
+from .judge import process_samples_with_api as process_samples_with_api
 from .models import end_process, fit_vocabulary, load_tokenizer, start_processes
-from .records import Progress, RecordError, atomic_write, check, read_jsonl, read_records, write_json, write_records
+from halos_nb.records import (
+    Progress,
+    RecordError,
+    atomic_write,
+    check,
+    read_jsonl,
+    read_records,
+    write_json,
+    write_records,
+)
 from .score import Scored, head_at, load_scorer, score_samples, with_rewards
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
 

@@ -16,7 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import LabelConfig, LoopConfig, Profile, SampleConfig, Settings, config_json, there
+from halos_nb.config import (
+    LabelConfig,
+    LoopConfig,
+    Profile,
+    SampleConfig,
+    Settings,
+    config_json,
+    there,
+)
 from .launch import Job, launch, locked, prepare, remove
 from .records import append_jsonl, file_hash, read_jsonl, write_json
 

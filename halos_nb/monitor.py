@@ -18,7 +18,23 @@ from fastcore.basics import patch
 
 from .launch import Job, StageError, clock, describe, last_line
 from .loop import OURS, run_summary
-from .plots import BOX, CURVES, INK, LINES, PINK, TRUTH, Shown, display_mode, end_to_end, floats, inert, summary_table, thin, training_curves, visible
+from halos_nb.plots import (
+    BOX,
+    CURVES,
+    INK,
+    LINES,
+    PINK,
+    TRUTH,
+    Shown,
+    display_mode,
+    end_to_end,
+    floats,
+    inert,
+    summary_table,
+    thin,
+    training_curves,
+    visible,
+)
 
 # %% ../nbs/14_monitor.ipynb #17800509
 class Tail:

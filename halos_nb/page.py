@@ -17,9 +17,29 @@ from plotly.offline import get_plotlyjs
 
 from .compare import Run, parameters, read_run, same_prompt
 from .monitor import look
-from .plots import DARK, Shown, inert, margin_histogram, pairs_table, reward_distributions, samples_table, spread, summary_table, training_curves
+from halos_nb.plots import (
+    DARK,
+    Shown,
+    inert,
+    margin_histogram,
+    pairs_table,
+    reward_distributions,
+    samples_table,
+    spread,
+    summary_table,
+    training_curves,
+)
 from .records import atomic_write, read_jsonl
-from .rewards import calibration_curve, chosen_rejected_all, kl_curve, length_and_reward, reward_against_kl, reward_scatter, reward_vs_true, win_rates
+from halos_nb.rewards import (
+    calibration_curve,
+    chosen_rejected_all,
+    kl_curve,
+    length_and_reward,
+    reward_against_kl,
+    reward_scatter,
+    reward_vs_true,
+    win_rates,
+)
 
 # %% ../nbs/14_page.ipynb #ef1335cb
 def policy(nonce: str) -> str: # nonce: the random word

@@ -20,7 +20,17 @@ import orjson
 from fastcore.basics import patch
 
 from .agreement import Interval, agree, exact_interval
-from .feedback import (Converted, all_pairs, by_key, convert_comparisons, convert_to_binary_feedback, convert_to_scalar_feedback, pair_of, pair_table, with_scores)
+from halos_nb.feedback import (
+    Converted,
+    all_pairs,
+    by_key,
+    convert_comparisons,
+    convert_to_binary_feedback,
+    convert_to_scalar_feedback,
+    pair_of,
+    pair_table,
+    with_scores,
+)
 from .records import RecordError, append_jsonl, as_text, check, read_jsonl
 from .records import show as brief
 

@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import random, re, time
 
-from .config import CompareConfig, LoopConfig, Profile, RewardConfig, Settings, TrainConfig, load_settings, there
+from halos_nb.config import (
+    CompareConfig,
+    LoopConfig,
+    Profile,
+    RewardConfig,
+    Settings,
+    TrainConfig,
+    load_settings,
+    there,
+)
 from .loop import Ledger, RunBusy, Stage, run_folder
 from .records import as_text, file_hash, prompt_id, write_records
 

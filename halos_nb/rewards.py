@@ -14,7 +14,29 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from .plots import BLUE, CHOSEN, GREY, INK, REFERENCE, REJECTED, TEMPLATE, TRUTH, Interval, accuracy_interval, dressed, floats, hover, inert, left_out, margins, mean_interval, round_axis, scored, violin, words
+from halos_nb.plots import (
+    BLUE,
+    CHOSEN,
+    GREY,
+    INK,
+    REFERENCE,
+    REJECTED,
+    TEMPLATE,
+    TRUTH,
+    Interval,
+    accuracy_interval,
+    dressed,
+    floats,
+    hover,
+    inert,
+    left_out,
+    margins,
+    mean_interval,
+    round_axis,
+    scored,
+    violin,
+    words,
+)
 
 # %% ../nbs/13_rewards.ipynb #7c48e625
 def bars(value, low, high) -> dict: return dict(array=high - value, arrayminus=value - low)

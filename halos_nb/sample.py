@@ -22,8 +22,24 @@ from .batching import Tree, cut, make_batch
 from .config import SampleConfig, make_config, parse_args
 from .data import Dataset, Example, load_data
 from .generate import Row, cut_at_stop, end_tokens, generate, plan
-from .models import choose_layout, end_process, fit_vocabulary, load_reference, load_tokenizer, start_processes
-from .records import Progress, append_jsonl, as_turns, prompt_id, read_jsonl, show, write_json, write_records
+from halos_nb.models import (
+    choose_layout,
+    end_process,
+    fit_vocabulary,
+    load_reference,
+    load_tokenizer,
+    start_processes,
+)
+from halos_nb.records import (
+    Progress,
+    append_jsonl,
+    as_turns,
+    prompt_id,
+    read_jsonl,
+    show,
+    write_json,
+    write_records,
+)
 
 # %% ../nbs/08_sample.ipynb #aba882cd
 def distinct_prompts(data: Dataset) -> list[Example]:

@@ -15,12 +15,32 @@ from typing import NamedTuple
 from .batching import add_control_tokens
 from .config import TrainConfig, parse_args
 from .data import load_data
-from .models import (choose_layout, end_process, fit_vocabulary, load_actor_critic, load_policy, load_reference, load_reward_model, load_tokenizer,
-                             start_processes)
+from halos_nb.models import (
+    choose_layout,
+    end_process,
+    fit_vocabulary,
+    load_actor_critic,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    start_processes,
+)
 from .records import Progress, atomic_write, write_json
 from .reference import add_lora, cache_reference_logps, make_reference
-from .trainers import (BradleyTerryTrainer, CDPOTrainer, ConditionalSFTTrainer, DPOTrainer, GRPOTrainer, IPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer,
-                               SimPOTrainer, SLiCTrainer)
+from halos_nb.trainers import (
+    BradleyTerryTrainer,
+    CDPOTrainer,
+    ConditionalSFTTrainer,
+    DPOTrainer,
+    GRPOTrainer,
+    IPOTrainer,
+    KTOTrainer,
+    PPOTrainer,
+    SFTTrainer,
+    SimPOTrainer,
+    SLiCTrainer,
+)
 
 # %% ../nbs/10_train.ipynb #60ab17d7
 METHODS = {"sft": SFTTrainer, "csft": ConditionalSFTTrainer, "dpo": DPOTrainer, "cdpo": CDPOTrainer, "ipo": IPOTrainer, "simpo": SimPOTrainer, "slic": SLiCTrainer,

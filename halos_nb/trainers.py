@@ -21,10 +21,35 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .batching import ConditionalSFTDataLoader, GroupUnpairedPreferenceDataLoader, PairedPreferenceDataLoader, SFTDataLoader, Step, TreeBatch, TreeDataLoader, UnpairedPreferenceDataLoader
+from halos_nb.batching import (
+    ConditionalSFTDataLoader,
+    GroupUnpairedPreferenceDataLoader,
+    PairedPreferenceDataLoader,
+    SFTDataLoader,
+    Step,
+    TreeBatch,
+    TreeDataLoader,
+    UnpairedPreferenceDataLoader,
+)
 from .config import TrainConfig
-from .losses import (Moments, Share, bradley_terry_loss, cdpo_loss, dpo_loss, generalized_advantages, grpo_loss, ipo_loss, kto_kl, kto_loss, moments, ppo_loss,
-                             sft_loss, simpo_loss, slic_loss, whiten)
+from halos_nb.losses import (
+    Moments,
+    Share,
+    bradley_terry_loss,
+    cdpo_loss,
+    dpo_loss,
+    generalized_advantages,
+    grpo_loss,
+    ipo_loss,
+    kto_kl,
+    kto_loss,
+    moments,
+    ppo_loss,
+    sft_loss,
+    simpo_loss,
+    slic_loss,
+    whiten,
+)
 from .models import Layout
 from .records import Progress, append_jsonl, write_json
 from .reference import merge_lora, save_adapter

@@ -20,11 +20,39 @@ import numpy as np
 import plotly.graph_objects as go
 
 from .config import checked, make_config
-from .feedback import convert_comparisons, convert_to_pairwise_feedback, pair_of, pair_table
+from halos_nb.feedback import (
+    convert_comparisons,
+    convert_to_pairwise_feedback,
+    pair_of,
+    pair_table,
+)
 from .launch import clock
 from .people import Session, comparisons, most_disputed, report
-from .plots import CHOSEN, Shown, display_mode, dressed, floats, hover, inert, known_as, margins, pairs_table, summary_table, visible, words
-from .records import append_jsonl, as_text, atomic_write, read_jsonl, read_records, read_rows, write_json, write_records
+from halos_nb.plots import (
+    CHOSEN,
+    Shown,
+    display_mode,
+    dressed,
+    floats,
+    hover,
+    inert,
+    known_as,
+    margins,
+    pairs_table,
+    summary_table,
+    visible,
+    words,
+)
+from halos_nb.records import (
+    append_jsonl,
+    as_text,
+    atomic_write,
+    read_jsonl,
+    read_records,
+    read_rows,
+    write_json,
+    write_records,
+)
 
 # %% ../nbs/14_widgets.ipynb #aa4cc834
 def feedback_files(source: str | Path) -> dict[str, Path]: # a run's folder or a feedback file
