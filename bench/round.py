@@ -3,6 +3,7 @@
 A round lasts from the start of its sampling to the start of the next. Own work: the same three stages once more, one by one, each in a copy of a process that
 has imported everything; so it counts loading models and writing results, and neither imports nor what lies between stages.
 """
+
 import argparse, gc, json, os, runpy, shutil, statistics, sys, time
 from pathlib import Path
 
@@ -14,17 +15,26 @@ def play(home: Path, rounds: int) -> Path:
     from halos_nb.config import LoopConfig, load_settings
     from halos_nb.loop import run_folder, run_rounds
     from halos_nb.playground import into_playground
+
     settings = load_settings()
     settings.runs_dir = str(home)
-    cfg = into_playground(LoopConfig(run_name="rounds", total_prompts=128 * rounds, fresh=True), settings)
-    for r in run_rounds(cfg, settings): print(r, file=sys.stderr)
+    cfg = into_playground(
+        LoopConfig(run_name="rounds", total_prompts=128 * rounds, fresh=True), settings
+    )
+    for r in run_rounds(cfg, settings):
+        print(r, file=sys.stderr)
     return run_folder(settings, cfg.run_name)
 
 
 def spans(run: Path) -> list[float]:
     "Seconds of each round but the first, in which the nursery still imports."
     from halos_nb.records import read_jsonl
-    starts = [e["time"] for e in read_jsonl(run / "ledger.jsonl") if e["event"] == "started" and e["stage"] == "sample"]
+
+    starts = [
+        e["time"]
+        for e in read_jsonl(run / "ledger.jsonl")
+        if e["event"] == "started" and e["stage"] == "sample"
+    ]
     return [b - a for a, b in zip(starts[1:], starts[2:])]
 
 
@@ -41,12 +51,15 @@ def own_work(stage: str, folder: Path, scratch: Path) -> float:
         sys.modules.pop(f"halos_nb.{stage}")
         runpy.run_module(f"halos_nb.{stage}", run_name="__main__", alter_sys=True)
     _, status = os.waitpid(pid, 0)
-    if status: raise SystemExit(f"{stage} failed: {os.waitstatus_to_exitcode(status)}")
+    if status:
+        raise SystemExit(f"{stage} failed: {os.waitstatus_to_exitcode(status)}")
     return time.monotonic() - start
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path, default=HERE.parent / "build/bench")
     a = p.parse_args()
@@ -54,13 +67,27 @@ def main():
     home = (a.out / "rounds").resolve()
     home.mkdir(parents=True, exist_ok=True)
     run = play(home, a.rounds)
-    import tyro, torch, halos_nb.sample, halos_nb.label, halos_nb.train # noqa: F401, what a stage needs
+    import tyro, torch, halos_nb.sample, halos_nb.label, halos_nb.train  # noqa: F401, what a stage needs
+
     torch.set_num_threads(1)
-    gc.collect(); gc.freeze() # as a nursery does
-    own = {s: statistics.median(own_work(s, run / "round-1", home / "scratch") for _ in range(3)) for s in ("sample", "label", "train")}
+    gc.collect()
+    gc.freeze()  # as a nursery does
+    own = {
+        s: statistics.median(own_work(s, run / "round-1", home / "scratch") for _ in range(3))
+        for s in ("sample", "label", "train")
+    }
     rounds = spans(run)
-    print(json.dumps(dict(round_s=round(statistics.median(rounds), 2), rounds=[round(x, 2) for x in rounds], own_s={k: round(v, 2) for k, v in own.items()},
-                          overhead=round(statistics.median(rounds) / sum(own.values()) - 1, 3))))
+    print(
+        json.dumps(
+            dict(
+                round_s=round(statistics.median(rounds), 2),
+                rounds=[round(x, 2) for x in rounds],
+                own_s={k: round(v, 2) for k, v in own.items()},
+                overhead=round(statistics.median(rounds) / sum(own.values()) - 1, 3),
+            )
+        )
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -18,26 +18,30 @@ import numpy as np
 from .feedback import sign
 
 # %% ../nbs/04_agreement.ipynb #5125f355
-def coded(x) -> tuple: # values, number of each item's value among them
+def coded(x) -> tuple:  # values, number of each item's value among them
     values, code = np.unique(np.asarray(x), return_inverse=True)
     return values, code.reshape(-1)
 
 
-def ratio(a: float, b: float) -> float: return float(a / b) if b > 1e-12 else math.nan # NaN, not an error
+# NaN, not an error
+def ratio(a: float, b: float) -> float:
+    return float(a / b) if b > 1e-12 else math.nan
 
 # %% ../nbs/04_agreement.ipynb #02076d90
 def kappa_of(x, y) -> Callable:
     "Cohen's kappa, as a function of weights."
     values, code = coded([*x, *y])
-    k, cell = len(values), code[:len(x)] * len(values) + code[len(x):]
+    k, cell = len(values), code[: len(x)] * len(values) + code[len(x) :]
+
     def of(w):
         p = np.bincount(cell, w, k * k).reshape(k, k) / max(w.sum(), 1e-12)
         chance = p.sum(0) @ p.sum(1)
         return ratio(np.trace(p) - chance, 1 - chance)
+
     return of
 
 # %% ../nbs/04_agreement.ipynb #1041ca73
-def midranks(code, w): # code: 0, 1, ... in order of the values
+def midranks(code, w):  # code: 0, 1, ... in order of the values
     "Rank of each value, equal ones in the middle of theirs."
     n = np.bincount(code, w)
     return (np.cumsum(n) - n / 2)[code]
@@ -46,43 +50,70 @@ def midranks(code, w): # code: 0, 1, ... in order of the values
 def spearman_of(x, y) -> Callable:
     "Spearman's rho, as a function of weights."
     (_, cx), (_, cy) = coded(x), coded(y)
+
     def of(w):
         a, b = (r - r @ w / w.sum() for r in (midranks(cx, w), midranks(cy, w)))
         return ratio(w @ (a * b), math.sqrt((w @ a**2) * (w @ b**2)))
+
     return of
 
 # %% ../nbs/04_agreement.ipynb #225ac776
-def alpha_of(unit, value, # one entry per rating: number of the item, and what was said of it
-             level: str = "nominal", # or 'ordinal', 'interval'
-             ) -> Callable:
+def alpha_of(
+    unit,
+    value,  # one entry per rating: number of the item, and what was said of it
+    level: str = "nominal",  # or 'ordinal', 'interval'
+) -> Callable:
     "Krippendorff's alpha, as a function of the items' weights."
-    if level not in ("nominal", "ordinal", "interval"): raise ValueError(f"level: {level!r} is not one of nominal, ordinal, interval")
+    if level not in ("nominal", "ordinal", "interval"):
+        raise ValueError(f"level: {level!r} is not one of nominal, ordinal, interval")
     unit, value = np.asarray(unit, int), np.asarray(value, float)
-    paired = np.bincount(unit)[unit] > 1 # a lone rating agrees with nobody
-    unit, (values, code), units = unit[paired], coded(value[paired]), int(unit.max(initial=-1)) + 1
-    m, (cells, cell) = np.bincount(unit, minlength=units), coded(unit * max(len(values), 1) + code)
-    equal = np.bincount(cells // max(len(values), 1), np.bincount(cell)**2.0, units) # per item: sum of squared counts of its values
+    paired = np.bincount(unit)[unit] > 1  # a lone rating agrees with nobody
+    unit, (values, code), units = (
+        unit[paired],
+        coded(value[paired]),
+        int(unit.max(initial=-1)) + 1,
+    )
+    m, (cells, cell) = (
+        np.bincount(unit, minlength=units),
+        coded(unit * max(len(values), 1) + code),
+    )
+    # per item: sum of squared counts of its values
+    equal = np.bincount(cells // max(len(values), 1), np.bincount(cell) ** 2.0, units)
+
     def of(w):
-        w = w[:units] # behind the last rating there is nothing
-        if level == "nominal": apart, spread = m**2 - equal, (n := w @ m)**2 - (np.bincount(code, w[unit])**2).sum()
+        w = w[:units]  # behind the last rating there is nothing
+        if level == "nominal":
+            apart, spread = (
+                m**2 - equal,
+                (n := w @ m) ** 2 - (np.bincount(code, w[unit]) ** 2).sum(),
+            )
         else:
             x = midranks(code, w[unit]) if level == "ordinal" else values[code]
             x = x - np.average(x, weights=w[unit]) if w[unit].any() else x
             s1, s2 = np.bincount(unit, x, units), np.bincount(unit, x**2, units)
-            n, apart, spread = w @ m, 2 * (m * s2 - s1**2), 2 * ((w @ m) * (w @ s2) - (w @ s1)**2)
+            n, apart, spread = (
+                w @ m,
+                2 * (m * s2 - s1**2),
+                2 * ((w @ m) * (w @ s2) - (w @ s1) ** 2),
+            )
         return 1 - ratio((n - 1) * (w @ (apart / np.maximum(m - 1, 1))), spread)
+
     return of
 
 # %% ../nbs/04_agreement.ipynb #43c9bd46
-def cohen_kappa(x: list, y: list) -> float: return kappa_of(x, y)(np.ones(len(x))) # two labellers' values, item by item
+# two labellers' values, item by item
+def cohen_kappa(x: list, y: list) -> float:
+    return kappa_of(x, y)(np.ones(len(x)))
 
 
-def spearman(x: list, y: list) -> float: return spearman_of(x, y)(np.ones(len(x))) # the same
+def spearman(x: list, y: list) -> float:
+    return spearman_of(x, y)(np.ones(len(x)))  # the same
 
 
-def krippendorff(ratings: list[list], # one list per labeller, item by item; None or NaN: not rated
-                 level: str = "nominal", # or 'ordinal', 'interval'
-                 ) -> float:
+def krippendorff(
+    ratings: list[list],  # one list per labeller, item by item; None or NaN: not rated
+    level: str = "nominal",  # or 'ordinal', 'interval'
+) -> float:
     "Krippendorff's alpha."
     said = np.array(ratings, dtype=float)
     _, unit = np.nonzero(~np.isnan(said))
@@ -91,6 +122,7 @@ def krippendorff(ratings: list[list], # one list per labeller, item by item; Non
 # %% ../nbs/04_agreement.ipynb #3dd202b5
 class Interval(NamedTuple):
     "A number and its 95% interval; NaN where there is none."
+
     value: float
     low: float
     high: float
@@ -99,157 +131,278 @@ class Interval(NamedTuple):
 NOTHING = Interval(math.nan, math.nan, math.nan)
 
 # %% ../nbs/04_agreement.ipynb #7fe136e0
-def exact_interval(k: int, n: int) -> Interval: # k of n
+def exact_interval(k: int, n: int) -> Interval:  # k of n
     "A share with its Clopper-Pearson interval."
-    if not n: return NOTHING
+    if not n:
+        return NOTHING
     i = np.arange(n + 1)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     ways = log_factorial[n] - log_factorial - log_factorial[::-1]
-    def bound(keep, low, high): # the p at which the outcomes kept have a chance of 2.5%; it grows with p from low to high
+
+    def bound(
+        keep, low, high
+    ):  # the p at which the outcomes kept have a chance of 2.5%; it grows with p from low to high
         for _ in range(50):
             p = (low + high) / 2
-            grown = np.exp(ways + i * math.log(p) + (n - i) * math.log1p(-p))[keep].sum() > 0.025
+            grown = (
+                np.exp(ways + i * math.log(p) + (n - i) * math.log1p(-p))[keep].sum() > 0.025
+            )
             low, high = (low, p) if grown else (p, high)
         return p
-    return Interval(k / n, bound(i >= k, 0.0, 1.0) if k else 0.0, bound(i <= k, 1.0, 0.0) if k < n else 1.0)
+
+    return Interval(
+        k / n, bound(i >= k, 0.0, 1.0) if k else 0.0, bound(i <= k, 1.0, 0.0) if k < n else 1.0
+    )
 
 # %% ../nbs/04_agreement.ipynb #72838006
-def bootstrap(stat: Callable, # weights of the items -> number
-              prompts: list, # prompt of each item
-              draws: int = 1000, seed: int = 0,
-              ) -> Interval:
+def bootstrap(
+    stat: Callable,  # weights of the items -> number
+    prompts: list,  # prompt of each item
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
     "The number, and the middle 95% of its replicates over drawn prompts."
-    names, of = {p: k for k, p in enumerate(dict.fromkeys(prompts))}, np.random.default_rng(seed)
+    names, of = (
+        {p: k for k, p in enumerate(dict.fromkeys(prompts))},
+        np.random.default_rng(seed),
+    )
     owner, n = np.array([names[p] for p in prompts], int), len(names)
-    if not n: return NOTHING
-    replicates = np.array([stat(np.bincount(of.integers(n, size=n), minlength=n)[owner].astype(float)) for _ in range(draws if n > 1 else 0)])
+    if not n:
+        return NOTHING
+    replicates = np.array(
+        [
+            stat(np.bincount(of.integers(n, size=n), minlength=n)[owner].astype(float))
+            for _ in range(draws if n > 1 else 0)
+        ]
+    )
     replicates = replicates[~np.isnan(replicates)]
-    low, high = np.quantile(replicates, [0.025, 0.975]) if len(replicates) else (math.nan, math.nan)
+    low, high = (
+        np.quantile(replicates, [0.025, 0.975]) if len(replicates) else (math.nan, math.nan)
+    )
     return Interval(stat(np.ones(len(owner))), float(low), float(high))
 
 # %% ../nbs/04_agreement.ipynb #9598860f
-def share_interval(hits: list[bool], prompts: list, **how) -> Interval: # how: draws, seed
+def share_interval(hits: list[bool], prompts: list, **how) -> Interval:  # how: draws, seed
     "The share of hits; exact where the bootstrap is blind or not needed."
     n = len(set(prompts))
-    if len(prompts) == n or len(set(hits)) == 1: return exact_interval(sum(hits) * n // len(hits) if hits else 0, n)
+    if len(prompts) == n or len(set(hits)) == 1:
+        return exact_interval(sum(hits) * n // len(hits) if hits else 0, n)
     return bootstrap(lambda w: ratio(w @ np.array(hits), w.sum()), prompts, **how)
 
 # %% ../nbs/04_agreement.ipynb #1386613a
 class Agreement(NamedTuple):
     "Two labellers on the same items."
-    first: str # labeller
-    second: str # labeller
-    items: int # judged by both
-    prompts: int # that these items belong to
-    rate: Interval # share of equal choices
-    kappa: Interval # Cohen's
-    alpha: Interval # Krippendorff's
-    rho: Interval # Spearman's
-    values: list # what was said by either, in order
-    confusion: list[list[int]] # items by what `first` (row) and `second` (column) said; empty for more than 20 values
+
+    first: str  # labeller
+    second: str  # labeller
+    items: int  # judged by both
+    prompts: int  # that these items belong to
+    rate: Interval  # share of equal choices
+    kappa: Interval  # Cohen's
+    alpha: Interval  # Krippendorff's
+    rho: Interval  # Spearman's
+    values: list  # what was said by either, in order
+    # items by what `first` (row) and `second` (column) said; empty for more than 20 values
+    confusion: list[list[int]]
 
     def row(self) -> dict:
         "Flat, for a table or a figure: intervals as three columns."
         flat = {}
         for name, x in self._asdict().items():
-            if isinstance(x, Interval): flat |= {name: x.value, f"{name}_low": x.low, f"{name}_high": x.high}
-            elif not isinstance(x, list): flat[name] = x
+            if isinstance(x, Interval):
+                flat |= {name: x.value, f"{name}_low": x.low, f"{name}_high": x.high}
+            elif not isinstance(x, list):
+                flat[name] = x
         return flat
 
 # %% ../nbs/04_agreement.ipynb #90e32fdc
-def agree(first: str, second: str, # labellers
-          table: dict[str, dict[tuple, float]], # see feedback.pair_table; or feedback.score_table
-          pairs: bool = True, # the values are margins of pairs: their signs are the choices
-          level: str = "ordinal", # of alpha
-          draws: int = 1000, seed: int = 0, # of the bootstrap
-          ) -> Agreement:
+def agree(
+    first: str,
+    second: str,  # labellers
+    table: dict[str, dict[tuple, float]],  # see feedback.pair_table; or feedback.score_table
+    pairs: bool = True,  # the values are margins of pairs: their signs are the choices
+    level: str = "ordinal",  # of alpha
+    draws: int = 1000,
+    seed: int = 0,  # of the bootstrap
+) -> Agreement:
     "How far two labellers agree."
     items, k = [i for i in table[first] if i in table[second]], 1 + pairs
     prompts, n = [i[0] for i in items], len(items)
     x, y = ([table[name][i] for i in items] for name in (first, second))
     a, b = ([sign(v) for v in u] if pairs else u for u in (x, y))
-    both = lambda u: [*u, *[-v for v in u] * pairs] # a pair's other order
-    interval = lambda coefficient: bootstrap(lambda w: coefficient(np.tile(w, k) / k), prompts, draws=draws, seed=seed)
+    both = lambda u: [*u, *[-v for v in u] * pairs]  # a pair's other order
+    interval = lambda coefficient: bootstrap(
+        lambda w: coefficient(np.tile(w, k) / k), prompts, draws=draws, seed=seed
+    )
     values, code = coded([-1, 0, 1] * pairs + a + b)
-    code, confusion = code[3 * pairs:], np.zeros((len(values),) * 2, int) if len(values) <= 20 else np.zeros((0, 0), int)
-    if len(values) <= 20: np.add.at(confusion, (code[:n], code[n:]), 1)
-    return Agreement(first, second, n, len(set(prompts)), share_interval([p == q for p, q in zip(a, b)], prompts, draws=draws, seed=seed),
-                     interval(kappa_of(both(a), both(b))), interval(alpha_of([*range(n * k)] * 2, both(a) + both(b), level)),
-                     interval(spearman_of(both(x), both(y))), values.tolist(), confusion.tolist())
+    code, confusion = (
+        code[3 * pairs :],
+        np.zeros((len(values),) * 2, int) if len(values) <= 20 else np.zeros((0, 0), int),
+    )
+    if len(values) <= 20:
+        np.add.at(confusion, (code[:n], code[n:]), 1)
+    return Agreement(
+        first,
+        second,
+        n,
+        len(set(prompts)),
+        share_interval([p == q for p, q in zip(a, b)], prompts, draws=draws, seed=seed),
+        interval(kappa_of(both(a), both(b))),
+        interval(alpha_of([*range(n * k)] * 2, both(a) + both(b), level)),
+        interval(spearman_of(both(x), both(y))),
+        values.tolist(),
+        confusion.tolist(),
+    )
 
 # %% ../nbs/04_agreement.ipynb #f0692376
-def common_alpha(table: dict[str, dict[tuple, float]], # as of `agree`
-                 pairs: bool = True, level: str = "ordinal", draws: int = 1000, seed: int = 0) -> Interval: # the same
+def common_alpha(
+    table: dict[str, dict[tuple, float]],  # as of `agree`
+    pairs: bool = True,
+    level: str = "ordinal",
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:  # the same
     "Krippendorff's alpha of all labellers together; an item need not be judged by all."
     number = {i: k for k, i in enumerate({i: 0 for said in table.values() for i in said})}
-    rated = [(number[i], sign(v) if pairs else v) for said in table.values() for i, v in said.items()]
+    rated = [
+        (number[i], sign(v) if pairs else v) for said in table.values() for i, v in said.items()
+    ]
     unit, value = [u for u, _ in rated], [v for _, v in rated]
-    alpha = alpha_of(unit + [u + len(number) for u in unit] * pairs, value + [-v for v in value] * pairs, level)
-    return bootstrap(lambda w: alpha(np.tile(w, 1 + pairs) / (1 + pairs)), [i[0] for i in number], draws=draws, seed=seed)
+    alpha = alpha_of(
+        unit + [u + len(number) for u in unit] * pairs,
+        value + [-v for v in value] * pairs,
+        level,
+    )
+    return bootstrap(
+        lambda w: alpha(np.tile(w, 1 + pairs) / (1 + pairs)),
+        [i[0] for i in number],
+        draws=draws,
+        seed=seed,
+    )
 
 # %% ../nbs/04_agreement.ipynb #ec1861d2
 class Calibration(NamedTuple):
     "How true a labeller's probabilities are."
+
     items: int
-    ties: int # left out
-    brier: Interval # 0.25: no better than a coin
-    log_loss: Interval # nats; 0.693: no better than a coin
-    error: float # expected calibration error
-    slope: float # what the margins should be multiplied by; infinite if all claims come true
-    bins: list[dict] # claimed, chosen (an Interval), items
+    ties: int  # left out
+    brier: Interval  # 0.25: no better than a coin
+    log_loss: Interval  # nats; 0.693: no better than a coin
+    error: float  # expected calibration error
+    slope: float  # what the margins should be multiplied by; infinite if all claims come true
+    bins: list[dict]  # claimed, chosen (an Interval), items
 
 # %% ../nbs/04_agreement.ipynb #9f4dc01c
-def fitted_slope(m, right) -> float: # margins >= 0; did the claim come true
+def fitted_slope(m, right) -> float:  # margins >= 0; did the claim come true
     "The factor k that makes sigmoid(k * m) most likely."
     z, step = np.where(right, m, -m), 1 / m.max() if m.any() else math.nan
-    if math.isnan(step): return math.nan
-    rise = lambda k: (z / (1 + np.exp(np.clip(k * z, -700, 700)))).sum() # of the log-likelihood; it falls with k
-    if not (z < 0).any() or not (z > 0).any(): return math.copysign(math.inf, z.sum())
+    if math.isnan(step):
+        return math.nan
+    # of the log-likelihood; it falls with k
+    rise = lambda k: (z / (1 + np.exp(np.clip(k * z, -700, 700)))).sum()
+    if not (z < 0).any() or not (z > 0).any():
+        return math.copysign(math.inf, z.sum())
     low, high = -step, step
-    while rise(high) > 0: high *= 2
-    while rise(low) < 0: low *= 2
-    for _ in range(60): low, high = (k, high) if rise(k := (low + high) / 2) > 0 else (low, k)
+    while rise(high) > 0:
+        high *= 2
+    while rise(low) < 0:
+        low *= 2
+    for _ in range(60):
+        low, high = (k, high) if rise(k := (low + high) / 2) > 0 else (low, k)
     return float(k)
 
 # %% ../nbs/04_agreement.ipynb #a31b5820
-def calibrate(margins: dict[tuple, float], # pair -> score of the first sample minus that of the second
-              choices: dict[tuple, float], # pair -> above 0: the first was chosen, below: the second, 0: tie
-              bins: int = 10, # at most; at least 10 pairs each
-              draws: int = 1000, seed: int = 0, # of the bootstrap
-              ) -> Calibration:
+def calibrate(
+    margins: dict[tuple, float],  # pair -> score of the first sample minus that of the second
+    # pair -> above 0: the first was chosen, below: the second, 0: tie
+    choices: dict[tuple, float],
+    bins: int = 10,  # at most; at least 10 pairs each
+    draws: int = 1000,
+    seed: int = 0,  # of the bootstrap
+) -> Calibration:
     "Sigmoid(margin) against what was chosen."
     items = sorted((i for i in margins if choices.get(i)), key=lambda i: abs(margins[i]))
     m, prompts = np.array([abs(margins[i]) for i in items], float), [i[0] for i in items]
     claimed = 1 / (1 + np.exp(-m))
     right = np.array([choices[i] * (1 if margins[i] >= 0 else -1) > 0 for i in items], bool)
     mean = lambda x: bootstrap(lambda w: ratio(w @ x, w.sum()), prompts, draws, seed)
-    parts = [p for p in np.array_split(np.arange(len(items)), max(1, min(bins, len(items) // 10))) if len(p)]
-    rows = [dict(claimed=float(claimed[p].mean()), chosen=share_interval(right[p].tolist(), [prompts[k] for k in p], draws=draws, seed=seed), items=len(p)) for p in parts]
-    return Calibration(len(items), sum(choices.get(i) == 0 for i in margins), mean((claimed - right)**2), mean(np.logaddexp(0, np.where(right, -m, m))),
-                       ratio(sum(r["items"] * abs(r["claimed"] - r["chosen"].value) for r in rows), len(items)), fitted_slope(m, right), rows)
+    parts = [
+        p
+        for p in np.array_split(np.arange(len(items)), max(1, min(bins, len(items) // 10)))
+        if len(p)
+    ]
+    rows = [
+        dict(
+            claimed=float(claimed[p].mean()),
+            chosen=share_interval(
+                right[p].tolist(), [prompts[k] for k in p], draws=draws, seed=seed
+            ),
+            items=len(p),
+        )
+        for p in parts
+    ]
+    return Calibration(
+        len(items),
+        sum(choices.get(i) == 0 for i in margins),
+        mean((claimed - right) ** 2),
+        mean(np.logaddexp(0, np.where(right, -m, m))),
+        ratio(
+            sum(r["items"] * abs(r["claimed"] - r["chosen"].value) for r in rows), len(items)
+        ),
+        fitted_slope(m, right),
+        rows,
+    )
 
 # %% ../nbs/04_agreement.ipynb #6300b24e
 class Report(NamedTuple):
     "Who agrees with whom."
-    labellers: list[dict] # labeller, items, ties
-    pairs: list[Agreement] # each two of them
-    alpha: Interval # Krippendorff's, of all together
-    calibrations: dict[tuple[str, str], Calibration] # (who claims, who chose)
 
-    def rows(self) -> list[dict]: return [a.row() for a in self.pairs]
+    labellers: list[dict]  # labeller, items, ties
+    pairs: list[Agreement]  # each two of them
+    alpha: Interval  # Krippendorff's, of all together
+    calibrations: dict[tuple[str, str], Calibration]  # (who claims, who chose)
+
+    def rows(self) -> list[dict]:
+        return [a.row() for a in self.pairs]
 
     def claims(self) -> list[dict]:
         "The calibrations, flat."
-        flat = [(c, dict(claims=a, chose=b, items=c.items, ties=c.ties)) for (a, b), c in self.calibrations.items()]
-        return [row | {f"{k}{end}": x for k, i in (("brier", c.brier), ("log_loss", c.log_loss)) for end, x in zip(("", "_low", "_high"), i)} | dict(error=c.error, slope=c.slope) for c, row in flat]
+        flat = [
+            (c, dict(claims=a, chose=b, items=c.items, ties=c.ties))
+            for (a, b), c in self.calibrations.items()
+        ]
+        return [
+            row
+            | {
+                f"{k}{end}": x
+                for k, i in (("brier", c.brier), ("log_loss", c.log_loss))
+                for end, x in zip(("", "_low", "_high"), i)
+            }
+            | dict(error=c.error, slope=c.slope)
+            for c, row in flat
+        ]
 
 # %% ../nbs/04_agreement.ipynb #8b2f6a35
-def agreement_report(table: dict[str, dict[tuple, float]], # labeller -> pair -> margin, see feedback.pair_table
-                     level: str = "ordinal", # of alpha
-                     draws: int = 1000, seed: int = 0, # of the bootstrap
-                     ) -> Report:
+def agreement_report(
+    # labeller -> pair -> margin, see feedback.pair_table
+    table: dict[str, dict[tuple, float]],
+    level: str = "ordinal",  # of alpha
+    draws: int = 1000,
+    seed: int = 0,  # of the bootstrap
+) -> Report:
     "Each two labellers on the same pairs."
     graded = [n for n, said in table.items() if {abs(v) for v in said.values()} - {0, 1}]
-    return Report([dict(labeller=n, items=len(said), ties=sum(v == 0 for v in said.values())) for n, said in table.items()],
-                  [agree(a, b, table, True, level, draws, seed) for a, b in combinations(table, 2)], common_alpha(table, True, level, draws, seed),
-                  {(a, b): calibrate(table[a], table[b], draws=draws, seed=seed) for a in graded for b in table if a != b})
+    return Report(
+        [
+            dict(labeller=n, items=len(said), ties=sum(v == 0 for v in said.values()))
+            for n, said in table.items()
+        ],
+        [agree(a, b, table, True, level, draws, seed) for a, b in combinations(table, 2)],
+        common_alpha(table, True, level, draws, seed),
+        {
+            (a, b): calibrate(table[a], table[b], draws=draws, seed=seed)
+            for a in graded
+            for b in table
+            if a != b
+        },
+    )

@@ -28,8 +28,10 @@ from .feedback import group_advantages
 from .records import as_turns
 
 # %% ../nbs/04_batching.ipynb #aebabc96
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 MARKERS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -37,10 +39,24 @@ def train_tokenizer(texts=(), vocab_size: int = 0):
     "A byte-level BPE tokenizer with ChatML, learnt from `texts`; without texts, of the 256 bytes alone."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=MARKERS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=CHATML)
+    tok.pre_tokenizer, tok.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=MARKERS,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=CHATML
+    )
 
 
 def byte_tokenizer():
@@ -48,12 +64,18 @@ def byte_tokenizer():
     return train_tokenizer()
 
 # %% ../nbs/04_batching.ipynb #7fc01879
-def encode_all(tokenizer, talks: list[list[dict]], generation_prompt=False, together: int = 1024) -> list[list[int]]:
+def encode_all(
+    tokenizer, talks: list[list[dict]], generation_prompt=False, together: int = 1024
+) -> list[list[int]]:
     "Token ids of conversations under the tokenizer's own chat template, `together` at a time."
     ids = []
     for i in range(0, len(talks), together):
-        texts = tokenizer.apply_chat_template(talks[i:i + together], tokenize=False, add_generation_prompt=generation_prompt)
-        ids += tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        texts = tokenizer.apply_chat_template(
+            talks[i : i + together], tokenize=False, add_generation_prompt=generation_prompt
+        )
+        ids += tokenizer(texts, add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
     return ids
 
 
@@ -64,144 +86,222 @@ def encode(tokenizer, turns: list[dict], generation_prompt=False) -> list[int]:
 # %% ../nbs/04_batching.ipynb #a76a83c3
 def cut_text(tokenizer, text: str, n: int) -> str:
     "The first `n` tokens of `text`, never ending inside a character."
-    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][: max(n, 0)], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+    return tokenizer.decode(
+        tokenizer(text, add_special_tokens=False)["input_ids"][: max(n, 0)],
+        clean_up_tokenization_spaces=False,
+    ).rstrip("\ufffd")
 
 
 def shorten(
     tokenizer,
     turns: list[dict],
     max_prompt_length: int,
-    drop: str, # which turns go first: oldest or newest
-) -> tuple[list[dict], list[int]]: # the turns that are left, and their ids, which may still be too many for the last turn
+    drop: str,  # which turns go first: oldest or newest
+) -> tuple[
+    list[dict], list[int]
+]:  # the turns that are left, and their ids, which may still be too many for the last turn
     "Drop whole turns until the prompt fits."
-    if drop not in ("oldest", "newest"): raise ValueError(f"drop: {drop!r} is neither oldest nor newest")
+    if drop not in ("oldest", "newest"):
+        raise ValueError(f"drop: {drop!r} is neither oldest nor newest")
     turns, ids = list(turns), encode(tokenizer, turns, generation_prompt=True)
     while len(ids) > max_prompt_length and len(turns) > 1:
-        turns.pop(-2 if drop == "newest" else 1 if turns[0]["role"] == "system" and len(turns) > 2 else 0)
-        try: ids = encode(tokenizer, turns, generation_prompt=True)
+        turns.pop(
+            -2
+            if drop == "newest"
+            else 1
+            if turns[0]["role"] == "system" and len(turns) > 2
+            else 0
+        )
+        try:
+            ids = encode(tokenizer, turns, generation_prompt=True)
         except TemplateError:
-            if len(turns) == 1: raise
+            if len(turns) == 1:
+                raise
     return turns, ids
 
 # %% ../nbs/04_batching.ipynb #99be0010
 def encode_prompt(
     tokenizer,
-    prompt: list[dict], # turns; the last one is what is answered
-    max_prompt_length: int, # most tokens, generation prompt included
-    counts: Counter, # `prompts_shortened` and `prompts_cut` are added here
-    drop: str = "oldest", # which turns go first when it is too long: oldest or newest
-) -> tuple[list[dict], list[int]]: # the turns that are left, and their ids
+    prompt: list[dict],  # turns; the last one is what is answered
+    max_prompt_length: int,  # most tokens, generation prompt included
+    counts: Counter,  # `prompts_shortened` and `prompts_cut` are added here
+    drop: str = "oldest",  # which turns go first when it is too long: oldest or newest
+) -> tuple[list[dict], list[int]]:  # the turns that are left, and their ids
     "A prompt's ids with generation prompt, shortened to fit."
     turns, ids = shorten(tokenizer, prompt, max_prompt_length, drop)
     counts["prompts_shortened"] += len(turns) < len(prompt)
-    if len(ids) <= max_prompt_length: return turns, ids
+    if len(ids) <= max_prompt_length:
+        return turns, ids
     counts["prompts_cut"] += 1
     keep = len(tokenizer(turns[0]["content"], add_special_tokens=False)["input_ids"])
     while len(ids) > max_prompt_length and keep > 0:
         keep = max(0, keep - (len(ids) - max_prompt_length))
         turns = [{**turns[0], "content": cut_text(tokenizer, turns[0]["content"], keep)}]
         ids = encode(tokenizer, turns, generation_prompt=True)
-    if len(ids) > max_prompt_length: raise ValueError(f"max_prompt_length: {max_prompt_length} is less than the chat template's own {len(ids)} tokens")
+    if len(ids) > max_prompt_length:
+        raise ValueError(
+            f"max_prompt_length: {max_prompt_length} is less than the chat template's "
+            f"own {len(ids)} tokens"
+        )
     return turns, ids
 
 # %% ../nbs/04_batching.ipynb #7000804d
-def encode_prompts(tokenizer, prompts: list[list[dict]], max_prompt_length: int, counts: Counter, drop: str = "oldest") -> list[tuple]:
+def encode_prompts(
+    tokenizer,
+    prompts: list[list[dict]],
+    max_prompt_length: int,
+    counts: Counter,
+    drop: str = "oldest",
+) -> list[tuple]:
     "`encode_prompt` of many: all together, then the too long ones again, one by one."
-    return [(p, ids) if len(ids) <= max_prompt_length else encode_prompt(tokenizer, p, max_prompt_length, counts, drop)
-            for p, ids in zip(prompts, encode_all(tokenizer, prompts, generation_prompt=True))]
+    return [
+        (p, ids)
+        if len(ids) <= max_prompt_length
+        else encode_prompt(tokenizer, p, max_prompt_length, counts, drop)
+        for p, ids in zip(prompts, encode_all(tokenizer, prompts, generation_prompt=True))
+    ]
 
 # %% ../nbs/04_batching.ipynb #a1532559
 @dataclass
 class Tree:
     "One prompt and its continuations, in token ids."
+
     prompt_ids: list[int]
-    branches: list[list[int]] # token ids after `prompt_ids`
-    meanings: list[str] # what each branch is: chosen, rejected, KL, completion, sample
-    skip: list[int] # leading tokens of each branch that still belong to its prompt
-    index: list[int] = field(default_factory=list) # where each branch came from, in the caller's numbering
-    facts: dict[str, list[float]] = field(default_factory=dict) # what is known, one number per branch: score, advantage, margin
-    reference: list[list[float]] | None = None # the reference's log-probs, one per predicted token of each branch
+    branches: list[list[int]]  # token ids after `prompt_ids`
+    meanings: list[str]  # what each branch is: chosen, rejected, KL, completion, sample
+    skip: list[int]  # leading tokens of each branch that still belong to its prompt
+    # where each branch came from, in the caller's numbering
+    index: list[int] = field(default_factory=list)
+    # what is known, one number per branch: score, advantage, margin
+    facts: dict[str, list[float]] = field(default_factory=dict)
+    # the reference's log-probs, one per predicted token of each branch
+    reference: list[list[float]] | None = None
 
     @cached_property
-    def tokens(self) -> int: return len(self.prompt_ids) + sum(map(len, self.branches))
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + sum(map(len, self.branches))
+
     @cached_property
-    def plain_tokens(self) -> int: return len(self.branches) * len(self.prompt_ids) + sum(map(len, self.branches))
+    def plain_tokens(self) -> int:
+        return len(self.branches) * len(self.prompt_ids) + sum(map(len, self.branches))
+
     @cached_property
-    def targets(self) -> int: return sum(len(b) - s for b, s in zip(self.branches, self.skip))
-    def cost(self, layout: str) -> int: return self.tokens if layout == "tree" else self.plain_tokens
+    def targets(self) -> int:
+        return sum(len(b) - s for b, s in zip(self.branches, self.skip))
+
+    def cost(self, layout: str) -> int:
+        return self.tokens if layout == "tree" else self.plain_tokens
 
     def pick(self, which: list[int]) -> "Tree":
         "The same prompt with these branches only."
-        def of(values): return [values[k] for k in which] if values else values
-        return Tree(self.prompt_ids, of(self.branches), of(self.meanings), of(self.skip), of(self.index), {n: of(v) for n, v in self.facts.items()}, of(self.reference))
+
+        def of(values):
+            return [values[k] for k in which] if values else values
+
+        return Tree(
+            self.prompt_ids,
+            of(self.branches),
+            of(self.meanings),
+            of(self.skip),
+            of(self.index),
+            {n: of(v) for n, v in self.facts.items()},
+            of(self.reference),
+        )
 
 # %% ../nbs/04_batching.ipynb #840fd0ba
 def common_prefix(a: list[int], b: list[int]) -> int:
     "How many leading ids two lists share."
-    return len(a) if b[:len(a)] == a else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return (
+        len(a)
+        if b[: len(a)] == a
+        else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    )
 
 
 def as_tree(
-    prompt_ids: list[int], # with generation prompt
-    full: list[list[int]], # ids of the whole conversation, one list per branch
-    meanings: list[str], # one per branch
-    max_length: int, # most tokens of prompt + output; outputs are cut at the end
-    counts: Counter, # `prefix_mismatch` and `outputs_cut` are added here
-    index=(), # the caller's number of each branch
-    facts: dict | None = None, # one number per branch
+    prompt_ids: list[int],  # with generation prompt
+    full: list[list[int]],  # ids of the whole conversation, one list per branch
+    meanings: list[str],  # one per branch
+    max_length: int,  # most tokens of prompt + output; outputs are cut at the end
+    counts: Counter,  # `prefix_mismatch` and `outputs_cut` are added here
+    index=(),  # the caller's number of each branch
+    facts: dict | None = None,  # one number per branch
 ) -> Tree:
     "A tree of encoded conversations."
     shared = min([common_prefix(prompt_ids, f) for f in full])
     counts["prefix_mismatch"] += shared < len(prompt_ids)
     counts["outputs_cut"] += sum(len(f) > max_length for f in full)
-    return Tree(prompt_ids[:shared], [f[shared:max_length] for f in full], list(meanings), [len(prompt_ids) - shared] * len(full), list(index), facts or {})
+    return Tree(
+        prompt_ids[:shared],
+        [f[shared:max_length] for f in full],
+        list(meanings),
+        [len(prompt_ids) - shared] * len(full),
+        list(index),
+        facts or {},
+    )
 
 
 def make_tree(
     tokenizer,
-    prompt: list[dict], # turns
-    outputs: list, # each a text or a list of turns
-    meanings: list[str], # one per output
-    max_length: int, # most tokens of prompt + output; outputs are cut at the end
+    prompt: list[dict],  # turns
+    outputs: list,  # each a text or a list of turns
+    meanings: list[str],  # one per output
+    max_length: int,  # most tokens of prompt + output; outputs are cut at the end
     max_prompt_length: int,
-    counts: Counter, # what was cut is added here
-    index=(), # the caller's number of each output
-    drop: str = "oldest", # which turns of a too long prompt go first
+    counts: Counter,  # what was cut is added here
+    index=(),  # the caller's number of each output
+    drop: str = "oldest",  # which turns of a too long prompt go first
 ) -> Tree:
     "Encode a prompt and its outputs as one tree."
-    turns, prompt_ids = encode_prompt(tokenizer, prompt, min(max_prompt_length, max_length - 1), counts, drop)
-    return as_tree(prompt_ids, encode_all(tokenizer, [turns + as_turns(o) for o in outputs]), meanings, max_length, counts, index)
+    turns, prompt_ids = encode_prompt(
+        tokenizer, prompt, min(max_prompt_length, max_length - 1), counts, drop
+    )
+    return as_tree(
+        prompt_ids,
+        encode_all(tokenizer, [turns + as_turns(o) for o in outputs]),
+        meanings,
+        max_length,
+        counts,
+        index,
+    )
 
 # %% ../nbs/04_batching.ipynb #53bc7c69
 class Segment(NamedTuple):
     "A tree's place in a row: what attends to what."
-    start: int # first token
-    prompt: int # prompt tokens
-    branches: tuple[int, ...] # tokens of each branch
+
+    start: int  # first token
+    prompt: int  # prompt tokens
+    branches: tuple[int, ...]  # tokens of each branch
 
 
 @dataclass
 class TreeBatch:
     "Rows of token ids for a model (R rows of T tokens, K branches, N predicted tokens), and where to look in them."
+
     trees: list[Tree]
-    layout: str # tree or plain
-    input_ids: torch.Tensor # (R, T)
-    position_ids: torch.Tensor # (R, T)
-    attention_mask: torch.Tensor # (R, T) 1 for real tokens
-    predict: torch.Tensor # (N,) positions in the flattened rows
-    target: torch.Tensor # (N,) token ids
-    branch: torch.Tensor # (N,) branch of each predicted token
-    column: torch.Tensor # (N,) its number within the branch
-    last: torch.Tensor # (K,) position of each branch's last token in the flattened rows
-    segments: list[Segment] | None # tree layout only
+    layout: str  # tree or plain
+    input_ids: torch.Tensor  # (R, T)
+    position_ids: torch.Tensor  # (R, T)
+    attention_mask: torch.Tensor  # (R, T) 1 for real tokens
+    predict: torch.Tensor  # (N,) positions in the flattened rows
+    target: torch.Tensor  # (N,) token ids
+    branch: torch.Tensor  # (N,) branch of each predicted token
+    column: torch.Tensor  # (N,) its number within the branch
+    last: torch.Tensor  # (K,) position of each branch's last token in the flattened rows
+    segments: list[Segment] | None  # tree layout only
     pad_id: int = 0
 
     @property
-    def meanings(self) -> list[str]: return [m for t in self.trees for m in t.meanings]
+    def meanings(self) -> list[str]:
+        return [m for t in self.trees for m in t.meanings]
 
     def rows_of(self, *meanings: str) -> torch.Tensor:
         "Which branches have one of these meanings, in order."
-        return torch.tensor([i for i, m in enumerate(self.meanings) if m in meanings], dtype=torch.long, device=self.input_ids.device)
+        return torch.tensor(
+            [i for i, m in enumerate(self.meanings) if m in meanings],
+            dtype=torch.long,
+            device=self.input_ids.device,
+        )
 
     def table(self, values: torch.Tensor) -> torch.Tensor:
         "(N,) values at predicted tokens -> (K, S) table, zero where a branch has no token."
@@ -210,15 +310,28 @@ class TreeBatch:
 
     def to(self, device) -> "TreeBatch":
         "The same batch on another device."
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, torch.Tensor)
+        }
         return TreeBatch(**{**vars(self), **moved})
 
 # %% ../nbs/04_batching.ipynb #a890f5d9
 @patch
 def fact(self: TreeBatch, name: str) -> torch.Tensor:
     "(K,) what the trees know under this name, one number per branch."
-    if missing := [t for t in self.trees if name not in t.facts]: raise ValueError(f"fact {name!r}: {len(missing)} of {len(self.trees)} trees have none, they know {sorted(missing[0].facts) or 'nothing'}; does this loader give it, and does the data hold it?")
-    return torch.tensor([x for t in self.trees for x in t.facts[name]], dtype=torch.float32, device=self.input_ids.device)
+    if missing := [t for t in self.trees if name not in t.facts]:
+        raise ValueError(
+            f"fact {name!r}: {len(missing)} of {len(self.trees)} trees have none, they "
+            f"know {sorted(missing[0].facts) or 'nothing'}; does this loader give it, "
+            "and does the data hold it?"
+        )
+    return torch.tensor(
+        [x for t in self.trees for x in t.facts[name]],
+        dtype=torch.float32,
+        device=self.input_ids.device,
+    )
 
 # %% ../nbs/04_batching.ipynb #c4ee4548
 @patch(as_prop=True)
@@ -230,26 +343,38 @@ def mask(self: TreeBatch) -> torch.Tensor:
 @patch(as_prop=True)
 def tree_of(self: TreeBatch) -> torch.Tensor:
     "(K,) the number of each branch's tree."
-    return torch.tensor([i for i, t in enumerate(self.trees) for _ in t.branches], device=self.input_ids.device)
+    return torch.tensor(
+        [i for i, t in enumerate(self.trees) for _ in t.branches], device=self.input_ids.device
+    )
 
 
 @patch(as_prop=True)
 def reference(self: TreeBatch) -> torch.Tensor | None:
     "(K, S) cached log-probs of the reference; None if a tree has none."
-    if any(t.reference is None for t in self.trees): return None
-    return self.table(torch.tensor([x for t in self.trees for b in t.reference for x in b], dtype=torch.float32, device=self.input_ids.device))
+    if any(t.reference is None for t in self.trees):
+        return None
+    return self.table(
+        torch.tensor(
+            [x for t in self.trees for b in t.reference for x in b],
+            dtype=torch.float32,
+            device=self.input_ids.device,
+        )
+    )
 
 # %% ../nbs/04_batching.ipynb #7a6dee09
 class Place(NamedTuple):
     "Where a branch stands in its row."
+
     row: int
-    prompt_end: int # one past its prompt's last token
-    begin: int # its own first token
+    prompt_end: int  # one past its prompt's last token
+    begin: int  # its own first token
 
 
 def plain_rows(trees: list[Tree]):
     "One row per branch: (ids, positions) of each row, the place of each branch."
-    rows = [(t.prompt_ids + b, range(len(t.prompt_ids) + len(b))) for t in trees for b in t.branches]
+    rows = [
+        (t.prompt_ids + b, range(len(t.prompt_ids) + len(b))) for t in trees for b in t.branches
+    ]
     ends = [len(t.prompt_ids) for t in trees for _ in t.branches]
     return rows, [Place(i, e, e) for i, e in enumerate(ends)], None
 
@@ -260,17 +385,19 @@ def tree_rows(trees: list[Tree]):
     for t in trees:
         p = len(t.prompt_ids)
         segments.append(Segment(len(ids), p, tuple(map(len, t.branches))))
-        ids += t.prompt_ids; positions += range(p)
+        ids += t.prompt_ids
+        positions += range(p)
         for b in t.branches:
             places.append(Place(0, segments[-1].start + p, len(ids)))
-            ids += b; positions += range(p, p + len(b))
+            ids += b
+            positions += range(p, p + len(b))
     return [(ids, positions)], places, segments
 
 # %% ../nbs/04_batching.ipynb #fadbc2a0
 def make_batch(
     trees: list[Tree],
-    layout: str = "tree", # tree or plain
-    pad_id: int = 0, # fills plain rows; never looked at
+    layout: str = "tree",  # tree or plain
+    pad_id: int = 0,  # fills plain rows; never looked at
 ) -> TreeBatch:
     "Collate trees into one batch."
     rows, places, segments = (tree_rows if layout == "tree" else plain_rows)(trees)
@@ -278,20 +405,40 @@ def make_batch(
     predict, target, branch, column = [], [], [], []
     branches = [(b, s) for t in trees for b, s in zip(t.branches, t.skip)]
     for k, ((b, skip), at) in enumerate(zip(branches, places)):
-        before = [at.prompt_end - 1, *range(at.begin, at.begin + len(b) - 1)] # the position in front of each token
+        # the position in front of each token
+        before = [at.prompt_end - 1, *range(at.begin, at.begin + len(b) - 1)]
         predict += [at.row * width + i for i in before[skip:]]
-        target += b[skip:]; branch += [k] * (len(b) - skip); column += range(len(b) - skip)
+        target += b[skip:]
+        branch += [k] * (len(b) - skip)
+        column += range(len(b) - skip)
     T, pad = torch.tensor, lambda x, fill: [*x] + [fill] * (width - len(x))
     return TreeBatch(
-        trees, layout, T([pad(ids, pad_id) for ids, _ in rows]), T([pad(p, 0) for _, p in rows]), T([pad([1] * len(ids), 0) for ids, _ in rows]),
-        T(predict), T(target), T(branch), T(column), T([at.row * width + at.begin + len(b) - 1 for (b, _), at in zip(branches, places)]), segments, pad_id)
+        trees,
+        layout,
+        T([pad(ids, pad_id) for ids, _ in rows]),
+        T([pad(p, 0) for _, p in rows]),
+        T([pad([1] * len(ids), 0) for ids, _ in rows]),
+        T(predict),
+        T(target),
+        T(branch),
+        T(column),
+        T([at.row * width + at.begin + len(b) - 1 for (b, _), at in zip(branches, places)]),
+        segments,
+        pad_id,
+    )
 
 
 @patch
 def only(self: TreeBatch, *meanings: str) -> TreeBatch | None:
     "A batch of the branches with these meanings, None if there are none; trees left empty are dropped."
-    trees = [t.pick(which) for t in self.trees if (which := [k for k, m in enumerate(t.meanings) if m in meanings])]
-    return make_batch(trees, self.layout, self.pad_id).to(self.input_ids.device) if trees else None
+    trees = [
+        t.pick(which)
+        for t in self.trees
+        if (which := [k for k, m in enumerate(t.meanings) if m in meanings])
+    ]
+    return (
+        make_batch(trees, self.layout, self.pad_id).to(self.input_ids.device) if trees else None
+    )
 
 # %% ../nbs/04_batching.ipynb #3bf6805d
 def tree_mask(segments: list[Segment]) -> torch.Tensor:
@@ -302,18 +449,26 @@ def tree_mask(segments: list[Segment]) -> torch.Tensor:
         begin = start + prompt
         mask[start:begin, start:begin] = True
         for n in branches:
-            mask[begin:begin + n, start:start + prompt] = True
-            mask[begin:begin + n, begin:begin + n] = True
+            mask[begin : begin + n, start : start + prompt] = True
+            mask[begin : begin + n, begin : begin + n] = True
             begin += n
     return mask.tril()
 
 # %% ../nbs/04_batching.ipynb #2c6cb5cc
-def cut(trees: list[Tree], token_budget: int, layout: str = "tree", microbatch_size: int | None = None) -> list[list[Tree]]:
+def cut(
+    trees: list[Tree],
+    token_budget: int,
+    layout: str = "tree",
+    microbatch_size: int | None = None,
+) -> list[list[Tree]]:
     "Trees, longest first, filled into batches of at most `token_budget` tokens (a longer tree goes alone) and `microbatch_size` trees."
     out, used = [], 0
     for t in sorted(trees, key=lambda t: -t.cost(layout)):
-        if not out or used + t.cost(layout) > token_budget or len(out[-1]) == microbatch_size: out.append([]); used = 0
-        out[-1].append(t); used += t.cost(layout)
+        if not out or used + t.cost(layout) > token_budget or len(out[-1]) == microbatch_size:
+            out.append([])
+            used = 0
+        out[-1].append(t)
+        used += t.cost(layout)
     return out
 
 # %% ../nbs/04_batching.ipynb #e27b279c
@@ -322,26 +477,31 @@ def deal(trees: list[Tree], world: int, layout: str = "tree") -> list[list[Tree]
     shares, load = [[] for _ in range(world)], [0] * world
     for t in sorted(trees, key=lambda t: -t.cost(layout)):
         r = load.index(min(load))
-        shares[r].append(t); load[r] += t.cost(layout)
+        shares[r].append(t)
+        load[r] += t.cost(layout)
     return shares
 
 # %% ../nbs/04_batching.ipynb #9ce5c281
 class Item(NamedTuple):
     "An example of a loader before it is tokens: answers to one prompt."
-    prompt: int # number of the prompt in the data
-    answers: list[int] # numbers of its answers
-    meanings: list[str] # one per answer
-    facts: dict[str, list[float]] = {} # one number per answer
+
+    prompt: int  # number of the prompt in the data
+    answers: list[int]  # numbers of its answers
+    meanings: list[str]  # one per answer
+    facts: dict[str, list[float]] = {}  # one number per answer
 
 
 @dataclass
 class Step:
     "What one process does in one optimiser step."
+
     batches: list[TreeBatch]
-    examples: int # trees of the step over all processes
-    targets: int # predicted tokens of the step over all processes
-    idle: bool = False # no tree fell to this process: its batch only keeps it in step, with weight 0
-    branches: Counter = field(default_factory=Counter) # meaning -> branches of the step over all processes
+    examples: int  # trees of the step over all processes
+    targets: int  # predicted tokens of the step over all processes
+    # no tree fell to this process: its batch only keeps it in step, with weight 0
+    idle: bool = False
+    # meaning -> branches of the step over all processes
+    branches: Counter = field(default_factory=Counter)
 
 # %% ../nbs/04_batching.ipynb #4bb462e7
 class TreeDataLoader:
@@ -351,28 +511,61 @@ class TreeDataLoader:
         self,
         data: Dataset,
         tokenizer,
-        batch_size: int = 32, # trees per step over all processes
-        token_budget: int = 4096, # tokens per forward pass
-        max_length: int = 1024, # longest prompt + completion, in tokens
+        batch_size: int = 32,  # trees per step over all processes
+        token_budget: int = 4096,  # tokens per forward pass
+        max_length: int = 1024,  # longest prompt + completion, in tokens
         max_prompt_length: int = 512,
-        seed: int = 0, # of the order, and of everything else that is drawn
+        seed: int = 0,  # of the order, and of everything else that is drawn
         shuffle: bool = True,
-        rank: int = 0, # this process
-        world: int = 1, # all processes
+        rank: int = 0,  # this process
+        world: int = 1,  # all processes
         layout: str = "tree",
-        max_prompt_count: int | None = None, # most units of a prompt, drawn anew in every epoch
-        n_examples: int | None = None, # stop after this many examples, counted from the first epoch's first
-        num_skip: int = 0, # examples passed over at the start, to continue a run
-        drop: str = "oldest", # which turns of a too long prompt go first: oldest or newest
-        microbatch_size: int | None = None, # most trees per forward pass
+        # most units of a prompt, drawn anew in every epoch
+        max_prompt_count: int | None = None,
+        # stop after this many examples, counted from the first epoch's first
+        n_examples: int | None = None,
+        num_skip: int = 0,  # examples passed over at the start, to continue a run
+        drop: str = "oldest",  # which turns of a too long prompt go first: oldest or newest
+        microbatch_size: int | None = None,  # most trees per forward pass
     ):
-        if max_prompt_count is not None and max_prompt_count < 1: raise ValueError(f"max_prompt_count: {max_prompt_count} would leave nothing; None means all")
-        self.data, self.tokenizer, self.batch_size, self.token_budget, self.seed, self.shuffle = list(data), tokenizer, batch_size, token_budget, seed, shuffle
-        self.max_length, self.max_prompt_length, self.rank, self.world, self.layout, self.epoch = max_length, max_prompt_length, rank, world, layout, 0
-        self.max_prompt_count, self.n_examples, self.num_skip, self.drop, self.microbatch_size = max_prompt_count, n_examples, num_skip, drop, microbatch_size
+        if max_prompt_count is not None and max_prompt_count < 1:
+            raise ValueError(
+                f"max_prompt_count: {max_prompt_count} would leave nothing; None means all"
+            )
+        (
+            self.data,
+            self.tokenizer,
+            self.batch_size,
+            self.token_budget,
+            self.seed,
+            self.shuffle,
+        ) = list(data), tokenizer, batch_size, token_budget, seed, shuffle
+        (
+            self.max_length,
+            self.max_prompt_length,
+            self.rank,
+            self.world,
+            self.layout,
+            self.epoch,
+        ) = max_length, max_prompt_length, rank, world, layout, 0
+        (
+            self.max_prompt_count,
+            self.n_examples,
+            self.num_skip,
+            self.drop,
+            self.microbatch_size,
+        ) = max_prompt_count, n_examples, num_skip, drop, microbatch_size
         self.pad_id, self.counts, self.kept = tokenizer.pad_token_id or 0, Counter(), {}
         self.choose_all()
-        if not self.items: raise ValueError(f"{type(self).__name__}: no trainable example in {data.name or 'the data'} ({len(data)} prompts" + "".join(f", {n} {what}" for what, n in (+self.counts).items()) + ")")
+        if not self.items:
+            raise ValueError(
+                (
+                    f"{type(self).__name__}: no trainable example in "
+                    f"{data.name or 'the data'} ({len(data)} prompts"
+                )
+                + "".join(f", {n} {what}" for what, n in (+self.counts).items())
+                + ")"
+            )
         self.encode_items()
         self.counts["trees"] = len(self.trees)
 
@@ -385,7 +578,8 @@ class TreeDataLoader:
         return [self.data[item.prompt].generations[k] for k in item.answers]
 
 # %% ../nbs/04_batching.ipynb #e9a675a3
-def empty(output: list[dict]) -> bool: return not all(turn["content"].strip() for turn in output)
+def empty(output: list[dict]) -> bool:
+    return not all(turn["content"].strip() for turn in output)
 
 
 @patch
@@ -406,22 +600,54 @@ def choose_all(self: TreeDataLoader):
 def encode_items(self: TreeDataLoader):
     "Set `trees`, one per item, and `prompts`: what is left of each prompt, and its ids."
     used = sorted({i.prompt for i in self.items})
-    self.prompts = dict(zip(used, encode_prompts(self.tokenizer, [self.data[p].prompt for p in used], min(self.max_prompt_length, self.max_length - 1), self.counts, self.drop)))
-    full = iter(encode_all(self.tokenizer, [self.prompts[i.prompt][0] + o for i in self.items for o in self.words(i)]))
-    self.trees = [as_tree(self.prompts[i.prompt][1], list(islice(full, len(i.answers))), i.meanings, self.max_length, self.counts, [n] * len(i.answers), i.facts)
-                  for n, i in enumerate(self.items)]
+    self.prompts = dict(
+        zip(
+            used,
+            encode_prompts(
+                self.tokenizer,
+                [self.data[p].prompt for p in used],
+                min(self.max_prompt_length, self.max_length - 1),
+                self.counts,
+                self.drop,
+            ),
+        )
+    )
+    full = iter(
+        encode_all(
+            self.tokenizer,
+            [self.prompts[i.prompt][0] + o for i in self.items for o in self.words(i)],
+        )
+    )
+    self.trees = [
+        as_tree(
+            self.prompts[i.prompt][1],
+            list(islice(full, len(i.answers))),
+            i.meanings,
+            self.max_length,
+            self.counts,
+            [n] * len(i.answers),
+            i.facts,
+        )
+        for n, i in enumerate(self.items)
+    ]
 
 # %% ../nbs/04_batching.ipynb #157b2c98
 @patch
 def some(self: TreeDataLoader, units: list, rng: random.Random) -> list:
     "At most `max_prompt_count` of a prompt's units."
-    return units if self.max_prompt_count is None else rng.sample(units, min(self.max_prompt_count, len(units)))
+    return (
+        units
+        if self.max_prompt_count is None
+        else rng.sample(units, min(self.max_prompt_count, len(units)))
+    )
 
 
 @patch
 def drawn(self: TreeDataLoader, rng: random.Random) -> list[Tree]:
     "The trees of one epoch, in the order of the data."
-    return [self.trees[i] for units in self.units for unit in self.some(units, rng) for i in unit]
+    return [
+        self.trees[i] for units in self.units for unit in self.some(units, rng) for i in unit
+    ]
 
 # %% ../nbs/04_batching.ipynb #0953c521
 @patch
@@ -430,48 +656,60 @@ def epochs(self: TreeDataLoader):
     rng, before = random.Random(self.seed), 0
     while True:
         trees = self.drawn(rng)
-        if self.shuffle: rng.shuffle(trees)
-        last = len(trees) if self.n_examples is None else min(len(trees), self.n_examples - before)
+        if self.shuffle:
+            rng.shuffle(trees)
+        last = (
+            len(trees) if self.n_examples is None else min(len(trees), self.n_examples - before)
+        )
         yield trees, range(max(0, self.num_skip - before), max(0, last))
         before += len(trees)
 
 # %% ../nbs/04_batching.ipynb #8269f0a2
 @patch
-def this_epoch(self: TreeDataLoader): return next(islice(self.epochs(), self.epoch, None))
+def this_epoch(self: TreeDataLoader):
+    return next(islice(self.epochs(), self.epoch, None))
 
 
 @patch
-def set_epoch(self: TreeDataLoader, epoch: int): self.epoch = epoch
+def set_epoch(self: TreeDataLoader, epoch: int):
+    self.epoch = epoch
 
 
 @patch
-def __len__(self: TreeDataLoader) -> int: return len(self.steps(self.this_epoch()[1]))
+def __len__(self: TreeDataLoader) -> int:
+    return len(self.steps(self.this_epoch()[1]))
 
 # %% ../nbs/04_batching.ipynb #3ba01689
 @patch
 def num_training_steps(
     self: TreeDataLoader,
-    epochs: int | None = None, # None: until `n_examples` are used
+    epochs: int | None = None,  # None: until `n_examples` are used
 ) -> int:
     "Steps in so many epochs."
-    if epochs is None and self.n_examples is None: raise ValueError("num_training_steps: give epochs or n_examples, or training has no end")
+    if epochs is None and self.n_examples is None:
+        raise ValueError(
+            "num_training_steps: give epochs or n_examples, or training has no end"
+        )
     total, before = 0, 0
     for trees, window in islice(self.epochs(), epochs):
-        total += len(self.steps(window)); before += len(trees)
-        if self.n_examples is not None and before >= self.n_examples: break
+        total += len(self.steps(window))
+        before += len(trees)
+        if self.n_examples is not None and before >= self.n_examples:
+            break
     return total
 
 # %% ../nbs/04_batching.ipynb #2635480a
 @patch
 def steps(self: TreeDataLoader, window: range) -> list[range]:
     "Which of an epoch's trees each step takes."
-    return [window[s:s + self.batch_size] for s in range(0, len(window), self.batch_size)]
+    return [window[s : s + self.batch_size] for s in range(0, len(window), self.batch_size)]
 
 
 @patch
 def planned(self: TreeDataLoader):
     trees, window = self.this_epoch()
-    for step in self.steps(window): yield [trees[i] for i in step]
+    for step in self.steps(window):
+        yield [trees[i] for i in step]
 
 
 @patch
@@ -481,20 +719,36 @@ def plan(self: TreeDataLoader):
 
 # %% ../nbs/04_batching.ipynb #378c3db7
 @patch
-def keep(self: TreeDataLoader, epochs: int) -> list[Tree]: # of the first so many epochs, each once
+def keep(
+    self: TreeDataLoader, epochs: int
+) -> list[Tree]:  # of the first so many epochs, each once
     "Plan these epochs now and stay with it, so that what is added to a tree, its `reference`, is there when it is used."
     now = self.epoch
-    for self.epoch in range(epochs): self.kept[self.epoch] = list(self.planned())
+    for self.epoch in range(epochs):
+        self.kept[self.epoch] = list(self.planned())
     self.epoch = now
-    return list({id(t): t for steps in self.kept.values() for trees in steps for t in trees}.values())
+    return list(
+        {id(t): t for steps in self.kept.values() for trees in steps for t in trees}.values()
+    )
 
 # %% ../nbs/04_batching.ipynb #04e01f26
 @patch
 def __iter__(self: TreeDataLoader):
     for trees in self.plan():
         mine = deal(trees, self.world, self.layout)[self.rank]
-        batches = [make_batch(b, self.layout, self.pad_id) for b in cut(mine or trees[-1:], self.token_budget, self.layout, self.microbatch_size)]
-        yield Step(batches, len(trees), sum(t.targets for t in trees), not mine, Counter(m for t in trees for m in t.meanings))
+        batches = [
+            make_batch(b, self.layout, self.pad_id)
+            for b in cut(
+                mine or trees[-1:], self.token_budget, self.layout, self.microbatch_size
+            )
+        ]
+        yield Step(
+            batches,
+            len(trees),
+            sum(t.targets for t in trees),
+            not mine,
+            Counter(m for t in trees for m in t.meanings),
+        )
 
 # %% ../nbs/04_batching.ipynb #1f45bec5
 CONTROL_TOKENS = dict(chosen="<|good|>", rejected="<|bad|>")
@@ -508,19 +762,27 @@ def add_control_tokens(tokenizer, control_tokens: dict = CONTROL_TOKENS) -> int:
 def check_control_tokens(tokenizer, control_tokens: dict):
     "An error if one of them is not a token of this tokenizer."
     for t in control_tokens.values():
-        if len(tokenizer(t, add_special_tokens=False)["input_ids"]) != 1: raise ValueError(f"control_tokens: {t!r} is not one token of this tokenizer; call add_control_tokens, then resize the model to it (models.fit_vocabulary)")
+        if len(tokenizer(t, add_special_tokens=False)["input_ids"]) != 1:
+            raise ValueError(
+                f"control_tokens: {t!r} is not one token of this tokenizer; call "
+                "add_control_tokens, then resize the model to it (models.fit_vocabulary)"
+            )
 
 # %% ../nbs/04_batching.ipynb #f6bc1a5b
 def behind(token: str, output: list[dict], control_tokens: dict) -> list[dict]:
     "The output with `token` in front of its last turn, in place of any control token that is there."
     text = output[-1]["content"]
-    while old := next((t for t in control_tokens.values() if text.startswith(t)), None): text = text.removeprefix(old)
+    while old := next((t for t in control_tokens.values() if text.startswith(t)), None):
+        text = text.removeprefix(old)
     return [*output[:-1], {**output[-1], "content": token + text if text.strip() else ""}]
 
 # %% ../nbs/04_batching.ipynb #6ece535c
 class SFTDataLoader(TreeDataLoader):
     "One tree per prompt: the generation at `sft_index`; a prompt that names none is counted."
-    def __init__(self, *args, control_tokens: dict | None = None, **kw): # its token `chosen`, if any, goes in front of the completion
+
+    def __init__(
+        self, *args, control_tokens: dict | None = None, **kw
+    ):  # its token `chosen`, if any, goes in front of the completion
         self.control_tokens = control_tokens or {}
         super().__init__(*args, **kw)
 
@@ -537,55 +799,84 @@ class SFTDataLoader(TreeDataLoader):
         self.counts["no_sft_target"] += not named
         return [[Item(p, [e.sft_index], ["completion"])]] if named else []
 
-    def some(self, units, rng): return units # there is one
+    def some(self, units, rng):
+        return units  # there is one
 
 # %% ../nbs/04_batching.ipynb #8f863fb0
 class PairedPreferenceDataLoader(TreeDataLoader):
     "One tree per preference pair: branches chosen and rejected; fact `margin` where scores are known; a prompt without pairs is counted."
+
     def choose(self, p: int, e: Example):
         self.counts["no_pair"] += not e.pairs
         scores = [[e.known(k)[0] for k in pair] for pair in e.pairs]
         margins = [math.nan if None in s else float(s[0] - s[1]) for s in scores]
-        return [[Item(p, list(pair), ["chosen", "rejected"], {"margin": [m, m]})] for pair, m in zip(e.pairs, margins)]
+        return [
+            [Item(p, list(pair), ["chosen", "rejected"], {"margin": [m, m]})]
+            for pair, m in zip(e.pairs, margins)
+        ]
 
     def choose_all(self):
         super().choose_all()
-        if all(math.isnan(i.facts["margin"][0]) for i in self.items): self.items = [i._replace(facts={}) for i in self.items]
+        if all(math.isnan(i.facts["margin"][0]) for i in self.items):
+            self.items = [i._replace(facts={}) for i in self.items]
 
 # %% ../nbs/04_batching.ipynb #89f1e72e
 def status_units(e: Example) -> list[list[tuple[int, str]]]:
     "(answer, chosen or rejected) of each unit: both sides of a pair, or a labelled answer that is in no pair."
     paired = {k for pair in e.pairs for k in pair}
     alone = [k for k, label in enumerate(e.desirable) if label is not None and k not in paired]
-    return [[(i, "chosen"), (j, "rejected")] for i, j in e.pairs] + [[(k, "chosen" if e.desirable[k] else "rejected")] for k in alone]
+    return [[(i, "chosen"), (j, "rejected")] for i, j in e.pairs] + [
+        [(k, "chosen" if e.desirable[k] else "rejected")] for k in alone
+    ]
 
 # %% ../nbs/04_batching.ipynb #ff59530b
 class StatusDataLoader(TreeDataLoader):
     "What the loaders of good and bad answers share."
+
     def __init__(
-        self, *args,
-        frac_unique_desirable: float = 1.0, # random share of the different good answers that is used
-        frac_unique_undesirable: float = 1.0, # random share of the different bad answers
-        **kw, # of TreeDataLoader
+        self,
+        *args,
+        # random share of the different good answers that is used
+        frac_unique_desirable: float = 1.0,
+        frac_unique_undesirable: float = 1.0,  # random share of the different bad answers
+        **kw,  # of TreeDataLoader
     ):
-        self.shares = dict(chosen=("frac_unique_desirable", frac_unique_desirable), rejected=("frac_unique_undesirable", frac_unique_undesirable))
+        self.shares = dict(
+            chosen=("frac_unique_desirable", frac_unique_desirable),
+            rejected=("frac_unique_undesirable", frac_unique_undesirable),
+        )
         super().__init__(*args, **kw)
 
     def choose_all(self):
-        self.used = {status: self.share(status, *named) for status, named in self.shares.items()}
+        self.used = {
+            status: self.share(status, *named) for status, named in self.shares.items()
+        }
         super().choose_all()
 
     def known(self, p: int, e: Example) -> list[list[tuple[int, str]]]:
         "`status_units` without the answers that are left out; answers without a status are counted."
-        self.counts["unlabelled"] += len(e.generations) - len({k for k, _ in chain(*status_units(e))})
-        return [[(k, status) for k, status in unit if (p, k) in self.used[status]] for unit in status_units(e)]
+        self.counts["unlabelled"] += len(e.generations) - len(
+            {k for k, _ in chain(*status_units(e))}
+        )
+        return [
+            [(k, status) for k, status in unit if (p, k) in self.used[status]]
+            for unit in status_units(e)
+        ]
 
 # %% ../nbs/04_batching.ipynb #a5b1029e
 @patch
 def share(self: StatusDataLoader, status: str, name: str, share: float) -> set[tuple[int, int]]:
     "A random share of the different answers with this status, as (prompt, answer)."
-    if not 0 <= share <= 1: raise ValueError(f"{name}: {share} is not between 0 and 1")
-    unique = list(dict.fromkeys((p, k) for p, e in enumerate(self.data) for k, s in chain(*status_units(e)) if s == status))
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name}: {share} is not between 0 and 1")
+    unique = list(
+        dict.fromkeys(
+            (p, k)
+            for p, e in enumerate(self.data)
+            for k, s in chain(*status_units(e))
+            if s == status
+        )
+    )
     used = set(random.Random(f"{name} {self.seed}").sample(unique, round(share * len(unique))))
     self.counts[f"{status}_left_out"] = len(unique) - len(used)
     return used
@@ -593,12 +884,21 @@ def share(self: StatusDataLoader, status: str, name: str, share: float) -> set[t
 # %% ../nbs/04_batching.ipynb #38af4b3a
 class UnpairedPreferenceDataLoader(StatusDataLoader):
     "One tree per answer that is known to be good or bad, its branch chosen or rejected; fact `score`."
-    def __init__(self, *args, mismatched: bool = False, **kw): # mismatched: a second branch, KL, with the answer to another prompt
+
+    def __init__(
+        self, *args, mismatched: bool = False, **kw
+    ):  # mismatched: a second branch, KL, with the answer to another prompt
         self.mismatched = mismatched
         super().__init__(*args, **kw)
 
     def choose(self, p: int, e: Example):
-        return [[Item(p, [k], [status], {"score": [self.score(e, k, status)]}) for k, status in unit] for unit in self.known(p, e)]
+        return [
+            [
+                Item(p, [k], [status], {"score": [self.score(e, k, status)]})
+                for k, status in unit
+            ]
+            for unit in self.known(p, e)
+        ]
 
     def score(self, e: Example, k: int, status: str) -> float:
         score = e.known(k)[0]
@@ -606,45 +906,85 @@ class UnpairedPreferenceDataLoader(StatusDataLoader):
         return float(score) if score is not None else 1.0 if status == "chosen" else -1.0
 
     def planned(self):
-        if not self.mismatched: yield from super().planned(); return
+        if not self.mismatched:
+            yield from super().planned()
+            return
         trees, window = self.this_epoch()
         items, steps = [self.items[t.index[0]] for t in trees], self.steps(window)
         prompts = [self.data[i.prompt].prompt_id for i in items]
         self.counts["mismatch_same_prompt"] = len(trees) if len(set(prompts)) == 1 else 0
-        for step, others in zip(steps, mismatches(prompts, steps)): yield self.with_mismatches([trees[i] for i in step], [items[j] for j in others])
+        for step, others in zip(steps, mismatches(prompts, steps)):
+            yield self.with_mismatches([trees[i] for i in step], [items[j] for j in others])
 
 # %% ../nbs/04_batching.ipynb #03f70110
 def mismatches(prompts: list, steps: list[range]) -> list[list[int]]:
     "Whose answer each example of each step borrows, given the prompts of a whole epoch."
-    def following(i, step): return chain(range(i + 1, step.stop), range(step.start, i), range(step.stop, len(prompts)), range(step.start))
-    if len(set(prompts)) == 1: return [[next(following(i, step), i) for i in step] for step in steps]
-    return [[next(j for j in following(i, step) if prompts[j] != prompts[i]) for i in step] for step in steps]
+
+    def following(i, step):
+        return chain(
+            range(i + 1, step.stop),
+            range(step.start, i),
+            range(step.stop, len(prompts)),
+            range(step.start),
+        )
+
+    if len(set(prompts)) == 1:
+        return [[next(following(i, step), i) for i in step] for step in steps]
+    return [
+        [next(j for j in following(i, step) if prompts[j] != prompts[i]) for i in step]
+        for step in steps
+    ]
 
 
 @patch
-def with_mismatches(self: UnpairedPreferenceDataLoader, trees: list[Tree], others: list[Item]) -> list[Tree]:
+def with_mismatches(
+    self: UnpairedPreferenceDataLoader, trees: list[Tree], others: list[Item]
+) -> list[Tree]:
     "The trees, each with the answer of another item as its branch KL."
     prompts = [self.prompts[self.items[t.index[0]].prompt] for t in trees]
-    full = encode_all(self.tokenizer, [turns + self.words(o)[0] for (turns, _), o in zip(prompts, others)])
+    full = encode_all(
+        self.tokenizer, [turns + self.words(o)[0] for (turns, _), o in zip(prompts, others)]
+    )
     self.counts["KL_cut"] += sum(len(f) > self.max_length for f in full)
-    return [as_tree(ids, [t.prompt_ids + t.branches[0], f], [*t.meanings, "KL"], self.max_length, Counter(), t.index * 2, {n: [*v, math.nan] for n, v in t.facts.items()})
-            for t, (_, ids), f in zip(trees, prompts, full)]
+    return [
+        as_tree(
+            ids,
+            [t.prompt_ids + t.branches[0], f],
+            [*t.meanings, "KL"],
+            self.max_length,
+            Counter(),
+            t.index * 2,
+            {n: [*v, math.nan] for n, v in t.facts.items()},
+        )
+        for t, (_, ids), f in zip(trees, prompts, full)
+    ]
 
 # %% ../nbs/04_batching.ipynb #acbd24f7
 def by_prompt(data: list[Example]) -> list[Example]:
     "Examples of one prompt as one, in order of first appearance."
     merged = {}
     for e in data:
-        m, n = merged.setdefault(e.prompt_id, Example(e.prompt, e.prompt_id, dataset_name=e.dataset_name)), len(e.generations)
-        if m.prompt != e.prompt: raise ValueError(f"prompt_id {e.prompt_id!r} stands for two different prompts; they would be one group")
+        m, n = (
+            merged.setdefault(
+                e.prompt_id, Example(e.prompt, e.prompt_id, dataset_name=e.dataset_name)
+            ),
+            len(e.generations),
+        )
+        if m.prompt != e.prompt:
+            raise ValueError(
+                f"prompt_id {e.prompt_id!r} stands for two different prompts; they would "
+                "be one group"
+            )
         m.pairs += [(i + len(m.generations), j + len(m.generations)) for i, j in e.pairs]
         m.generations += e.generations
-        for values, known in zip((m.scores, m.desirable), zip(*map(e.known, range(n)))): values += known
+        for values, known in zip((m.scores, m.desirable), zip(*map(e.known, range(n)))):
+            values += known
     return list(merged.values())
 
 # %% ../nbs/04_batching.ipynb #d6a9c11a
 class GroupUnpairedPreferenceDataLoader(StatusDataLoader):
     "One tree per prompt, its scored samples as branches; facts `score` and `advantage`."
+
     def choose_all(self):
         self.data = by_prompt(self.data)
         super().choose_all()
@@ -655,22 +995,52 @@ class GroupUnpairedPreferenceDataLoader(StatusDataLoader):
         scores = self.scores(e)
         known = [k for k, s in enumerate(scores) if s is not None]
         advantages, _ = group_advantages([p] * len(known), [scores[k] for k in known])
-        kept = {k: a for k, a in zip(known, advantages) if k not in out and not empty(e.generations[k])}
-        self.counts.update(unscored=len(scores) - len(known), empty_completions=sum(empty(e.generations[k]) for k in known if k not in out),
-                           groups_of_one=len(known) == 1, groups_without_signal=bool(known) and not any(advantages))
-        return [[Item(p, list(kept), ["sample"] * len(kept), {"score": [float(scores[k]) for k in kept], "advantage": list(kept.values())})]] if kept else []
+        kept = {
+            k: a
+            for k, a in zip(known, advantages)
+            if k not in out and not empty(e.generations[k])
+        }
+        self.counts.update(
+            unscored=len(scores) - len(known),
+            empty_completions=sum(empty(e.generations[k]) for k in known if k not in out),
+            groups_of_one=len(known) == 1,
+            groups_without_signal=bool(known) and not any(advantages),
+        )
+        return (
+            [
+                [
+                    Item(
+                        p,
+                        list(kept),
+                        ["sample"] * len(kept),
+                        {
+                            "score": [float(scores[k]) for k in kept],
+                            "advantage": list(kept.values()),
+                        },
+                    )
+                ]
+            ]
+            if kept
+            else []
+        )
 
     def drawn(self, rng: random.Random) -> list[Tree]:
-        if self.max_prompt_count is None: return list(self.trees)
-        return [t.pick(sorted(set(chain(*self.some(self.picks(i), rng))))) for t, i in zip(self.trees, self.items)]
+        if self.max_prompt_count is None:
+            return list(self.trees)
+        return [
+            t.pick(sorted(set(chain(*self.some(self.picks(i), rng)))))
+            for t, i in zip(self.trees, self.items)
+        ]
 
 # %% ../nbs/04_batching.ipynb #8aa3b238
 @patch
 def scores(self: GroupUnpairedPreferenceDataLoader, e: Example) -> list[float | None]:
     "The score of each answer; of a prompt without any, the mean of its +1 and -1 by status."
     known, signs = [e.known(k)[0] for k in range(len(e.generations))], {}
-    if any(s is not None for s in known): return known
-    for k, status in chain(*status_units(e)): signs.setdefault(k, []).append(1.0 if status == "chosen" else -1.0)
+    if any(s is not None for s in known):
+        return known
+    for k, status in chain(*status_units(e)):
+        signs.setdefault(k, []).append(1.0 if status == "chosen" else -1.0)
     self.counts["scores_from_status"] += len(signs)
     return [sum(signs[k]) / len(signs[k]) if k in signs else None for k in range(len(known))]
 
@@ -678,14 +1048,23 @@ def scores(self: GroupUnpairedPreferenceDataLoader, e: Example) -> list[float | 
 @patch
 def picks(self: GroupUnpairedPreferenceDataLoader, i: Item) -> list[list[int]]:
     "The branches that each unit of a prompt holds: those of a pair, or one where there are no pairs."
-    pairs = [[n for n, k in enumerate(i.answers) if k in pair] for pair in self.data[i.prompt].pairs]
+    pairs = [
+        [n for n, k in enumerate(i.answers) if k in pair] for pair in self.data[i.prompt].pairs
+    ]
     return [p for p in pairs if p] or [[n] for n in range(len(i.answers))]
 
 # %% ../nbs/04_batching.ipynb #46062630
 class ConditionalSFTDataLoader(StatusDataLoader):
     "One tree per answer that is known to be good or bad, behind a control token that says which; fact `desirable`, 1 or 0."
-    def __init__(self, *args, control_tokens: dict = CONTROL_TOKENS, **kw): # a token for `chosen` and one for `rejected`
-        if control_tokens.keys() != CONTROL_TOKENS.keys(): raise ValueError(f"control_tokens: should name a token for chosen and one for rejected, names {', '.join(control_tokens) or 'none'}")
+
+    def __init__(
+        self, *args, control_tokens: dict = CONTROL_TOKENS, **kw
+    ):  # a token for `chosen` and one for `rejected`
+        if control_tokens.keys() != CONTROL_TOKENS.keys():
+            raise ValueError(
+                "control_tokens: should name a token for chosen and one for rejected, "
+                f"names {', '.join(control_tokens) or 'none'}"
+            )
         self.control_tokens = control_tokens
         super().__init__(*args, **kw)
 
@@ -694,23 +1073,50 @@ class ConditionalSFTDataLoader(StatusDataLoader):
         super().choose_all()
 
     def choose(self, p: int, e: Example):
-        return [[Item(p, [k], ["completion"], {"desirable": [float(s == "chosen")]}) for k, s in unit] for unit in self.known(p, e)]
+        return [
+            [
+                Item(p, [k], ["completion"], {"desirable": [float(s == "chosen")]})
+                for k, s in unit
+            ]
+            for unit in self.known(p, e)
+        ]
 
     def words(self, item: Item):
-        (output,), status = super().words(item), "chosen" if item.facts["desirable"][0] else "rejected"
+        (output,), status = (
+            super().words(item),
+            "chosen" if item.facts["desirable"][0] else "rejected",
+        )
         return [behind(self.control_tokens[status], output, self.control_tokens)]
 
 # %% ../nbs/04_batching.ipynb #e628dbeb
 def trees_from_samples(
-    samples: list[dict], # sample records; the same prompt may stand anywhere in the list
+    samples: list[dict],  # sample records; the same prompt may stand anywhere in the list
     tokenizer,
     max_length: int,
     max_prompt_length: int,
     counts: Counter,
-) -> list[Tree]: # one per prompt; `index` says which samples its branches are
+) -> list[Tree]:  # one per prompt; `index` says which samples its branches are
     "All samples of a prompt as the branches of one tree."
     groups = {}
-    for i, s in enumerate(samples): groups.setdefault(tuple((t["role"], t["content"]) for t in s["prompt"]), []).append(i)
-    prompts = encode_prompts(tokenizer, [samples[ix[0]]["prompt"] for ix in groups.values()], min(max_prompt_length, max_length - 1), counts)
-    full = iter(encode_all(tokenizer, [turns + as_turns(samples[i]["output"]) for (turns, _), ix in zip(prompts, groups.values()) for i in ix]))
-    return [as_tree(ids, list(islice(full, len(ix))), ["sample"] * len(ix), max_length, counts, ix) for (_, ids), ix in zip(prompts, groups.values())]
+    for i, s in enumerate(samples):
+        groups.setdefault(tuple((t["role"], t["content"]) for t in s["prompt"]), []).append(i)
+    prompts = encode_prompts(
+        tokenizer,
+        [samples[ix[0]]["prompt"] for ix in groups.values()],
+        min(max_prompt_length, max_length - 1),
+        counts,
+    )
+    full = iter(
+        encode_all(
+            tokenizer,
+            [
+                turns + as_turns(samples[i]["output"])
+                for (turns, _), ix in zip(prompts, groups.values())
+                for i in ix
+            ],
+        )
+    )
+    return [
+        as_tree(ids, list(islice(full, len(ix))), ["sample"] * len(ix), max_length, counts, ix)
+        for (_, ids), ix in zip(prompts, groups.values())
+    ]

@@ -43,169 +43,344 @@ from .rewards import frontier
 @dataclass
 class Run:
     "A run as its folder tells it."
+
     name: str
     folder: Path
-    params: dict # all of params.json
-    rounds: list[dict] # rows of `run_summary`, perhaps with `true_reward`
+    params: dict  # all of params.json
+    rounds: list[dict]  # rows of `run_summary`, perhaps with `true_reward`
 
-    def samples(self, round: str = "") -> list[dict]: # "1", "2", ..., "final" (empty: the last there is)
+    def samples(
+        self, round: str = ""
+    ) -> list[dict]:  # "1", "2", ..., "final" (empty: the last there is)
         "Scored samples of a round."
         round = round or self.rounds[-1]["round"]
         return labelled(self.folder / (round if round == "final" else f"round-{round}"))
 
-    def metrics(self) -> dict[str, list[dict]]: # by round
+    def metrics(self) -> dict[str, list[dict]]:  # by round
         "Lines of metrics of the rounds that are trained."
-        files = {r["round"]: self.folder / f"round-{r['round']}" / "metrics.jsonl" for r in self.rounds}
+        files = {
+            r["round"]: self.folder / f"round-{r['round']}" / "metrics.jsonl"
+            for r in self.rounds
+        }
         return {f"round {r}": read_jsonl(f) for r, f in files.items() if f.exists()}
 
 # %% ../nbs/14_compare.ipynb #77755142
-def read_run(folder: str | Path, truth: Callable | None = None) -> Run: # truth: (prompt turns, output text) -> number
+def read_run(
+    folder: str | Path, truth: Callable | None = None
+) -> Run:  # truth: (prompt turns, output text) -> number
     "A run; a ValueError that says why it cannot be compared."
     folder = Path(folder)
-    try: params = json.loads((folder / "params.json").read_text())
-    except FileNotFoundError: raise ValueError("no params.json: not a run of the loop") from None
-    except ValueError as e: raise ValueError(f"params.json cannot be read: {e}") from None
-    if not (folder / "ledger.jsonl").exists(): raise ValueError("no ledger.jsonl")
+    try:
+        params = json.loads((folder / "params.json").read_text())
+    except FileNotFoundError:
+        raise ValueError("no params.json: not a run of the loop") from None
+    except ValueError as e:
+        raise ValueError(f"params.json cannot be read: {e}") from None
+    if not (folder / "ledger.jsonl").exists():
+        raise ValueError("no ledger.jsonl")
     run = Run(folder.name, folder, params, run_summary(folder))
-    if not run.rounds: raise ValueError("no round is finished")
+    if not run.rounds:
+        raise ValueError("no round is finished")
     for row in run.rounds if truth else []:
-        row["true_reward"] = float(np.mean([truth(s["prompt"], s["output"]) for s in run.samples(row["round"])]))
+        row["true_reward"] = float(
+            np.mean([truth(s["prompt"], s["output"]) for s in run.samples(row["round"])])
+        )
     return run
 
 
-def read_runs(runs_dir: str | Path, # the folder of all runs
-              names: list[str] = (), # these only (empty: all)
-              truth: Callable | None = None) -> tuple[list[Run], dict[str, str]]: # the runs, and why others were left out
+def read_runs(
+    runs_dir: str | Path,  # the folder of all runs
+    names: list[str] = (),  # these only (empty: all)
+    truth: Callable | None = None,
+) -> tuple[list[Run], dict[str, str]]:  # the runs, and why others were left out
     "Runs in order of their names."
-    folders = [Path(runs_dir) / n for n in names] or sorted(p for p in Path(runs_dir).iterdir() if p.is_dir() and not p.is_symlink())
+    folders = [Path(runs_dir) / n for n in names] or sorted(
+        p for p in Path(runs_dir).iterdir() if p.is_dir() and not p.is_symlink()
+    )
     runs, out = [], {}
     for f in folders:
-        try: runs.append(read_run(f, truth))
-        except (ValueError, OSError, KeyError) as e: out[f.name] = str(e) if isinstance(e, ValueError) else f"a file is missing or damaged: {e}"
+        try:
+            runs.append(read_run(f, truth))
+        except (ValueError, OSError, KeyError) as e:
+            out[f.name] = (
+                str(e) if isinstance(e, ValueError) else f"a file is missing or damaged: {e}"
+            )
     return runs, out
 
 # %% ../nbs/14_compare.ipynb #2ca24109
 def flat(d: dict, prefix: str = "") -> dict:
     "Nested dicts as one, keys joined by dots."
     pairs = [(f"{prefix}{k}", v) for k, v in d.items()]
-    return {name: x for k, v in pairs for name, x in (flat(v, f"{k}.").items() if isinstance(v, dict) else [(k, v)])}
+    return {
+        name: x
+        for k, v in pairs
+        for name, x in (flat(v, f"{k}.").items() if isinstance(v, dict) else [(k, v)])
+    }
 
 
 def parameters(run: Run) -> dict:
     "All that was set, in one level."
-    return flat(run.params.get("parameters", {})) | flat({k: v for k, v in run.params.items() if k in ("versions", "settings", "profile", "revision")})
+    return flat(run.params.get("parameters", {})) | flat(
+        {
+            k: v
+            for k, v in run.params.items()
+            if k in ("versions", "settings", "profile", "revision")
+        }
+    )
 
 
 def differing(rows: list[dict]) -> list[dict]:
     "Only the columns in which rows differ; one that a row does not have differs too."
-    names = [k for k in dict.fromkeys(k for r in rows for k in r) if len({json.dumps(r.get(k, "–"), default=str) for r in rows}) > 1]
+    names = [
+        k
+        for k in dict.fromkeys(k for r in rows for k in r)
+        if len({json.dumps(r.get(k, "–"), default=str) for r in rows}) > 1
+    ]
     return [{k: r.get(k) for k in names} for r in rows]
 
 # %% ../nbs/14_compare.ipynb #8d372aee
-def run_line(i: int) -> dict: # i: the run's place
+def run_line(i: int) -> dict:  # i: the run's place
     "Colour and dash of a run."
     n = len(TEMPLATE.layout.colorway)
-    return dict(color=TEMPLATE.layout.colorway[i % n], width=2, dash=("solid", "dash", "dot")[i // n % 3])
+    return dict(
+        color=TEMPLATE.layout.colorway[i % n],
+        width=2,
+        dash=("solid", "dash", "dot")[i // n % 3],
+    )
 
 
 def named_line(fig, x, y, name: str, line: dict, what: str, markers: bool):
     "Add a line with its run's name at its end."
-    fig.add_scatter(x=x, y=y, name=inert(name), mode="lines+markers+text" if markers else "lines+text", line=line, marker_size=7, text=[""] * (len(x) - 1) + [inert(name)] * bool(len(x)), textposition="middle right",
-                    textfont_color=line["color"], cliponaxis=False, hovertemplate=hover(f"<b>{inert(name)}</b>", f"{inert(what)} %{{y:.4g}}", "%{x}"))
+    fig.add_scatter(
+        x=x,
+        y=y,
+        name=inert(name),
+        mode="lines+markers+text" if markers else "lines+text",
+        line=line,
+        marker_size=7,
+        text=[""] * (len(x) - 1) + [inert(name)] * bool(len(x)),
+        textposition="middle right",
+        textfont_color=line["color"],
+        cliponaxis=False,
+        hovertemplate=hover(f"<b>{inert(name)}</b>", f"{inert(what)} %{{y:.4g}}", "%{x}"),
+    )
 
 # %% ../nbs/14_compare.ipynb #e7c33b25
-def run_curves(runs: list[Run], key: str = "loss") -> go.Figure: # key: of metrics.jsonl
+def run_curves(runs: list[Run], key: str = "loss") -> go.Figure:  # key: of metrics.jsonl
     "One training metric of all runs over their optimiser steps, rounds end to end."
     fig, window, without, places = go.Figure(), 0, [], {r.name: i for i, r in enumerate(runs)}
     for run in runs:
         rows = [r for r in end_to_end(run.metrics())[0] if key in r]
         y = pd.Series(floats(rows, key))
-        if not y.notna().any(): without.append(run.name); continue
+        if not y.notna().any():
+            without.append(run.name)
+            continue
         window = max(window, w := len(y) // 20)
-        y = (y.rolling(w, center=True, min_periods=1).mean() if w > 2 else y).to_numpy(np.float32)
-        named_line(fig, floats(rows, "step")[at := thin(y)], y[at], run.name, run_line(places[run.name]), key, False)
-    notes = [f"running mean over up to {window} steps" * (window > 2), f"not logged by {', '.join(map(inert, without))}" * bool(without)]
-    return dressed(fig, f"{inert(key)} of each run", ["Rounds end to end", *notes], 460, margin_r=120, xaxis_title_text="optimiser step", yaxis_title_text=inert(key))
+        y = (y.rolling(w, center=True, min_periods=1).mean() if w > 2 else y).to_numpy(
+            np.float32
+        )
+        named_line(
+            fig,
+            floats(rows, "step")[at := thin(y)],
+            y[at],
+            run.name,
+            run_line(places[run.name]),
+            key,
+            False,
+        )
+    notes = [
+        f"running mean over up to {window} steps" * (window > 2),
+        f"not logged by {', '.join(map(inert, without))}" * bool(without),
+    ]
+    return dressed(
+        fig,
+        f"{inert(key)} of each run",
+        ["Rounds end to end", *notes],
+        460,
+        margin_r=120,
+        xaxis_title_text="optimiser step",
+        yaxis_title_text=inert(key),
+    )
 
 
-def round_curves(runs: list[Run], key: str = "reward") -> go.Figure: # key: of `run_summary`
+def round_curves(runs: list[Run], key: str = "reward") -> go.Figure:  # key: of `run_summary`
     "One result of all runs, round by round."
-    fig, names = go.Figure(), list(dict.fromkeys(r["round"] for run in sorted(runs, key=lambda r: -len(r.rounds)) for r in run.rounds))
+    fig, names = (
+        go.Figure(),
+        list(
+            dict.fromkeys(
+                r["round"]
+                for run in sorted(runs, key=lambda r: -len(r.rounds))
+                for r in run.rounds
+            )
+        ),
+    )
     names.sort(key=lambda n: (n == "final", int(n) if n.isdigit() else 0))
-    for i, run in enumerate(runs): named_line(fig, [names.index(r["round"]) for r in run.rounds], floats(run.rounds, key), run.name, run_line(i), key, True)
-    return dressed(fig, f"{inert(key).replace('_', ' ')} per round", ["Before the round's training; final: the last policy on unseen prompts"], 460, margin_r=120,
-                   xaxis=dict(title_text="round", tickvals=list(range(len(names))), ticktext=list(map(inert, names))), yaxis_title_text=inert(key).replace("_", " "))
+    for i, run in enumerate(runs):
+        named_line(
+            fig,
+            [names.index(r["round"]) for r in run.rounds],
+            floats(run.rounds, key),
+            run.name,
+            run_line(i),
+            key,
+            True,
+        )
+    return dressed(
+        fig,
+        f"{inert(key).replace('_', ' ')} per round",
+        ["Before the round's training; final: the last policy on unseen prompts"],
+        460,
+        margin_r=120,
+        xaxis=dict(
+            title_text="round",
+            tickvals=list(range(len(names))),
+            ticktext=list(map(inert, names)),
+        ),
+        yaxis_title_text=inert(key).replace("_", " "),
+    )
 
 # %% ../nbs/14_compare.ipynb #071df5f1
-def shared_prompts(runs: list[Run], round: str = "final") -> dict[str, list]: # prompt_id -> [(run, its samples)]
+def shared_prompts(
+    runs: list[Run], round: str = "final"
+) -> dict[str, list]:  # prompt_id -> [(run, its samples)]
     "Prompts that at least two runs have answered, those with the largest difference of mean scores first."
     found = {}
     for run in runs:
         if any(r["round"] == round for r in run.rounds):
-            for s in run.samples(round): found.setdefault(s["prompt_id"], {}).setdefault(run.name, []).append(s)
+            for s in run.samples(round):
+                found.setdefault(s["prompt_id"], {}).setdefault(run.name, []).append(s)
+
     def spread(answers):
-        means = [np.mean(v) for ss in answers.values() if len(v := floats(ss)[np.isfinite(floats(ss))])]
+        means = [
+            np.mean(v)
+            for ss in answers.values()
+            if len(v := floats(ss)[np.isfinite(floats(ss))])
+        ]
         return np.ptp(means) if means else 0.0
-    return {str(p): list(a.items()) for p, a in sorted(found.items(), key=lambda pa: -spread(pa[1])) if len(a) > 1}
+
+    return {
+        str(p): list(a.items())
+        for p, a in sorted(found.items(), key=lambda pa: -spread(pa[1]))
+        if len(a) > 1
+    }
 
 
 def middle(samples: list[dict]) -> dict:
     "The sample with the median score; unscored ones only if there is no other."
-    return sorted(samples, key=lambda s: (s["reward"] is None, s["reward"]))[(sum(s["reward"] is not None for s in samples) - 1) // 2 if any(s["reward"] is not None for s in samples) else 0]
+    return sorted(samples, key=lambda s: (s["reward"] is None, s["reward"]))[
+        (sum(s["reward"] is not None for s in samples) - 1) // 2
+        if any(s["reward"] is not None for s in samples)
+        else 0
+    ]
 
 # %% ../nbs/14_compare.ipynb #d2e6c0d3
-def same_prompt(answers: list) -> Shown: # [(run, its samples)] of one prompt
+def same_prompt(answers: list) -> Shown:  # [(run, its samples)] of one prompt
     "The answers to one prompt side by side, differences to the first marked."
     shown = [(name, middle(samples), len(samples)) for name, samples in answers]
     first, cells, texts = shown[0][1]["output"], [], []
     for i, (name, s, n) in enumerate(shown):
-        head = f"{visible(name)}, reward {number_text(s['reward'], '.3f')}" + f" (median of {n})" * (n > 1)
+        head = (
+            f"{visible(name)}, reward {number_text(s['reward'], '.3f')}"
+            + f" (median of {n})" * (n > 1)
+        )
         marked = word_diff(first, s["output"])[1] if i else None
-        cells.append(f'<td style="vertical-align: top; text-align: left; padding: 6px 12px; border-left: 5px solid {GREY}"><b>{html.escape(head)}</b>{text_box(s["output"], marked)}</td>')
+        cells.append(
+            '<td style="vertical-align: top; text-align: left; padding: 6px 12px; '
+            "border-left: 5px solid "
+            f'{GREY}"><b>{html.escape(head)}</b>{text_box(s["output"], marked)}</td>'
+        )
         texts.append(f"--- {head}\n{words(s['output'])}")
-    prompt, rows = shown[0][1]["prompt"], [cells[i:i + 3] for i in range(0, len(cells), 3)]
+    prompt, rows = shown[0][1]["prompt"], [cells[i : i + 3] for i in range(0, len(cells), 3)]
     table = "".join(f"<tr>{''.join(r)}</tr>" for r in rows)
-    page = f'<div {BOX}><div style="padding: 6px 12px; opacity: 0.8">{text_box(prompt)}</div><table style="width: 100%; table-layout: fixed">{table}</table></div>'
+    page = (
+        f'<div {BOX}><div style="padding: 6px 12px; opacity: '
+        f'0.8">{text_box(prompt)}</div><table style="width: 100%; table-layout: '
+        f'fixed">{table}</table></div>'
+    )
     return Shown(page, "\n".join([words(prompt), *texts]))
 
 # %% ../nbs/14_compare.ipynb #64aae593
 class RunComparer:
     "Runs side by side, from their folders."
-    def __init__(self, runs_dir: str | Path, # the folder of all runs
-                 names: list[str] = (), # these only (empty: all that can be compared)
-                 truth: Callable | None = None, # (prompt turns, output text) -> number, where the truth can be computed
-                 mode: str = "auto"): # widget, static, or what suits the place
+
+    def __init__(
+        self,
+        runs_dir: str | Path,  # the folder of all runs
+        names: list[str] = (),  # these only (empty: all that can be compared)
+        # (prompt turns, output text) -> number, where the truth can be computed
+        truth: Callable | None = None,
+        mode: str = "auto",
+    ):  # widget, static, or what suits the place
         self.mode = display_mode(mode)
         self.runs, self.left_out = read_runs(runs_dir, names, truth)
-        if not self.runs: raise ValueError(f"{runs_dir}: no run to compare; {'; '.join(f'{k}: {v}' for k, v in self.left_out.items()) or 'the folder is empty'}")
+        if not self.runs:
+            raise ValueError(
+                f"{runs_dir}: no run to compare; "
+                f"{'; '.join(f'{k}: {v}' for k, v in self.left_out.items()) or 'the folder is empty'}"
+            )
 
-    def rows(self, only_differences: bool = True, chosen: list[str] = ()) -> list[dict]: # chosen: names of runs (empty: all)
+    def rows(
+        self, only_differences: bool = True, chosen: list[str] = ()
+    ) -> list[dict]:  # chosen: names of runs (empty: all)
         "One row per run: results, then parameters."
         runs = [r for r in self.runs if r.name in chosen or not chosen]
         given = [{k: v for k, v in parameters(r).items() if k != "run_name"} for r in runs]
-        return [dict(run=r.name, rounds=len(r.rounds)) | {k: r.rounds[-1].get(k) for k in ("reward", "true_reward", "kl") if k in r.rounds[-1]} | dict(gain=r.rounds[-1]["reward"] - r.rounds[0]["reward"]
-                if None not in (r.rounds[0]["reward"], r.rounds[-1]["reward"]) else None, seconds=sum(x["seconds"] for x in r.rounds)) | p for r, p in zip(runs, differing(given) if only_differences else given)]
+        return [
+            dict(run=r.name, rounds=len(r.rounds))
+            | {
+                k: r.rounds[-1].get(k)
+                for k in ("reward", "true_reward", "kl")
+                if k in r.rounds[-1]
+            }
+            | dict(
+                gain=r.rounds[-1]["reward"] - r.rounds[0]["reward"]
+                if None not in (r.rounds[0]["reward"], r.rounds[-1]["reward"])
+                else None,
+                seconds=sum(x["seconds"] for x in r.rounds),
+            )
+            | p
+            for r, p in zip(runs, differing(given) if only_differences else given)
+        ]
 
     def table(self, only_differences: bool = True, chosen: list[str] = ()) -> Shown:
         "The rows, and what was left out."
-        out = f"; left out: {', '.join(f'{k} ({v})' for k, v in self.left_out.items())}" * bool(self.left_out)
+        out = f"; left out: {', '.join(f'{k} ({v})' for k, v in self.left_out.items())}" * bool(
+            self.left_out
+        )
         what = "only parameters that differ" if only_differences else "all parameters"
-        return summary_table(self.rows(only_differences, chosen), dict(seconds=",.0f"), f"Last round of each run; {what}{out}")
+        return summary_table(
+            self.rows(only_differences, chosen),
+            dict(seconds=",.0f"),
+            f"Last round of each run; {what}{out}",
+        )
 
     def frontier(self, key: str = "reward", best: float | None = None) -> go.Figure:
         "KL against reward, a line per run."
-        return frontier({r.name: r.rounds for r in self.runs}, key, best, f"{key.replace('_', ' ').capitalize()} against KL, round by round")
+        return frontier(
+            {r.name: r.rounds for r in self.runs},
+            key,
+            best,
+            f"{key.replace('_', ' ').capitalize()} against KL, round by round",
+        )
 
-    def curves(self, key: str = "loss") -> go.Figure: return run_curves(self.runs, key)
-    def progress(self, key: str = "reward") -> go.Figure: return round_curves(self.runs, key)
-    def prompts(self, round: str = "final") -> dict[str, list]: return shared_prompts(self.runs, round)
+    def curves(self, key: str = "loss") -> go.Figure:
+        return run_curves(self.runs, key)
+
+    def progress(self, key: str = "reward") -> go.Figure:
+        return round_curves(self.runs, key)
+
+    def prompts(self, round: str = "final") -> dict[str, list]:
+        return shared_prompts(self.runs, round)
 
 # %% ../nbs/14_compare.ipynb #828b6e77
 from fastcore.basics import patch
 
+
 def csv_cell(x):
     "A value as a spreadsheet should read it: numbers as they are, nothing as nothing, and no text as a formula."
-    if x is None or isinstance(x, (int, float)): return x
+    if x is None or isinstance(x, (int, float)):
+        return x
     text = json.dumps(x) if isinstance(x, (list, dict)) else visible(x)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
 
@@ -214,35 +389,64 @@ def csv_cell(x):
 def to_csv(self: RunComparer, path: str | Path, only_differences: bool = False) -> Path:
     "Write the table, every parameter unless only differences are asked for."
     rows, text = self.rows(only_differences), io.StringIO()
-    out = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+    out = csv.DictWriter(
+        text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n"
+    )
     out.writeheader()
     out.writerows({k: csv_cell(v) for k, v in r.items()} for r in rows)
-    with atomic_write(path) as f: f.write(text.getvalue())
+    with atomic_write(path) as f:
+        f.write(text.getvalue())
     return Path(path)
 
 # %% ../nbs/14_compare.ipynb #3b98fe66
 @patch
-def static(self: RunComparer, only_differences: bool = True, prompts: int = 3) -> list[Shown]: # prompts: how many are shown
+def static(
+    self: RunComparer, only_differences: bool = True, prompts: int = 3
+) -> list[Shown]:  # prompts: how many are shown
     "The table and the prompts that the runs answer most differently."
-    return [self.table(only_differences), *(same_prompt(a) for a in list(self.prompts().values())[:prompts])]
+    return [
+        self.table(only_differences),
+        *(same_prompt(a) for a in list(self.prompts().values())[:prompts]),
+    ]
 
 
 @patch
 def show(self: RunComparer, only_differences: bool = True, prompts: int = 3):
     "Table and texts, with controls where somebody can use them."
     from IPython.display import display
-    if self.mode == "static": return display(*self.static(only_differences, prompts))
+
+    if self.mode == "static":
+        return display(*self.static(only_differences, prompts))
     import ipywidgets as w
+
     found = self.prompts()
-    which = w.SelectMultiple(options=[r.name for r in self.runs], value=[r.name for r in self.runs], rows=min(8, len(self.runs)), description="runs")
+    which = w.SelectMultiple(
+        options=[r.name for r in self.runs],
+        value=[r.name for r in self.runs],
+        rows=min(8, len(self.runs)),
+        description="runs",
+    )
     only = w.Checkbox(value=only_differences, description="only parameters that differ")
     label = lambda i, a: f"{i}. {visible(words(a[0][1][0]['prompt']))[:100]}"
-    prompt = w.Dropdown(options=[(label(i, a), p) for i, (p, a) in enumerate(found.items(), 1)], description="prompt", layout=w.Layout(width="90%"))
-    table, texts = w.HTML(), w.HTML() # what they get is escaped by `Shown`'s makers
+    prompt = w.Dropdown(
+        options=[(label(i, a), p) for i, (p, a) in enumerate(found.items(), 1)],
+        description="prompt",
+        layout=w.Layout(width="90%"),
+    )
+    table, texts = w.HTML(), w.HTML()  # what they get is escaped by `Shown`'s makers
+
     def draw(*_):
         table.value = self.table(only.value, list(which.value)).html
         answers = [(name, s) for name, s in found.get(prompt.value, []) if name in which.value]
-        texts.value = same_prompt(answers).html if answers else "none of these runs have answered this prompt" if found else "no prompt was answered by two runs"
-    for control in (which, only, prompt): control.observe(draw, "value")
+        texts.value = (
+            same_prompt(answers).html
+            if answers
+            else "none of these runs have answered this prompt"
+            if found
+            else "no prompt was answered by two runs"
+        )
+
+    for control in (which, only, prompt):
+        control.observe(draw, "value")
     draw()
     display(w.VBox([w.HBox([which, only]), table, prompt, texts]))

@@ -14,226 +14,450 @@ from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 from tyro.conf import Positional
 
 # %% ../nbs/01_config.ipynb #cc61bf9c
-checked = dataclass(config=ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True), kw_only=True)
+checked = dataclass(
+    config=ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True),
+    kw_only=True,
+)
 
 # %% ../nbs/01_config.ipynb #f133f377
 @checked
 class SampleConfig:
     "What `halos_nb.sample` needs: prompts in, samples out."
-    model: Positional[str] # policy: a checkpoint folder or hub name; openai: what the server calls it
-    backend: Literal["transformers", "vllm", "openai"] = "transformers" # who generates: these processes, vLLM's engines, or a server that speaks OpenAI's protocol
-    output_file: str = "samples.json" # where the JSON array of samples goes
-    datasets: list[str] = field(default_factory=lambda: ["ultrafeedback_armorm"]) # named data sets or files with prompts, in this order
-    split: Literal["train", "test"] = "train" # which split of the data sets
-    num_prompts: PositiveInt | None = None # how many prompts to sample for (None: all that are left)
-    num_skip: NonNegativeInt = 0 # prompts to pass over first, those of earlier rounds
-    num_samples_per_prompt: PositiveInt = 1 # samples drawn for each prompt
-    temperature: PositiveFloat = 1.0 # softmax temperature; 1.0 samples from the policy itself
-    top_p: PositiveFloat = 1.0 # nucleus probability mass kept; 1.0 keeps all
-    stop: str | list[str] = "" # an answer ends before the first of these texts; set apart by commas, or a list
-    max_new_tokens: PositiveInt = 256 # longest completion, in tokens; longer ones are cut and counted
-    max_prompt_length: PositiveInt = 512 # longest prompt, in tokens; oldest turns are dropped first and counted; openai: the server's own limit instead
-    batch_size: PositiveInt = 128 # rows generated together on one process; vllm: rows handed to an engine at a time, many more are faster
-    reference: str | None = None # transformers: score the samples under this model too, for the KL to it
-    mode: Literal["train", "alpacaeval"] = "train" # alpacaeval: the output is what AlpacaEval reads, one answer per prompt; the samples stand beside it
-    seed: int = 0 # with the prompt and the sample's number it decides every draw
-    precision: Literal["float32", "bfloat16"] = "float32" # dtype of the weights
-    trust_remote_code: bool = False # run code that comes with the model; leave off unless you have read it
-    num_processes: PositiveInt | None = None # stop if Accelerate started another number (None: not checked)
-    tensor_parallel_size: PositiveInt = 1 # vllm: GPUs of one engine
-    data_parallel_size: PositiveInt = 1 # vllm: engines, each on GPUs of its own with a share of the prompts
-    gpu_memory_utilization: PositiveFloat = 0.9 # vllm: share of each GPU's memory it may take
-    base_url: str | None = None # openai: address of the server (None: OPENAI_BASE_URL, else api.openai.com); the key is OPENAI_API_KEY and stands nowhere else
-    concurrency: PositiveInt = 16 # openai: requests under way at a time
-    timeout: PositiveFloat = 120 # openai: seconds for one attempt
-    max_retries: NonNegativeInt = 4 # openai: further attempts after 408, 409, 429, 5xx, a lost connection or a time-out
-    extra_body: str = "" # openai: a JSON object with more fields for each request, as {"top_k": -1}
+
+    # policy: a checkpoint folder or hub name; openai: what the server calls it
+    model: Positional[str]
+    # who generates: these processes, vLLM's engines, or a server that speaks OpenAI's protocol
+    backend: Literal["transformers", "vllm", "openai"] = "transformers"
+    output_file: str = "samples.json"  # where the JSON array of samples goes
+    # named data sets or files with prompts, in this order
+    datasets: list[str] = field(default_factory=lambda: ["ultrafeedback_armorm"])
+    split: Literal["train", "test"] = "train"  # which split of the data sets
+    # how many prompts to sample for (None: all that are left)
+    num_prompts: PositiveInt | None = None
+    num_skip: NonNegativeInt = 0  # prompts to pass over first, those of earlier rounds
+    num_samples_per_prompt: PositiveInt = 1  # samples drawn for each prompt
+    temperature: PositiveFloat = 1.0  # softmax temperature; 1.0 samples from the policy itself
+    top_p: PositiveFloat = 1.0  # nucleus probability mass kept; 1.0 keeps all
+    # an answer ends before the first of these texts; set apart by commas, or a list
+    stop: str | list[str] = ""
+    # longest completion, in tokens; longer ones are cut and counted
+    max_new_tokens: PositiveInt = 256
+    # longest prompt, in tokens; oldest turns are dropped first and counted; openai: the
+    # server's own limit instead
+    max_prompt_length: PositiveInt = 512
+    # rows generated together on one process; vllm: rows handed to an engine at a time, many
+    # more are faster
+    batch_size: PositiveInt = 128
+    # transformers: score the samples under this model too, for the KL to it
+    reference: str | None = None
+    # alpacaeval: the output is what AlpacaEval reads, one answer per prompt; the samples stand
+    # beside it
+    mode: Literal["train", "alpacaeval"] = "train"
+    seed: int = 0  # with the prompt and the sample's number it decides every draw
+    precision: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
+    tensor_parallel_size: PositiveInt = 1  # vllm: GPUs of one engine
+    # vllm: engines, each on GPUs of its own with a share of the prompts
+    data_parallel_size: PositiveInt = 1
+    gpu_memory_utilization: PositiveFloat = 0.9  # vllm: share of each GPU's memory it may take
+    # openai: address of the server (None: OPENAI_BASE_URL, else api.openai.com); the key is
+    # OPENAI_API_KEY and stands nowhere else
+    base_url: str | None = None
+    concurrency: PositiveInt = 16  # openai: requests under way at a time
+    timeout: PositiveFloat = 120  # openai: seconds for one attempt
+    # openai: further attempts after 408, 409, 429, 5xx, a lost connection or a time-out
+    max_retries: NonNegativeInt = 4
+    # openai: a JSON object with more fields for each request, as {"top_k": -1}
+    extra_body: str = ""
 
     def __post_init__(self):
-        if isinstance(self.stop, str): self.stop = [s for s in self.stop.split(",") if s]
-        for wrong in filter(None, sample_contradictions(self)): raise ValueError(wrong)
+        if isinstance(self.stop, str):
+            self.stop = [s for s in self.stop.split(",") if s]
+        for wrong in filter(None, sample_contradictions(self)):
+            raise ValueError(wrong)
 
 # %% ../nbs/01_config.ipynb #4ea3bde7
 def sample_contradictions(c) -> list[str]:
     "What is wrong with a SampleConfig as a whole, each as 'field: why'; empty texts where nothing is."
-    try: extra = json.loads(c.extra_body or "{}")
-    except ValueError: extra = None
+    try:
+        extra = json.loads(c.extra_body or "{}")
+    except ValueError:
+        extra = None
     return [
-        "" if c.backend == "openai" or not (c.base_url or extra) else "base_url, extra_body: only backend openai asks a server",
-        "" if c.backend == "vllm" or c.tensor_parallel_size == c.data_parallel_size == 1 else "tensor_parallel_size, data_parallel_size: these are vllm's; transformers uses the processes of accelerate launch",
-        "" if c.backend == "transformers" or not c.reference else f"reference: backend {c.backend} has no model here to score with; use transformers",
-        "" if c.backend == "transformers" or (c.num_processes or 1) == 1 else f"num_processes: backend {c.backend} is started in one process",
-        "" if isinstance(extra, dict) else f"extra_body: should be a JSON object, is {c.extra_body!r}",
-        "" if "@" not in (c.base_url or "") else "base_url: no user or password in it; the key is OPENAI_API_KEY",
+        ""
+        if c.backend == "openai" or not (c.base_url or extra)
+        else "base_url, extra_body: only backend openai asks a server",
+        ""
+        if c.backend == "vllm" or c.tensor_parallel_size == c.data_parallel_size == 1
+        else (
+            "tensor_parallel_size, data_parallel_size: these are vllm's; transformers uses "
+            "the processes of accelerate launch"
+        ),
+        ""
+        if c.backend == "transformers" or not c.reference
+        else (
+            f"reference: backend {c.backend} has no model here to score with; use transformers"
+        ),
+        ""
+        if c.backend == "transformers" or (c.num_processes or 1) == 1
+        else f"num_processes: backend {c.backend} is started in one process",
+        ""
+        if isinstance(extra, dict)
+        else f"extra_body: should be a JSON object, is {c.extra_body!r}",
+        ""
+        if "@" not in (c.base_url or "")
+        else "base_url: no user or password in it; the key is OPENAI_API_KEY",
         "" if c.top_p <= 1 else f"top_p: a probability mass is at most 1, got {c.top_p}",
-        "" if c.gpu_memory_utilization <= 1 else f"gpu_memory_utilization: a share is at most 1, got {c.gpu_memory_utilization}",
+        ""
+        if c.gpu_memory_utilization <= 1
+        else f"gpu_memory_utilization: a share is at most 1, got {c.gpu_memory_utilization}",
         "" if all(c.stop) else "stop: an empty text would end every answer at once",
-        "" if c.mode == "train" or c.num_samples_per_prompt == 1 else f"num_samples_per_prompt: AlpacaEval takes one answer per instruction, got {c.num_samples_per_prompt}",
+        ""
+        if c.mode == "train" or c.num_samples_per_prompt == 1
+        else (
+            "num_samples_per_prompt: AlpacaEval takes one answer per instruction, got "
+            f"{c.num_samples_per_prompt}"
+        ),
     ]
 
 # %% ../nbs/01_config.ipynb #c5fd6227
 @checked
 class LabelConfig:
     "What `halos_nb.label` needs: samples in, feedback out. Name one labeller: reward_model_path, api_type, function, or from_labels."
-    samples_file: Positional[str] # JSON array of samples
-    output_file: Positional[str] # where the feedback goes; `<name>.labels.jsonl` beside it keeps every single score
-    reward_model_path: str | None = None # labeller: a reward model, checkpoint folder or hub name
-    api_type: Literal["openai"] | None = None # labeller: a judge behind an OpenAI-compatible server; key only from OPENAI_API_KEY
-    function: str | None = None # labeller: "module:name" of a Python function (prompt turns, output text) -> number
-    from_labels: str | None = None # labeller: none; convert the labels in this journal again
-    labeller: str | None = None # from_labels: whose labels, where the journal has several labellers'
-    combine: Literal["mean", "vote", "human-where-they-disagree"] | None = None # from_labels: all labellers together, how (pairs that were compared: not mean)
-    feedback_type: Literal["pairwise", "binary", "scalar"] | None = None # form of the feedback (None: scalar; with judge=pairwise: pairwise)
-    feedback_mode: Literal["random", "max", "min"] = "random" # which pairs of a prompt's samples are kept
-    threshold: float | Literal["mean", "median"] | None = None # pairwise: smallest difference (None: 0); binary: smallest good reward (None: median)
-    second_samples_path: str | None = None # compare with these samples: pairs are the k-th sample of a prompt here and the k-th there
-    trim_to_sentence: bool = False # cut outputs behind their last full sentence before labelling
-    batch_size: PositiveInt | None = None # reward model: most samples in one forward pass (None: the token budget decides); api: requests at a time (None: 10)
-    max_length: PositiveInt = 1024 # longest prompt + output, in tokens; longer outputs are cut and counted
-    token_budget: PositiveInt = 4096 # tokens in one forward pass
-    objective_weights: str = "" # reward models with several objectives: "helpful=0.7,safe=0.3", names as in the model's id2label
-    seed: int = 0 # decides the order within pairs
-    split: str | None = None # only samples of this split
-    api_model: str | None = None # api: name of the model that judges
-    base_url: str | None = None # api: the server (None: OPENAI_BASE_URL, else OpenAI's own)
-    judge: Literal["scalar", "pairwise"] = "scalar" # api: a number for each sample, or which of two is better, asked in both orders
-    system_prompt: str | None = None # api: who the judge is (None: a default)
-    label_prompt: str | None = None # api: the question, with {prompt} and {output}, or {output_A} and {output_B} (None: a default)
-    score_min: float = 0 # api: worst score; one outside the range is unscored
-    score_max: float = 10 # api: best score
-    temperature: NonNegativeFloat = 0 # api: the judge's
-    max_tokens: PositiveInt = 512 # api: longest reply, in tokens; one that is cut is unscored
-    structured: bool = True # api: ask for JSON by schema; where the server refuses that, for a line that ends in the score
-    max_retries: NonNegativeInt = 4 # api: repeats of a request that failed, by the client
-    request_timeout: PositiveFloat = 60 # api: seconds without a byte from the server before a request has failed
-    deadline: PositiveFloat = 300 # api: seconds for one question, repeats and all
-    requests_per_minute: PositiveInt | None = None # api: most requests, repeats included (None: no limit)
-    tokens_per_minute: PositiveInt | None = None # api: most tokens, estimated (None: no limit)
-    input_price: NonNegativeFloat | None = None # api: USD for a million tokens read (None: cost unknown)
-    output_price: NonNegativeFloat | None = None # api: USD for a million tokens written (None: cost unknown)
-    max_cost: PositiveFloat | None = None # api: USD for the whole job, earlier runs included; what is left stays unasked (None: no cap)
-    max_requests: PositiveInt | None = None # api: questions for the whole job, likewise (None: no cap)
-    dry_run: bool = False # count and estimate, then stop: nothing is asked, scored or written
-    precision: Literal["float32", "bfloat16"] = "float32" # dtype of the weights
-    trust_remote_code: bool = False # run code that comes with the model; leave off unless you have read it
-    num_processes: PositiveInt | None = None # stop if Accelerate started another number (None: not checked)
+
+    samples_file: Positional[str]  # JSON array of samples
+    # where the feedback goes; `<name>.labels.jsonl` beside it keeps every single score
+    output_file: Positional[str]
+    # labeller: a reward model, checkpoint folder or hub name
+    reward_model_path: str | None = None
+    # labeller: a judge behind an OpenAI-compatible server; key only from OPENAI_API_KEY
+    api_type: Literal["openai"] | None = None
+    # labeller: "module:name" of a Python function (prompt turns, output text) -> number
+    function: str | None = None
+    from_labels: str | None = None  # labeller: none; convert the labels in this journal again
+    # from_labels: whose labels, where the journal has several labellers'
+    labeller: str | None = None
+    # from_labels: all labellers together, how (pairs that were compared: not mean)
+    combine: Literal["mean", "vote", "human-where-they-disagree"] | None = None
+    # form of the feedback (None: scalar; with judge=pairwise: pairwise)
+    feedback_type: Literal["pairwise", "binary", "scalar"] | None = None
+    # which pairs of a prompt's samples are kept
+    feedback_mode: Literal["random", "max", "min"] = "random"
+    # pairwise: smallest difference (None: 0); binary: smallest good reward (None: median)
+    threshold: float | Literal["mean", "median"] | None = None
+    # compare with these samples: pairs are the k-th sample of a prompt here and the k-th there
+    second_samples_path: str | None = None
+    # cut outputs behind their last full sentence before labelling
+    trim_to_sentence: bool = False
+    # reward model: most samples in one forward pass (None: the token budget decides); api:
+    # requests at a time (None: 10)
+    batch_size: PositiveInt | None = None
+    # longest prompt + output, in tokens; longer outputs are cut and counted
+    max_length: PositiveInt = 1024
+    token_budget: PositiveInt = 4096  # tokens in one forward pass
+    # reward models with several objectives: "helpful=0.7,safe=0.3", names as in the model's
+    # id2label
+    objective_weights: str = ""
+    seed: int = 0  # decides the order within pairs
+    split: str | None = None  # only samples of this split
+    api_model: str | None = None  # api: name of the model that judges
+    base_url: str | None = None  # api: the server (None: OPENAI_BASE_URL, else OpenAI's own)
+    # api: a number for each sample, or which of two is better, asked in both orders
+    judge: Literal["scalar", "pairwise"] = "scalar"
+    system_prompt: str | None = None  # api: who the judge is (None: a default)
+    # api: the question, with {prompt} and {output}, or {output_A} and {output_B} (None: a
+    # default)
+    label_prompt: str | None = None
+    score_min: float = 0  # api: worst score; one outside the range is unscored
+    score_max: float = 10  # api: best score
+    temperature: NonNegativeFloat = 0  # api: the judge's
+    max_tokens: PositiveInt = 512  # api: longest reply, in tokens; one that is cut is unscored
+    # api: ask for JSON by schema; where the server refuses that, for a line that ends in the
+    # score
+    structured: bool = True
+    max_retries: NonNegativeInt = 4  # api: repeats of a request that failed, by the client
+    # api: seconds without a byte from the server before a request has failed
+    request_timeout: PositiveFloat = 60
+    deadline: PositiveFloat = 300  # api: seconds for one question, repeats and all
+    # api: most requests, repeats included (None: no limit)
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None  # api: most tokens, estimated (None: no limit)
+    # api: USD for a million tokens read (None: cost unknown)
+    input_price: NonNegativeFloat | None = None
+    # api: USD for a million tokens written (None: cost unknown)
+    output_price: NonNegativeFloat | None = None
+    # api: USD for the whole job, earlier runs included; what is left stays unasked (None: no
+    # cap)
+    max_cost: PositiveFloat | None = None
+    # api: questions for the whole job, likewise (None: no cap)
+    max_requests: PositiveInt | None = None
+    dry_run: bool = False  # count and estimate, then stop: nothing is asked, scored or written
+    precision: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
 
     def __post_init__(self):
-        named = [k for k in ("reward_model_path", "api_type", "function", "from_labels") if getattr(self, k) is not None]
-        if len(named) != 1: raise ValueError(f"labeller: name exactly one of reward_model_path, api_type, function and from_labels, got {' and '.join(named) or 'none'}")
-        if (self.api_type is None) != (self.api_model is None): raise ValueError("api_model: api_type and api_model go together: --api_type openai --api_model NAME")
-        if self.judge == "pairwise" and not self.api_type: raise ValueError("judge: only an API judge compares two answers; name it with api_type and api_model")
-        if self.judge == "pairwise" and self.feedback_type not in (None, "pairwise"): raise ValueError(f"feedback_type: a pairwise judge gives pairs, not {self.feedback_type} feedback")
-        if self.judge == "pairwise" and self.feedback_mode != "random": raise ValueError(f"feedback_mode: {self.feedback_mode} needs scores; a pairwise judge has none, its pairs are random")
-        if self.judge == "pairwise" and self.threshold not in (None, 0): raise ValueError("threshold: a pairwise judge has no scores, so there is no difference to be larger; leave threshold out")
-        if self.judge == "pairwise": self.feedback_type = "pairwise"
-        if self.combine and (self.labeller or not self.from_labels): raise ValueError("combine: speaks of all labellers in from_labels; name that journal, and no labeller")
-        if self.score_min >= self.score_max: raise ValueError(f"score_min: {self.score_min} is not below score_max, {self.score_max}")
-        if (self.input_price is None) != (self.output_price is None): raise ValueError("input_price: give both prices, input_price and output_price, or none")
-        if self.max_cost and self.input_price is None: raise ValueError("max_cost: a cap in USD needs input_price and output_price")
+        named = [
+            k
+            for k in ("reward_model_path", "api_type", "function", "from_labels")
+            if getattr(self, k) is not None
+        ]
+        if len(named) != 1:
+            raise ValueError(
+                "labeller: name exactly one of reward_model_path, api_type, function "
+                f"and from_labels, got {' and '.join(named) or 'none'}"
+            )
+        if (self.api_type is None) != (self.api_model is None):
+            raise ValueError(
+                "api_model: api_type and api_model go together: --api_type openai "
+                "--api_model NAME"
+            )
+        if self.judge == "pairwise" and not self.api_type:
+            raise ValueError(
+                "judge: only an API judge compares two answers; name it with api_type "
+                "and api_model"
+            )
+        if self.judge == "pairwise" and self.feedback_type not in (None, "pairwise"):
+            raise ValueError(
+                f"feedback_type: a pairwise judge gives pairs, not {self.feedback_type} "
+                "feedback"
+            )
+        if self.judge == "pairwise" and self.feedback_mode != "random":
+            raise ValueError(
+                f"feedback_mode: {self.feedback_mode} needs scores; a pairwise judge has "
+                "none, its pairs are random"
+            )
+        if self.judge == "pairwise" and self.threshold not in (None, 0):
+            raise ValueError(
+                "threshold: a pairwise judge has no scores, so there is no difference to "
+                "be larger; leave threshold out"
+            )
+        if self.judge == "pairwise":
+            self.feedback_type = "pairwise"
+        if self.combine and (self.labeller or not self.from_labels):
+            raise ValueError(
+                "combine: speaks of all labellers in from_labels; name that journal, and "
+                "no labeller"
+            )
+        if self.score_min >= self.score_max:
+            raise ValueError(
+                f"score_min: {self.score_min} is not below score_max, {self.score_max}"
+            )
+        if (self.input_price is None) != (self.output_price is None):
+            raise ValueError(
+                "input_price: give both prices, input_price and output_price, or none"
+            )
+        if self.max_cost and self.input_price is None:
+            raise ValueError("max_cost: a cap in USD needs input_price and output_price")
 
 # %% ../nbs/01_config.ipynb #cc57a783
-METHODS = ("sft", "csft", "dpo", "cdpo", "ipo", "simpo", "slic", "kto", "grpo", "ppo", "bradley-terry")
-BETA = dict(dpo=0.1, cdpo=0.1, simpo=2.0, slic=1.0, kto=0.1, grpo=0.1) # strength of the pull to the reference; simpo, slic: scale of the margin
-EPSILON = dict(cdpo=0.2, grpo=0.1) # cdpo: share of wrong labels; grpo: how far the ratio may go from 1
+METHODS = (
+    "sft",
+    "csft",
+    "dpo",
+    "cdpo",
+    "ipo",
+    "simpo",
+    "slic",
+    "kto",
+    "grpo",
+    "ppo",
+    "bradley-terry",
+)
+# strength of the pull to the reference; simpo, slic: scale of the margin
+BETA = dict(dpo=0.1, cdpo=0.1, simpo=2.0, slic=1.0, kto=0.1, grpo=0.1)
+# cdpo: share of wrong labels; grpo: how far the ratio may go from 1
+EPSILON = dict(cdpo=0.2, grpo=0.1)
 
 # %% ../nbs/01_config.ipynb #1a4b1380
 @checked
 class TrainConfig:
     "What `halos_nb.train` needs: a policy and data in, a trained model out."
-    loss: Literal[METHODS] # the method
-    model: str | None = None # initial weights, folder or hub name (None: `load_from`)
-    load_from: str | None = None # the reference, in every online round this model (None: `model`)
-    from_checkpoint: str | None = None # weights, optimiser and scheduler continue from this checkpoint
-    online: bool = False # one round of an online run: the reference is `load_from`, one epoch
-    train_datasets: list[str] = field(default_factory=list) # named data sets or files
-    test_datasets: list[str] = field(default_factory=list) # evaluated before and after training
-    exp_name: str = "policy" # the model is saved to {cache_dir}/{exp_name}/FINAL
-    cache_dir: str = "runs/models" # folder of all experiments' checkpoints
-    metrics_file: str | None = None # one JSON line per logged step (None: {cache_dir}/{exp_name}/metrics.jsonl)
-    beta: PositiveFloat | None = None # None: the method's own, see `BETA`
-    epsilon: NonNegativeFloat | None = None # None: the method's own, see `EPSILON`
-    tau: PositiveFloat = 0.1 # ipo: the margin it aims at is 1 / (2 tau)
-    gamma_beta_ratio: NonNegativeFloat = 0.5 # simpo: target margin, in units of beta
-    lambda_coef: NonNegativeFloat = 0.1 # slic: weight of the chosen answer's likelihood
-    desirable_weight: NonNegativeFloat = 1.0 # kto: weight of good answers
-    undesirable_weight: NonNegativeFloat = 1.0 # kto: weight of bad answers
-    cliprange: PositiveFloat = 0.5 # ppo: how far the ratio may go from 1
-    gamma: NonNegativeFloat = 0.99 # ppo: discount of a later reward, per token
-    lam: NonNegativeFloat = 0.95 # ppo: decay of the advantage estimate, per token
-    critic_coef: NonNegativeFloat = 0.01 # ppo: weight of the value loss
-    KL_coef: NonNegativeFloat = 0.1 # ppo: weight of the KL penalty
-    ppo_epochs: PositiveInt = 1 # ppo: updates on each batch
-    use_margin: bool = False # bradley-terry: scores must differ by as much as the labeller's did
-    centring: NonNegativeFloat = 0.0 # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
-    humanline: bool = False # clamp token log-ratios to [log_epsilon_P, log_epsilon_R]
-    log_epsilon_P: float = -1.0 # humanline: lower bound
-    log_epsilon_R: float = 1.5 # humanline: upper bound
-    sync_reference: NonNegativeInt = 0 # humanline: the reference becomes the policy every so many steps (0: never)
-    lr: PositiveFloat = 5e-7 # peak learning rate
-    warmup: NonNegativeFloat = 0.1 # share of this run's steps over which the rate rises; not repeated when continuing
-    lr_scheduler: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup" # shape after the warm-up
-    weight_decay: NonNegativeFloat = 0.0 # AdamW's decoupled weight decay
-    max_grad_norm: PositiveFloat = 10.0 # gradients longer than this are scaled down
-    epochs: PositiveInt = 1 # passes over the data
-    n_examples: PositiveInt | None = None # stop after this many examples, if `epochs` have not ended before
-    batch_size: PositiveInt = 32 # examples per optimiser step over all processes: pairs, answers, or (grpo) prompts with all their answers
-    token_budget: PositiveInt = 4096 # tokens in one forward pass; how a batch is cut never changes the gradient
-    microbatch_size: PositiveInt | None = None # most examples in one forward pass (None: the token budget alone decides)
-    max_length: PositiveInt = 1024 # longest prompt + completion, in tokens; completions are cut at the end and counted
-    max_prompt_length: PositiveInt = 512 # longest prompt, in tokens; whole turns are dropped first and counted
-    drop: Literal["oldest", "newest"] = "oldest" # which turns of a long prompt go first; never the last one
-    layout: Literal["auto", "tree", "plain"] = "auto" # tree: prompt once for all its branches; auto: tree where the model is proved to take it
-    max_prompt_count: PositiveInt | None = None # most pairs of one prompt in an epoch, drawn anew each time
-    frac_unique_desirable: Annotated[float, Field(ge=0, le=1)] = 1.0 # csft, kto, ppo, grpo: random share of good answers that is kept
-    frac_unique_undesirable: Annotated[float, Field(ge=0, le=1)] = 1.0 # csft, kto, ppo, grpo: random share of bad answers that is kept
-    control_chosen: str = "<|good|>" # csft: token in front of good answers
-    control_rejected: str = "<|bad|>" # csft: token in front of bad answers
-    use_peft: bool = False # train LoRA adapters; the reference is the model without them
-    lora_r: PositiveInt = 64 # rank of the adapters
-    lora_alpha: PositiveFloat = 256 # their scale is alpha / r
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05 # dropout in front of them
-    lora_targets: str = "all-linear" # layers that get one: names separated by commas
-    reference_cache: str | None = None # folder that keeps reference log-probs from run to run (None: computed as they are needed)
-    eval_at_start: bool = True # evaluate before the first step too
-    eval_every: PositiveInt | None = None # optimiser steps between evaluations (None: only at start and end)
-    n_eval_examples: PositiveInt | None = None # evaluate on this many examples (None: all)
-    save_every: PositiveInt | None = None # optimiser steps between intermediate checkpoints, {exp_name}/step-N (None: none)
-    seed: int = 0 # order of the data and fresh weights
-    log_every: PositiveInt = 1 # optimiser steps between lines of metrics
-    precision: Literal["float32", "bfloat16"] = "float32" # bfloat16: autocast over float32 master weights
-    trust_remote_code: bool = False # run code that comes with the model; leave off unless you have read it
-    num_processes: PositiveInt | None = None # stop if Accelerate started another number (None: not checked)
+
+    loss: Literal[METHODS]  # the method
+    model: str | None = None  # initial weights, folder or hub name (None: `load_from`)
+    # the reference, in every online round this model (None: `model`)
+    load_from: str | None = None
+    # weights, optimiser and scheduler continue from this checkpoint
+    from_checkpoint: str | None = None
+    online: bool = False  # one round of an online run: the reference is `load_from`, one epoch
+    train_datasets: list[str] = field(default_factory=list)  # named data sets or files
+    # evaluated before and after training
+    test_datasets: list[str] = field(default_factory=list)
+    exp_name: str = "policy"  # the model is saved to {cache_dir}/{exp_name}/FINAL
+    cache_dir: str = "runs/models"  # folder of all experiments' checkpoints
+    # one JSON line per logged step (None: {cache_dir}/{exp_name}/metrics.jsonl)
+    metrics_file: str | None = None
+    beta: PositiveFloat | None = None  # None: the method's own, see `BETA`
+    epsilon: NonNegativeFloat | None = None  # None: the method's own, see `EPSILON`
+    tau: PositiveFloat = 0.1  # ipo: the margin it aims at is 1 / (2 tau)
+    gamma_beta_ratio: NonNegativeFloat = 0.5  # simpo: target margin, in units of beta
+    lambda_coef: NonNegativeFloat = 0.1  # slic: weight of the chosen answer's likelihood
+    desirable_weight: NonNegativeFloat = 1.0  # kto: weight of good answers
+    undesirable_weight: NonNegativeFloat = 1.0  # kto: weight of bad answers
+    cliprange: PositiveFloat = 0.5  # ppo: how far the ratio may go from 1
+    gamma: NonNegativeFloat = 0.99  # ppo: discount of a later reward, per token
+    lam: NonNegativeFloat = 0.95  # ppo: decay of the advantage estimate, per token
+    critic_coef: NonNegativeFloat = 0.01  # ppo: weight of the value loss
+    KL_coef: NonNegativeFloat = 0.1  # ppo: weight of the KL penalty
+    ppo_epochs: PositiveInt = 1  # ppo: updates on each batch
+    # bradley-terry: scores must differ by as much as the labeller's did
+    use_margin: bool = False
+    # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
+    centring: NonNegativeFloat = 0.0
+    humanline: bool = False  # clamp token log-ratios to [log_epsilon_P, log_epsilon_R]
+    log_epsilon_P: float = -1.0  # humanline: lower bound
+    log_epsilon_R: float = 1.5  # humanline: upper bound
+    # humanline: the reference becomes the policy every so many steps (0: never)
+    sync_reference: NonNegativeInt = 0
+    lr: PositiveFloat = 5e-7  # peak learning rate
+    # share of this run's steps over which the rate rises; not repeated when continuing
+    warmup: NonNegativeFloat = 0.1
+    # shape after the warm-up
+    lr_scheduler: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay
+    max_grad_norm: PositiveFloat = 10.0  # gradients longer than this are scaled down
+    epochs: PositiveInt = 1  # passes over the data
+    # stop after this many examples, if `epochs` have not ended before
+    n_examples: PositiveInt | None = None
+    # examples per optimiser step over all processes: pairs, answers, or (grpo) prompts with all
+    # their answers
+    batch_size: PositiveInt = 32
+    # tokens in one forward pass; how a batch is cut never changes the gradient
+    token_budget: PositiveInt = 4096
+    # most examples in one forward pass (None: the token budget alone decides)
+    microbatch_size: PositiveInt | None = None
+    # longest prompt + completion, in tokens; completions are cut at the end and counted
+    max_length: PositiveInt = 1024
+    # longest prompt, in tokens; whole turns are dropped first and counted
+    max_prompt_length: PositiveInt = 512
+    # which turns of a long prompt go first; never the last one
+    drop: Literal["oldest", "newest"] = "oldest"
+    # tree: prompt once for all its branches; auto: tree where the model is proved to take it
+    layout: Literal["auto", "tree", "plain"] = "auto"
+    # most pairs of one prompt in an epoch, drawn anew each time
+    max_prompt_count: PositiveInt | None = None
+    # csft, kto, ppo, grpo: random share of good answers that is kept
+    frac_unique_desirable: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # csft, kto, ppo, grpo: random share of bad answers that is kept
+    frac_unique_undesirable: Annotated[float, Field(ge=0, le=1)] = 1.0
+    control_chosen: str = "<|good|>"  # csft: token in front of good answers
+    control_rejected: str = "<|bad|>"  # csft: token in front of bad answers
+    use_peft: bool = False  # train LoRA adapters; the reference is the model without them
+    lora_r: PositiveInt = 64  # rank of the adapters
+    lora_alpha: PositiveFloat = 256  # their scale is alpha / r
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # dropout in front of them
+    lora_targets: str = "all-linear"  # layers that get one: names separated by commas
+    # folder that keeps reference log-probs from run to run (None: computed as they are needed)
+    reference_cache: str | None = None
+    eval_at_start: bool = True  # evaluate before the first step too
+    # optimiser steps between evaluations (None: only at start and end)
+    eval_every: PositiveInt | None = None
+    n_eval_examples: PositiveInt | None = None  # evaluate on this many examples (None: all)
+    # optimiser steps between intermediate checkpoints, {exp_name}/step-N (None: none)
+    save_every: PositiveInt | None = None
+    seed: int = 0  # order of the data and fresh weights
+    log_every: PositiveInt = 1  # optimiser steps between lines of metrics
+    # bfloat16: autocast over float32 master weights
+    precision: Literal["float32", "bfloat16"] = "float32"
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
 
     def __post_init__(self):
-        if self.model is None: self.model = self.load_from
-        if self.load_from is None: self.load_from = self.model
-        if self.beta is None: self.beta = BETA.get(self.loss)
-        if self.epsilon is None: self.epsilon = EPSILON.get(self.loss)
-        for wrong in filter(None, contradictions(self)): raise ValueError(wrong)
+        if self.model is None:
+            self.model = self.load_from
+        if self.load_from is None:
+            self.load_from = self.model
+        if self.beta is None:
+            self.beta = BETA.get(self.loss)
+        if self.epsilon is None:
+            self.epsilon = EPSILON.get(self.loss)
+        for wrong in filter(None, contradictions(self)):
+            raise ValueError(wrong)
 
 # %% ../nbs/01_config.ipynb #a19d9e74
 def contradictions(c) -> list[str]:
     "What is wrong with a TrainConfig as a whole, each as 'field: why'; empty texts where nothing is."
-    clamp, full = f"[{c.log_epsilon_P}, {c.log_epsilon_R}]", c.loss in ("sft", "csft", "bradley-terry")
+    clamp, full = (
+        f"[{c.log_epsilon_P}, {c.log_epsilon_R}]",
+        c.loss in ("sft", "csft", "bradley-terry"),
+    )
     return [
         "" if c.model else "model: give `model` or `load_from`",
-        "" if not c.online or c.epochs == 1 else f"epochs: an online round is one epoch, got {c.epochs}",
-        "" if not c.online or c.lr_scheduler == "constant_with_warmup" else
-            f"lr_scheduler: rounds continue one schedule, which {c.lr_scheduler} cannot without knowing its end; use constant_with_warmup",
-        "" if not c.humanline or c.log_epsilon_P <= 0 <= c.log_epsilon_R else f"log_epsilon_P: the interval {clamp} must hold 0, the log-ratio of a token that has not moved",
-        "" if not c.humanline or not full else f"humanline: {c.loss} has no log-ratio that could be clamped",
-        "" if not c.sync_reference or c.humanline else "sync_reference: only humanline syncs the reference; set humanline too, or leave this 0",
-        "" if not c.sync_reference or not c.reference_cache else "reference_cache: a reference that is synced changes, so its log-probs cannot be kept; choose one of the two",
-        "" if c.epsilon is None or c.loss != "cdpo" or c.epsilon < 0.5 else f"epsilon: with {c.epsilon} of the labels wrong nothing can be learnt; it is below 0.5",
-        "" if not c.use_peft or c.model == c.load_from else f"use_peft: the reference is the model without adapters, so `model` and `load_from` must be one, not {c.model} and {c.load_from}",
-        "" if not c.use_peft or c.loss != "csft" else "use_peft: csft's control tokens are new, and LoRA does not train embeddings; train csft in full",
-        "" if c.max_prompt_length < c.max_length else f"max_prompt_length: {c.max_prompt_length} leaves no room for a completion in max_length {c.max_length}",
+        ""
+        if not c.online or c.epochs == 1
+        else f"epochs: an online round is one epoch, got {c.epochs}",
+        ""
+        if not c.online or c.lr_scheduler == "constant_with_warmup"
+        else (
+            f"lr_scheduler: rounds continue one schedule, which {c.lr_scheduler} cannot "
+            "without knowing its end; use constant_with_warmup"
+        ),
+        ""
+        if not c.humanline or c.log_epsilon_P <= 0 <= c.log_epsilon_R
+        else (
+            f"log_epsilon_P: the interval {clamp} must hold 0, the log-ratio of a token that "
+            "has not moved"
+        ),
+        ""
+        if not c.humanline or not full
+        else f"humanline: {c.loss} has no log-ratio that could be clamped",
+        ""
+        if not c.sync_reference or c.humanline
+        else (
+            "sync_reference: only humanline syncs the reference; set humanline too, or leave "
+            "this 0"
+        ),
+        ""
+        if not c.sync_reference or not c.reference_cache
+        else (
+            "reference_cache: a reference that is synced changes, so its log-probs cannot be "
+            "kept; choose one of the two"
+        ),
+        ""
+        if c.epsilon is None or c.loss != "cdpo" or c.epsilon < 0.5
+        else (
+            f"epsilon: with {c.epsilon} of the labels wrong nothing can be learnt; it is "
+            "below 0.5"
+        ),
+        ""
+        if not c.use_peft or c.model == c.load_from
+        else (
+            "use_peft: the reference is the model without adapters, so `model` and "
+            f"`load_from` must be one, not {c.model} and {c.load_from}"
+        ),
+        ""
+        if not c.use_peft or c.loss != "csft"
+        else (
+            "use_peft: csft's control tokens are new, and LoRA does not train embeddings; "
+            "train csft in full"
+        ),
+        ""
+        if c.max_prompt_length < c.max_length
+        else (
+            f"max_prompt_length: {c.max_prompt_length} leaves no room for a completion in "
+            f"max_length {c.max_length}"
+        ),
     ]
 
 # %% ../nbs/01_config.ipynb #eeb27a8f
@@ -244,97 +468,172 @@ def config_error(e: ValidationError, cls) -> str:
         name = str(err["loc"][0]) if err["loc"] else ""
         if err["type"] == "unexpected_keyword_argument":
             near = difflib.get_close_matches(name, names, 1)
-            lines.append(f"{name}: unknown parameter" + (f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(names)}"))
-        else: lines.append(": ".join(filter(None, [name, f"{err['msg']}, got {err['input']!r}" if name else err["msg"].removeprefix("Value error, ")])))
+            lines.append(
+                f"{name}: unknown parameter"
+                + (
+                    f"; did you mean `{near[0]}`?"
+                    if near
+                    else f"; known are {', '.join(names)}"
+                )
+            )
+        else:
+            lines.append(
+                ": ".join(
+                    filter(
+                        None,
+                        [
+                            name,
+                            f"{err['msg']}, got {err['input']!r}"
+                            if name
+                            else err["msg"].removeprefix("Value error, "),
+                        ],
+                    )
+                )
+            )
     return f"{cls.__name__}: " + "; ".join(dict.fromkeys(lines))
 
 
 def make_config(cls, **given):
     "`cls(**given)`, or a ValueError that names each wrong parameter."
-    try: return cls(**given)
-    except ValidationError as e: raise ValueError(config_error(e, cls)) from None
+    try:
+        return cls(**given)
+    except ValidationError as e:
+        raise ValueError(config_error(e, cls)) from None
 
 
-def there(path: str, what: str) -> str: # path: of a file or folder, or a name on the hub; what: the parameter
+def there(
+    path: str, what: str
+) -> str:  # path: of a file or folder, or a name on the hub; what: the parameter
     "The same; an error if it looks like a path and nothing is there."
-    if str(path).startswith(("/", "./", "../", "~")) and not Path(path).exists(): raise FileNotFoundError(f"{what}: nothing is at {path}")
+    if str(path).startswith(("/", "./", "../", "~")) and not Path(path).exists():
+        raise FileNotFoundError(f"{what}: nothing is at {path}")
     return path
 
 # %% ../nbs/01_config.ipynb #5955a7b1
-FEEDBACK = {m: ("pairwise",) for m in ("dpo", "cdpo", "ipo", "simpo", "slic")} | dict(kto=("binary", "pairwise"), ppo=("binary", "pairwise"), grpo=("scalar",)) # forms a method can learn from
+# forms a method can learn from
+FEEDBACK = {m: ("pairwise",) for m in ("dpo", "cdpo", "ipo", "simpo", "slic")} | dict(
+    kto=("binary", "pairwise"), ppo=("binary", "pairwise"), grpo=("scalar",)
+)
 THRESHOLD = dict(pairwise=0.5, binary="median")
 
 
 def read_options(text: str | dict) -> dict:
     "`a=1, b=x` as a dict; a dict as it is."
-    if isinstance(text, dict): return text
+    if isinstance(text, dict):
+        return text
     pairs = [x.strip().partition("=") for x in text.split(",") if x.strip()]
-    if wrong := [k for k, sign, _ in pairs if not sign]: raise ValueError(f"train_options: {wrong[0]!r} has no value; write name=value, set apart by commas")
+    if wrong := [k for k, sign, _ in pairs if not sign]:
+        raise ValueError(
+            f"train_options: {wrong[0]!r} has no value; write name=value, set apart by commas"
+        )
     return {k.strip(): v.strip() for k, _, v in pairs}
 
 # %% ../nbs/01_config.ipynb #be11b0a8
 @checked
 class LoopConfig:
     "What the online loop needs: rounds of sample, label and train."
-    run_name: str = "online" # the run's folder under runs/
-    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "grpo", "ppo"] = "dpo" # loss of the training stage
-    beta: PositiveFloat | None = None # strength of the pull towards the reference (None: the method's own)
-    humanline: bool = False # clamp token log-ratios and sync the reference with the policy
-    sync_reference: NonNegativeInt = 0 # humanline: optimiser steps between syncs (0: never)
-    train_options: str | dict = "" # any other field of TrainConfig, as "tau=0.05, use_peft=true"
-    lr: PositiveFloat = 3e-4 # peak learning rate
-    total_prompts: PositiveInt = 512 # prompts over all rounds
-    prompts_per_round: PositiveInt = 128 # prompts of one round: rounds = total_prompts / prompts_per_round
-    num_samples_per_prompt: PositiveInt = 8 # samples drawn for each prompt
-    temperature: PositiveFloat = 1.0 # sampling temperature
-    top_p: PositiveFloat = 1.0 # nucleus probability mass kept
-    max_new_tokens: PositiveInt = 64 # longest sample, in tokens
-    max_length: PositiveInt = 512 # longest prompt + completion in training and labelling, in tokens
-    max_prompt_length: PositiveInt = 256 # longest prompt, in tokens
-    feedback_type: Literal["auto", "pairwise", "binary", "scalar"] = "auto" # form of the feedback; auto: what the method needs
-    feedback_mode: Literal["random", "max", "min"] = "random" # which pairs of a prompt's samples are kept
-    threshold: float | Literal["mean", "median"] | None = None # pairwise: scores must differ by more (None: 0.5, closer ones are mostly noise); binary: smallest good reward (None: median)
-    batch_size: PositiveInt = 16 # examples per optimiser step: pairs, answers (kto, ppo) or prompts with all their answers (grpo)
-    token_budget: PositiveInt = 4096 # tokens in one forward pass
-    sft_checkpoint: str = "" # first policy and reference (empty: the playground's)
-    reward_checkpoint: str = "" # reward model (empty: the playground's)
-    prompts: str = "" # data set name or file with prompts (empty: the playground's)
-    profile: str = "" # how stages are launched, a section of settings.ini (empty: its default)
-    seed: int = 0 # decides samples, pairs and order of training
-    fresh: bool = False # start this run again from nothing instead of continuing it
+
+    run_name: str = "online"  # the run's folder under runs/
+    # loss of the training stage
+    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "grpo", "ppo"] = "dpo"
+    # strength of the pull towards the reference (None: the method's own)
+    beta: PositiveFloat | None = None
+    humanline: bool = False  # clamp token log-ratios and sync the reference with the policy
+    sync_reference: NonNegativeInt = 0  # humanline: optimiser steps between syncs (0: never)
+    # any other field of TrainConfig, as "tau=0.05, use_peft=true"
+    train_options: str | dict = ""
+    lr: PositiveFloat = 3e-4  # peak learning rate
+    total_prompts: PositiveInt = 512  # prompts over all rounds
+    # prompts of one round: rounds = total_prompts / prompts_per_round
+    prompts_per_round: PositiveInt = 128
+    num_samples_per_prompt: PositiveInt = 8  # samples drawn for each prompt
+    temperature: PositiveFloat = 1.0  # sampling temperature
+    top_p: PositiveFloat = 1.0  # nucleus probability mass kept
+    max_new_tokens: PositiveInt = 64  # longest sample, in tokens
+    # longest prompt + completion in training and labelling, in tokens
+    max_length: PositiveInt = 512
+    max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
+    # form of the feedback; auto: what the method needs
+    feedback_type: Literal["auto", "pairwise", "binary", "scalar"] = "auto"
+    # which pairs of a prompt's samples are kept
+    feedback_mode: Literal["random", "max", "min"] = "random"
+    # pairwise: scores must differ by more (None: 0.5, closer ones are mostly noise); binary:
+    # smallest good reward (None: median)
+    threshold: float | Literal["mean", "median"] | None = None
+    # examples per optimiser step: pairs, answers (kto, ppo) or prompts with all their answers
+    # (grpo)
+    batch_size: PositiveInt = 16
+    token_budget: PositiveInt = 4096  # tokens in one forward pass
+    sft_checkpoint: str = ""  # first policy and reference (empty: the playground's)
+    reward_checkpoint: str = ""  # reward model (empty: the playground's)
+    prompts: str = ""  # data set name or file with prompts (empty: the playground's)
+    profile: str = ""  # how stages are launched, a section of settings.ini (empty: its default)
+    seed: int = 0  # decides samples, pairs and order of training
+    fresh: bool = False  # start this run again from nothing instead of continuing it
 
     def __post_init__(self):
         if self.prompts_per_round > self.total_prompts:
-            raise ValueError(f"prompts_per_round: {self.prompts_per_round} is more than total_prompts, {self.total_prompts}")
-        if self.beta is None: self.beta = BETA.get(self.method)
-        if self.feedback_type == "auto": self.feedback_type = FEEDBACK[self.method][0]
-        if self.feedback_type not in FEEDBACK[self.method]: raise ValueError(f"feedback_type: {self.method} learns from {' or '.join(FEEDBACK[self.method])} feedback, not from {self.feedback_type}")
-        if self.threshold is None: self.threshold = THRESHOLD.get(self.feedback_type)
-        if self.feedback_type == "pairwise" and (isinstance(self.threshold, str) or self.threshold < 0): raise ValueError(f"threshold: for pairs it is the smallest difference, a number from 0, not {self.threshold!r}")
+            raise ValueError(
+                f"prompts_per_round: {self.prompts_per_round} is more than "
+                f"total_prompts, {self.total_prompts}"
+            )
+        if self.beta is None:
+            self.beta = BETA.get(self.method)
+        if self.feedback_type == "auto":
+            self.feedback_type = FEEDBACK[self.method][0]
+        if self.feedback_type not in FEEDBACK[self.method]:
+            raise ValueError(
+                f"feedback_type: {self.method} learns from "
+                f"{' or '.join(FEEDBACK[self.method])} feedback, not from "
+                f"{self.feedback_type}"
+            )
+        if self.threshold is None:
+            self.threshold = THRESHOLD.get(self.feedback_type)
+        if self.feedback_type == "pairwise" and (
+            isinstance(self.threshold, str) or self.threshold < 0
+        ):
+            raise ValueError(
+                "threshold: for pairs it is the smallest difference, a number from 0, "
+                f"not {self.threshold!r}"
+            )
         self.train_options = read_options(self.train_options)
         self.training(model="sft")
 
     def training(self, **more) -> TrainConfig:
         "The config of a training stage; an error if `train_options` names what it has not, or what has a parameter of its own here."
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in {g.name for g in fields(TrainConfig)} - {"seed"}}
-        if twice := [k for k in self.train_options if k in own | more or k == "loss"]: raise ValueError(f"train_options: {twice[0]} is set elsewhere; give it as a parameter of its own")
-        try: return make_config(TrainConfig, loss=self.method, **own, **more, **self.train_options)
-        except ValueError as e: raise ValueError(f"training stage, {e}") from None
+        own = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in {g.name for g in fields(TrainConfig)} - {"seed"}
+        }
+        if twice := [k for k in self.train_options if k in own | more or k == "loss"]:
+            raise ValueError(
+                f"train_options: {twice[0]} is set elsewhere; give it as a parameter of its own"
+            )
+        try:
+            return make_config(
+                TrainConfig, loss=self.method, **own, **more, **self.train_options
+            )
+        except ValueError as e:
+            raise ValueError(f"training stage, {e}") from None
 
 # %% ../nbs/01_config.ipynb #e27a6f3f
 @checked
 class CompareConfig:
     "What the comparison of methods needs: one online run per method, all in the playground and from the same seed."
-    run_name: str = "compare_methods" # runs are named {run_name}-{method}
-    methods: list[str] | str = "" # some of `playground.SWEEP`, comma-separated or a list (empty: all)
-    total_prompts: PositiveInt = 384 # prompts of each run, over all rounds
-    prompts_per_round: PositiveInt = 128 # prompts of one round
-    num_samples_per_prompt: PositiveInt = 8 # samples drawn for each prompt
-    profile: str = "" # how stages are launched (empty: settings.ini's default)
-    seed: int = 0 # of every run
-    fresh: bool = False # start all runs again from nothing
 
-    def __post_init__(self): self.methods = names(self.methods)
+    run_name: str = "compare_methods"  # runs are named {run_name}-{method}
+    # some of `playground.SWEEP`, comma-separated or a list (empty: all)
+    methods: list[str] | str = ""
+    total_prompts: PositiveInt = 384  # prompts of each run, over all rounds
+    prompts_per_round: PositiveInt = 128  # prompts of one round
+    num_samples_per_prompt: PositiveInt = 8  # samples drawn for each prompt
+    profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    seed: int = 0  # of every run
+    fresh: bool = False  # start all runs again from nothing
+
+    def __post_init__(self):
+        self.methods = names(self.methods)
 
 
 def names(x: str | list[str]) -> list[str]:
@@ -345,124 +644,204 @@ def names(x: str | list[str]) -> list[str]:
 @checked
 class HandConfig:
     "What labelling by hand needs: samples in, pairs that a person compared and a trained step out."
-    run_name: str = "by_hand" # the run's folder under runs/; another name is another session
-    samples: str = "" # samples file (empty: the playground's)
-    labels: list[str] | str = "" # other labellers' journals of these samples, *.labels.jsonl, comma-separated or a list (empty: the playground's reward model and truth)
-    labeller: str = "human:me" # who labels; human:<name>
-    choose: Literal["spread", "uncertain", "disputed"] = "spread" # which pairs: over all prompts, the first other labeller's closest, or those on which others disagree
-    num_pairs: PositiveInt = 20 # how many
-    repeats: NonNegativeFloat = 0.05 # share of the pairs shown twice, sides changed
-    guidelines: str = "" # shown above the pairs
-    pending: Literal["judge", "skip", "stop"] | None = None # pairs that nobody answered, where nobody is there: as the first other labeller says, left out, or an error (None: judge if there is one, else stop)
-    mode: Literal["auto", "widget", "static"] = "auto" # widget: somebody can press keys; static: nobody can
-    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "bradley-terry"] = "dpo" # loss of the training step
-    model: str = "" # what is trained, and its reference (empty: the playground's policy)
-    lr: PositiveFloat = 3e-4 # peak learning rate
-    epochs: PositiveInt = 1 # passes over the pairs
-    batch_size: PositiveInt = 16 # pairs per optimiser step
-    max_length: PositiveInt = 512 # longest prompt + answer, in tokens
-    max_prompt_length: PositiveInt = 256 # longest prompt, in tokens
-    profile: str = "" # how stages are launched (empty: settings.ini's default)
-    seed: int = 0 # decides pairs, sides, repeats and the order of training
+
+    run_name: str = "by_hand"  # the run's folder under runs/; another name is another session
+    samples: str = ""  # samples file (empty: the playground's)
+    # other labellers' journals of these samples, *.labels.jsonl, comma-separated or a list
+    # (empty: the playground's reward model and truth)
+    labels: list[str] | str = ""
+    labeller: str = "human:me"  # who labels; human:<name>
+    # which pairs: over all prompts, the first other labeller's closest, or those on which
+    # others disagree
+    choose: Literal["spread", "uncertain", "disputed"] = "spread"
+    num_pairs: PositiveInt = 20  # how many
+    repeats: NonNegativeFloat = 0.05  # share of the pairs shown twice, sides changed
+    guidelines: str = ""  # shown above the pairs
+    # pairs that nobody answered, where nobody is there: as the first other labeller says, left
+    # out, or an error (None: judge if there is one, else stop)
+    pending: Literal["judge", "skip", "stop"] | None = None
+    # widget: somebody can press keys; static: nobody can
+    mode: Literal["auto", "widget", "static"] = "auto"
+    # loss of the training step
+    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "bradley-terry"] = "dpo"
+    model: str = ""  # what is trained, and its reference (empty: the playground's policy)
+    lr: PositiveFloat = 3e-4  # peak learning rate
+    epochs: PositiveInt = 1  # passes over the pairs
+    batch_size: PositiveInt = 16  # pairs per optimiser step
+    max_length: PositiveInt = 512  # longest prompt + answer, in tokens
+    max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
+    profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    seed: int = 0  # decides pairs, sides, repeats and the order of training
 
     def __post_init__(self):
         self.labels = names(self.labels)
         others = self.labels or not self.samples
-        if self.pending is None: self.pending = "judge" if others else "stop"
-        if not others and self.pending == "judge": raise ValueError("pending: nobody but you labels these samples; name other labellers' journals in `labels`, or choose skip or stop")
-        if not others and self.choose != "spread": raise ValueError(f"choose: {self.choose} pairs are chosen by other labellers; name their journals in `labels`")
-        if not self.labeller.startswith("human:"): raise ValueError(f"labeller: should be human:<name>, got {self.labeller!r}")
-        if self.samples and not self.model: raise ValueError("model: name the model to train on your samples")
+        if self.pending is None:
+            self.pending = "judge" if others else "stop"
+        if not others and self.pending == "judge":
+            raise ValueError(
+                "pending: nobody but you labels these samples; name other labellers' "
+                "journals in `labels`, or choose skip or stop"
+            )
+        if not others and self.choose != "spread":
+            raise ValueError(
+                f"choose: {self.choose} pairs are chosen by other labellers; name their "
+                "journals in `labels`"
+            )
+        if not self.labeller.startswith("human:"):
+            raise ValueError(f"labeller: should be human:<name>, got {self.labeller!r}")
+        if self.samples and not self.model:
+            raise ValueError("model: name the model to train on your samples")
 
 # %% ../nbs/01_config.ipynb #836ce045
 @checked
 class RewardConfig:
     "What the reward-model workflow needs: pairs in, an evaluated reward model and labelled samples out."
-    run_name: str = "reward_model" # the run's folder under runs/
-    exp_name: str = "rm" # the model is saved to {run folder}/{exp_name}/FINAL
-    train_datasets: list[str] | str = "" # pairwise data: names or files, comma-separated or a list (empty: the playground's)
-    test_datasets: list[str] | str = "" # held-out pairs, likewise (empty: the playground's)
-    samples: str = "" # samples file to label at the end (empty: the playground's, or none with other data)
-    model: str = "" # start from this model (empty: the playground's policy, or a small model from scratch with other data)
-    lr: PositiveFloat = 1e-3 # peak learning rate
-    epochs: PositiveInt = 1 # passes over the pairs
-    batch_size: PositiveInt = 16 # pairs per optimiser step
-    token_budget: PositiveInt = 4096 # tokens in one forward pass
-    max_length: PositiveInt = 1024 # longest prompt + answer, in tokens
-    max_prompt_length: PositiveInt = 512 # longest prompt, in tokens
-    profile: str = "" # how stages are launched (empty: settings.ini's default)
-    seed: int = 0 # decides the order of training and fresh weights
-    fresh: bool = False # start this run again from nothing
+
+    run_name: str = "reward_model"  # the run's folder under runs/
+    exp_name: str = "rm"  # the model is saved to {run folder}/{exp_name}/FINAL
+    # pairwise data: names or files, comma-separated or a list (empty: the playground's)
+    train_datasets: list[str] | str = ""
+    test_datasets: list[str] | str = ""  # held-out pairs, likewise (empty: the playground's)
+    # samples file to label at the end (empty: the playground's, or none with other data)
+    samples: str = ""
+    # start from this model (empty: the playground's policy, or a small model from scratch with
+    # other data)
+    model: str = ""
+    lr: PositiveFloat = 1e-3  # peak learning rate
+    epochs: PositiveInt = 1  # passes over the pairs
+    batch_size: PositiveInt = 16  # pairs per optimiser step
+    token_budget: PositiveInt = 4096  # tokens in one forward pass
+    max_length: PositiveInt = 1024  # longest prompt + answer, in tokens
+    max_prompt_length: PositiveInt = 512  # longest prompt, in tokens
+    profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    seed: int = 0  # decides the order of training and fresh weights
+    fresh: bool = False  # start this run again from nothing
 
     def __post_init__(self):
-        self.train_datasets, self.test_datasets = names(self.train_datasets), names(self.test_datasets)
-        if bool(self.train_datasets) != bool(self.test_datasets): raise ValueError("test_datasets: name training and held-out pairs together, or neither (then the playground's are used)")
+        self.train_datasets, self.test_datasets = (
+            names(self.train_datasets),
+            names(self.test_datasets),
+        )
+        if bool(self.train_datasets) != bool(self.test_datasets):
+            raise ValueError(
+                "test_datasets: name training and held-out pairs together, or neither "
+                "(then the playground's are used)"
+            )
 
 # %% ../nbs/01_config.ipynb #e3564859
 @checked
 class RunsConfig:
     "What the comparison of runs needs: which runs, and what of them."
-    runs: list[str] | str = "" # names of runs under runs/, comma-separated or a list (empty: all that have finished a round)
-    only_differences: bool = True # leave out parameters that are the same in all of them
-    curve: str = "loss" # the training metric that is drawn, a key of metrics.jsonl
-    prompts: PositiveInt = 3 # how many prompts are shown with every run's answer, those that differ most
-    truth: bool = False # the runs took place in the playground: compute the true reward of their samples too
-    csv: str = "" # where the table goes (empty: compare_runs.csv in the runs' folder)
-    mode: Literal["auto", "widget", "static"] = "auto" # with controls, or as it can be read without a kernel; auto: what suits the place
 
-    def __post_init__(self): self.runs = names(self.runs)
+    # names of runs under runs/, comma-separated or a list (empty: all that have finished a
+    # round)
+    runs: list[str] | str = ""
+    only_differences: bool = True  # leave out parameters that are the same in all of them
+    curve: str = "loss"  # the training metric that is drawn, a key of metrics.jsonl
+    # how many prompts are shown with every run's answer, those that differ most
+    prompts: PositiveInt = 3
+    # the runs took place in the playground: compute the true reward of their samples too
+    truth: bool = False
+    csv: str = ""  # where the table goes (empty: compare_runs.csv in the runs' folder)
+    # with controls, or as it can be read without a kernel; auto: what suits the place
+    mode: Literal["auto", "widget", "static"] = "auto"
+
+    def __post_init__(self):
+        self.runs = names(self.runs)
 
 # %% ../nbs/01_config.ipynb #4abaa804
-def notebook_config(cls, namespace, reserved=("In", "Out", "exit", "quit", "open", "get_ipython")):
+def notebook_config(
+    cls, namespace, reserved=("In", "Out", "exit", "quit", "open", "get_ipython")
+):
     "The config made of a driver's `parameters` cell and what papermill injected; anything else defined by then is an error."
     import types
-    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in reserved
-             and not isinstance(v, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType))}
+
+    given = {
+        k: v
+        for k, v in namespace.items()
+        if not k.startswith("_")
+        and k not in reserved
+        and not isinstance(
+            v, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)
+        )
+    }
     return make_config(cls, **given)
 
 # %% ../nbs/01_config.ipynb #c7820970
 @checked
 class Profile:
     "How Accelerate launches a stage."
-    name: str = "cpu1" # section of settings.ini
-    num_processes: PositiveInt = 1 # processes per stage, one per GPU
-    cpu: bool = True # run on the CPU even where there is a GPU
-    threads: PositiveInt = 1 # OpenMP threads per process; more than idle cores is ten times slower
-    timeout_minutes: PositiveFloat = 10 # a rank that hangs this long in a collective stops the job
+
+    name: str = "cpu1"  # section of settings.ini
+    num_processes: PositiveInt = 1  # processes per stage, one per GPU
+    cpu: bool = True  # run on the CPU even where there is a GPU
+    # OpenMP threads per process; more than idle cores is ten times slower
+    threads: PositiveInt = 1
+    # a rank that hangs this long in a collective stops the job
+    timeout_minutes: PositiveFloat = 10
 
 
 @checked
 class Settings:
     "What belongs to this machine."
-    runs_dir: str = "runs" # where runs, models and the playground go; relative to settings.ini
-    profile: str = "cpu1" # profile used when a run names none
-    precision: Literal["float32", "bfloat16"] = "float32" # of every stage
-    profiles: dict[str, Profile] = field(default_factory=lambda: {"cpu1": Profile(), "cpu2": Profile(name="cpu2", num_processes=2)})
+
+    runs_dir: str = "runs"  # where runs, models and the playground go; relative to settings.ini
+    profile: str = "cpu1"  # profile used when a run names none
+    precision: Literal["float32", "bfloat16"] = "float32"  # of every stage
+    profiles: dict[str, Profile] = field(
+        default_factory=lambda: {
+            "cpu1": Profile(),
+            "cpu2": Profile(name="cpu2", num_processes=2),
+        }
+    )
 
     def get_profile(self, name: str = "") -> Profile:
         name = name or self.profile
-        if name not in self.profiles: raise ValueError(f"profile: settings.ini has no section [profile {name}]; it has {', '.join(self.profiles)}")
+        if name not in self.profiles:
+            raise ValueError(
+                f"profile: settings.ini has no section [profile {name}]; it has "
+                f"{', '.join(self.profiles)}"
+            )
         return self.profiles[name]
 
 # %% ../nbs/01_config.ipynb #e963ffae
 def find_settings(start: Path | None = None) -> Path | None:
     "The `settings.ini` of this folder or the nearest one above it."
     here = Path(start or Path.cwd()).resolve()
-    return next((p / "settings.ini" for p in [here, *here.parents] if (p / "settings.ini").is_file()), None)
+    return next(
+        (p / "settings.ini" for p in [here, *here.parents] if (p / "settings.ini").is_file()),
+        None,
+    )
 
 
 def load_settings(path: str | Path | None = None, env=os.environ) -> Settings:
     "Settings from file and environment; an unknown key or section is an error."
     path = Path(path) if path else find_settings()
     ini = configparser.ConfigParser(inline_comment_prefixes=("#",))
-    if path: ini.read(path)
+    if path:
+        ini.read(path)
     values = dict(ini["halos_nb"]) if ini.has_section("halos_nb") else {}
-    values |= {k.removeprefix("HALOS_NB_").lower(): v for k, v in env.items() if k.removeprefix("HALOS_NB_").lower() in ("runs_dir", "profile", "precision") and k.startswith("HALOS_NB_")}
-    named = {s.removeprefix("profile "): dict(ini[s]) for s in ini.sections() if s.startswith("profile ")}
-    if strange := [s for s in ini.sections() if s != "halos_nb" and not s.startswith("profile ")]: raise ValueError(f"{path}: unknown section [{strange[0]}]")
-    if named: values["profiles"] = {n: make_config(Profile, name=n, **v) for n, v in named.items()}
+    values |= {
+        k.removeprefix("HALOS_NB_").lower(): v
+        for k, v in env.items()
+        if k.removeprefix("HALOS_NB_").lower() in ("runs_dir", "profile", "precision")
+        and k.startswith("HALOS_NB_")
+    }
+    named = {
+        s.removeprefix("profile "): dict(ini[s])
+        for s in ini.sections()
+        if s.startswith("profile ")
+    }
+    if strange := [
+        s for s in ini.sections() if s != "halos_nb" and not s.startswith("profile ")
+    ]:
+        raise ValueError(f"{path}: unknown section [{strange[0]}]")
+    if named:
+        values["profiles"] = {n: make_config(Profile, name=n, **v) for n, v in named.items()}
     s = make_config(Settings, **values)
-    if path and not Path(s.runs_dir).is_absolute(): s.runs_dir = str(path.parent / s.runs_dir)
+    if path and not Path(s.runs_dir).is_absolute():
+        s.runs_dir = str(path.parent / s.runs_dir)
     return s
 
 # %% ../nbs/01_config.ipynb #b43d18e5
@@ -475,7 +854,8 @@ def awaited(config: str | Path) -> Path:
     "The config's file; a stage that was started ahead of its turn (HALOS_NB_AHEAD) waits until it is there."
     parent = os.getppid()
     while "HALOS_NB_AHEAD" in os.environ and not Path(config).exists():
-        if os.getppid() != parent: raise SystemExit("who started this stage is gone")
+        if os.getppid() != parent:
+            raise SystemExit("who started this stage is gone")
         time.sleep(0.02)
     return Path(config)
 
@@ -483,8 +863,12 @@ def awaited(config: str | Path) -> Path:
 def parse_args(cls, args=None):
     "The config of a command line: `--config FILE` gives defaults, flags override them, `--help` shows the field comments."
     import sys, tyro
+
     args = list(sys.argv[1:] if args is None else args)
-    if "--config" not in args: return tyro.cli(cls, args=args, description=cls.__doc__)
+    if "--config" not in args:
+        return tyro.cli(cls, args=args, description=cls.__doc__)
     i = args.index("--config")
     default = make_config(cls, **json.loads(awaited(args[i + 1]).read_text()))
-    return tyro.cli(cls, args=args[:i] + args[i + 2:], default=default, description=cls.__doc__)
+    return tyro.cli(
+        cls, args=args[:i] + args[i + 2 :], default=default, description=cls.__doc__
+    )

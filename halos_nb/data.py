@@ -35,37 +35,51 @@ from halos_nb.records import (
 @dataclass
 class Example:
     "One prompt and what is known about its answers."
-    prompt: list[dict] # the conversation before the answers, as turns
-    prompt_id: str # hash of the prompt, see `records.prompt_id`
-    generations: list[list[dict]] = field(default_factory=list) # answers, each a list of turns
-    sft_index: int = -1 # the answer to imitate; -1: none was named
-    scores: list[float | None] = field(default_factory=list) # one per answer, or empty
-    pairs: list[tuple[int, int]] = field(default_factory=list) # (better, worse), numbers of answers
-    desirable: list[bool | None] = field(default_factory=list) # one per answer, or empty
-    dataset_name: str = "" # where it comes from
-    original_prompt: str = "" # the prompt as the source words it, where that differs
 
-    def known(self, i: int) -> tuple: # number of an answer
+    prompt: list[dict]  # the conversation before the answers, as turns
+    prompt_id: str  # hash of the prompt, see `records.prompt_id`
+    generations: list[list[dict]] = field(default_factory=list)  # answers, each a list of turns
+    sft_index: int = -1  # the answer to imitate; -1: none was named
+    scores: list[float | None] = field(default_factory=list)  # one per answer, or empty
+    # (better, worse), numbers of answers
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    desirable: list[bool | None] = field(default_factory=list)  # one per answer, or empty
+    dataset_name: str = ""  # where it comes from
+    original_prompt: str = ""  # the prompt as the source words it, where that differs
+
+    def known(self, i: int) -> tuple:  # number of an answer
         "Its score and whether it is desirable, None where unknown."
         return tuple(x[i] if i < len(x) else None for x in (self.scores, self.desirable))
 
 # %% ../nbs/02_data.ipynb #17a9e1d1
-def agrees(a: tuple, b: tuple) -> bool: # two times score and desirability, None where unknown
+def agrees(a: tuple, b: tuple) -> bool:  # two times score and desirability, None where unknown
     return all(x is None or y is None or x == y for x, y in zip(a, b))
 
 
-def place(ex: Example, # gets the answer, if it is new
-          output: list[dict], # the answer, as turns
-          facts: tuple = (None, None), # its score and whether it is desirable
-          among: list[int] | None = None, # None: the same words are the same answer; else it is one of these, if facts agree too
-          ) -> int:
+def place(
+    ex: Example,  # gets the answer, if it is new
+    output: list[dict],  # the answer, as turns
+    facts: tuple = (None, None),  # its score and whether it is desirable
+    # None: the same words are the same answer; else it is one of these, if facts agree too
+    among: list[int] | None = None,
+) -> int:
     "The number of this answer; what was not known about it is filled in."
     where = range(len(ex.generations)) if among is None else among
-    i = next((i for i in where if ex.generations[i] == output and (among is None or agrees(ex.known(i), facts))), len(ex.generations))
-    if i == len(ex.generations): ex.generations.append(output)
+    i = next(
+        (
+            i
+            for i in where
+            if ex.generations[i] == output and (among is None or agrees(ex.known(i), facts))
+        ),
+        len(ex.generations),
+    )
+    if i == len(ex.generations):
+        ex.generations.append(output)
     for fact, values in zip(facts, (ex.scores, ex.desirable)):
-        if fact is not None or values: values += [None] * (len(ex.generations) - len(values))
-        if fact is not None and values[i] is None: values[i] = fact
+        if fact is not None or values:
+            values += [None] * (len(ex.generations) - len(values))
+        if fact is not None and values[i] is None:
+            values[i] = fact
     return i
 
 # %% ../nbs/02_data.ipynb #5a955b43
@@ -76,75 +90,126 @@ def best(scores: list) -> int:
 # %% ../nbs/02_data.ipynb #54658b9c
 class Dataset:
     "Examples in their order, and what was counted while reading them."
-    def __init__(self, name: str, apart: bool = False): # apart: an example is a record, not a prompt
+
+    def __init__(
+        self, name: str, apart: bool = False
+    ):  # apart: an example is a record, not a prompt
         self.name, self.apart, self.data, self.counts = name, apart, {}, Counter()
 
-    def __len__(self) -> int: return len(self.data)
-    def __iter__(self) -> Iterator[Example]: return iter(self.data.values())
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.data.values())
 
     def __repr__(self):
-        said = dict(prompts=len(self), answers=sum(len(e.generations) for e in self), pairs=sum(len(e.pairs) for e in self)) | self.counts
+        said = (
+            dict(
+                prompts=len(self),
+                answers=sum(len(e.generations) for e in self),
+                pairs=sum(len(e.pairs) for e in self),
+            )
+            | self.counts
+        )
         return f"Dataset {self.name}: " + ", ".join(f"{n} {what}" for what, n in said.items())
 
     def example(self, key, prompt: list[dict], where: str, **more) -> Example:
         "The example of this key, made if it is new; `where` names the record, should its prompt be another one."
-        if key not in self.data: self.data[key] = Example(prompt, prompt_id(prompt), **more)
-        if (ex := self.data[key]).prompt != prompt: raise RecordError(f"{where}: field `prompt` is not the prompt that prompt_id {show(key)} had before; were files joined whose ids are only numbers?")
+        if key not in self.data:
+            self.data[key] = Example(prompt, prompt_id(prompt), **more)
+        if (ex := self.data[key]).prompt != prompt:
+            raise RecordError(
+                f"{where}: field `prompt` is not the prompt that prompt_id {show(key)} "
+                "had before; were files joined whose ids are only numbers?"
+            )
         return ex
 
 # %% ../nbs/02_data.ipynb #4d9549b5
-def of_split(rows: Iterable[dict], split: str | None, data: Dataset) -> Iterator[tuple[int, dict]]: # split None: all
+def of_split(
+    rows: Iterable[dict], split: str | None, data: Dataset
+) -> Iterator[tuple[int, dict]]:  # split None: all
     "The rows of this split with their numbers from 1; a row without `split` belongs to every one."
     for i, r in enumerate(rows, 1):
-        if split is None or r.get("split") in (None, split): yield i, r
-        else: data.counts["other_split"] += 1
+        if split is None or r.get("split") in (None, split):
+            yield i, r
+        else:
+            data.counts["other_split"] += 1
 
 # %% ../nbs/02_data.ipynb #245f387e
-def get_feedback(path: str | Path, # file of binary, pairwise or scalar feedback
-                 split: str | None = None, # "train", "test"; None: all
-                 ) -> Dataset:
+def get_feedback(
+    path: str | Path,  # file of binary, pairwise or scalar feedback
+    split: str | None = None,  # "train", "test"; None: all
+) -> Dataset:
     "A feedback file, one example per `prompt_id`."
     rows, data = read_records(path), Dataset("feedback")
-    if (type := rows[0]["type"]) not in ADD: raise RecordError(f"{path}: holds records of type {type}, not feedback; samples are read by get_sampled_data")
+    if (type := rows[0]["type"]) not in ADD:
+        raise RecordError(
+            f"{path}: holds records of type {type}, not feedback; samples are read by "
+            "get_sampled_data"
+        )
     for i, r in of_split(rows, split, data):
         ex = data.example(r["prompt_id"], r["prompt"], f"{path}, record {i}", dataset_name=type)
         data.counts.update(ADD[type](ex, r))
-    for ex in data: ex.sft_index = -1 if type == "scalar_feedback" else best(ex.scores)
+    for ex in data:
+        ex.sft_index = -1 if type == "scalar_feedback" else best(ex.scores)
     return data
 
 # %% ../nbs/02_data.ipynb #7485a5c1
-def add_single(ex: Example, r: dict) -> Counter: # returns what to count
-    place(ex, r["output"], (r["reward"], bool(r["label"]) if r["type"] == "binary_feedback" else None), among=[])
+def add_single(ex: Example, r: dict) -> Counter:  # returns what to count
+    place(
+        ex,
+        r["output"],
+        (r["reward"], bool(r["label"]) if r["type"] == "binary_feedback" else None),
+        among=[],
+    )
     return Counter()
 
 
-def pair_up(ex: Example, # gets the answers that are new, and the pair
-            answers: list, # two, as turns
-            scores: list, # of each, or None
-            better: int, # which of the two, 0 or 1
-            ) -> Counter:
+def pair_up(
+    ex: Example,  # gets the answers that are new, and the pair
+    answers: list,  # two, as turns
+    scores: list,  # of each, or None
+    better: int,  # which of the two, 0 or 1
+) -> Counter:
     "Add two answers and which is better; returns what to count."
     numbers = [place(ex, answer, (score, None)) for answer, score in zip(answers, scores)]
     ex.pairs.append((numbers[better], numbers[1 - better]))
-    return +Counter(rescored=sum(not agrees(ex.known(i), (score, None)) for i, score in zip(numbers, scores)))
+    return +Counter(
+        rescored=sum(
+            not agrees(ex.known(i), (score, None)) for i, score in zip(numbers, scores)
+        )
+    )
 
 
 def add_pair(ex: Example, r: dict) -> Counter:
-    return pair_up(ex, [r["output_A"], r["output_B"]], [r["reward_A"], r["reward_B"]], 0 if r["label"] else 1)
+    return pair_up(
+        ex,
+        [r["output_A"], r["output_B"]],
+        [r["reward_A"], r["reward_B"]],
+        0 if r["label"] else 1,
+    )
 
 
 ADD = dict(binary_feedback=add_single, scalar_feedback=add_single, pairwise_feedback=add_pair)
 
 # %% ../nbs/02_data.ipynb #fc3bbad6
-def get_sampled_data(path: str | Path, # file of samples
-                     split: str | None = None, # "train", "test"; None: all
-                     ) -> Dataset:
+def get_sampled_data(
+    path: str | Path,  # file of samples
+    split: str | None = None,  # "train", "test"; None: all
+) -> Dataset:
     "A samples file, one example per sample, under the key 'prompt_id sample_id'."
     data = Dataset("samples", apart=True)
     for i, r in of_split(read_records(path, "sample"), split, data):
         key = f"{r['prompt_id']} {r['sample_id']}"
-        if key in data.data: key += f" (record {i})" # of another model, say
-        ex = data.example(key, r["prompt"], f"{path}, record {i}", sft_index=0, dataset_name=r.get("dataset", ""))
+        if key in data.data:
+            key += f" (record {i})"  # of another model, say
+        ex = data.example(
+            key,
+            r["prompt"],
+            f"{path}, record {i}",
+            sft_index=0,
+            dataset_name=r.get("dataset", ""),
+        )
         place(ex, as_turns(r["output"]))
     return data
 
@@ -154,242 +219,426 @@ MARK = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):(?=\s|\Z)")
 
 def transcript(text: str) -> list[dict]:
     "The turns of a transcript; none if it begins with something else."
-    before, *rest = MARK.split(text) # name, text, name, text, ...
+    before, *rest = MARK.split(text)  # name, text, name, text, ...
     roles = dict(Human="user", Assistant="assistant")
-    return [] if before.strip() else [dict(role=roles[name], content=said.strip()) for name, said in zip(rest[::2], rest[1::2])]
+    return (
+        []
+        if before.strip()
+        else [
+            dict(role=roles[name], content=said.strip())
+            for name, said in zip(rest[::2], rest[1::2])
+        ]
+    )
 
 # %% ../nbs/02_data.ipynb #4ad0be12
-def transcript_pairs(rows: Iterable[tuple[int, dict]], counts: Counter) -> Iterator[tuple[int, dict]]: # rows: with their numbers
+def transcript_pairs(
+    rows: Iterable[tuple[int, dict]], counts: Counter
+) -> Iterator[tuple[int, dict]]:  # rows: with their numbers
     "Rows with transcripts as chosen and rejected -> rows with prompt, chosen and rejected as turns."
-    def answered(x): return len(x) > 1 and x[-1]["role"] == "assistant" and x[-1]["content"]
+
+    def answered(x):
+        return len(x) > 1 and x[-1]["role"] == "assistant" and x[-1]["content"]
+
     for i, row in rows:
         chosen, rejected = (transcript(row.get(name) or "") for name in ("chosen", "rejected"))
-        if not (answered(chosen) and answered(rejected)): counts["no_answer"] += 1
-        elif chosen[:-1] != rejected[:-1]: counts["two_prompts"] += 1
-        else: yield i, dict(prompt=chosen[:-1], chosen=chosen[-1:], rejected=rejected[-1:])
+        if not (answered(chosen) and answered(rejected)):
+            counts["no_answer"] += 1
+        elif chosen[:-1] != rejected[:-1]:
+            counts["two_prompts"] += 1
+        else:
+            yield i, dict(prompt=chosen[:-1], chosen=chosen[-1:], rejected=rejected[-1:])
 
 # %% ../nbs/02_data.ipynb #adcad651
 def turns_of(row: dict, name: str, where: str, role: str = "assistant") -> list[dict]:
     "A field as turns, given as text or turns."
-    def is_turn(t): return isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
-    if name not in row: raise RecordError(f"{where}: field `{name}` is missing")
-    if isinstance(x := row[name], str) or (isinstance(x, list) and x and all(map(is_turn, x))): return as_turns(x, role)
-    raise RecordError(f"{where}: field `{name}` should be a text or a list of turns with role and content, is {show(x)}")
+
+    def is_turn(t):
+        return (
+            isinstance(t, dict)
+            and isinstance(t.get("role"), str)
+            and isinstance(t.get("content"), str)
+        )
+
+    if name not in row:
+        raise RecordError(f"{where}: field `{name}` is missing")
+    if isinstance(x := row[name], str) or (isinstance(x, list) and x and all(map(is_turn, x))):
+        return as_turns(x, role)
+    raise RecordError(
+        f"{where}: field `{name}` should be a text or a list of turns with role and "
+        f"content, is {show(x)}"
+    )
 
 
 def answer_of(row: dict, name: str, prompt: list[dict], where: str) -> list[dict]:
     "A field as turns, without the prompt if it repeats that at its head."
     x, n = turns_of(row, name, where), len(prompt)
     x = x[n:] if x[:n] == prompt and x[n:] else x
-    if x[0]["role"] == "user": raise RecordError(f"{where}: field `{name}` answers with a user turn, {show(x[0]['content'])}; does `prompt` say what it begins with?")
+    if x[0]["role"] == "user":
+        raise RecordError(
+            f"{where}: field `{name}` answers with a user turn, {show(x[0]['content'])}; "
+            "does `prompt` say what it begins with?"
+        )
     return x
 
 # %% ../nbs/02_data.ipynb #ca5f8e7e
-def shared(a, b): # two conversations, or two texts
+def shared(a, b):  # two conversations, or two texts
     "What both begin with: turns, or words without the space behind them."
     most = min(len(a), len(b)) - isinstance(a, list)
-    same = a[:next((n for n in range(most) if a[n] != b[n]), most)]
-    if isinstance(a, list): return same
-    words = same[:max((i for i, c in enumerate(same) if c.isspace()), default=0)]
+    same = a[: next((n for n in range(most) if a[n] != b[n]), most)]
+    if isinstance(a, list):
+        return same
+    words = same[: max((i for i, c in enumerate(same) if c.isspace()), default=0)]
     return words if words.strip() else ""
 
 
 def split_pair(row: dict, where: str) -> tuple[list, list, list]:
     "Prompt, chosen and rejected of a row, as turns."
     names = ("chosen", "rejected")
-    if row.get("prompt") is not None: prompt = turns_of(row, "prompt", where, "user")
+    if row.get("prompt") is not None:
+        prompt = turns_of(row, "prompt", where, "user")
     else:
         given = [turns_of(row, n, where) and row[n] for n in names]
-        if type(given[0]) is not type(given[1]) or not (prompt := shared(*given)): raise RecordError(f"{where}: field `prompt` is missing, and chosen and rejected share no beginning that could be it")
-        if isinstance(prompt, str): return as_turns(prompt, "user"), *(as_turns(x[len(prompt):]) for x in given)
+        if type(given[0]) is not type(given[1]) or not (prompt := shared(*given)):
+            raise RecordError(
+                f"{where}: field `prompt` is missing, and chosen and rejected share no "
+                "beginning that could be it"
+            )
+        if isinstance(prompt, str):
+            return as_turns(prompt, "user"), *(as_turns(x[len(prompt) :]) for x in given)
     return prompt, *(answer_of(row, n, prompt, where) for n in names)
 
 # %% ../nbs/02_data.ipynb #74539920
-def example_of(data: Dataset, row: dict, prompt: list[dict], where: str, sft_index: int = -1) -> Example:
+def example_of(
+    data: Dataset, row: dict, prompt: list[dict], where: str, sft_index: int = -1
+) -> Example:
     "The example of a row's prompt: its key is the text, or the hash of a conversation."
-    return data.example(row["prompt"] if isinstance(row.get("prompt"), str) else prompt_id(prompt), prompt, where, sft_index=sft_index, dataset_name=data.name)
+    return data.example(
+        row["prompt"] if isinstance(row.get("prompt"), str) else prompt_id(prompt),
+        prompt,
+        where,
+        sft_index=sft_index,
+        dataset_name=data.name,
+    )
 
 
 def number_of(row: dict, name: str, where: str) -> float | None:
     "A score, None if the row has none."
-    if (x := row.get(name)) is None or (isinstance(x, (int, float)) and math.isfinite(x)): return x
+    if (x := row.get(name)) is None or (isinstance(x, (int, float)) and math.isfinite(x)):
+        return x
     raise RecordError(f"{where}: field `{name}` should be a finite number, is {show(x)}")
 
 
 def add_preference(data: Dataset, row: dict, where: str):
     prompt, *pair = split_pair(row, where)
-    if "prompt" not in row and isinstance(row["chosen"], str): data.counts["implicit_prompts"] += 1
-    if pair[0] == pair[1]: data.counts["equal_pairs"] += 1
-    else: data.counts.update(pair_up(example_of(data, row, prompt, where, 0), pair, [number_of(row, f"score_{x}", where) for x in ("chosen", "rejected")], 0))
+    if "prompt" not in row and isinstance(row["chosen"], str):
+        data.counts["implicit_prompts"] += 1
+    if pair[0] == pair[1]:
+        data.counts["equal_pairs"] += 1
+    else:
+        data.counts.update(
+            pair_up(
+                example_of(data, row, prompt, where, 0),
+                pair,
+                [number_of(row, f"score_{x}", where) for x in ("chosen", "rejected")],
+                0,
+            )
+        )
 
 # %% ../nbs/02_data.ipynb #9ccaed80
 def add_judged(data: Dataset, row: dict, where: str):
     prompt = turns_of(row, "prompt", where, "user")
-    answer, good, ex = answer_of(row, "completion", prompt, where), row.get("label"), example_of(data, row, prompt, where)
-    if not (isinstance(good, (bool, int)) and good in (0, 1)): raise RecordError(f"{where}: field `label` should be true or false, is {show(good)}")
+    answer, good, ex = (
+        answer_of(row, "completion", prompt, where),
+        row.get("label"),
+        example_of(data, row, prompt, where),
+    )
+    if not (isinstance(good, (bool, int)) and good in (0, 1)):
+        raise RecordError(f"{where}: field `label` should be true or false, is {show(good)}")
     i = place(ex, answer, (None, bool(good)), among=[])
-    if good and ex.sft_index < 0: ex.sft_index = i
+    if good and ex.sft_index < 0:
+        ex.sft_index = i
 
 
 def add_completion(data: Dataset, row: dict, where: str):
     prompt = turns_of(row, "prompt", where, "user")
-    place(data.example(where, prompt, where, sft_index=0, dataset_name=data.name), answer_of(row, "completion", prompt, where))
+    place(
+        data.example(where, prompt, where, sft_index=0, dataset_name=data.name),
+        answer_of(row, "completion", prompt, where),
+    )
 
 
 def add_messages(data: Dataset, row: dict, where: str):
     turns = turns_of(row, "messages", where)
     n = next((i for i, t in enumerate(turns) if t["role"] == "assistant"), 0)
-    if not n: raise RecordError(f"{where}: field `messages` should be a prompt and an answer of the assistant; its roles are {', '.join(t['role'] for t in turns)}")
+    if not n:
+        raise RecordError(
+            f"{where}: field `messages` should be a prompt and an answer of the "
+            f"assistant; its roles are {', '.join(t['role'] for t in turns)}"
+        )
     add_completion(data, dict(prompt=turns[:n], completion=turns[n:]), where)
 
 
-def add_prompt(data: Dataset, row: dict, where: str): example_of(data, row, turns_of(row, "prompt", where, "user"), where)
+def add_prompt(data: Dataset, row: dict, where: str):
+    example_of(data, row, turns_of(row, "prompt", where, "user"), where)
 
 # %% ../nbs/02_data.ipynb #caf7c06e
-FORMATS = { # the columns that tell it, and what adds a row; the first that fits is taken
-    "preference": ("chosen rejected", add_preference), "unpaired preference": ("prompt completion label", add_judged), "prompt-completion": ("prompt completion", add_completion),
-    "language modeling": ("messages", add_messages), "prompt-only": ("prompt", add_prompt)}
-LOST = {"output", "output_A", "output_B", "label", "reward", "response", "completion"} # answers or judgements that prompt-only would drop
+FORMATS = {  # the columns that tell it, and what adds a row; the first that fits is taken
+    "preference": ("chosen rejected", add_preference),
+    "unpaired preference": ("prompt completion label", add_judged),
+    "prompt-completion": ("prompt completion", add_completion),
+    "language modeling": ("messages", add_messages),
+    "prompt-only": ("prompt", add_prompt),
+}
+# answers or judgements that prompt-only would drop
+LOST = {"output", "output_A", "output_B", "label", "reward", "response", "completion"}
 
 
 def format_of(row: dict) -> str | None:
     "Which format this row is in; None if in none."
-    pair = row.keys() & {"chosen", "rejected"} # if one is missing, let it be said
-    if pair: return None if "prompt" not in row and isinstance(row.get("chosen"), str) and row.keys() & {"question", "instruction", "query", "input"} else "preference"
-    kind = next((kind for kind, (columns, _) in FORMATS.items() if row.keys() >= set(columns.split())), None)
+    pair = row.keys() & {"chosen", "rejected"}  # if one is missing, let it be said
+    if pair:
+        return (
+            None
+            if "prompt" not in row
+            and isinstance(row.get("chosen"), str)
+            and row.keys() & {"question", "instruction", "query", "input"}
+            else "preference"
+        )
+    kind = next(
+        (kind for kind, (columns, _) in FORMATS.items() if row.keys() >= set(columns.split())),
+        None,
+    )
     return None if kind == "prompt-only" and row.keys() & LOST else kind
 
 
 def not_understood(row: dict) -> str:
-    return f"columns {', '.join(row)} are in no known format; rename them to one of: " + "; ".join(f"{kind} ({columns.replace(' ', ', ')})" for kind, (columns, _) in FORMATS.items())
+    return (
+        f"columns {', '.join(row)} are in no known format; rename them to one of: "
+        + "; ".join(
+            f"{kind} ({columns.replace(' ', ', ')})" for kind, (columns, _) in FORMATS.items()
+        )
+    )
 
 # %% ../nbs/02_data.ipynb #9b70ec84
-def get_preferences(source: str | Path | Iterable[dict], # a .json or .jsonl file, or rows
-                    split: str | None = None, # "train", "test"; None: all
-                    name: str = "preferences", # of the data set
-                    ) -> Dataset:
+def get_preferences(
+    source: str | Path | Iterable[dict],  # a .json or .jsonl file, or rows
+    split: str | None = None,  # "train", "test"; None: all
+    name: str = "preferences",  # of the data set
+) -> Dataset:
     "Rows in any of these formats; the first row says which."
     data, path = Dataset(name), source if isinstance(source, (str, Path)) else name
     rows = iter(read_rows(path) if path is source else source)
-    if (first := next(rows, None)) is None: return data
-    if (kind := format_of(first)) is None: raise RecordError(f"{path}, record 1: {not_understood(first)}")
-    data.apart, rows = FORMATS[kind][1] in (add_completion, add_messages), of_split(chain([first], rows), split, data)
-    if kind == "preference" and first.get("prompt") is None and MARK.match(str(first.get("chosen"))): rows = transcript_pairs(rows, data.counts)
-    for i, row in rows: FORMATS[kind][1](data, row, f"{path}, record {i}")
+    if (first := next(rows, None)) is None:
+        return data
+    if (kind := format_of(first)) is None:
+        raise RecordError(f"{path}, record 1: {not_understood(first)}")
+    data.apart, rows = (
+        FORMATS[kind][1] in (add_completion, add_messages),
+        of_split(chain([first], rows), split, data),
+    )
+    if (
+        kind == "preference"
+        and first.get("prompt") is None
+        and MARK.match(str(first.get("chosen")))
+    ):
+        rows = transcript_pairs(rows, data.counts)
+    for i, row in rows:
+        FORMATS[kind][1](data, row, f"{path}, record {i}")
     return data
 
 # %% ../nbs/02_data.ipynb #94e76577
-def hub_split(split: str, known: dict) -> str: # known: our name of a split -> theirs
-    if split not in known: raise ValueError(f"split: {split!r} is not one of {', '.join(known)}")
+def hub_split(split: str, known: dict) -> str:  # known: our name of a split -> theirs
+    if split not in known:
+        raise ValueError(f"split: {split!r} is not one of {', '.join(known)}")
     return known[split]
 
 
-def watched(rows, # with a length
-            name: str, # what they are
-            many: int = 20_000, # fewer are read without a bar
-            ) -> Iterator[dict]:
+def watched(
+    rows,  # with a length
+    name: str,  # what they are
+    many: int = 20_000,  # fewer are read without a bar
+) -> Iterator[dict]:
     "The rows, and a bar on the first process."
-    if len(rows) < many or os.environ.get("RANK", "0") != "0": return (yield from rows)
+    if len(rows) < many or os.environ.get("RANK", "0") != "0":
+        return (yield from rows)
     with Progress(len(rows), "rows", name) as bar:
         for row in rows:
             yield row
             bar.update()
 
 
-def hub_rows(repository: str, *config: str, **where) -> Iterator[dict]: # where: split, data_dir, ...
+def hub_rows(
+    repository: str, *config: str, **where
+) -> Iterator[dict]:  # where: split, data_dir, ...
     "The rows of a set, by `datasets.load_dataset`."
     import datasets
+
     return watched(datasets.load_dataset(repository, *config, **where), repository)
 
 # %% ../nbs/02_data.ipynb #8d3b119c
-def last_turns(row: dict) -> dict: # these sets repeat the prompt in both answers
+def last_turns(row: dict) -> dict:  # these sets repeat the prompt in both answers
     return dict(prompt=row["prompt"], chosen=row["chosen"][-1:], rejected=row["rejected"][-1:])
 
 
-def get_ultrabin(split: str) -> Dataset: # "train" or "test"
+def get_ultrabin(split: str) -> Dataset:  # "train" or "test"
     "UltraFeedback, binarized (HuggingFaceH4/ultrafeedback_binarized): GPT-4's best answer against a random other one."
-    rows = hub_rows("HuggingFaceH4/ultrafeedback_binarized", split=hub_split(split, dict(train="train_prefs", test="test_prefs")))
+    rows = hub_rows(
+        "HuggingFaceH4/ultrafeedback_binarized",
+        split=hub_split(split, dict(train="train_prefs", test="test_prefs")),
+    )
     return get_preferences(map(last_turns, rows), name="ultrabin")
 
 
 def armorm(repository: str, split: str) -> Dataset:
     rows = hub_rows(repository, split=hub_split(split, dict(train="train", test="test")))
-    return get_preferences((last_turns(r) | dict(score_chosen=max(r["all_rm_scores"]), score_rejected=min(r["all_rm_scores"])) for r in rows), name="ultrafeedback_armorm")
+    return get_preferences(
+        (
+            last_turns(r)
+            | dict(score_chosen=max(r["all_rm_scores"]), score_rejected=min(r["all_rm_scores"]))
+            for r in rows
+        ),
+        name="ultrafeedback_armorm",
+    )
 
 
-def get_ultrafeedback_armorm(split: str) -> Dataset: # "train" or "test"
+def get_ultrafeedback_armorm(split: str) -> Dataset:  # "train" or "test"
     "UltraFeedback's prompts, five answers of Llama-3-8B-Instruct each (princeton-nlp/llama3-ultrafeedback-armorm): the best against the worst by ArmoRM."
     return armorm("princeton-nlp/llama3-ultrafeedback-armorm", split)
 
 
-def get_ultrafeedback_armorm_gemma(split: str) -> Dataset: # "train" or "test"
+def get_ultrafeedback_armorm_gemma(split: str) -> Dataset:  # "train" or "test"
     "The same with five answers of Gemma-2-9B-it (princeton-nlp/gemma2-ultrafeedback-armorm)."
     return armorm("princeton-nlp/gemma2-ultrafeedback-armorm", split)
 
 # %% ../nbs/02_data.ipynb #3764130d
-def hh(split: str, name: str, full_name: str, **folder) -> Dataset: # name: of its examples, full_name: of the set
-    data = get_preferences(hub_rows("Anthropic/hh-rlhf", split=hub_split(split, dict(train="train", test="test")), **folder), name=name)
+def hh(
+    split: str, name: str, full_name: str, **folder
+) -> Dataset:  # name: of its examples, full_name: of the set
+    data = get_preferences(
+        hub_rows(
+            "Anthropic/hh-rlhf",
+            split=hub_split(split, dict(train="train", test="test")),
+            **folder,
+        ),
+        name=name,
+    )
     data.name = full_name
     return data
 
 
-def get_hh(split: str) -> Dataset: # "train" or "test"
+def get_hh(split: str) -> Dataset:  # "train" or "test"
     "Anthropic's conversations (Anthropic/hh-rlhf), all folders: the answer a person preferred to another."
     return hh(split, "hh", "Anthropic-HH")
 
 
-def get_hh_helpful(split: str) -> Dataset: # "train" or "test"
+def get_hh_helpful(split: str) -> Dataset:  # "train" or "test"
     "Anthropic's conversations about helpfulness (Anthropic/hh-rlhf, folder helpful-base)."
     return hh(split, "hh_helpful", "Anthropic-HH-helpful", data_dir="helpful-base")
 
 
-def get_hh_harmless(split: str) -> Dataset: # "train" or "test"
+def get_hh_harmless(split: str) -> Dataset:  # "train" or "test"
     "Anthropic's conversations about harmlessness (Anthropic/hh-rlhf, folder harmless-base)."
     return hh(split, "hh_harmless", "Anthropic-HH-harmless", data_dir="harmless-base")
 
 # %% ../nbs/02_data.ipynb #544be38b
-def get_safe_rlhf(split: str) -> Dataset: # "train" or "test"
+def get_safe_rlhf(split: str) -> Dataset:  # "train" or "test"
     "PKU-SafeRLHF with one preference per pair (PKU-Alignment/PKU-SafeRLHF-single-dimension): `better_response_id` is chosen."
-    def pair(r): return dict(prompt=r["prompt"], chosen=r[f"response_{r['better_response_id']}"], rejected=r[f"response_{1 - r['better_response_id']}"])
-    data = get_preferences(map(pair, hub_rows("PKU-Alignment/PKU-SafeRLHF-single-dimension", split=hub_split(split, dict(train="train", test="test")))), name="safe_rlhf")
-    for ex in data: ex.sft_index = ex.pairs[-1][0]
+
+    def pair(r):
+        return dict(
+            prompt=r["prompt"],
+            chosen=r[f"response_{r['better_response_id']}"],
+            rejected=r[f"response_{1 - r['better_response_id']}"],
+        )
+
+    data = get_preferences(
+        map(
+            pair,
+            hub_rows(
+                "PKU-Alignment/PKU-SafeRLHF-single-dimension",
+                split=hub_split(split, dict(train="train", test="test")),
+            ),
+        ),
+        name="safe_rlhf",
+    )
+    for ex in data:
+        ex.sft_index = ex.pairs[-1][0]
     return data
 
 # %% ../nbs/02_data.ipynb #8cf9fcb6
-def neighbours(rows: Iterable[dict], counts: Counter) -> Iterator[dict]: # rows: messages of oasst
+def neighbours(
+    rows: Iterable[dict], counts: Counter
+) -> Iterator[dict]:  # rows: messages of oasst
     "Pairs of English answers to the same message, one ranked right above the other."
-    messages = {r["message_id"]: tuple(r[k] for k in ("parent_id", "role", "text", "rank")) for r in rows if r["lang"] == "en"}
-    ranked = {(parent, rank): text for parent, _, text, rank in reversed(messages.values())} # of equal ranks the first
+    messages = {
+        r["message_id"]: tuple(r[k] for k in ("parent_id", "role", "text", "rank"))
+        for r in rows
+        if r["lang"] == "en"
+    }
+    # of equal ranks the first
+    ranked = {(parent, rank): text for parent, _, text, rank in reversed(messages.values())}
     for parent, role, text, rank in messages.values():
-        if role != "assistant" or not rank: continue
+        if role != "assistant" or not rank:
+            continue
         path, at = [], parent
         while at in messages:
             at, who, said, _ = messages[at]
             path.insert(0, dict(role="user" if who == "prompter" else who, content=said))
-        if at is not None: counts["other_language"] += 1 # further up
-        elif (parent, rank - 1) not in ranked: counts["rank_gaps"] += 1
-        else: yield dict(prompt=path, chosen=ranked[parent, rank - 1], rejected=text, score_chosen=1 - rank, score_rejected=-rank)
+        if at is not None:
+            counts["other_language"] += 1  # further up
+        elif (parent, rank - 1) not in ranked:
+            counts["rank_gaps"] += 1
+        else:
+            yield dict(
+                prompt=path,
+                chosen=ranked[parent, rank - 1],
+                rejected=text,
+                score_chosen=1 - rank,
+                score_rejected=-rank,
+            )
 
 
-def get_oasst(split: str) -> Dataset: # "train" or "test"
+def get_oasst(split: str) -> Dataset:  # "train" or "test"
     "OpenAssistant conversations (OpenAssistant/oasst1), English: an answer against the one ranked a place above it."
     counts = Counter()
-    data = get_preferences(neighbours(hub_rows("OpenAssistant/oasst1", split=hub_split(split, dict(train="train", test="validation"))), counts), name="oasst")
+    data = get_preferences(
+        neighbours(
+            hub_rows(
+                "OpenAssistant/oasst1",
+                split=hub_split(split, dict(train="train", test="validation")),
+            ),
+            counts,
+        ),
+        name="oasst",
+    )
     data.name = "OASST"
     data.counts.update(counts)
     return data
 
 # %% ../nbs/02_data.ipynb #e537381f
-def get_shp(split: str) -> Dataset: # "train", "validation" or "test"
+def get_shp(split: str) -> Dataset:  # "train", "validation" or "test"
     "Reddit comments (stanfordnlp/SHP): the one with more votes; to train on, with at least twice as many, and 5 pairs of a post."
     data, train = Dataset("shp"), split == "train"
-    for r in hub_rows("stanfordnlp/SHP", split=hub_split(split, dict(train="train", validation="validation", test="test"))):
+    for r in hub_rows(
+        "stanfordnlp/SHP",
+        split=hub_split(split, dict(train="train", validation="validation", test="test")),
+    ):
         answers = [as_turns(r["human_ref_A"]), as_turns(r["human_ref_B"])]
-        if train and r["score_ratio"] < 2: data.counts["low_ratio"] += 1
-        elif answers[0] == answers[1]: data.counts["equal_pairs"] += 1
+        if train and r["score_ratio"] < 2:
+            data.counts["low_ratio"] += 1
+        elif answers[0] == answers[1]:
+            data.counts["equal_pairs"] += 1
         else:
-            ex = data.example(r["history"], as_turns(r["history"], "user"), "shp", dataset_name="shp", original_prompt=r["history"])
-            data.counts.update(pair_up(ex, answers, [r["score_A"], r["score_B"]], 0 if r["labels"] else 1))
+            ex = data.example(
+                r["history"],
+                as_turns(r["history"], "user"),
+                "shp",
+                dataset_name="shp",
+                original_prompt=r["history"],
+            )
+            data.counts.update(
+                pair_up(ex, answers, [r["score_A"], r["score_B"]], 0 if r["labels"] else 1)
+            )
     for ex in data:
         ex.sft_index = best(ex.scores)
         if train:
@@ -398,128 +647,265 @@ def get_shp(split: str) -> Dataset: # "train", "validation" or "test"
     return data
 
 # %% ../nbs/02_data.ipynb #d8eafb78
-def get_answers(rows: Iterable[dict], # prompt and completion; perhaps also dataset_name and original_prompt
-                name: str, # of the data set
-                ) -> Dataset:
+def get_answers(
+    # prompt and completion; perhaps also dataset_name and original_prompt
+    rows: Iterable[dict],
+    name: str,  # of the data set
+) -> Dataset:
     "Prompts with answers, the first of each to be imitated."
     data = Dataset(name)
     for i, r in enumerate(rows, 1):
-        ex = data.example(r["prompt"], as_turns(r["prompt"], "user"), f"{name}, record {i}", original_prompt=r.get("original_prompt", ""))
+        ex = data.example(
+            r["prompt"],
+            as_turns(r["prompt"], "user"),
+            f"{name}, record {i}",
+            original_prompt=r.get("original_prompt", ""),
+        )
         ex.dataset_name = r.get("dataset_name", name)
-        if not r["completion"]: data.counts["no_answer"] += 1
+        if not r["completion"]:
+            data.counts["no_answer"] += 1
         else:
             place(ex, as_turns(r["completion"]))
             ex.sft_index = 0
-    data.counts.update(+Counter(not_imitated=sum(len(ex.generations) - 1 for ex in data if ex.generations)))
+    data.counts.update(
+        +Counter(not_imitated=sum(len(ex.generations) - 1 for ex in data if ex.generations))
+    )
     return data
 
 # %% ../nbs/02_data.ipynb #12094e23
-def get_ultrachat(split: str) -> Dataset: # "train" or "test"
+def get_ultrachat(split: str) -> Dataset:  # "train" or "test"
     "UltraChat, filtered by Hugging Face (HuggingFaceH4/ultrachat_200k): dialogues of GPT-3.5, all turns after the first are imitated."
-    rows = hub_rows("HuggingFaceH4/ultrachat_200k", split=hub_split(split, dict(train="train_sft", test="test_sft")))
-    return get_answers((dict(prompt=r["messages"][0]["content"], completion=r["messages"][1:]) for r in rows), "ultrachat")
+    rows = hub_rows(
+        "HuggingFaceH4/ultrachat_200k",
+        split=hub_split(split, dict(train="train_sft", test="test_sft")),
+    )
+    return get_answers(
+        (dict(prompt=r["messages"][0]["content"], completion=r["messages"][1:]) for r in rows),
+        "ultrachat",
+    )
 
 
-def get_s1k_11(split: str) -> Dataset: # "train" or "test", which are the same rows
+def get_s1k_11(split: str) -> Dataset:  # "train" or "test", which are the same rows
     "s1K-1.1 (simplescaling/s1K-1.1): a thousand questions with the thoughts and the answer of DeepSeek-R1."
-    rows = hub_rows("simplescaling/s1K-1.1", split=hub_split(split, dict(train="train", test="train")))
-    def answer(r): return f"<|im_start|>think\n{r['deepseek_thinking_trajectory']}\n<|im_start|>answer\n{r['deepseek_attempt']}"
-    return get_answers((dict(prompt=r["question"], completion=answer(r)) for r in rows), "s1k_11")
+    rows = hub_rows(
+        "simplescaling/s1K-1.1", split=hub_split(split, dict(train="train", test="train"))
+    )
+
+    def answer(r):
+        return f"<|im_start|>think\n{r['deepseek_thinking_trajectory']}\n<|im_start|>answer\n{r['deepseek_attempt']}"
+
+    return get_answers(
+        (dict(prompt=r["question"], completion=answer(r)) for r in rows), "s1k_11"
+    )
 
 # %% ../nbs/02_data.ipynb #c5b02ef8
-def get_alpacaeval(split: str) -> Dataset: # "test"
+def get_alpacaeval(split: str) -> Dataset:  # "test"
     "AlpacaEval (tatsu-lab/alpaca_eval): 805 instructions with the reference answers; `dataset_name` says where an instruction is from."
     split = hub_split(split, dict(test="eval"))
-    try: rows = hub_rows("tatsu-lab/alpaca_eval", split=split)
+    try:
+        rows = hub_rows("tatsu-lab/alpaca_eval", split=split)
     except RuntimeError as e:
-        if "scripts are no longer supported" not in str(e): raise
-        rows = hub_rows("json", data_files="hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json", split="train")
-    return get_answers((dict(prompt=r["instruction"], completion=r["output"], dataset_name=r["dataset"], original_prompt=r["instruction"]) for r in rows), "alpacaeval")
+        if "scripts are no longer supported" not in str(e):
+            raise
+        rows = hub_rows(
+            "json",
+            data_files="hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json",
+            split="train",
+        )
+    return get_answers(
+        (
+            dict(
+                prompt=r["instruction"],
+                completion=r["output"],
+                dataset_name=r["dataset"],
+                original_prompt=r["instruction"],
+            )
+            for r in rows
+        ),
+        "alpacaeval",
+    )
 
 
-def get_wildbench(split: str) -> Dataset: # "test" (all 1024) or "v2-hard"
+def get_wildbench(split: str) -> Dataset:  # "test" (all 1024) or "v2-hard"
     "WildBench (allenai/WildBench): hard requests of real users, and the answer of GPT-4."
-    rows = list(hub_rows("allenai/WildBench", hub_split(split, {"test": "v2", "v2-hard": "v2-hard"}), split="test"))
-    data = get_answers((dict(prompt=r["conversation_input"][0]["content"], completion=(r.get("references") or {}).get("gpt-4")) for r in rows), "wildbench")
-    data.counts.update(+Counter(later_turns=sum(len(r["conversation_input"]) - 1 for r in rows)))
+    rows = list(
+        hub_rows(
+            "allenai/WildBench",
+            hub_split(split, {"test": "v2", "v2-hard": "v2-hard"}),
+            split="test",
+        )
+    )
+    data = get_answers(
+        (
+            dict(
+                prompt=r["conversation_input"][0]["content"],
+                completion=(r.get("references") or {}).get("gpt-4"),
+            )
+            for r in rows
+        ),
+        "wildbench",
+    )
+    data.counts.update(
+        +Counter(later_turns=sum(len(r["conversation_input"]) - 1 for r in rows))
+    )
     return data
 
 # %% ../nbs/02_data.ipynb #6142a75d
-DATASETS = dict(alpacaeval=get_alpacaeval, shp=get_shp, hh=get_hh, hh_helpful=get_hh_helpful, hh_harmless=get_hh_harmless, oasst=get_oasst, ultrabin=get_ultrabin,
-                ultrafeedback_armorm=get_ultrafeedback_armorm, ultrafeedback_armorm_gemma=get_ultrafeedback_armorm_gemma, ultrachat=get_ultrachat, s1k_11=get_s1k_11,
-                safe_rlhf=get_safe_rlhf, wildbench=get_wildbench)
+DATASETS = dict(
+    alpacaeval=get_alpacaeval,
+    shp=get_shp,
+    hh=get_hh,
+    hh_helpful=get_hh_helpful,
+    hh_harmless=get_hh_harmless,
+    oasst=get_oasst,
+    ultrabin=get_ultrabin,
+    ultrafeedback_armorm=get_ultrafeedback_armorm,
+    ultrafeedback_armorm_gemma=get_ultrafeedback_armorm_gemma,
+    ultrachat=get_ultrachat,
+    s1k_11=get_s1k_11,
+    safe_rlhf=get_safe_rlhf,
+    wildbench=get_wildbench,
+)
 
 # %% ../nbs/02_data.ipynb #3ed9b0fe
 def merge(ex: Example, new: Example) -> Counter:
     "Add to `ex` what `new` knows about the same prompt; returns what to count."
-    old, number, counts, paired = range(len(ex.generations)), {}, Counter(), {i for p in new.pairs for i in p}
-    free = list(old) # each answer of ex is matched by one observation at most
+    old, number, counts, paired = (
+        range(len(ex.generations)),
+        {},
+        Counter(),
+        {i for p in new.pairs for i in p},
+    )
+    free = list(old)  # each answer of ex is matched by one observation at most
     for j, output in enumerate(new.generations):
         number[j] = i = place(ex, output, new.known(j), None if j in paired else free)
-        if j in paired: counts["rescored"] += not agrees(ex.known(i), new.known(j))
-        elif i in free: free.remove(i)
-        else: counts["conflicts"] += any(output == ex.generations[k] and not agrees(ex.known(k), new.known(j)) for k in old)
+        if j in paired:
+            counts["rescored"] += not agrees(ex.known(i), new.known(j))
+        elif i in free:
+            free.remove(i)
+        else:
+            counts["conflicts"] += any(
+                output == ex.generations[k] and not agrees(ex.known(k), new.known(j))
+                for k in old
+            )
     pairs = [(number[a], number[b]) for a, b in new.pairs]
     counts["conflicts"] += len({(b, a) for a, b in pairs} & set(ex.pairs))
     ex.pairs += (Counter(pairs) - Counter(ex.pairs)).elements()
-    if ex.sft_index < 0: ex.sft_index = number.get(new.sft_index, -1)
-    elif new.sft_index >= 0 and best(ex.scores) >= 0: ex.sft_index = best(ex.scores)
+    if ex.sft_index < 0:
+        ex.sft_index = number.get(new.sft_index, -1)
+    elif new.sft_index >= 0 and best(ex.scores) >= 0:
+        ex.sft_index = best(ex.scores)
     return +counts
 
 # %% ../nbs/02_data.ipynb #b9af3654
-def splits_for(split: str | None, known: list[str], name: str) -> list[str]: # known: the set's own splits
+def splits_for(
+    split: str | None, known: list[str], name: str
+) -> list[str]:  # known: the set's own splits
     "The set's splits that are meant; None means all."
-    if split is None or split in known: return known if split is None else [split]
-    near = [k for k in known if k.startswith(f"{split}_")] or [k for k in known if split == "test" and k in ("validation", "valid", "val", "dev", "eval")]
-    if len(near) != 1: raise ValueError(f"{name}: no split is clearly {split!r}; it has {', '.join(known)}")
+    if split is None or split in known:
+        return known if split is None else [split]
+    near = [k for k in known if k.startswith(f"{split}_")] or [
+        k
+        for k in known
+        if split == "test" and k in ("validation", "valid", "val", "dev", "eval")
+    ]
+    if len(near) != 1:
+        raise ValueError(f"{name}: no split is clearly {split!r}; it has {', '.join(known)}")
     return near
 
 
-def load_hub(name: str, # org/name, org/name:config, or a folder
-             split: str | None) -> Dataset:
+def load_hub(
+    name: str,  # org/name, org/name:config, or a folder
+    split: str | None,
+) -> Dataset:
     "A set in one of the known formats, from a folder or from the hub."
     import datasets
+
     path, config = (name, "") if Path(name).is_dir() else name.partition(":")[::2]
-    try: found = datasets.load_dataset(path, *[config] * bool(config))
-    except (FileNotFoundError, ConnectionError) as e: raise ValueError(f"{name}: neither a file, a folder nor a known data set, and the hub does not give it: {e}") from e
-    except ValueError as e: raise ValueError(f"{name}: {e}\nA configuration is named behind a colon, as in org/name:config") from e
+    try:
+        found = datasets.load_dataset(path, *[config] * bool(config))
+    except (FileNotFoundError, ConnectionError) as e:
+        raise ValueError(
+            f"{name}: neither a file, a folder nor a known data set, and the hub does "
+            f"not give it: {e}"
+        ) from e
+    except ValueError as e:
+        raise ValueError(
+            f"{name}: {e}\nA configuration is named behind a colon, as in org/name:config"
+        ) from e
     splits = splits_for(split, list(found), name)
-    data = get_preferences(chain.from_iterable(watched(found[s], name) for s in splits), name=name)
-    if split and splits != [split]: data.counts[f"rows_of_{splits[0]}"] += len(found[splits[0]])
+    data = get_preferences(
+        chain.from_iterable(watched(found[s], name) for s in splits), name=name
+    )
+    if split and splits != [split]:
+        data.counts[f"rows_of_{splits[0]}"] += len(found[splits[0]])
     return data
 
 # %% ../nbs/02_data.ipynb #7cfbb926
 def load_file(path: str, split: str | None) -> Dataset:
     "Feedback, samples, or rows in a format of TRL (.json, .jsonl, .parquet, .csv)."
-    if (suffix := Path(path).suffix[1:]) in ("parquet", "csv"): return get_preferences(hub_rows(suffix, data_files=path, split="train"), split, Path(path).stem)
+    if (suffix := Path(path).suffix[1:]) in ("parquet", "csv"):
+        return get_preferences(
+            hub_rows(suffix, data_files=path, split="train"), split, Path(path).stem
+        )
     first = read_rows(path)[0]
-    if first.get("type") not in list(RECORDS) and format_of(first): return get_preferences(path, split, Path(path).stem)
-    if "type" not in first: raise RecordError(f"{path}, record 1: field `type` is missing, and {not_understood(first)}")
+    if first.get("type") not in list(RECORDS) and format_of(first):
+        return get_preferences(path, split, Path(path).stem)
+    if "type" not in first:
+        raise RecordError(
+            f"{path}, record 1: field `type` is missing, and {not_understood(first)}"
+        )
     return (get_sampled_data if first["type"] == "sample" else get_feedback)(path, split)
 
 
 def load_one(name: str, split: str | None) -> Dataset:
     "A named set, a file of any kind, a folder, or a set on the hub."
-    if name in DATASETS: return DATASETS[name](split)
-    if Path(name).is_file(): return load_file(name, split)
-    if Path(name).is_dir() or (re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name) and not name.endswith((".json", ".jsonl"))): return load_hub(name, split)
+    if name in DATASETS:
+        return DATASETS[name](split)
+    if Path(name).is_file():
+        return load_file(name, split)
+    if Path(name).is_dir() or (
+        re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name)
+        and not name.endswith((".json", ".jsonl"))
+    ):
+        return load_hub(name, split)
     near = difflib.get_close_matches(name, DATASETS, 1)
-    raise ValueError(f"{name}: neither a file nor a known data set; " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(DATASETS)}, and org/name on the hub"))
+    raise ValueError(
+        f"{name}: neither a file nor a known data set; "
+        + (
+            f"did you mean `{near[0]}`?"
+            if near
+            else f"known are {', '.join(DATASETS)}, and org/name on the hub"
+        )
+    )
 
 # %% ../nbs/02_data.ipynb #d8567c90
-def load_data(names: str | list[str], # data sets or files, one or several
-              split: str | None = "train", # "train", "test"; None: all (files and sets of the hub without a name here)
-              ) -> Dataset:
+def load_data(
+    names: str | list[str],  # data sets or files, one or several
+    # "train", "test"; None: all (files and sets of the hub without a name here)
+    split: str | None = "train",
+) -> Dataset:
     "All of them as one data set, prompts in order of first appearance; a source without anything for the split is an error."
     names = [names] if isinstance(names, (str, Path)) else names
     data = Dataset(" + ".join(Path(n).stem for n in names))
     for name in map(str, names):
         part = load_one(name, split)
-        if not len(part): raise ValueError(f"{name}: nothing in it to learn from for split {split!r} ({', '.join(f'{what} {n}' for what, n in part.counts.items()) or 'it is empty'})")
+        if not len(part):
+            raise ValueError(
+                f"{name}: nothing in it to learn from for split {split!r} "
+                f"({', '.join(f'{what} {n}' for what, n in part.counts.items()) or 'it is empty'})"
+            )
         data.counts.update(part.counts)
         for key, ex in part.data.items():
             key = f"{name} {key}" if part.apart else ex.prompt_id
-            if key not in data.data: data.data[key] = ex
-            else: data.counts.update(merge(data.data[key], ex))
-    if not len(data): raise ValueError("no data set was named; known are " + ", ".join(DATASETS) + ", or give a file, a folder or a set of the hub")
+            if key not in data.data:
+                data.data[key] = ex
+            else:
+                data.counts.update(merge(data.data[key], ex))
+    if not len(data):
+        raise ValueError(
+            "no data set was named; known are "
+            + ", ".join(DATASETS)
+            + ", or give a file, a folder or a set of the hub"
+        )
     return data

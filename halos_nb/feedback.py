@@ -20,28 +20,44 @@ from typing import NamedTuple
 from .records import RecordError, as_text, as_turns
 
 # %% ../nbs/03_feedback.ipynb #dac5a079
-def scored(samples: Iterable[dict]) -> list[dict]: # labelled samples, with `reward`
+def scored(samples: Iterable[dict]) -> list[dict]:  # labelled samples, with `reward`
     "Those that have a score."
     kept = []
     for i, s in enumerate(samples, 1):
-        if "reward" not in s: raise RecordError(f"sample {i} (prompt {s.get('prompt_id')!r}): field `reward` is missing; label the samples first, None means unscored")
-        if not isinstance(s["reward"], (int, float, type(None))): raise RecordError(f"sample {i}: field `reward` should be a number or None, got {s['reward']!r}")
-        if s["reward"] in (math.inf, -math.inf): raise RecordError(f"sample {i}: field `reward` is infinite; a score that failed is None")
-        if s["reward"] is not None and not math.isnan(s["reward"]): kept.append(s)
+        if "reward" not in s:
+            raise RecordError(
+                f"sample {i} (prompt {s.get('prompt_id')!r}): field `reward` is missing; "
+                "label the samples first, None means unscored"
+            )
+        if not isinstance(s["reward"], (int, float, type(None))):
+            raise RecordError(
+                f"sample {i}: field `reward` should be a number or None, got {s['reward']!r}"
+            )
+        if s["reward"] in (math.inf, -math.inf):
+            raise RecordError(
+                f"sample {i}: field `reward` is infinite; a score that failed is None"
+            )
+        if s["reward"] is not None and not math.isnan(s["reward"]):
+            kept.append(s)
     return kept
 
 # %% ../nbs/03_feedback.ipynb #e5e8dd5c
-def number(threshold, hint: str) -> float: # hint: what else would have been right
+def number(threshold, hint: str) -> float:  # hint: what else would have been right
     "A threshold as a finite float; text such as '0.5' is read."
-    try: value = float(threshold)
-    except (TypeError, ValueError): value = math.nan
-    if not math.isfinite(value): raise ValueError(f"threshold: {threshold!r} is not {hint}")
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"threshold: {threshold!r} is not {hint}")
     return value
 
 # %% ../nbs/03_feedback.ipynb #247a3392
 def iter_scalar_feedback(samples: Iterable[dict]) -> Iterator[dict]:
     "One record per scored sample, in order."
-    return (s | dict(output=as_turns(s["output"]), type="scalar_feedback") for s in scored(samples))
+    return (
+        s | dict(output=as_turns(s["output"]), type="scalar_feedback") for s in scored(samples)
+    )
 
 
 def convert_to_scalar_feedback(samples: list[dict]) -> list[dict]:
@@ -49,15 +65,28 @@ def convert_to_scalar_feedback(samples: list[dict]) -> list[dict]:
     return list(iter_scalar_feedback(samples))
 
 # %% ../nbs/03_feedback.ipynb #af65c550
-def iter_binary_feedback(samples: Iterable[dict], # labelled samples
-                         threshold: float | str = 0, # smallest good reward: a number, 'mean' or 'median' of all rewards
-                         ) -> Iterator[dict]:
+def iter_binary_feedback(
+    samples: Iterable[dict],  # labelled samples
+    # smallest good reward: a number, 'mean' or 'median' of all rewards
+    threshold: float | str = 0,
+) -> Iterator[dict]:
     "One good-or-bad record per scored sample, in order."
     kept, middle = scored(samples), dict(mean=statistics.fmean, median=statistics.median)
-    if threshold in middle: level = middle[threshold](s["reward"] for s in kept) if kept else 0.0
-    else: level = number(threshold, "'mean', 'median' or a number")
-    return (dict(prompt_id=s["prompt_id"], prompt=s["prompt"], output=as_turns(s["output"]), label=int(s["reward"] >= level),
-                 reward=s["reward"], type="binary_feedback") for s in kept)
+    if threshold in middle:
+        level = middle[threshold](s["reward"] for s in kept) if kept else 0.0
+    else:
+        level = number(threshold, "'mean', 'median' or a number")
+    return (
+        dict(
+            prompt_id=s["prompt_id"],
+            prompt=s["prompt"],
+            output=as_turns(s["output"]),
+            label=int(s["reward"] >= level),
+            reward=s["reward"],
+            type="binary_feedback",
+        )
+        for s in kept
+    )
 
 
 def convert_to_binary_feedback(samples: list[dict], threshold: float | str = 0) -> list[dict]:
@@ -65,28 +94,37 @@ def convert_to_binary_feedback(samples: list[dict], threshold: float | str = 0) 
     return list(iter_binary_feedback(samples, threshold))
 
 # %% ../nbs/03_feedback.ipynb #e6b6f03d
-def gap(a, b): # how clearly one is better
+def gap(a, b):  # how clearly one is better
     return 0.0 if a["output"] == b["output"] else abs(a["reward"] - b["reward"])
 
 
-def ranking(group): # best first; equal rewards in an order that only the answers decide
-    def place(s): return -s["reward"], zlib.crc32((text := str(s["output"])).encode(errors="replace")), text
+def ranking(group):  # best first; equal rewards in an order that only the answers decide
+    def place(s):
+        return (
+            -s["reward"],
+            zlib.crc32((text := str(s["output"])).encode(errors="replace")),
+            text,
+        )
+
     return sorted(group, key=place)
 
 
-def neighbours(group, threshold, rng): # mode random
+def neighbours(group, threshold, rng):  # mode random
     rng.shuffle(group)
     return [(a, b) for a, b in zip(group[::2], group[1::2]) if gap(a, b) > threshold]
 
 # %% ../nbs/03_feedback.ipynb #c379e115
-def extremes(group, threshold, rng): # mode max
+def extremes(group, threshold, rng):  # mode max
     ranked = ranking(group)
     return [(ranked[0], ranked[-1])] if gap(ranked[0], ranked[-1]) > threshold else []
 
 
-def closest(group, threshold, rng, slack=1e-12): # mode min; slack: 0.9 - 0.7 and 0.7 - 0.5 are one difference
+def closest(
+    group, threshold, rng, slack=1e-12
+):  # mode min; slack: 0.9 - 0.7 and 0.7 - 0.5 are one difference
     gaps = [(gap(a, b), a, b) for a, b in combinations(ranking(group), 2)]
-    if max((g for g, _, _ in gaps), default=0) <= threshold: return []
+    if max((g for g, _, _ in gaps), default=0) <= threshold:
+        return []
     least = min(g for g, _, _ in gaps if g > 0 and g >= threshold - slack)
     return [(a, b) for g, a, b in gaps if max(least - slack, 0) < g <= least + slack]
 
@@ -97,105 +135,169 @@ PAIRINGS = dict(random=neighbours, max=extremes, min=closest)
 def by_prompt(samples: list[dict]) -> list[list[dict]]:
     "The samples of each prompt, prompts in order of first appearance."
     groups = {}
-    for s in samples: groups.setdefault(s["prompt_id"], []).append(s)
+    for s in samples:
+        groups.setdefault(s["prompt_id"], []).append(s)
     for g in groups.values():
         if any(s["prompt"] != g[0]["prompt"] for s in g):
-            raise RecordError(f"prompt_id {g[0]['prompt_id']!r} stands for two different prompts; were files joined whose ids are only numbers? See records.prompt_id")
+            raise RecordError(
+                f"prompt_id {g[0]['prompt_id']!r} stands for two different prompts; were "
+                "files joined whose ids are only numbers? See records.prompt_id"
+            )
     return list(groups.values())
 
 
 def by_key(samples: list[dict]) -> dict[tuple, dict]:
     "The samples by prompt_id and sample_id."
     known = {(s["prompt_id"], s["sample_id"]): s for s in samples}
-    if len(known) == len(samples): return known
+    if len(known) == len(samples):
+        return known
     (p, i), n = Counter((s["prompt_id"], s["sample_id"]) for s in samples).most_common(1)[0]
-    raise RecordError(f"samples: {n} of them have prompt_id {p!r} and sample_id {i!r}; number a prompt's samples")
+    raise RecordError(
+        f"samples: {n} of them have prompt_id {p!r} and sample_id {i!r}; number a "
+        "prompt's samples"
+    )
 
 
 def compare(a: dict, b: dict) -> dict:
     "The pairwise record of two scored samples; label 1 if the first is better."
-    return dict(prompt_id=a["prompt_id"], prompt=a["prompt"], output_A=as_turns(a["output"]), output_B=as_turns(b["output"]), label=int(a["reward"] > b["reward"]),
-                reward_A=a["reward"], reward_B=b["reward"], reward_difference=abs(a["reward"] - b["reward"]), type="pairwise_feedback")
+    return dict(
+        prompt_id=a["prompt_id"],
+        prompt=a["prompt"],
+        output_A=as_turns(a["output"]),
+        output_B=as_turns(b["output"]),
+        label=int(a["reward"] > b["reward"]),
+        reward_A=a["reward"],
+        reward_B=b["reward"],
+        reward_difference=abs(a["reward"] - b["reward"]),
+        type="pairwise_feedback",
+    )
 
 # %% ../nbs/03_feedback.ipynb #812027ee
-def iter_pairwise_feedback(samples: Iterable[dict], # labelled samples
-                           seed: int, # decides the shuffling and which of a pair comes first
-                           mode: str = "random", # which pairs: 'random', 'max' or 'min'
-                           threshold: float | str = 0, # a pair differs by more than this (min: by at least this, where the prompt's range is more)
-                           ) -> Iterator[dict]:
+def iter_pairwise_feedback(
+    samples: Iterable[dict],  # labelled samples
+    seed: int,  # decides the shuffling and which of a pair comes first
+    mode: str = "random",  # which pairs: 'random', 'max' or 'min'
+    # a pair differs by more than this (min: by at least this, where the prompt's range is more)
+    threshold: float | str = 0,
+) -> Iterator[dict]:
     "Preference pairs within each prompt; a tie is never one."
-    if mode not in PAIRINGS: raise ValueError(f"mode: {mode!r} is not one of {', '.join(PAIRINGS)}")
-    threshold, rng, samples = max(number(threshold, "a number"), 0.0), random.Random(seed), list(samples)
-    scored(samples) # an error names the sample's place in the file
-    return (compare(b, a) if rng.random() < 0.5 else compare(a, b)
-            for group in map(scored, by_prompt(samples)) if len(group) > 1 for a, b in PAIRINGS[mode](group, threshold, rng))
+    if mode not in PAIRINGS:
+        raise ValueError(f"mode: {mode!r} is not one of {', '.join(PAIRINGS)}")
+    threshold, rng, samples = (
+        max(number(threshold, "a number"), 0.0),
+        random.Random(seed),
+        list(samples),
+    )
+    scored(samples)  # an error names the sample's place in the file
+    return (
+        compare(b, a) if rng.random() < 0.5 else compare(a, b)
+        for group in map(scored, by_prompt(samples))
+        if len(group) > 1
+        for a, b in PAIRINGS[mode](group, threshold, rng)
+    )
 
 
-def convert_to_pairwise_feedback(samples: list[dict], seed: int, mode: str = "random", threshold: float | str = 0) -> list[dict]:
+def convert_to_pairwise_feedback(
+    samples: list[dict], seed: int, mode: str = "random", threshold: float | str = 0
+) -> list[dict]:
     "The records of `iter_pairwise_feedback` as a list."
     return list(iter_pairwise_feedback(samples, seed, mode, threshold))
 
 # %% ../nbs/03_feedback.ipynb #a6160d37
 def group_advantages(
-    prompt_ids: list, # of each sample; equal ids are one group
-    scores: list[float], # of each sample
-) -> tuple[list[float], list[int]]: # advantages and group sizes, one per sample
+    prompt_ids: list,  # of each sample; equal ids are one group
+    scores: list[float],  # of each sample
+) -> tuple[list[float], list[int]]:  # advantages and group sizes, one per sample
     "How far each score lies above its group's mean, in standard deviations."
     groups = {}
     for p, s in zip(prompt_ids, scores, strict=True):
-        if s is None or not math.isfinite(s): raise ValueError(f"prompt_id {p!r}: score {s!r} is no finite number; unscored samples belong to no group")
+        if s is None or not math.isfinite(s):
+            raise ValueError(
+                f"prompt_id {p!r}: score {s!r} is no finite number; unscored samples "
+                "belong to no group"
+            )
         groups.setdefault(p, []).append(s)
     level = {p: (statistics.fmean(g), statistics.pstdev(g) + 0.01) for p, g in groups.items()}
-    advantages = [0.0 if min(groups[p]) == max(groups[p]) else (s - level[p][0]) / level[p][1] for p, s in zip(prompt_ids, scores)]
+    advantages = [
+        0.0 if min(groups[p]) == max(groups[p]) else (s - level[p][0]) / level[p][1]
+        for p, s in zip(prompt_ids, scores)
+    ]
     return advantages, [len(groups[p]) for p in prompt_ids]
 
 # %% ../nbs/03_feedback.ipynb #28ce79f0
-def trace(prompt_id, output, reward) -> int: # what a sample and a record made of it have in common
+def trace(
+    prompt_id, output, reward
+) -> int:  # what a sample and a record made of it have in common
     return hash((prompt_id, as_text(output), reward))
 
 
 class Tally:
     "What the records that pass were made of."
-    def __init__(self): self.made, self.used = Counter(), set() # records per prompt_id; traces of the samples in them
+
+    # records per prompt_id; traces of the samples in them
+    def __init__(self):
+        self.made, self.used = Counter(), set()
 
     def count(self, feedback: Iterable[dict]) -> Iterator[dict]:
         for r in feedback:
             self.made[r["prompt_id"]] += 1
-            self.used.update(trace(r["prompt_id"], r[f"output{x}"], r[f"reward{x}"]) for x in ("", "_A", "_B") if f"output{x}" in r)
+            self.used.update(
+                trace(r["prompt_id"], r[f"output{x}"], r[f"reward{x}"])
+                for x in ("", "_A", "_B")
+                if f"output{x}" in r
+            )
             yield r
 
 # %% ../nbs/03_feedback.ipynb #479db23f
-def feedback_counts(samples: list[dict], # labelled samples
-                    feedback: Iterable[dict] | Tally, # the records made of them, or their tally
-                    mode: str = "max", # how: random could pair all samples, max and min are expected to give one pair or more per prompt
-                    ) -> dict[str, int]:
+def feedback_counts(
+    samples: list[dict],  # labelled samples
+    feedback: Iterable[dict] | Tally,  # the records made of them, or their tally
+    # how: random could pair all samples, max and min are expected to give one pair or more per
+    # prompt
+    mode: str = "max",
+) -> dict[str, int]:
     "Where the samples went."
     tally = feedback if isinstance(feedback, Tally) else Tally()
     if tally is not feedback:
-        for _ in tally.count(feedback): pass
+        for _ in tally.count(feedback):
+            pass
     kept, made = scored(samples), tally.made
     sizes = Counter(s["prompt_id"] for s in kept)
     expected = {p: n // 2 if mode == "random" else 1 for p, n in sizes.items() if n > 1}
-    return dict(samples=len(samples), unscored=len(samples) - len(kept), unused=sum(trace(s["prompt_id"], s["output"], s["reward"]) not in tally.used for s in kept),
-                prompts=len({s["prompt_id"] for s in samples}), singles=sum(n == 1 for n in sizes.values()), ties=sum(max(0, n - made[p]) for p, n in expected.items()), records=made.total())
+    return dict(
+        samples=len(samples),
+        unscored=len(samples) - len(kept),
+        unused=sum(
+            trace(s["prompt_id"], s["output"], s["reward"]) not in tally.used for s in kept
+        ),
+        prompts=len({s["prompt_id"] for s in samples}),
+        singles=sum(n == 1 for n in sizes.values()),
+        ties=sum(max(0, n - made[p]) for p, n in expected.items()),
+        records=made.total(),
+    )
 
 # %% ../nbs/03_feedback.ipynb #1c44fd31
-def score_table(labels: Iterable[dict]) -> dict[str, dict[tuple, float]]: # label records
+def score_table(labels: Iterable[dict]) -> dict[str, dict[tuple, float]]:  # label records
     "labeller -> (prompt_id, sample_id) -> score."
     table = {}
     for r in labels:
         scores = table.setdefault(r["labeller"], {})
-        if r["score"] is not None and math.isfinite(r["score"]): scores[r["prompt_id"], r["sample_id"]] = r["score"]
+        if r["score"] is not None and math.isfinite(r["score"]):
+            scores[r["prompt_id"], r["sample_id"]] = r["score"]
     return table
 
 
-def sign(x: float) -> int: return (x > 0) - (x < 0)
+def sign(x: float) -> int:
+    return (x > 0) - (x < 0)
 
 
-def is_human(labeller: str) -> bool: return labeller.startswith("human:")
+def is_human(labeller: str) -> bool:
+    return labeller.startswith("human:")
 
 # %% ../nbs/03_feedback.ipynb #f95eb40f
-def mean_scores(table: dict, keys: list[tuple]) -> dict[tuple, float | None]: # of the samples of one prompt
+def mean_scores(
+    table: dict, keys: list[tuple]
+) -> dict[tuple, float | None]:  # of the samples of one prompt
     "The mean of the scores there are."
     said = {k: [scores[k] for scores in table.values() if k in scores] for k in keys}
     return {k: statistics.fmean(v) if v else None for k, v in said.items()}
@@ -203,18 +305,40 @@ def mean_scores(table: dict, keys: list[tuple]) -> dict[tuple, float | None]: # 
 
 def vote_scores(table: dict, keys: list[tuple]) -> dict[tuple, float | None]:
     "The share of comparisons that each sample wins."
-    said = {k: [(1 + sign(scores[k] - scores[j])) / 2 for scores in table.values() if k in scores for j in keys if j != k and j in scores] for k in keys}
+    said = {
+        k: [
+            (1 + sign(scores[k] - scores[j])) / 2
+            for scores in table.values()
+            if k in scores
+            for j in keys
+            if j != k and j in scores
+        ]
+        for k in keys
+    }
     return {k: statistics.fmean(v) if v else None for k, v in said.items()}
 
 
 def disputed(table: dict, keys: list[tuple]) -> bool:
     "Do two labellers order two of these samples oppositely?"
-    return any(len({sign(scores[a] - scores[b]) for scores in table.values() if a in scores and b in scores} - {0}) == 2 for a, b in combinations(keys, 2))
+    return any(
+        len(
+            {
+                sign(scores[a] - scores[b])
+                for scores in table.values()
+                if a in scores and b in scores
+            }
+            - {0}
+        )
+        == 2
+        for a, b in combinations(keys, 2)
+    )
 
 # %% ../nbs/03_feedback.ipynb #4facc1db
 def human_scores(table: dict, keys: list[tuple]) -> dict[tuple, float | None]:
     "The machines' vote, or the people's where machines disagree or said nothing."
-    machines, people = ({n: s for n, s in table.items() if is_human(n) == human} for human in (False, True))
+    machines, people = (
+        {n: s for n, s in table.items() if is_human(n) == human} for human in (False, True)
+    )
     silent = not any(k in scores for scores in machines.values() for k in keys)
     return vote_scores(people if silent or disputed(machines, keys) else machines, keys)
 
@@ -224,23 +348,39 @@ HOW = {"mean": mean_scores, "vote": vote_scores, "human-where-they-disagree": hu
 # %% ../nbs/03_feedback.ipynb #1803ebdf
 class Combined(NamedTuple):
     "What several labellers say together."
-    scores: dict[tuple, float | None] # (prompt_id, sample_id) -> reward, or pair -> verdict; None: nobody can tell
-    counts: dict[str, int] # what was missing or disagreed
+
+    # (prompt_id, sample_id) -> reward, or pair -> verdict; None: nobody can tell
+    scores: dict[tuple, float | None]
+    counts: dict[str, int]  # what was missing or disagreed
 
 # %% ../nbs/03_feedback.ipynb #2fd75d7f
-def combine_labels(labels: list[dict], # label records, several per sample
-                   how: str = "mean", # a key of HOW
-                   ) -> Combined:
+def combine_labels(
+    labels: list[dict],  # label records, several per sample
+    how: str = "mean",  # a key of HOW
+) -> Combined:
     "One reward per sample that anybody labelled."
-    if how not in HOW: raise ValueError(f"how: {how!r} is not one of {', '.join(HOW)}")
+    if how not in HOW:
+        raise ValueError(f"how: {how!r} is not one of {', '.join(HOW)}")
     table, groups, scores, disputes = score_table(labels), {}, {}, 0
-    for p, i in dict.fromkeys((r["prompt_id"], r["sample_id"]) for r in labels): groups.setdefault(p, []).append((p, i))
+    for p, i in dict.fromkeys((r["prompt_id"], r["sample_id"]) for r in labels):
+        groups.setdefault(p, []).append((p, i))
     for keys in groups.values():
         scores |= HOW[how](table, keys)
         disputes += disputed(table, keys)
     given = [sum(k in s for s in table.values()) for k in scores]
-    return Combined(scores, dict(labels=len(labels), labellers=len(table), samples=len(scores), scored_by_some=sum(0 < n < len(table) for n in given), scored_by_none=given.count(0),
-                                 unscored=sum(x is None for x in scores.values()), prompts=len(groups), disputed_prompts=disputes))
+    return Combined(
+        scores,
+        dict(
+            labels=len(labels),
+            labellers=len(table),
+            samples=len(scores),
+            scored_by_some=sum(0 < n < len(table) for n in given),
+            scored_by_none=given.count(0),
+            unscored=sum(x is None for x in scores.values()),
+            prompts=len(groups),
+            disputed_prompts=disputes,
+        ),
+    )
 
 # %% ../nbs/03_feedback.ipynb #ec30327f
 def with_scores(samples: list[dict], scores: dict[tuple, float | None]) -> list[dict]:
@@ -248,7 +388,7 @@ def with_scores(samples: list[dict], scores: dict[tuple, float | None]) -> list[
     return [s | dict(reward=scores.get((s["prompt_id"], s["sample_id"]))) for s in samples]
 
 # %% ../nbs/03_feedback.ipynb #fc13b11b
-def pair_of(prompt_id, a, b) -> tuple[tuple, int]: # ids of two samples
+def pair_of(prompt_id, a, b) -> tuple[tuple, int]:  # ids of two samples
     "The pair's one name, and 1 if `a` is its first sample, else -1."
     first, second = sorted((a, b), key=lambda i: (isinstance(i, str), i))
     return (prompt_id, first, second), 1 if a == first else -1
@@ -256,47 +396,81 @@ def pair_of(prompt_id, a, b) -> tuple[tuple, int]: # ids of two samples
 
 class Verdicts(NamedTuple):
     "What labellers say of pairs."
-    table: dict[str, dict[tuple, float]] # labeller -> pair -> 1: its first sample is better, -1: its second, 0: tie
-    counts: dict[str, int] # comparisons, pairs, undecided (pairs without verdict of a labeller), order_decided
+
+    # labeller -> pair -> 1: its first sample is better, -1: its second, 0: tie
+    table: dict[str, dict[tuple, float]]
+    # comparisons, pairs, undecided (pairs without verdict of a labeller), order_decided
+    counts: dict[str, int]
 
 # %% ../nbs/03_feedback.ipynb #df877f5f
-def verdict_table(comparisons: Iterable[dict]) -> Verdicts: # comparison records
+def verdict_table(comparisons: Iterable[dict]) -> Verdicts:  # comparison records
     "One verdict per labeller and pair."
     seen, n = {}, 0
     for n, r in enumerate(comparisons, 1):
-        if r["sample_id_A"] == r["sample_id_B"]: raise RecordError(f"comparison {n} (prompt {r['prompt_id']!r}): sample_id_A and sample_id_B are both {r['sample_id_A']!r}")
+        if r["sample_id_A"] == r["sample_id_B"]:
+            raise RecordError(
+                f"comparison {n} (prompt {r['prompt_id']!r}): sample_id_A and "
+                f"sample_id_B are both {r['sample_id_A']!r}"
+            )
         pair, way = pair_of(r["prompt_id"], r["sample_id_A"], r["sample_id_B"])
         looks = seen.setdefault((r["labeller"], pair), {})
-        if r["winner"] is not None: looks[(r["order"] == "AB") == (way == 1)] = dict(A=1, B=-1, tie=0)[r["winner"]] * way
+        if r["winner"] is not None:
+            looks[(r["order"] == "AB") == (way == 1)] = (
+                dict(A=1, B=-1, tie=0)[r["winner"]] * way
+            )
     table = {labeller: {} for labeller, _ in seen}
     for (labeller, pair), looks in seen.items():
-        if looks: table[labeller][pair] = next(iter(looks.values())) if len(set(looks.values())) == 1 else 0
-    return Verdicts(table, dict(comparisons=n, pairs=len({p for _, p in seen}), undecided=sum(not x for x in seen.values()), order_decided=sum(len(set(x.values())) > 1 for x in seen.values())))
+        if looks:
+            table[labeller][pair] = (
+                next(iter(looks.values())) if len(set(looks.values())) == 1 else 0
+            )
+    return Verdicts(
+        table,
+        dict(
+            comparisons=n,
+            pairs=len({p for _, p in seen}),
+            undecided=sum(not x for x in seen.values()),
+            order_decided=sum(len(set(x.values())) > 1 for x in seen.values()),
+        ),
+    )
 
 # %% ../nbs/03_feedback.ipynb #71a79406
-def all_pairs(keys: Iterable[tuple]) -> list[tuple]: # (prompt_id, sample_id), repeats allowed
+def all_pairs(keys: Iterable[tuple]) -> list[tuple]:  # (prompt_id, sample_id), repeats allowed
     "All pairs of samples of one prompt."
     groups = {}
-    for p, i in dict.fromkeys(keys): groups.setdefault(p, []).append(i)
+    for p, i in dict.fromkeys(keys):
+        groups.setdefault(p, []).append(i)
     return [pair_of(p, a, b)[0] for p, ids in groups.items() for a, b in combinations(ids, 2)]
 
 
-def pairs_of(comparisons: list[dict], labels: list[dict] = ()) -> list[tuple]: # comparison and label records
+def pairs_of(
+    comparisons: list[dict], labels: list[dict] = ()
+) -> list[tuple]:  # comparison and label records
     "The compared pairs; without any, all pairs of labelled samples."
-    compared = dict.fromkeys(pair_of(r["prompt_id"], r["sample_id_A"], r["sample_id_B"])[0] for r in comparisons)
+    compared = dict.fromkeys(
+        pair_of(r["prompt_id"], r["sample_id_A"], r["sample_id_B"])[0] for r in comparisons
+    )
     return list(compared) or all_pairs((r["prompt_id"], r["sample_id"]) for r in labels)
 
 # %% ../nbs/03_feedback.ipynb #17c439d1
-def pair_table(comparisons: list[dict] = (), # comparison records
-               labels: list[dict] = (), # label records; their scores give margins
-               pairs: list[tuple] | None = None, # the items; None: pairs_of both
-               ) -> dict[str, dict[tuple, float]]:
+def pair_table(
+    comparisons: list[dict] = (),  # comparison records
+    labels: list[dict] = (),  # label records; their scores give margins
+    pairs: list[tuple] | None = None,  # the items; None: pairs_of both
+) -> dict[str, dict[tuple, float]]:
     "labeller -> pair -> how much its first sample is better."
-    table, pairs = verdict_table(comparisons).table, pairs_of(comparisons, labels) if pairs is None else list(pairs)
+    table, pairs = (
+        verdict_table(comparisons).table,
+        pairs_of(comparisons, labels) if pairs is None else list(pairs),
+    )
     for labeller, s in score_table(labels).items():
-        margins = {(p, a, b): s[p, a] - s[p, b] for p, a, b in pairs if (p, a) in s and (p, b) in s}
+        margins = {
+            (p, a, b): s[p, a] - s[p, b] for p, a, b in pairs if (p, a) in s and (p, b) in s
+        }
         table[labeller] = margins | table.get(labeller, {})
-    return {labeller: {p: said[p] for p in pairs if p in said} for labeller, said in table.items()}
+    return {
+        labeller: {p: said[p] for p in pairs if p in said} for labeller, said in table.items()
+    }
 
 # %% ../nbs/03_feedback.ipynb #1ce3ab84
 def majority(margins: list[float]) -> int | None:
@@ -304,35 +478,49 @@ def majority(margins: list[float]) -> int | None:
     return sign(sum(map(sign, margins))) if margins else None
 
 
-def combine_pairs(table: dict[str, dict[tuple, float]], # see pair_table
-                  pairs: list[tuple], # the items
-                  how: str = "vote", # or 'human-where-they-disagree'
-                  ) -> Combined:
+def combine_pairs(
+    table: dict[str, dict[tuple, float]],  # see pair_table
+    pairs: list[tuple],  # the items
+    how: str = "vote",  # or 'human-where-they-disagree'
+) -> Combined:
     "One verdict per pair: 1, 0, -1, or None."
-    if how not in ("vote", "human-where-they-disagree"): raise ValueError(f"how: {how!r} is not one of vote, human-where-they-disagree")
+    if how not in ("vote", "human-where-they-disagree"):
+        raise ValueError(f"how: {how!r} is not one of vote, human-where-they-disagree")
     verdicts, disputes = {}, 0
     for pair in pairs:
-        machines, people = ([v[pair] for n, v in table.items() if pair in v and is_human(n) == human] for human in (False, True))
+        machines, people = (
+            [v[pair] for n, v in table.items() if pair in v and is_human(n) == human]
+            for human in (False, True)
+        )
         contradict = {1, -1} <= set(map(sign, machines))
         disputes += {1, -1} <= set(map(sign, machines + people))
-        verdicts[pair] = majority(machines + people if how == "vote" else people if contradict or not machines else machines)
+        verdicts[pair] = majority(
+            machines + people
+            if how == "vote"
+            else people
+            if contradict or not machines
+            else machines
+        )
     return Combined(verdicts, dict(disputed=disputes))
 
 # %% ../nbs/03_feedback.ipynb #b88c87aa
 class Converted(NamedTuple):
     "Feedback records, and what became of the items that gave none."
+
     records: list[dict]
     counts: dict[str, int]
 
 # %% ../nbs/03_feedback.ipynb #d605c44f
-def convert_comparisons(comparisons: list[dict], # comparison records, of one or several labellers
-                        samples: list[dict], # the samples they speak of
-                        seed: int, # decides which of a pair comes first
-                        how: str = "vote", # see combine_pairs
-                        labels: list[dict] = (), # label records of others who have a say
-                        pairs: list[tuple] | None = None, # the items; None: pairs_of both
-                        scores: dict[tuple, float] | None = None, # (prompt_id, sample_id) -> score, of one labeller, for the margins
-                        ) -> Converted: # items = ties + no_verdict + equal_outputs + records
+def convert_comparisons(
+    comparisons: list[dict],  # comparison records, of one or several labellers
+    samples: list[dict],  # the samples they speak of
+    seed: int,  # decides which of a pair comes first
+    how: str = "vote",  # see combine_pairs
+    labels: list[dict] = (),  # label records of others who have a say
+    pairs: list[tuple] | None = None,  # the items; None: pairs_of both
+    # (prompt_id, sample_id) -> score, of one labeller, for the margins
+    scores: dict[tuple, float] | None = None,
+) -> Converted:  # items = ties + no_verdict + equal_outputs + records
     "Pairwise feedback from verdicts."
     pairs = sorted(set(pairs_of(comparisons, labels) if pairs is None else pairs), key=str)
     verdicts, counts = combine_pairs(pair_table(comparisons, labels, pairs), pairs, how)
@@ -340,13 +528,32 @@ def convert_comparisons(comparisons: list[dict], # comparison records, of one or
     lost = Counter(ties=0, no_verdict=0, equal_outputs=0, contradicted_scores=0)
     for pair, verdict in verdicts.items():
         keys = [(pair[0], i) for i in pair[1:]]
-        if absent := [k for k in keys if k not in known]: raise RecordError(f"comparison of samples {pair[1]!r} and {pair[2]!r} (prompt {pair[0]!r}): sample_id {absent[0][1]!r} is not among the samples; give the file that was compared")
-        if known[keys[0]]["output"] == known[keys[1]]["output"]: lost["equal_outputs"] += 1; continue
-        if not verdict: lost["ties" if verdict == 0 else "no_verdict"] += 1; continue
+        if absent := [k for k in keys if k not in known]:
+            raise RecordError(
+                f"comparison of samples {pair[1]!r} and {pair[2]!r} (prompt "
+                f"{pair[0]!r}): sample_id {absent[0][1]!r} is not among the samples; "
+                "give the file that was compared"
+            )
+        if known[keys[0]]["output"] == known[keys[1]]["output"]:
+            lost["equal_outputs"] += 1
+            continue
+        if not verdict:
+            lost["ties" if verdict == 0 else "no_verdict"] += 1
+            continue
         better, worse = keys[::verdict]
-        margin = scores[better] - scores[worse] if better in scores and worse in scores else None
+        margin = (
+            scores[better] - scores[worse] if better in scores and worse in scores else None
+        )
         lost["contradicted_scores"] += margin is not None and margin <= 0
-        rewards = (scores[better], scores[worse]) if margin is not None and margin > 0 else (1.0, 0.0)
+        rewards = (
+            (scores[better], scores[worse]) if margin is not None and margin > 0 else (1.0, 0.0)
+        )
         a, b = (known[k] | dict(reward=x) for k, x in zip((better, worse), rewards))
         records.append(compare(b, a) if rng.random() < 0.5 else compare(a, b))
-    return Converted(records, verdict_table(comparisons).counts | counts | lost | dict(items=len(pairs), records=len(records)))
+    return Converted(
+        records,
+        verdict_table(comparisons).counts
+        | counts
+        | lost
+        | dict(items=len(pairs), records=len(records)),
+    )

@@ -25,134 +25,203 @@ from .records import as_turns
 # %% ../nbs/08_generate.ipynb #cf9849bf
 def draws(
     seed: int,
-    prompt: str, # the prompt's id
-    sample: int, # number of the sample within its prompt
-    n: int, # how many numbers: one per token
-) -> np.ndarray: # (n,) float64 in [0, 1)
+    prompt: str,  # the prompt's id
+    sample: int,  # number of the sample within its prompt
+    n: int,  # how many numbers: one per token
+) -> np.ndarray:  # (n,) float64 in [0, 1)
     "The random numbers of one sample."
     key = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(n)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little"))).random(
+        n
+    )
 
 # %% ../nbs/08_generate.ipynb #4e42a28a
 def pick(
-    logits: Tensor, # (B, V)
-    u: Tensor, # (B,) float64 in [0, 1): each row's number
-) -> Tensor: # (B,) token ids
+    logits: Tensor,  # (B, V)
+    u: Tensor,  # (B,) float64 in [0, 1): each row's number
+) -> Tensor:  # (B,) token ids
     "The token that each row's number points at."
     logits = logits.double()
     sums = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
-    return torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True).squeeze(-1) # first sum that is more: never of a token of probability 0
+    # first sum that is more: never of a token of probability 0
+    return torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True).squeeze(-1)
 
 # %% ../nbs/08_generate.ipynb #5c1b33ce
 def nucleus(
-    logits: Tensor, # (B, V)
-    top_p: float, # probability to keep; 1.0 keeps all
-    best: int = 1024, # how many tokens to look at first
-) -> Tensor: # (B, V), minus infinity for what is not kept
+    logits: Tensor,  # (B, V)
+    top_p: float,  # probability to keep; 1.0 keeps all
+    best: int = 1024,  # how many tokens to look at first
+) -> Tensor:  # (B, V), minus infinity for what is not kept
     "The smallest set of tokens with a probability of at least `top_p`."
-    if top_p >= 1: return logits
+    if top_p >= 1:
+        return logits
     top = logits.topk(min(best, logits.shape[-1])).values
     sums = (top - logits.logsumexp(-1, keepdim=True)).double().exp().cumsum(-1)
-    if best < logits.shape[-1] and (sums[:, -1] < top_p).any(): return nucleus(logits, top_p, logits.shape[-1])
+    if best < logits.shape[-1] and (sums[:, -1] < top_p).any():
+        return nucleus(logits, top_p, logits.shape[-1])
     last = (sums < top_p).sum(-1, keepdim=True).clamp(max=top.shape[-1] - 1)
     return logits.masked_fill(logits < top.gather(-1, last), -math.inf)
 
 # %% ../nbs/08_generate.ipynb #98a20d75
 class Row(NamedTuple):
     "One sample to be drawn."
-    number: int # its place in the output
-    example: Example # whose prompt it continues
-    sample_id: int # number of the sample within its prompt
-    ids: list[int] # the prompt's tokens
+
+    number: int  # its place in the output
+    example: Example  # whose prompt it continues
+    sample_id: int  # number of the sample within its prompt
+    ids: list[int]  # the prompt's tokens
 
 
-def plan(examples: list[Example], tokenizer, cfg: SampleConfig, counts: Counter) -> list[list[Row]]:
+def plan(
+    examples: list[Example], tokenizer, cfg: SampleConfig, counts: Counter
+) -> list[list[Row]]:
     "All samples to be drawn, in batches, longest prompts first."
-    prompts, n = encode_prompts(tokenizer, [e.prompt for e in examples], cfg.max_prompt_length, counts), cfg.num_samples_per_prompt
-    rows = [Row(i * n + k, e, k, ids) for i, (e, (_, ids)) in enumerate(zip(examples, prompts)) for k in range(n)]
+    prompts, n = (
+        encode_prompts(tokenizer, [e.prompt for e in examples], cfg.max_prompt_length, counts),
+        cfg.num_samples_per_prompt,
+    )
+    rows = [
+        Row(i * n + k, e, k, ids)
+        for i, (e, (_, ids)) in enumerate(zip(examples, prompts))
+        for k in range(n)
+    ]
     rows.sort(key=lambda r: -len(r.ids))
-    return [rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
+    return [rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
 
 # %% ../nbs/08_generate.ipynb #8f07ba6b
 def end_tokens(model, tokenizer) -> list[int]:
     "The token ids that end an answer."
     own, special = model.generation_config.eos_token_id, set(tokenizer.all_special_ids)
     turn = encode(tokenizer, as_turns("x", "user") + as_turns("x"))
-    marker = next((i for i in reversed(turn) if i in special), None) # what the template puts behind an answer
-    return sorted({tokenizer.eos_token_id, marker, *(own if isinstance(own, list) else [own])} - {None})
+    # what the template puts behind an answer
+    marker = next((i for i in reversed(turn) if i in special), None)
+    return sorted(
+        {tokenizer.eos_token_id, marker, *(own if isinstance(own, list) else [own])} - {None}
+    )
 
 # %% ../nbs/08_generate.ipynb #080d88f9
-def cut_at_stop(text: str, stop: list[str]) -> tuple[str, bool]: # the text, and whether there was a stop
+def cut_at_stop(
+    text: str, stop: list[str]
+) -> tuple[str, bool]:  # the text, and whether there was a stop
     "What comes before the first stop."
     at = min((text.find(s) for s in stop if s in text), default=None)
     return text[:at], at is not None
 
 
-def has_stop(ids: Tensor, stop: list[str], tokenizer) -> Tensor: # ids: (B, S) answers so far -> (B,) bool
+def has_stop(
+    ids: Tensor, stop: list[str], tokenizer
+) -> Tensor:  # ids: (B, S) answers so far -> (B,) bool
     "Whether the last words of each answer have a stop in them."
-    if not stop: return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    last = ids[:, -max(len(s.encode()) for s in stop) - 8:]
-    texts = tokenizer.batch_decode(last, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if not stop:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    last = ids[:, -max(len(s.encode()) for s in stop) - 8 :]
+    texts = tokenizer.batch_decode(
+        last, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return torch.tensor([cut_at_stop(t, stop)[1] for t in texts], device=ids.device)
 
 # %% ../nbs/08_generate.ipynb #e4fc5f03
 class RoomyLayer(DynamicLayer):
     "Keys and values of one layer, (B, heads, tokens, width) each, in buffers with room for more."
+
     buffers = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, room: int = 64, **kwargs):
-        if not self.is_initialized: self.lazy_initialization(key_states, value_states); self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         start, new = self.keys.shape[2], (key_states, value_states)
         end = start + key_states.shape[2]
         if self.buffers is None or end > self.buffers[0].shape[2]:
-            self.buffers = [torch.cat([old, x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for old, x in zip((self.keys, self.values), new)]
+            self.buffers = [
+                torch.cat([old, x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2)
+                for old, x in zip((self.keys, self.values), new)
+            ]
         else:
-            for b, x in zip(self.buffers, new): b[:, :, start:end] = x
+            for b, x in zip(self.buffers, new):
+                b[:, :, start:end] = x
         self.keys, self.values = (b[:, :, :end] for b in self.buffers)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor): # rows to go on with; one may be named twice
+    def reorder_cache(self, beam_idx: Tensor):  # rows to go on with; one may be named twice
         super().reorder_cache(beam_idx)
         self.buffers = None
 
 
 def roomy_cache(config) -> DynamicCache:
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 # %% ../nbs/08_generate.ipynb #9772324f
 def parameters(model) -> set[str]:
     "Names that a model's forward pass takes, whatever is mixed in front of it."
-    return {name for c in type(model).__mro__ if "forward" in vars(c) for name in inspect.signature(c.forward).parameters}
+    return {
+        name
+        for c in type(model).__mro__
+        if "forward" in vars(c)
+        for name in inspect.signature(c.forward).parameters
+    }
 
 
 class Decoder:
     "A model in the middle of a batch; `logits` (B, V) are those of the next token."
+
     def __init__(self, model, prompts: list[list[int]], pad: int):
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + [*p] for p in prompts], device=model.device)
-        real = torch.arange(width, device=model.device) >= torch.tensor([[width - len(p)] for p in prompts], device=model.device)
-        self.model, self.cache, self.mask, self.positions = model, roomy_cache(model.config), real[:, :0].long(), 0
+        ids = torch.tensor(
+            [[pad] * (width - len(p)) + [*p] for p in prompts], device=model.device
+        )
+        real = torch.arange(width, device=model.device) >= torch.tensor(
+            [[width - len(p)] for p in prompts], device=model.device
+        )
+        self.model, self.cache, self.mask, self.positions = (
+            model,
+            roomy_cache(model.config),
+            real[:, :0].long(),
+            0,
+        )
         self.extra = dict(logits_to_keep=1) if "logits_to_keep" in parameters(model) else {}
         self.counts_positions = "position_ids" in parameters(model)
         self.feed(ids, real)
 
-    def feed(self, ids: Tensor, real: Tensor | None = None): # (B, L) the next tokens, and which are not padding
-        self.mask = torch.cat([self.mask, (torch.ones_like(ids) if real is None else real.long())], 1)
-        if self.counts_positions: self.extra["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **self.extra)
+    def feed(
+        self, ids: Tensor, real: Tensor | None = None
+    ):  # (B, L) the next tokens, and which are not padding
+        self.mask = torch.cat(
+            [self.mask, (torch.ones_like(ids) if real is None else real.long())], 1
+        )
+        if self.counts_positions:
+            self.extra["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[
+                :, -ids.shape[1] :
+            ]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.extra,
+        )
         self.logits, self.positions = out.logits[:, -1].float(), self.positions + ids.numel()
 
-    def keep(self, rows: Tensor): # which to go on with, in this order; one may be named twice
+    def keep(self, rows: Tensor):  # which to go on with, in this order; one may be named twice
         self.cache.reorder_cache(rows)
         self.mask, self.logits = self.mask[rows], self.logits[rows]
 
 # %% ../nbs/08_generate.ipynb #54c8c1d2
 def check_room(rows: list[Row], model, cfg: SampleConfig):
     "An error if a model has not enough positions for the longest prompt and its answer."
-    width, most = max(len(r.ids) for r in rows), getattr(model.config, "max_position_embeddings", None) or math.inf
-    if width + cfg.max_new_tokens > most: raise ValueError(f"max_new_tokens: {cfg.max_new_tokens} behind a prompt of {width} tokens is more than the model's {most} positions; lower it or max_prompt_length")
+    width, most = (
+        max(len(r.ids) for r in rows),
+        getattr(model.config, "max_position_embeddings", None) or math.inf,
+    )
+    if width + cfg.max_new_tokens > most:
+        raise ValueError(
+            f"max_new_tokens: {cfg.max_new_tokens} behind a prompt of {width} tokens is "
+            f"more than the model's {most} positions; lower it or max_prompt_length"
+        )
 
 
 def start(rows: list[Row], model, pad: int) -> Decoder:
@@ -165,28 +234,44 @@ def start(rows: list[Row], model, pad: int) -> Decoder:
 # %% ../nbs/08_generate.ipynb #840b79a5
 @torch.inference_mode()
 def generate(
-    rows: list[Row], # one batch
-    model, tokenizer,
-    cfg: SampleConfig, # max_new_tokens, temperature, top_p, stop, seed
-    counts: Counter | None = None, # `positions`, what went through the model, padding included, is added here
-) -> list[list[int]]: # token ids of each answer, its end token or the tokens of its stop included if it came to one
+    rows: list[Row],  # one batch
+    model,
+    tokenizer,
+    cfg: SampleConfig,  # max_new_tokens, temperature, top_p, stop, seed
+    # `positions`, what went through the model, padding included, is added here
+    counts: Counter | None = None,
+) -> list[
+    list[int]
+]:  # token ids of each answer, its end token or the tokens of its stop included if it came to one
     "Draw the answers of a batch."
     check_room(rows, model, cfg)
     decoder, n, most = start(rows, model, tokenizer.pad_token_id), len(rows), cfg.max_new_tokens
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
-    u = torch.from_numpy(np.stack([draws(cfg.seed, r.example.prompt_id, r.sample_id, most) for r in rows])).to(model.device)
-    answers, lengths, live = u.new_zeros((n, most), dtype=torch.long), u.new_zeros(n, dtype=torch.long), torch.arange(n, device=model.device)
+    u = torch.from_numpy(
+        np.stack([draws(cfg.seed, r.example.prompt_id, r.sample_id, most) for r in rows])
+    ).to(model.device)
+    answers, lengths, live = (
+        u.new_zeros((n, most), dtype=torch.long),
+        u.new_zeros(n, dtype=torch.long),
+        torch.arange(n, device=model.device),
+    )
     done = lengths.bool()
     for t in range(most):
         token = pick(nucleus(decoder.logits / cfg.temperature, cfg.top_p), u[live, t])
         answers[live, t] = token
         lengths[live] += ~done
-        done = done | torch.isin(token, ends) | has_stop(answers[live, :t + 1], cfg.stop, tokenizer)
-        if done.all() or t + 1 == most: break
+        done = (
+            done
+            | torch.isin(token, ends)
+            | has_stop(answers[live, : t + 1], cfg.stop, tokenizer)
+        )
+        if done.all() or t + 1 == most:
+            break
         if 8 * done.sum() >= len(done):
             left = (~done).nonzero().squeeze(1)
             decoder.keep(left)
             live, token, done = live[left], token[left], done[left]
         decoder.feed(token[:, None])
-    if counts is not None: counts["positions"] += decoder.positions
+    if counts is not None:
+        counts["positions"] += decoder.positions
     return [a[:k] for a, k in zip(answers.tolist(), lengths.tolist())]

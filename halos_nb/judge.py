@@ -34,22 +34,27 @@ from halos_nb.records import (
 )
 
 # %% ../nbs/09_judge.ipynb #0f69cb07
-NUMBER = r"[+-]?(?:\d++(?:\.\d++|,\d{1,2}(?!\d))?+|\.\d++)(?:e[+-]?\d++)?+" # 8, -2, 8.5, 8,5, .5, 1e1
-VALUE = rf"(?P<x>{NUMBER})(?:\s*\(?\s*(?:/|out\s+of)\s*(?P<of>{NUMBER}))?+(?![\w/]|\s*%|\s*percent|[.,]\d|\s*(?:-|–|to|or|and|out\s+of)\s*[+-]?\.?\d)" # no 85%, no 6-7, no date
-WORD = r"(?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\s*\(\s*)?" # eight (8)
+# 8, -2, 8.5, 8,5, .5, 1e1
+NUMBER = r"[+-]?(?:\d++(?:\.\d++|,\d{1,2}(?!\d))?+|\.\d++)(?:e[+-]?\d++)?+"
+# no 85%, no 6-7, no date
+VALUE = rf"(?P<x>{NUMBER})(?:\s*\(?\s*(?:/|out\s+of)\s*(?P<of>{NUMBER}))?+(?![\w/]|\s*%|\s*percent|[.,]\d|\s*(?:-|–|to|or|and|out\s+of)\s*[+-]?\.?\d)"
+WORD = r"(?:(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\s*\(\s*)?"  # eight (8)
 MARKS = r"[\s*_`\"'\[({]*+"
 BEHIND = rf"(?:\s*\([^()\n]{{0,40}}\)(?={MARKS}[:=]))?{MARKS}(?P<sep>is|of|was|[:=]|[-–—](?=\s))?{MARKS}{WORD}"
 FINAL = rf"(?<![\w-])final\s+(?:score|rating|grade){BEHIND}"
 BEGINS = rf"(?:^|(?<=[.!?;]\s))[\s*_#>`\"'-]*(?:(?:my|the|overall|total)\s+)*(?:score|rating|grade){BEHIND}"
-SAYS = (r"\b(?:rat(?:e|es|ed|ing)|giv(?:e|es|en|ing)|gets?|deserves?|award(?:s|ed)?|assign(?:s|ed)?|scor(?:e|es|ed)|graded?|says?|so|thus|hence|therefore|overall|verdict|result)\b"
-        r"(?:[\s:,=*_]+(?:this|it|that|the|a|an|my|is|as|at|of|with|would|be|answer|response|reply|output|score|rating)\b)*[\s:,=*_]+")
+SAYS = (
+    r"\b(?:rat(?:e|es|ed|ing)|giv(?:e|es|en|ing)|gets?|deserves?|award(?:s|ed)?|assign(?:s|ed)?|scor(?:e|es|ed)|graded?|says?|so|thus|hence|therefore|overall|verdict|result)\b"
+    r"(?:[\s:,=*_]+(?:this|it|that|the|a|an|my|is|as|at|of|with|would|be|answer|response|reply|output|score|rating)\b)*[\s:,=*_]+"
+)
 ENDS = r"[\s.!*_`)\]\"']*"
 
 # %% ../nbs/09_judge.ipynb #0f184349
 class Reading(NamedTuple):
     "What a reply says."
-    value: float | str | None # a score, or A, B, tie
-    reason: str # why nothing could be read; empty otherwise
+
+    value: float | str | None  # a score, or A, B, tie
+    reason: str  # why nothing could be read; empty otherwise
 
 
 def plain(reply: str) -> str:
@@ -60,42 +65,78 @@ def plain(reply: str) -> str:
     return m[1] if (m := re.fullmatch(r"```\w*\s*(.*?)\s*```", text, re.S)) else text
 
 # %% ../nbs/09_judge.ipynb #757e3e9b
-def statements(text: str, scale: float) -> tuple[str, list[re.Match | None]]: # what kind; a None among them: stated, but no number
+def statements(
+    text: str, scale: float
+) -> tuple[str, list[re.Match | None]]:  # what kind; a None among them: stated, but no number
     "The best kind of statement that the text has."
     search = lambda p: list(re.finditer(p, text, re.I | re.M))
     for name, label in (("Final Score", FINAL), ("Score", BEGINS)):
-        if name == "Score" and (m := re.fullmatch(rf"{MARKS}{VALUE}{ENDS}", text, re.I)): return "bare number", [m]
-        found = [(m["sep"], re.compile(VALUE, re.I).match(text, m.end())) for m in search(label)]
-        if found := [v for sep, v in found if v or sep in (":", "=")]: return name, found
-    if found := [m for m in search(rf"(?<![\w.,/+-]){VALUE}") if m["of"] and to_float(m["of"]) == scale]: return "out of", found
-    last = [m for m in search(rf"{SAYS}{WORD}{VALUE}{ENDS}\Z") if not re.search(r"\b(?:not|never|cannot)\b|n['’]t\b", re.split(r"[.!?;\n]", text[:m.start()])[-1], re.I)]
+        if name == "Score" and (m := re.fullmatch(rf"{MARKS}{VALUE}{ENDS}", text, re.I)):
+            return "bare number", [m]
+        found = [
+            (m["sep"], re.compile(VALUE, re.I).match(text, m.end())) for m in search(label)
+        ]
+        if found := [v for sep, v in found if v or sep in (":", "=")]:
+            return name, found
+    if found := [
+        m for m in search(rf"(?<![\w.,/+-]){VALUE}") if m["of"] and to_float(m["of"]) == scale
+    ]:
+        return "out of", found
+    last = [
+        m
+        for m in search(rf"{SAYS}{WORD}{VALUE}{ENDS}\Z")
+        if not re.search(
+            r"\b(?:not|never|cannot)\b|n['’]t\b",
+            re.split(r"[.!?;\n]", text[: m.start()])[-1],
+            re.I,
+        )
+    ]
     return "last sentence", last
 
 
-def to_float(x: str) -> float: return float(x.replace(",", "."))
+def to_float(x: str) -> float:
+    return float(x.replace(",", "."))
 
 # %% ../nbs/09_judge.ipynb #cc9db78d
-def read_number(reply: str, scale: float = 10) -> Reading: # scale: the N of 8/N
+def read_number(reply: str, scale: float = 10) -> Reading:  # scale: the N of 8/N
     "The number that a reply states as its score, wherever it lies."
     text = plain(reply)
-    if not text: return Reading(None, "the reply is empty")
+    if not text:
+        return Reading(None, "the reply is empty")
     if text.startswith("{"):
         value = read_json(text, "score")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value): return Reading(float(value), "")
-        if not (isinstance(value, str) and (m := re.fullmatch(VALUE, value.strip()))): return Reading(None, "the reply is JSON without a number as `score`")
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        ):
+            return Reading(float(value), "")
+        if not (isinstance(value, str) and (m := re.fullmatch(VALUE, value.strip()))):
+            return Reading(None, "the reply is JSON without a number as `score`")
         kind, found = "JSON", [m]
-    else: kind, found = statements(text, scale)
-    if not found or None in found: return Reading(None, f"no number behind {kind!r}" if found else "the reply states no score")
-    if wrong := [m["of"] for m in found if m["of"] and to_float(m["of"]) != scale]: return Reading(None, f"a score out of {wrong[0]}, not {scale:g}")
+    else:
+        kind, found = statements(text, scale)
+    if not found or None in found:
+        return Reading(
+            None, f"no number behind {kind!r}" if found else "the reply states no score"
+        )
+    if wrong := [m["of"] for m in found if m["of"] and to_float(m["of"]) != scale]:
+        return Reading(None, f"a score out of {wrong[0]}, not {scale:g}")
     values = {to_float(m["x"]) for m in found}
-    if len(values) > 1 or not math.isfinite(min(values)): return Reading(None, f"the reply states several scores: {', '.join(f'{v:g}' for v in sorted(values))}")
+    if len(values) > 1 or not math.isfinite(min(values)):
+        return Reading(
+            None,
+            f"the reply states several scores: {', '.join(f'{v:g}' for v in sorted(values))}",
+        )
     return Reading(values.pop(), "")
 
 # %% ../nbs/09_judge.ipynb #fe57158b
 def read_json(text: str, name: str):
     "A field of a JSON object; None if there is none."
-    try: return json.loads(text).get(name)
-    except (ValueError, RecursionError): return None
+    try:
+        return json.loads(text).get(name)
+    except (ValueError, RecursionError):
+        return None
 
 # %% ../nbs/09_judge.ipynb #7fe58f36
 CHOICE = r"(?:(?i:an?\s+)?(?P<tie>(?i:tie|draw))|(?i:(?:answer|response|assistant)\s+)?(?P<x>[AB]))(?!\w|-|\s*/)"
@@ -105,22 +146,50 @@ VERDICT = rf"(?i:(?<![\w-])(?:final\s+)?(?:winner|verdict)){MARKS}(?:is|:|=)?{MA
 def read_winner(reply: str) -> Reading:
     "A, B or tie."
     text = plain(reply)
-    if text.startswith("{"): found = [read_json(text, "winner")]
-    elif m := re.fullmatch(rf"{MARKS}{CHOICE}{ENDS}", text): found = [m["x"] or "tie"]
-    else: found = [m["x"] or "tie" for m in re.finditer(rf"{VERDICT}{CHOICE}", text)] or [{"C": "tie"}.get(x, x) for x in re.findall(r"\[\[(A|B|C|tie)\]\]", text)]
-    if not found or found[0] not in ("A", "B", "tie"): return Reading(None, "the reply names no winner" if text else "the reply is empty")
-    return Reading(found[0], "") if len(set(found)) == 1 else Reading(None, "the reply names several winners")
+    if text.startswith("{"):
+        found = [read_json(text, "winner")]
+    elif m := re.fullmatch(rf"{MARKS}{CHOICE}{ENDS}", text):
+        found = [m["x"] or "tie"]
+    else:
+        found = [m["x"] or "tie" for m in re.finditer(rf"{VERDICT}{CHOICE}", text)] or [
+            {"C": "tie"}.get(x, x) for x in re.findall(r"\[\[(A|B|C|tie)\]\]", text)
+        ]
+    if not found or found[0] not in ("A", "B", "tie"):
+        return Reading(None, "the reply names no winner" if text else "the reply is empty")
+    return (
+        Reading(found[0], "")
+        if len(set(found)) == 1
+        else Reading(None, "the reply names several winners")
+    )
 
 # %% ../nbs/09_judge.ipynb #c78f69bc
 SYSTEM = "You judge answers of an assistant. You are strict and fair, and you judge only what is there."
-ONE = ("Read this conversation and the answer to its last message. Is the answer helpful, correct, honest and to the point?\n\n"
-       "<conversation>\n{prompt}\n</conversation>\n\n<answer>\n{output}\n</answer>\n\n{reply_format}")
-TWO = ("Read this conversation and two answers to its last message. Which answer is more helpful, correct, honest and to the point? Their order and length do not count.\n\n"
-       "<conversation>\n{prompt}\n</conversation>\n\n<answer_A>\n{output_A}\n</answer_A>\n\n<answer_B>\n{output_B}\n</answer_B>\n\n{reply_format}")
-REPLY = {("scalar", True): 'Reply with JSON: {{"why": "one or two sentences", "score": X}}, X being a number from {low:g} (worst) to {high:g} (best).',
-         ("scalar", False): "Say why in one or two sentences. Then end with a line `Final Score: X`, X being a number from {low:g} (worst) to {high:g} (best).",
-         ("pairwise", True): 'Reply with JSON: {{"why": "one or two sentences", "winner": X}}, X being "A", "B" or "tie".',
-         ("pairwise", False): "Say why in one or two sentences. Then end with a line `Winner: X`, X being A, B or tie."}
+ONE = (
+    "Read this conversation and the answer to its last message. Is the answer helpful, correct, honest and to the point?\n\n"
+    "<conversation>\n{prompt}\n</conversation>\n\n<answer>\n{output}\n</answer>\n\n{reply_format}"
+)
+TWO = (
+    "Read this conversation and two answers to its last message. Which answer is more helpful, correct, honest and to the point? Their order and length do not count.\n\n"
+    "<conversation>\n{prompt}\n</conversation>\n\n<answer_A>\n{output_A}\n</answer_A>\n\n<answer_B>\n{output_B}\n</answer_B>\n\n{reply_format}"
+)
+REPLY = {
+    (
+        "scalar",
+        True,
+    ): 'Reply with JSON: {{"why": "one or two sentences", "score": X}}, X being a number from {low:g} (worst) to {high:g} (best).',
+    (
+        "scalar",
+        False,
+    ): "Say why in one or two sentences. Then end with a line `Final Score: X`, X being a number from {low:g} (worst) to {high:g} (best).",
+    (
+        "pairwise",
+        True,
+    ): 'Reply with JSON: {{"why": "one or two sentences", "winner": X}}, X being "A", "B" or "tie".',
+    (
+        "pairwise",
+        False,
+    ): "Say why in one or two sentences. Then end with a line `Winner: X`, X being A, B or tie.",
+}
 
 
 def fill(template: str, **texts: str) -> str:
@@ -135,133 +204,247 @@ def conversation(turns: list[dict]) -> str:
 # %% ../nbs/09_judge.ipynb #90406536
 class Question(NamedTuple):
     "One thing to ask."
-    ids: dict # prompt_id, sample_id; or prompt_id, sample_id_A, sample_id_B, order
-    texts: dict # what the placeholders stand for
+
+    ids: dict  # prompt_id, sample_id; or prompt_id, sample_id_A, sample_id_B, order
+    texts: dict  # what the placeholders stand for
 
     @property
-    def key(self) -> tuple: return tuple(self.ids.values())
+    def key(self) -> tuple:
+        return tuple(self.ids.values())
 
     @property
-    def hash(self) -> str: return digest([self.ids, self.texts])
+    def hash(self) -> str:
+        return digest([self.ids, self.texts])
 
 
-def digest(x) -> str: return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
+def digest(x) -> str:
+    return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/09_judge.ipynb #f733986b
 @dataclass
 class Judge:
     "Who is asked, and how."
-    model: str # name of the model, as the server knows it
-    kind: str = "scalar" # scalar or pairwise
-    system_prompt: str | None = None # None: SYSTEM
-    label_prompt: str | None = None # None: ONE or TWO
+
+    model: str  # name of the model, as the server knows it
+    kind: str = "scalar"  # scalar or pairwise
+    system_prompt: str | None = None  # None: SYSTEM
+    label_prompt: str | None = None  # None: ONE or TWO
     score_min: float = 0
     score_max: float = 10
-    temperature: float | None = 0 # None: the server's
-    max_tokens: int | None = 512 # None: the server's
-    structured: bool = True # try JSON by schema
-    base_url: str | None = None # None: OpenAI's
+    temperature: float | None = 0  # None: the server's
+    max_tokens: int | None = 512  # None: the server's
+    structured: bool = True  # try JSON by schema
+    base_url: str | None = None  # None: OpenAI's
 
     def __post_init__(self):
-        if self.system_prompt is None: self.system_prompt = SYSTEM
-        if self.label_prompt is None: self.label_prompt = ONE if self.kind == "scalar" else TWO
-        self.score_min, self.score_max, self.temperature = (x if x is None else float(x) for x in (self.score_min, self.score_max, self.temperature))
-        needs = ("{prompt}", "{output}") if self.kind == "scalar" else ("{prompt}", "{output_A}", "{output_B}")
+        if self.system_prompt is None:
+            self.system_prompt = SYSTEM
+        if self.label_prompt is None:
+            self.label_prompt = ONE if self.kind == "scalar" else TWO
+        self.score_min, self.score_max, self.temperature = (
+            x if x is None else float(x)
+            for x in (self.score_min, self.score_max, self.temperature)
+        )
+        needs = (
+            ("{prompt}", "{output}")
+            if self.kind == "scalar"
+            else ("{prompt}", "{output_A}", "{output_B}")
+        )
         missing = [n for n in needs if n not in self.label_prompt]
-        if missing == list(needs): self.label_prompt += "\n\n" + (ONE if self.kind == "scalar" else TWO).split("\n\n", 1)[1].removesuffix("\n\n{reply_format}")
-        elif missing: raise ValueError(f"label_prompt: has no {missing[0]}; it needs {', '.join(needs)}, or none of them, then conversation and answer are put behind it")
+        if missing == list(needs):
+            self.label_prompt += "\n\n" + (ONE if self.kind == "scalar" else TWO).split(
+                "\n\n", 1
+            )[1].removesuffix("\n\n{reply_format}")
+        elif missing:
+            raise ValueError(
+                f"label_prompt: has no {missing[0]}; it needs {', '.join(needs)}, or "
+                "none of them, then conversation and answer are put behind it"
+            )
 
 # %% ../nbs/09_judge.ipynb #8dcfed96
 def messages(judge: Judge, q: Question, structured: bool) -> list[dict]:
     "The two messages of a request."
     how = REPLY[judge.kind, structured].format(low=judge.score_min, high=judge.score_max)
-    return [dict(role="system", content=judge.system_prompt), dict(role="user", content=fill(judge.label_prompt, reply_format=how, **q.texts))]
+    return [
+        dict(role="system", content=judge.system_prompt),
+        dict(role="user", content=fill(judge.label_prompt, reply_format=how, **q.texts)),
+    ]
 
 
 def schema(judge: Judge) -> dict:
     "The response_format that asks for JSON."
-    answer = dict(score=dict(type="number", minimum=judge.score_min, maximum=judge.score_max)) if judge.kind == "scalar" else dict(winner=dict(type="string", enum=["A", "B", "tie"]))
+    answer = (
+        dict(score=dict(type="number", minimum=judge.score_min, maximum=judge.score_max))
+        if judge.kind == "scalar"
+        else dict(winner=dict(type="string", enum=["A", "B", "tie"]))
+    )
     properties = dict(why=dict(type="string")) | answer
-    return dict(type="json_schema", json_schema=dict(name="judgement", strict=True, schema=dict(type="object", properties=properties, required=list(properties), additionalProperties=False)))
+    return dict(
+        type="json_schema",
+        json_schema=dict(
+            name="judgement",
+            strict=True,
+            schema=dict(
+                type="object",
+                properties=properties,
+                required=list(properties),
+                additionalProperties=False,
+            ),
+        ),
+    )
 
 # %% ../nbs/09_judge.ipynb #ce15dfdb
 def question(s: dict) -> Question:
     "How good is this sample?"
-    return Question(dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"]), dict(prompt=conversation(s["prompt"]), output=as_text(s["output"])))
+    return Question(
+        dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"]),
+        dict(prompt=conversation(s["prompt"]), output=as_text(s["output"])),
+    )
 
 
 def questions_of_pair(a: dict, b: dict) -> list[Question]:
     "Which of two is better? Asked in both orders, for judges like what they read first, or last."
-    ids, said = dict(prompt_id=a["prompt_id"], sample_id_A=a["sample_id"], sample_id_B=b["sample_id"]), dict(A=as_text(a["output"]), B=as_text(b["output"]))
-    return [Question(ids | dict(order=order), dict(prompt=conversation(a["prompt"]), output_A=said[order[0]], output_B=said[order[1]])) for order in ("AB", "BA")]
+    ids, said = (
+        dict(prompt_id=a["prompt_id"], sample_id_A=a["sample_id"], sample_id_B=b["sample_id"]),
+        dict(A=as_text(a["output"]), B=as_text(b["output"])),
+    )
+    return [
+        Question(
+            ids | dict(order=order),
+            dict(
+                prompt=conversation(a["prompt"]),
+                output_A=said[order[0]],
+                output_B=said[order[1]],
+            ),
+        )
+        for order in ("AB", "BA")
+    ]
 
 # %% ../nbs/09_judge.ipynb #609c7fdb
 def interpret(row: dict, judge: Judge) -> dict:
     "A journal line with what its reply means; one without reply keeps its reason."
-    if row["reply"] is None: return row
+    if row["reply"] is None:
+        return row
     name = "score" if judge.kind == "scalar" else "winner"
-    value, reason = read_number(row["reply"], judge.score_max) if name == "score" else read_winner(row["reply"])
-    if row.get("refusal"): value, reason = None, f"the judge refused: {row['refusal'][:200]}"
-    if row.get("finish") == "length": value, reason = None, f"the reply was cut off at max_tokens, {row.get('output_tokens')} tokens"
-    if name == "score" and value is not None and not judge.score_min <= value <= judge.score_max: value, reason = None, f"{value:g} is outside {judge.score_min:g} to {judge.score_max:g}"
-    if name == "winner" and row["order"] == "BA" and value in ("A", "B"): value = "BA"["AB".index(value)]
+    value, reason = (
+        read_number(row["reply"], judge.score_max)
+        if name == "score"
+        else read_winner(row["reply"])
+    )
+    if row.get("refusal"):
+        value, reason = None, f"the judge refused: {row['refusal'][:200]}"
+    if row.get("finish") == "length":
+        value, reason = (
+            None,
+            f"the reply was cut off at max_tokens, {row.get('output_tokens')} tokens",
+        )
+    if (
+        name == "score"
+        and value is not None
+        and not judge.score_min <= value <= judge.score_max
+    ):
+        value, reason = None, f"{value:g} is outside {judge.score_min:g} to {judge.score_max:g}"
+    if name == "winner" and row["order"] == "BA" and value in ("A", "B"):
+        value = "BA"["AB".index(value)]
     return row | {name: value, "reason": reason}
 
 # %% ../nbs/09_judge.ipynb #e69e50a4
 class Limiter:
     "At most so many requests and tokens in any window."
-    def __init__(self, requests: int | None = None, tokens: int | None = None, window: float = 60.0): # window: seconds
-        self.requests, self.tokens, self.window, self.sent, self.lock = requests or math.inf, tokens or math.inf, window, deque(), asyncio.Lock()
-        self.ready = set() # tasks that have waited and not sent yet
+
+    def __init__(
+        self, requests: int | None = None, tokens: int | None = None, window: float = 60.0
+    ):  # window: seconds
+        self.requests, self.tokens, self.window, self.sent, self.lock = (
+            requests or math.inf,
+            tokens or math.inf,
+            window,
+            deque(),
+            asyncio.Lock(),
+        )
+        self.ready = set()  # tasks that have waited and not sent yet
 
     async def wait(self, tokens: int):
-        async with self.lock: # first come, first served
+        async with self.lock:  # first come, first served
             while True:
                 now = time.monotonic()
-                while self.sent and self.sent[0][0] <= now - self.window: self.sent.popleft()
-                if not self.sent or (len(self.sent) < self.requests and sum(n for _, n in self.sent) + tokens <= self.tokens): break
+                while self.sent and self.sent[0][0] <= now - self.window:
+                    self.sent.popleft()
+                if not self.sent or (
+                    len(self.sent) < self.requests
+                    and sum(n for _, n in self.sent) + tokens <= self.tokens
+                ):
+                    break
                 await asyncio.sleep(self.sent[0][0] + self.window - now)
             self.sent.append((now, tokens))
             self.ready.add(asyncio.current_task())
 
     async def send(self, tokens: int):
         "Just before a request leaves: one that is a repeat waits for its own place."
-        if asyncio.current_task() not in self.ready: await self.wait(tokens)
+        if asyncio.current_task() not in self.ready:
+            await self.wait(tokens)
         self.ready.remove(asyncio.current_task())
 
 # %% ../nbs/09_judge.ipynb #b3c78b87
-def tokens_of(text: str) -> int: return len(text.encode()) // 3 + 4
+def tokens_of(text: str) -> int:
+    return len(text.encode()) // 3 + 4
 
 
 @dataclass
 class Budget:
     "What may be asked, and what has been spent."
-    judge: Judge
-    input_price: float | None = None # USD per million tokens
-    output_price: float | None = None # USD per million tokens
-    max_cost: float = math.inf # USD
-    max_requests: float = math.inf # questions
-    asked: int = 0; spent: float = 0.0; held: float = 0.0 # questions; USD, answers of unknown cost at their dearest; USD for questions in flight
 
-    def tokens(self, q: Question) -> int: return sum(tokens_of(m["content"]) for m in messages(self.judge, q, False))
-    def cost(self, read: int | None, written: int | None) -> float | None: # USD
-        return None if None in (self.input_price, read, written) else (read * self.input_price + written * self.output_price) / 1e6
-    def dearest(self, q: Question) -> float: return self.cost(self.tokens(q), self.judge.max_tokens or 0) or 0.0
-    def allows(self, q: Question) -> bool: return self.asked < self.max_requests and self.spent + self.held + self.dearest(q) <= self.max_cost
-    def book(self, q: Question, row: dict): self.spent += self.dearest(q) if row["cost"] is None else row["cost"]
+    judge: Judge
+    input_price: float | None = None  # USD per million tokens
+    output_price: float | None = None  # USD per million tokens
+    max_cost: float = math.inf  # USD
+    max_requests: float = math.inf  # questions
+    # questions; USD, answers of unknown cost at their dearest; USD for questions in flight
+    asked: int = 0
+    spent: float = 0.0
+    held: float = 0.0
+
+    def tokens(self, q: Question) -> int:
+        return sum(tokens_of(m["content"]) for m in messages(self.judge, q, False))
+
+    def cost(self, read: int | None, written: int | None) -> float | None:  # USD
+        return (
+            None
+            if None in (self.input_price, read, written)
+            else (read * self.input_price + written * self.output_price) / 1e6
+        )
+
+    def dearest(self, q: Question) -> float:
+        return self.cost(self.tokens(q), self.judge.max_tokens or 0) or 0.0
+
+    def allows(self, q: Question) -> bool:
+        return (
+            self.asked < self.max_requests
+            and self.spent + self.held + self.dearest(q) <= self.max_cost
+        )
+
+    def book(self, q: Question, row: dict):
+        self.spent += self.dearest(q) if row["cost"] is None else row["cost"]
 
 # %% ../nbs/09_judge.ipynb #f1c65b65
 def run_async(work: Coroutine):
     "The result of a coroutine, also where a loop is running already, as in a notebook."
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(work)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
     box = {}
+
     def run():
-        try: box["result"] = asyncio.run(work)
-        except BaseException as e: box["error"] = e
+        try:
+            box["result"] = asyncio.run(work)
+        except BaseException as e:
+            box["error"] = e
+
     (thread := threading.Thread(target=run)).start()
     thread.join()
-    if "error" in box: raise box["error"]
+    if "error" in box:
+        raise box["error"]
     return box["result"]
 
 # %% ../nbs/09_judge.ipynb #ab7a4698
@@ -269,136 +452,271 @@ class JudgeStopped(RuntimeError):
     "No further question makes sense; what was answered is in the journal."
 
 
-def hide(text: str) -> str: # some servers repeat the key in their errors
+def hide(text: str) -> str:  # some servers repeat the key in their errors
     "The text without the key."
     return text.replace(key, "[key]") if (key := api_key()) else text
 
 
-def api_key() -> str: return os.environ.get("OPENAI_API_KEY", "").strip()
+def api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
 def is_hopeless(e: Exception) -> bool:
     "Whether the next question would fail like this one: wrong key, no money, no such model, a temperature that it does not take."
-    return getattr(e, "status_code", None) in (401, 402, 404) or getattr(e, "code", None) == "insufficient_quota" or getattr(e, "param", None) == "temperature"
+    return (
+        getattr(e, "status_code", None) in (401, 402, 404)
+        or getattr(e, "code", None) == "insufficient_quota"
+        or getattr(e, "param", None) == "temperature"
+    )
 
 # %% ../nbs/09_judge.ipynb #6a90517f
 async def complete(client, judge: Judge, q: Question, refused: set):
     "The server's answer to one question, without those options that it has refused before."
     while True:
-        options = dict(model=judge.model, messages=messages(judge, q, judge.structured and "response_format" not in refused))
-        if judge.temperature is not None: options["temperature"] = judge.temperature
-        if judge.max_tokens: options["max_completion_tokens" if "max_tokens" in refused else "max_tokens"] = judge.max_tokens
-        if judge.structured and "response_format" not in refused: options["response_format"] = schema(judge)
+        options = dict(
+            model=judge.model,
+            messages=messages(judge, q, judge.structured and "response_format" not in refused),
+        )
+        if judge.temperature is not None:
+            options["temperature"] = judge.temperature
+        if judge.max_tokens:
+            options["max_completion_tokens" if "max_tokens" in refused else "max_tokens"] = (
+                judge.max_tokens
+            )
+        if judge.structured and "response_format" not in refused:
+            options["response_format"] = schema(judge)
         try:
             answer = client.chat.completions.create(**options)
             return await answer if inspect.isawaitable(answer) else answer
         except Exception as e:
             told = str(e) if getattr(e, "status_code", None) in (400, 422) else ""
-            name = next((n for n, sign in (("response_format", "response_format|json_schema"), ("max_tokens", "max_tokens")) if n in options and re.search(sign, told)), None)
-            if name is None: raise
+            name = next(
+                (
+                    n
+                    for n, sign in (
+                        ("response_format", "response_format|json_schema"),
+                        ("max_tokens", "max_tokens"),
+                    )
+                    if n in options and re.search(sign, told)
+                ),
+                None,
+            )
+            if name is None:
+                raise
             refused.add(name)
 
 # %% ../nbs/09_judge.ipynb #6f350b78
-def read_answer(answer) -> dict: # reply, finish, input_tokens, output_tokens
+def read_answer(answer) -> dict:  # reply, finish, input_tokens, output_tokens
     "What is in the server's answer; a ValueError if it is none."
     try:
         choice, usage = answer.choices[0], getattr(answer, "usage", None)
-        reply, count = choice.message.content, lambda name: n if isinstance(n := getattr(usage, name, None), int) else None
-        if not isinstance(reply, str | None): raise TypeError
-    except (AttributeError, IndexError, TypeError, KeyError): raise ValueError(f"the server sent no answer: {show(hide(str(answer)), 200)}") from None
+        reply, count = (
+            choice.message.content,
+            lambda name: n if isinstance(n := getattr(usage, name, None), int) else None,
+        )
+        if not isinstance(reply, str | None):
+            raise TypeError
+    except (AttributeError, IndexError, TypeError, KeyError):
+        raise ValueError(f"the server sent no answer: {show(hide(str(answer)), 200)}") from None
     refusal = getattr(choice.message, "refusal", None)
-    return dict(reply=(reply or "").encode("utf-8", "replace").decode(), finish=str(getattr(choice, "finish_reason", None)), input_tokens=count("prompt_tokens"), output_tokens=count("completion_tokens"),
-                **(dict(refusal=str(refusal)) if refusal else {}))
+    return dict(
+        reply=(reply or "").encode("utf-8", "replace").decode(),
+        finish=str(getattr(choice, "finish_reason", None)),
+        input_tokens=count("prompt_tokens"),
+        output_tokens=count("completion_tokens"),
+        **(dict(refusal=str(refusal)) if refusal else {}),
+    )
 
 # %% ../nbs/09_judge.ipynb #fa8339cc
 def blank(judge: Judge, q: Question, reason: str = "") -> dict:
     "A journal line before anything was said."
-    return dict(q.ids, labeller=f"api:{judge.model}", **dict(score=None) if judge.kind == "scalar" else dict(winner=None), reason=reason, reply=None, time=None, cost=None, input_tokens=None, output_tokens=None,
-                kind=judge.kind, judge=digest(asdict(judge)), question=q.hash, type="label" if judge.kind == "scalar" else "comparison")
+    return dict(
+        q.ids,
+        labeller=f"api:{judge.model}",
+        **dict(score=None) if judge.kind == "scalar" else dict(winner=None),
+        reason=reason,
+        reply=None,
+        time=None,
+        cost=None,
+        input_tokens=None,
+        output_tokens=None,
+        kind=judge.kind,
+        judge=digest(asdict(judge)),
+        question=q.hash,
+        type="label" if judge.kind == "scalar" else "comparison",
+    )
 
 # %% ../nbs/09_judge.ipynb #fa512dc4
-async def ask(client, judge: Judge, q: Question, refused: set, deadline: float | None = None) -> dict:
+async def ask(
+    client, judge: Judge, q: Question, refused: set, deadline: float | None = None
+) -> dict:
     "A journal line: the reply and what it means, or why there is none."
     row = blank(judge, q)
     try:
-        async with asyncio.timeout(deadline): row |= read_answer(await complete(client, judge, q, refused))
-    except TimeoutError: row["reason"] = f"no answer within {deadline or 0:g} s"
+        async with asyncio.timeout(deadline):
+            row |= read_answer(await complete(client, judge, q, refused))
+    except TimeoutError:
+        row["reason"] = f"no answer within {deadline or 0:g} s"
     except Exception as e:
         why = f"{type(e).__name__}: {hide(str(e))[:300]}"
-        if is_hopeless(e): raise JudgeStopped(f"{judge.model}: {why}") from None
+        if is_hopeless(e):
+            raise JudgeStopped(f"{judge.model}: {why}") from None
         row["reason"] = f"no answer: {why}"
     row["reply"] = hide(row["reply"]) if row["reply"] is not None else None
     return interpret(row | dict(time=round(time.time(), 3)), judge)
 
 # %% ../nbs/09_judge.ipynb #6f386cbb
 async def process_samples_with_api(
-    samples: list[dict], # sample records
-    client, # openai.AsyncOpenAI or openai.OpenAI
+    samples: list[dict],  # sample records
+    client,  # openai.AsyncOpenAI or openai.OpenAI
     system_prompt: str,
-    label_prompt: str, # with {prompt} and {output}, or neither
+    label_prompt: str,  # with {prompt} and {output}, or neither
     model: str,
-    batch_size: int = 10, # requests at a time
-) -> list[dict]: # copies with `reward`, `reason`, `reply`, and `output` as turns
+    batch_size: int = 10,  # requests at a time
+) -> list[dict]:  # copies with `reward`, `reason`, `reply`, and `output` as turns
     "Score samples by an API judge."
-    judge, gate = Judge(model, system_prompt=system_prompt, label_prompt=label_prompt, temperature=None, max_tokens=None, structured=False), asyncio.Semaphore(batch_size)
+    judge, gate = (
+        Judge(
+            model,
+            system_prompt=system_prompt,
+            label_prompt=label_prompt,
+            temperature=None,
+            max_tokens=None,
+            structured=False,
+        ),
+        asyncio.Semaphore(batch_size),
+    )
+
     async def score(s):
-        async with gate: row = await ask(client, judge, question(s), set())
-        return s | dict(output=as_turns(s["output"]), reward=row["score"], reason=row["reason"], reply=row["reply"])
+        async with gate:
+            row = await ask(client, judge, question(s), set())
+        return s | dict(
+            output=as_turns(s["output"]),
+            reward=row["score"],
+            reason=row["reason"],
+            reply=row["reply"],
+        )
+
     return list(await asyncio.gather(*map(score, samples)))
 
 # %% ../nbs/09_judge.ipynb #9d522daf
 @dataclass
 class Job:
     "A labelling job: its judge, its questions, its journal."
+
     cfg: LabelConfig
     questions: list[Question]
     journal: Path
     judge: Judge = field(init=False)
 
     def __post_init__(self):
-        c, names = self.cfg, ("system_prompt", "label_prompt", "score_min", "score_max", "temperature", "max_tokens", "structured")
-        self.judge = Judge(c.api_model, c.judge, **{n: getattr(c, n) for n in names}, base_url=c.base_url or os.environ.get("OPENAI_BASE_URL"))
-        if re.search(r"@|\?", self.judge.base_url or ""): raise ValueError("base_url: holds a password or a query; it is written to files, so a key belongs in OPENAI_API_KEY")
+        c, names = (
+            self.cfg,
+            (
+                "system_prompt",
+                "label_prompt",
+                "score_min",
+                "score_max",
+                "temperature",
+                "max_tokens",
+                "structured",
+            ),
+        )
+        self.judge = Judge(
+            c.api_model,
+            c.judge,
+            **{n: getattr(c, n) for n in names},
+            base_url=c.base_url or os.environ.get("OPENAI_BASE_URL"),
+        )
+        if re.search(r"@|\?", self.judge.base_url or ""):
+            raise ValueError(
+                "base_url: holds a password or a query; it is written to files, so a key "
+                "belongs in OPENAI_API_KEY"
+            )
 
     @property
-    def identity_file(self) -> Path: return self.journal.with_name(self.journal.name.replace(".labels.jsonl", ".judge.json"))
+    def identity_file(self) -> Path:
+        return self.journal.with_name(self.journal.name.replace(".labels.jsonl", ".judge.json"))
 
     def budget(self, rows: list[dict]) -> Budget:
         "With what the journal says was spent before."
-        b = Budget(self.judge, self.cfg.input_price, self.cfg.output_price, self.cfg.max_cost or math.inf, self.cfg.max_requests or math.inf)
+        b = Budget(
+            self.judge,
+            self.cfg.input_price,
+            self.cfg.output_price,
+            self.cfg.max_cost or math.inf,
+            self.cfg.max_requests or math.inf,
+        )
         known = {q.key: q for q in self.questions}
         for r in rows:
-            if r["time"] is None: continue # was not asked
+            if r["time"] is None:
+                continue  # was not asked
             b.asked += 1
-            b.spent += r["cost"] if r["cost"] is not None else b.dearest(known[k]) if (k := key_of(r)) in known else 0.0
+            b.spent += (
+                r["cost"]
+                if r["cost"] is not None
+                else b.dearest(known[k])
+                if (k := key_of(r)) in known
+                else 0.0
+            )
         return b
 
 
-def key_of(row: dict) -> tuple: return tuple(row[k] for k in (("prompt_id", "sample_id") if row["type"] == "label" else ("prompt_id", "sample_id_A", "sample_id_B", "order")))
+def key_of(row: dict) -> tuple:
+    return tuple(
+        row[k]
+        for k in (
+            ("prompt_id", "sample_id")
+            if row["type"] == "label"
+            else ("prompt_id", "sample_id_A", "sample_id_B", "order")
+        )
+    )
 
 # %% ../nbs/09_judge.ipynb #13f651e4
 def read_journal(job: Job) -> list[dict]:
     "The lines of this job so far; a RecordError if the journal is another's."
-    if not job.journal.exists(): return []
+    if not job.journal.exists():
+        return []
     rows, mine = read_jsonl(job.journal), digest(asdict(job.judge))
-    for i, r in enumerate(rows, 1): check(r, r.get("type") if r.get("type") in ("label", "comparison") else "label", f"{job.journal}, record {i}")
+    for i, r in enumerate(rows, 1):
+        check(
+            r,
+            r.get("type") if r.get("type") in ("label", "comparison") else "label",
+            f"{job.journal}, record {i}",
+        )
     if other := next((r for r in rows if r.get("judge") != mine), None):
         was = json.loads(job.identity_file.read_text()) if job.identity_file.exists() else {}
-        differs = "; ".join(f"{k} was {show(was[k])}, is {show(v)}" for k, v in asdict(job.judge).items() if k in was and was[k] != v)
-        raise RecordError(f"{job.journal}: holds other labels, of {other['labeller']}{f' ({differs})' if differs else ''}; two judges' answers are not mixed: "
-                          "give another output_file, or the settings of before to go on")
+        differs = "; ".join(
+            f"{k} was {show(was[k])}, is {show(v)}"
+            for k, v in asdict(job.judge).items()
+            if k in was and was[k] != v
+        )
+        raise RecordError(
+            f"{job.journal}: holds other labels, of {other['labeller']}{f' ({differs})' if differs else ''}; two judges' answers are not mixed: "
+            "give another output_file, or the settings of before to go on"
+        )
     asked = {q.key: q.hash for q in job.questions}
-    if changed := next((r for r in rows if asked.get(key_of(r), r["question"]) != r["question"]), None):
-        raise RecordError(f"{job.journal}: prompt {changed['prompt_id']!r}, sample {key_of(changed)[1]!r} was asked with another text; the samples have changed since: give another output_file")
+    if changed := next(
+        (r for r in rows if asked.get(key_of(r), r["question"]) != r["question"]), None
+    ):
+        raise RecordError(
+            f"{job.journal}: prompt {changed['prompt_id']!r}, sample {key_of(changed)[1]!r} was asked with another text; the samples have changed since: give another output_file"
+        )
     return rows
 
 # %% ../nbs/09_judge.ipynb #9654b3b7
-def last_words(rows: Iterable[dict]) -> dict[tuple, dict]: # labels and comparisons of one labeller
+def last_words(
+    rows: Iterable[dict],
+) -> dict[tuple, dict]:  # labels and comparisons of one labeller
     "The last line about each sample, or look at a pair; one that says something before one that does not."
-    def says(r): return r.get("reply") is not None or r.get("score", r.get("winner")) is not None
+
+    def says(r):
+        return r.get("reply") is not None or r.get("score", r.get("winner")) is not None
+
     out = {}
     for r in rows:
-        if says(r) or not says(out.get(key_of(r), r)): out[key_of(r)] = r
+        if says(r) or not says(out.get(key_of(r), r)):
+            out[key_of(r)] = r
     return out
 
 
@@ -412,8 +730,12 @@ def locked(path: Path):
     "Only one process at a time is in this block."
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise RuntimeError(f"{path}: another process is asking for this file; wait for it or end it") from None
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"{path}: another process is asking for this file; wait for it or end it"
+            ) from None
         yield
 
 # %% ../nbs/09_judge.ipynb #3d167869
@@ -423,72 +745,133 @@ def estimate(job: Job) -> dict:
     known, budget = answered(rows, job.judge), job.budget(rows)
     todo = [q for q in job.questions if (known.get(q.key) or {}).get("reply") is None]
     read = sum(map(budget.tokens, todo))
-    return dict(questions=len(job.questions), answered=len(job.questions) - len(todo), to_ask=len(todo), input_tokens=read, max_output_tokens=len(todo) * job.judge.max_tokens,
-                spent=None if budget.input_price is None else round(budget.spent, 6), max_cost=budget.cost(read, len(todo) * job.judge.max_tokens))
+    return dict(
+        questions=len(job.questions),
+        answered=len(job.questions) - len(todo),
+        to_ask=len(todo),
+        input_tokens=read,
+        max_output_tokens=len(todo) * job.judge.max_tokens,
+        spent=None if budget.input_price is None else round(budget.spent, 6),
+        max_cost=budget.cost(read, len(todo) * job.judge.max_tokens),
+    )
 
 # %% ../nbs/09_judge.ipynb #56055660
 def estimate_text(e: dict, judge: Judge) -> str:
     "The estimate for a person."
-    money = "unknown, give --input_price and --output_price (USD for a million tokens)" if e["max_cost"] is None else f"at most ${e['max_cost']:.4f}, ${e['spent']:.4f} spent before"
-    return (f"{judge.model}: {e['questions']} questions, {e['answered']} answered before, {e['to_ask']} to ask; "
-            f"about {e['input_tokens']} tokens to read, at most {e['max_output_tokens']} to write; cost {money}")
+    money = (
+        "unknown, give --input_price and --output_price (USD for a million tokens)"
+        if e["max_cost"] is None
+        else f"at most ${e['max_cost']:.4f}, ${e['spent']:.4f} spent before"
+    )
+    return (
+        f"{judge.model}: {e['questions']} questions, {e['answered']} answered before, {e['to_ask']} to ask; "
+        f"about {e['input_tokens']} tokens to read, at most {e['max_output_tokens']} to write; cost {money}"
+    )
 
 # %% ../nbs/09_judge.ipynb #385bff42
-FAILURES = 50 # in a row
+FAILURES = 50  # in a row
 
 
-async def ask_all(client, job: Job, todo: deque, budget: Budget, limiter: Limiter, progress: Progress):
+async def ask_all(
+    client, job: Job, todo: deque, budget: Budget, limiter: Limiter, progress: Progress
+):
     "Ask until nothing is left or the budget ends; every answer is journalled as it comes."
     refused, failed, stop = set(), 0, []
+
     async def work():
         nonlocal failed
         while todo and not stop:
-            if not budget.allows(todo[0]): return # an answer in flight may turn out cheaper: whoever waits for it looks again
+            # an answer in flight may turn out cheaper: whoever waits for it looks again
+            if not budget.allows(todo[0]):
+                return
             q = todo.popleft()
             budget.asked, budget.held = budget.asked + 1, budget.held + budget.dearest(q)
             await limiter.wait(budget.tokens(q) + (job.judge.max_tokens or 0))
-            try: row = await ask(client, job.judge, q, refused, job.cfg.deadline)
-            except JudgeStopped as e: stop.append(e); return
-            finally: budget.held -= budget.dearest(q)
+            try:
+                row = await ask(client, job.judge, q, refused, job.cfg.deadline)
+            except JudgeStopped as e:
+                stop.append(e)
+                return
+            finally:
+                budget.held -= budget.dearest(q)
             row["cost"] = budget.cost(row["input_tokens"], row["output_tokens"])
             append_jsonl(job.journal, check(row, row["type"]), sync=True)
             budget.book(q, row)
             failed = 0 if row["reply"] is not None else failed + 1
-            if failed >= max(FAILURES, 2 * (job.cfg.batch_size or 10)): stop.append(JudgeStopped(f"{failed} requests in a row failed, the last one: {row['reason']}"))
-            progress.update(1, **(dict(spent=f"${budget.spent:.4f}") if budget.input_price is not None else {}))
+            if failed >= max(FAILURES, 2 * (job.cfg.batch_size or 10)):
+                stop.append(
+                    JudgeStopped(
+                        f"{failed} requests in a row failed, the last one: {row['reason']}"
+                    )
+                )
+            progress.update(
+                1,
+                **(
+                    dict(spent=f"${budget.spent:.4f}") if budget.input_price is not None else {}
+                ),
+            )
+
     await asyncio.gather(*(work() for _ in range(job.cfg.batch_size or 10)))
-    if stop: raise JudgeStopped(f"{stop[0]}. {job.journal} keeps what was answered; run again to go on from there")
+    if stop:
+        raise JudgeStopped(
+            f"{stop[0]}. {job.journal} keeps what was answered; run again to go on from there"
+        )
 
 # %% ../nbs/09_judge.ipynb #51e947e7
-async def connect_and_ask(job: Job, todo: deque, budget: Budget, progress: Progress) -> int: # HTTP requests, repeats included
+async def connect_and_ask(
+    job: Job, todo: deque, budget: Budget, progress: Progress
+) -> int:  # HTTP requests, repeats included
     "With a client of the job's own."
     import openai
+
     c, sent = job.cfg, 0
     limiter, key = Limiter(c.requests_per_minute, c.tokens_per_minute), api_key()
-    if not key and not job.judge.base_url: raise ValueError("OPENAI_API_KEY: the environment variable is not set; it is the only place the key is read from (a server of one's own, base_url, needs none)")
+    if not key and not job.judge.base_url:
+        raise ValueError(
+            "OPENAI_API_KEY: the environment variable is not set; it is the only place "
+            "the key is read from (a server of one's own, base_url, needs none)"
+        )
+
     async def count(request):
         nonlocal sent
         sent += 1
         await limiter.send(tokens_of(request.content.decode()) + (job.judge.max_tokens or 0))
+
     http = openai.DefaultAsyncHttpxClient(event_hooks=dict(request=[count]))
-    async with openai.AsyncOpenAI(api_key=key or "none", base_url=job.judge.base_url, max_retries=c.max_retries, timeout=c.request_timeout, http_client=http) as client:
+    async with openai.AsyncOpenAI(
+        api_key=key or "none",
+        base_url=job.judge.base_url,
+        max_retries=c.max_retries,
+        timeout=c.request_timeout,
+        http_client=http,
+    ) as client:
         await ask_all(client, job, todo, budget, limiter, progress)
     return sent
 
 # %% ../nbs/09_judge.ipynb #2cbd9c27
-def run_job(job: Job) -> tuple[dict[tuple, dict], dict]: # label or comparison of each question; counts
+def run_job(
+    job: Job,
+) -> tuple[dict[tuple, dict], dict]:  # label or comparison of each question; counts
     "Ask what has no answer yet."
     with locked(job.journal):
         rows = read_journal(job)
         known, budget = answered(rows, job.judge), job.budget(rows)
         todo = deque(q for q in job.questions if (known.get(q.key) or {}).get("reply") is None)
         write_json(job.identity_file, asdict(job.judge))
-        counts = dict(questions=len(job.questions), answered_before=len(job.questions) - len(todo), http_requests=0)
+        counts = dict(
+            questions=len(job.questions),
+            answered_before=len(job.questions) - len(todo),
+            http_requests=0,
+        )
         with Progress(len(job.questions), "questions", "judge") as progress:
             progress.update(counts["answered_before"])
-            if todo: counts["http_requests"] = run_async(connect_and_ask(job, todo, budget, progress))
+            if todo:
+                counts["http_requests"] = run_async(
+                    connect_and_ask(job, todo, budget, progress)
+                )
         known = answered(read_journal(job) if job.journal.exists() else [], job.judge)
-    for q in todo: known.setdefault(q.key, blank(job.judge, q, "not asked: budget"))
+    for q in todo:
+        known.setdefault(q.key, blank(job.judge, q, "not asked: budget"))
     mine = {q.key: known[q.key] for q in job.questions}
     return mine, counts | job_counts(mine, budget) | dict(not_asked=len(todo))
 
@@ -497,5 +880,14 @@ def job_counts(rows: dict[tuple, dict], budget: Budget) -> dict:
     "What was asked and spent, over all runs of the job."
     asked = [r for r in rows.values() if r["time"] is not None]
     total = lambda name: sum(r.get(name) or 0 for r in asked)
-    return dict(asked=len(asked), unreadable=sum(r["reply"] is not None and r.get("score", r.get("winner")) is None for r in asked), no_answer=sum(r["reply"] is None for r in asked),
-                input_tokens=total("input_tokens"), output_tokens=total("output_tokens"), cost=None if budget.input_price is None else round(total("cost"), 6), cost_unknown=sum(r["cost"] is None for r in asked))
+    return dict(
+        asked=len(asked),
+        unreadable=sum(
+            r["reply"] is not None and r.get("score", r.get("winner")) is None for r in asked
+        ),
+        no_answer=sum(r["reply"] is None for r in asked),
+        input_tokens=total("input_tokens"),
+        output_tokens=total("output_tokens"),
+        cost=None if budget.input_price is None else round(total("cost"), 6),
+        cost_unknown=sum(r["cost"] is None for r in asked),
+    )

@@ -59,36 +59,72 @@ from .score import Scored, head_at, load_scorer, score_samples, with_rewards
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
 
 # %% ../nbs/09_label.ipynb #9b1c89cc
-FIELDS = frozenset(("prompt_id", "sample_id", "prompt", "output", "type", "generator", "dataset", "split", "instruction", "finished", "policy_logps", "reference_logps")) # of a sample
+# of a sample
+FIELDS = frozenset(
+    (
+        "prompt_id",
+        "sample_id",
+        "prompt",
+        "output",
+        "type",
+        "generator",
+        "dataset",
+        "split",
+        "instruction",
+        "finished",
+        "policy_logps",
+        "reference_logps",
+    )
+)
 
 
 def check_names(names: set[str], where: str):
     "An error if a field of ours is missing and one with almost its name is there."
     for k in names - FIELDS:
-        if near := difflib.get_close_matches(k, FIELDS - names, 1, 0.85): raise RecordError(f"{where}: field `{k}` is unknown and `{near[0]}` is missing; rename it")
+        if near := difflib.get_close_matches(k, FIELDS - names, 1, 0.85):
+            raise RecordError(
+                f"{where}: field `{k}` is unknown and `{near[0]}` is missing; rename it"
+            )
 
 # %% ../nbs/09_label.ipynb #08e6b547
 def read_samples(
-    path: str | Path, # JSON array or .jsonl
-    split: str | None = None, # only this split's samples (None: all)
+    path: str | Path,  # JSON array or .jsonl
+    split: str | None = None,  # only this split's samples (None: all)
 ) -> list[dict]:
     "The samples of a file; a RecordError where two cannot be told apart."
     rows, ids, prompts, names = read_records(path, "sample"), {}, {}, set()
     for i, r in enumerate(rows, 1):
-        if (fields := frozenset(r)) not in names: check_names(fields, f"{path}, record {i}")
+        if (fields := frozenset(r)) not in names:
+            check_names(fields, f"{path}, record {i}")
         names.add(fields)
-        first, (j, prompt) = ids.setdefault((r["prompt_id"], r["sample_id"]), i), prompts.setdefault(r["prompt_id"], (i, r["prompt"]))
-        if first != i: raise RecordError(f"{path}, record {i}: field `sample_id` is {r['sample_id']!r} as in record {first} of the same prompt; number a prompt's samples")
-        if prompt != r["prompt"]: raise RecordError(f"{path}, record {i}: field `prompt` is not that of record {j}, which has the same prompt_id; see records.prompt_id")
+        first, (j, prompt) = (
+            ids.setdefault((r["prompt_id"], r["sample_id"]), i),
+            prompts.setdefault(r["prompt_id"], (i, r["prompt"])),
+        )
+        if first != i:
+            raise RecordError(
+                f"{path}, record {i}: field `sample_id` is {r['sample_id']!r} as in "
+                f"record {first} of the same prompt; number a prompt's samples"
+            )
+        if prompt != r["prompt"]:
+            raise RecordError(
+                f"{path}, record {i}: field `prompt` is not that of record {j}, which "
+                "has the same prompt_id; see records.prompt_id"
+            )
     kept = [r for r in rows if split is None or r.get("split") in (None, split)]
-    if not kept: raise RecordError(f"{path}: split: none of the {len(rows)} samples belongs to split {split!r}")
+    if not kept:
+        raise RecordError(
+            f"{path}: split: none of the {len(rows)} samples belongs to split {split!r}"
+        )
     return kept
 
 # %% ../nbs/09_label.ipynb #33a2acad
 class Data(NamedTuple):
     "What is to be labelled."
+
     samples: list[dict]
-    pairs: list[tuple[int, int]] | None # numbers of the samples to compare; None: as `feedback_mode` says
+    # numbers of the samples to compare; None: as `feedback_mode` says
+    pairs: list[tuple[int, int]] | None
     counts: dict
 
 
@@ -97,11 +133,15 @@ def trim(text: str) -> str:
     return m[0] if (m := re.match(r".*[.!?][\"')\]”’]*(?=\s|$)", text, re.S)) else text
 
 
-def across(first: list[dict], second: list[dict]) -> list[tuple[int, int]]: # numbers within first + second
+def across(
+    first: list[dict], second: list[dict]
+) -> list[tuple[int, int]]:  # numbers within first + second
     "The k-th sample of each prompt with the k-th of the same prompt in the other list."
     place = {}
-    for i, s in enumerate(first): place.setdefault(s["prompt_id"], ([], []))[0].append(i)
-    for j, s in enumerate(second, len(first)): place.setdefault(s["prompt_id"], ([], []))[1].append(j)
+    for i, s in enumerate(first):
+        place.setdefault(s["prompt_id"], ([], []))[0].append(i)
+    for j, s in enumerate(second, len(first)):
+        place.setdefault(s["prompt_id"], ([], []))[1].append(j)
     return [pair for a, b in place.values() for pair in zip(a, b)]
 
 # %% ../nbs/09_label.ipynb #052167ac
@@ -109,88 +149,172 @@ def read_data(cfg: LabelConfig) -> Data:
     "The samples of one file or two."
     samples, pairs, counts = read_samples(cfg.samples_file, cfg.split), None, {}
     if cfg.second_samples_path:
-        second, prompts = read_samples(cfg.second_samples_path, cfg.split), {s["prompt_id"]: s["prompt"] for s in samples}
-        if wrong := next((i for i, s in enumerate(second, 1) if prompts.get(s["prompt_id"], s["prompt"]) != s["prompt"]), None):
-            raise RecordError(f"{cfg.second_samples_path}, record {wrong}: field `prompt` is not that of the same prompt_id in {cfg.samples_file}; see records.prompt_id")
+        second, prompts = (
+            read_samples(cfg.second_samples_path, cfg.split),
+            {s["prompt_id"]: s["prompt"] for s in samples},
+        )
+        if wrong := next(
+            (
+                i
+                for i, s in enumerate(second, 1)
+                if prompts.get(s["prompt_id"], s["prompt"]) != s["prompt"]
+            ),
+            None,
+        ):
+            raise RecordError(
+                f"{cfg.second_samples_path}, record {wrong}: field `prompt` is not that "
+                f"of the same prompt_id in {cfg.samples_file}; see records.prompt_id"
+            )
         pairs = across(samples, second)
-        if not pairs: raise RecordError(f"{cfg.second_samples_path}: no prompt_id of it is in {cfg.samples_file}; sample for the same prompts")
+        if not pairs:
+            raise RecordError(
+                f"{cfg.second_samples_path}: no prompt_id of it is in "
+                f"{cfg.samples_file}; sample for the same prompts"
+            )
         samples += [s | dict(sample_id=f"second:{s['sample_id']}") for s in second]
         counts["unmatched"] = len(samples) - 2 * len(pairs)
-    if other := Counter(k for s in samples for k in s.keys() - FIELDS): counts["other_fields"] = dict(other)
+    if other := Counter(k for s in samples for k in s.keys() - FIELDS):
+        counts["other_fields"] = dict(other)
     if cfg.trim_to_sentence:
         counts["outputs_trimmed"] = sum(trim(s["output"]) != s["output"] for s in samples)
         samples = [s | dict(output=trim(s["output"])) for s in samples]
     return Data(samples, pairs, counts)
 
 # %% ../nbs/09_label.ipynb #2b40648a
-def load_function(spec: str) -> Callable: # "module:name"; modules of the current folder too
+def load_function(spec: str) -> Callable:  # "module:name"; modules of the current folder too
     "The function of that name."
     module, _, name = spec.partition(":")
-    try: f = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"function: {spec!r} is not to be found ({e}); write module:name, the module being in the current folder or installed") from None
-    if not callable(f): raise ValueError(f"function: {spec} is a {type(f).__name__}, not a function (prompt, output) -> number")
+    try:
+        f = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(
+            f"function: {spec!r} is not to be found ({e}); write module:name, the module "
+            "being in the current folder or installed"
+        ) from None
+    if not callable(f):
+        raise ValueError(
+            f"function: {spec} is a {type(f).__name__}, not a function (prompt, output) "
+            "-> number"
+        )
     return f
 
 
-def score_with_function(samples: list[dict], f: Callable, progress: Progress | None = None) -> list[Scored]:
+def score_with_function(
+    samples: list[dict], f: Callable, progress: Progress | None = None
+) -> list[Scored]:
     "What the function says of each sample."
+
     def one(s):
-        try: x = f(copy.deepcopy(s["prompt"]), s["output"])
-        except Exception as e: return Scored(None, f"{type(e).__name__}: {e}"[:300], False)
-        finally: progress and progress.update(1)
-        return Scored(float(x), "", False) if isinstance(x, int | float) and math.isfinite(x) else Scored(None, f"the function gave {x!r}"[:300], False)
+        try:
+            x = f(copy.deepcopy(s["prompt"]), s["output"])
+        except Exception as e:
+            return Scored(None, f"{type(e).__name__}: {e}"[:300], False)
+        finally:
+            progress and progress.update(1)
+        return (
+            Scored(float(x), "", False)
+            if isinstance(x, int | float) and math.isfinite(x)
+            else Scored(None, f"the function gave {x!r}"[:300], False)
+        )
+
     return list(map(one, samples))
 
 # %% ../nbs/09_label.ipynb #03baa37c
-def to_feedback(labelled: list[dict], cfg: LabelConfig, pairs: list[tuple[int, int]] | None = None) -> list[dict]: # labelled: samples with `reward`; pairs: as in Data
+def to_feedback(
+    labelled: list[dict], cfg: LabelConfig, pairs: list[tuple[int, int]] | None = None
+) -> list[dict]:  # labelled: samples with `reward`; pairs: as in Data
     "The feedback records that the config asks for."
-    if cfg.feedback_type == "pairwise" and pairs is not None: records = pair_records([(labelled[i], labelled[j]) for i, j in pairs], cfg)
-    elif cfg.feedback_type == "pairwise": records = convert_to_pairwise_feedback(labelled, cfg.seed, cfg.feedback_mode, 0 if cfg.threshold is None else cfg.threshold)
-    elif cfg.feedback_type == "binary": records = convert_to_binary_feedback(labelled, "median" if cfg.threshold is None else cfg.threshold)
-    else: records = convert_to_scalar_feedback(labelled)
+    if cfg.feedback_type == "pairwise" and pairs is not None:
+        records = pair_records([(labelled[i], labelled[j]) for i, j in pairs], cfg)
+    elif cfg.feedback_type == "pairwise":
+        records = convert_to_pairwise_feedback(
+            labelled, cfg.seed, cfg.feedback_mode, 0 if cfg.threshold is None else cfg.threshold
+        )
+    elif cfg.feedback_type == "binary":
+        records = convert_to_binary_feedback(
+            labelled, "median" if cfg.threshold is None else cfg.threshold
+        )
+    else:
+        records = convert_to_scalar_feedback(labelled)
     return [r | {"split": cfg.split} for r in records] if cfg.split else records
 
 # %% ../nbs/09_label.ipynb #4b07d02c
-def pair_records(pairs: list[tuple[dict, dict]], cfg: LabelConfig) -> list[dict]: # samples with `reward`
+def pair_records(
+    pairs: list[tuple[dict, dict]], cfg: LabelConfig
+) -> list[dict]:  # samples with `reward`
     "Pairwise feedback of given pairs; the seed decides which of two is A."
     rng, least = random.Random(cfg.seed), max(number(cfg.threshold or 0, "a number"), 0.0)
-    apart = [(a, b) for a, b in pairs if None not in (a["reward"], b["reward"]) and gap(a, b) > least]
+    apart = [
+        (a, b) for a, b in pairs if None not in (a["reward"], b["reward"]) and gap(a, b) > least
+    ]
     return [compare(b, a) if rng.random() < 0.5 else compare(a, b) for a, b in apart]
 
 
-def wins(margins: list[float | None]) -> dict: # of each pair, how much better the first file's is; None: unscored
+def wins(
+    margins: list[float | None],
+) -> dict:  # of each pair, how much better the first file's is; None: unscored
     "Of two files compared, whose samples are better."
     known = [m for m in margins if m is not None]
-    return dict(pairs=len(margins), first_better=sum(m > 0 for m in known), second_better=sum(m < 0 for m in known), equal=known.count(0))
+    return dict(
+        pairs=len(margins),
+        first_better=sum(m > 0 for m in known),
+        second_better=sum(m < 0 for m in known),
+        equal=known.count(0),
+    )
 
 # %% ../nbs/09_label.ipynb #f7e1c70d
-def looks_of(rows: list[dict]) -> dict[tuple, dict[str, str]]: # comparisons -> (labeller, prompt_id, A, B) -> order -> winner
+def looks_of(
+    rows: list[dict],
+) -> dict[
+    tuple, dict[str, str]
+]:  # comparisons -> (labeller, prompt_id, A, B) -> order -> winner
     "The looks that ended in a verdict."
     looks = {}
     for r in rows:
-        if r["winner"]: looks.setdefault((r["labeller"], r["prompt_id"], r["sample_id_A"], r["sample_id_B"]), {})[r["order"]] = r["winner"]
+        if r["winner"]:
+            looks.setdefault(
+                (r["labeller"], r["prompt_id"], r["sample_id_A"], r["sample_id_B"]), {}
+            )[r["order"]] = r["winner"]
     return looks
 
 
 def both_or_none(rows: list[dict]) -> list[dict]:
     "The comparisons, without the verdicts of a judge that has one for one order only."
     half = {k for k, x in looks_of(rows).items() if k[0].startswith("api:") and len(x) == 1}
-    return [r | dict(winner=None, reason="the other order has no verdict") if r["winner"] and (r["labeller"], r["prompt_id"], r["sample_id_A"], r["sample_id_B"]) in half else r for r in rows]
+    return [
+        r | dict(winner=None, reason="the other order has no verdict")
+        if r["winner"]
+        and (r["labeller"], r["prompt_id"], r["sample_id_A"], r["sample_id_B"]) in half
+        else r
+        for r in rows
+    ]
 
 
 def position_bias(rows: list[dict]) -> dict:
     "How often the two orders disagree, and which place gains by it."
     both = [(x["AB"], x["BA"]) for x in looks_of(rows).values() if len(x) == 2]
     first, second = both.count(("A", "B")), both.count(("B", "A"))
-    return dict(compared=len(both), orders_disagree=sum(a != b for a, b in both), first_preferred=first, second_preferred=second, position_bias=round((first + second) / len(both), 4) if both else None)
+    return dict(
+        compared=len(both),
+        orders_disagree=sum(a != b for a, b in both),
+        first_preferred=first,
+        second_preferred=second,
+        position_bias=round((first + second) / len(both), 4) if both else None,
+    )
 
 # %% ../nbs/09_label.ipynb #56ba7ea2
 def pairs_to_ask(data: Data, cfg: LabelConfig) -> list[tuple[int, int]]:
     "The given pairs, or each prompt's samples shuffled and taken two by two; without those that are the same text twice."
     pairs, groups, rng = data.pairs, {}, random.Random(cfg.seed)
     if pairs is None:
-        for i, s in enumerate(data.samples): groups.setdefault(s["prompt_id"], []).append(i)
-        pairs = [pair for g in groups.values() for shuffled in [rng.sample(g, len(g))] for pair in zip(shuffled[::2], shuffled[1::2])]
+        for i, s in enumerate(data.samples):
+            groups.setdefault(s["prompt_id"], []).append(i)
+        pairs = [
+            pair
+            for g in groups.values()
+            for shuffled in [rng.sample(g, len(g))]
+            for pair in zip(shuffled[::2], shuffled[1::2])
+        ]
     return [(i, j) for i, j in pairs if data.samples[i]["output"] != data.samples[j]["output"]]
 
 # %% ../nbs/09_label.ipynb #11d5372c
@@ -201,47 +325,106 @@ def beside(path: str | Path, ending: str) -> Path:
 
 def label_rows(samples: list[dict], scored: list[Scored], labeller: str) -> list[dict]:
     "One label per sample, in order."
-    return [dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], labeller=labeller, **x._asdict(), type="label") for s, x in zip(samples, scored)]
+    return [
+        dict(
+            prompt_id=s["prompt_id"],
+            sample_id=s["sample_id"],
+            labeller=labeller,
+            **x._asdict(),
+            type="label",
+        )
+        for s, x in zip(samples, scored)
+    ]
 
 
 def write_labels(path: Path, rows: list[dict]):
     "One line per label."
     with atomic_write(path) as f:
-        for i, r in enumerate(rows, 1): f.write(json.dumps(check(r, r["type"], f"{path}, record {i}, not written"), ensure_ascii=False) + "\n")
+        for i, r in enumerate(rows, 1):
+            f.write(
+                json.dumps(
+                    check(r, r["type"], f"{path}, record {i}, not written"), ensure_ascii=False
+                )
+                + "\n"
+            )
 
 # %% ../nbs/09_label.ipynb #57507c3c
-def keep_safe(path: Path, rows: list[dict] | tuple = ()): # rows: what is to be written there
+def keep_safe(path: Path, rows: list[dict] | tuple = ()):  # rows: what is to be written there
     "An error if labels of an API judge or a person would be lost."
-    dear = [r for r in (read_jsonl(path) if path.exists() else []) if str(r.get("labeller")).startswith(("api:", "human:"))]
+    dear = [
+        r
+        for r in (read_jsonl(path) if path.exists() else [])
+        if str(r.get("labeller")).startswith(("api:", "human:"))
+    ]
     kept = set(map(digest, rows)) if dear else set()
-    if lost := next((r["labeller"] for r in dear if digest(r) not in kept), None): raise RecordError(f"{path}: holds the labels of {lost}, which were paid for; give another output_file, or move that file away")
+    if lost := next((r["labeller"] for r in dear if digest(r) not in kept), None):
+        raise RecordError(
+            f"{path}: holds the labels of {lost}, which were paid for; give another "
+            "output_file, or move that file away"
+        )
 
 
-def read_labels(path: str | Path, labeller: str | None = None, several: bool = False) -> list[dict]: # labels and comparisons
+def read_labels(
+    path: str | Path, labeller: str | None = None, several: bool = False
+) -> list[dict]:  # labels and comparisons
     "One labeller's labels in a journal, or all labellers'."
     rows = [{"type": "label"} | r for r in read_jsonl(path)]
-    if rows and "event" in rows[0]: raise RecordError(f"{path}: is a session of labelling by hand; write the records of halos_nb.people.comparisons or labels to a file, one per line, and give that")
-    for i, r in enumerate(rows, 1): check(r, "comparison" if r["type"] == "comparison" else "label", f"{path}, record {i}")
+    if rows and "event" in rows[0]:
+        raise RecordError(
+            f"{path}: is a session of labelling by hand; write the records of "
+            "halos_nb.people.comparisons or labels to a file, one per line, and give "
+            "that"
+        )
+    for i, r in enumerate(rows, 1):
+        check(r, "comparison" if r["type"] == "comparison" else "label", f"{path}, record {i}")
     names = list(dict.fromkeys(r["labeller"] for r in rows))
-    if not names: raise RecordError(f"{path}: holds no labels")
-    if not several and labeller not in names and (labeller or len(names) > 1): raise ValueError(f"labeller: {path} holds the labels of {', '.join(names)}; name one of them, or say how they combine")
-    return [r for name in (names if several else [labeller or names[0]]) for r in last_words(x for x in rows if x["labeller"] == name).values()]
+    if not names:
+        raise RecordError(f"{path}: holds no labels")
+    if not several and labeller not in names and (labeller or len(names) > 1):
+        raise ValueError(
+            f"labeller: {path} holds the labels of {', '.join(names)}; name one of them, "
+            "or say how they combine"
+        )
+    return [
+        r
+        for name in (names if several else [labeller or names[0]])
+        for r in last_words(x for x in rows if x["labeller"] == name).values()
+    ]
 
 # %% ../nbs/09_label.ipynb #8bf3faf1
 class Labelled(NamedTuple):
     "What a labeller said."
-    scored: list[Scored] | None # one per sample; None: pairs were compared
-    rows: list[dict] | None # the journal; None: it is written already
+
+    scored: list[Scored] | None  # one per sample; None: pairs were compared
+    rows: list[dict] | None  # the journal; None: it is written already
     counts: dict
-    comparisons: list[dict] = [] # where pairs were compared
-    labels: list[dict] = [] # scores of others who have a say about these pairs
+    comparisons: list[dict] = []  # where pairs were compared
+    labels: list[dict] = []  # scores of others who have a say about these pairs
 
 
-def margins(data: Data, got: Labelled, how: str) -> list[float | None]: # how: see feedback.combine_pairs
+def margins(
+    data: Data, got: Labelled, how: str
+) -> list[float | None]:  # how: see feedback.combine_pairs
     "How much better the first of each of `data.pairs` is."
-    if got.scored: return [None if None in (a, b) else a - b for i, j in data.pairs for a, b in [(got.scored[i].score, got.scored[j].score)]]
-    named = [pair_of(data.samples[i]["prompt_id"], data.samples[i]["sample_id"], data.samples[j]["sample_id"]) for i, j in data.pairs]
-    verdicts = combine_pairs(pair_table(got.comparisons, got.labels, [p for p, _ in named]), [p for p, _ in named], how).scores
+    if got.scored:
+        return [
+            None if None in (a, b) else a - b
+            for i, j in data.pairs
+            for a, b in [(got.scored[i].score, got.scored[j].score)]
+        ]
+    named = [
+        pair_of(
+            data.samples[i]["prompt_id"],
+            data.samples[i]["sample_id"],
+            data.samples[j]["sample_id"],
+        )
+        for i, j in data.pairs
+    ]
+    verdicts = combine_pairs(
+        pair_table(got.comparisons, got.labels, [p for p, _ in named]),
+        [p for p, _ in named],
+        how,
+    ).scores
     return [None if verdicts[p] is None else verdicts[p] * way for p, way in named]
 
 # %% ../nbs/09_label.ipynb #fe432420
@@ -250,30 +433,58 @@ def from_scores(data: Data, got: Labelled, cfg: LabelConfig) -> tuple[list[dict]
     labelled = with_rewards(data.samples, got.scored)
     feedback = to_feedback(labelled, cfg, data.pairs)
     counts = feedback_counts(labelled, feedback, cfg.feedback_mode)
-    if cfg.feedback_type != "pairwise": counts = {k: v for k, v in counts.items() if k not in ("singles", "ties")}
-    return feedback, counts | dict(scored=counts["samples"] - counts["unscored"], reasons=dict(Counter(x.reason for x in got.scored if x.reason)))
+    if cfg.feedback_type != "pairwise":
+        counts = {k: v for k, v in counts.items() if k not in ("singles", "ties")}
+    return feedback, counts | dict(
+        scored=counts["samples"] - counts["unscored"],
+        reasons=dict(Counter(x.reason for x in got.scored if x.reason)),
+    )
 
 
 def from_comparisons(data: Data, got: Labelled, cfg: LabelConfig) -> tuple[list[dict], dict]:
     "Feedback made of comparisons, and where the pairs went."
-    feedback, counts = convert_comparisons(got.comparisons, data.samples, cfg.seed, cfg.combine or "vote", got.labels)
+    feedback, counts = convert_comparisons(
+        got.comparisons, data.samples, cfg.seed, cfg.combine or "vote", got.labels
+    )
     reasons = Counter(r["reason"] for r in got.comparisons if r["winner"] is None)
-    counts = dict(samples=len(data.samples), prompts=len({s["prompt_id"] for s in data.samples}), unscored=counts["no_verdict"]) | counts | dict(reasons=dict(reasons)) | position_bias(got.comparisons)
+    counts = (
+        dict(
+            samples=len(data.samples),
+            prompts=len({s["prompt_id"] for s in data.samples}),
+            unscored=counts["no_verdict"],
+        )
+        | counts
+        | dict(reasons=dict(reasons))
+        | position_bias(got.comparisons)
+    )
     return [r | {"split": cfg.split} if cfg.split else r for r in feedback], counts
 
 # %% ../nbs/09_label.ipynb #802f558f
-def write_feedback(data: Data, got: Labelled, cfg: LabelConfig) -> dict: # all counts
+def write_feedback(data: Data, got: Labelled, cfg: LabelConfig) -> dict:  # all counts
     "Labels, counts and feedback, in this order."
     out, labels = Path(cfg.output_file), beside(cfg.output_file, "labels.jsonl")
-    out.unlink(missing_ok=True) # made of other labels
-    if got.rows is not None: write_labels(labels, got.rows)
-    feedback, counts = (from_scores if got.scored is not None else from_comparisons)(data, got, cfg)
-    counts |= (wins(margins(data, got, cfg.combine or "vote")) if data.pairs else {}) | data.counts | got.counts
+    out.unlink(missing_ok=True)  # made of other labels
+    if got.rows is not None:
+        write_labels(labels, got.rows)
+    feedback, counts = (from_scores if got.scored is not None else from_comparisons)(
+        data, got, cfg
+    )
+    counts |= (
+        (wins(margins(data, got, cfg.combine or "vote")) if data.pairs else {})
+        | data.counts
+        | got.counts
+    )
     write_json(beside(out, "counts.json"), counts)
     if not feedback:
-        why = ", ".join(f"{counts[k]} {k}" for k in ("prompts", "singles", "ties", "unscored") if k in counts)
-        raise ValueError(f"{out}: nothing to learn from: {why} (singles: prompts with one scored sample; ties: pairs too close). "
-                         f"Sample more per prompt or lower the threshold; the labels are kept in {labels}")
+        why = ", ".join(
+            f"{counts[k]} {k}"
+            for k in ("prompts", "singles", "ties", "unscored")
+            if k in counts
+        )
+        raise ValueError(
+            f"{out}: nothing to learn from: {why} (singles: prompts with one scored sample; ties: pairs too close). "
+            f"Sample more per prompt or lower the threshold; the labels are kept in {labels}"
+        )
     write_records(out, feedback)
     return counts
 
@@ -282,86 +493,183 @@ def by_reward_model(data: Data, cfg: LabelConfig, accelerator) -> Labelled:
     "Scores of a reward model, shared among all processes."
     head = head_at(cfg.reward_model_path, cfg.objective_weights, cfg.trust_remote_code)
     tokenizer, counts = load_tokenizer(cfg.reward_model_path, cfg.trust_remote_code), Counter()
-    reward_model = fit_vocabulary(load_scorer(cfg.reward_model_path, head, cfg.precision, cfg.trust_remote_code), tokenizer).eval().to(accelerator.device)
-    progress = Progress(len(data.samples), "samples", "label") if accelerator.is_main_process else None
-    scored = score_samples(data.samples, reward_model, tokenizer, accelerator, cfg.max_length, cfg.token_budget, counts, progress, head, cfg.batch_size)
-    if progress: progress.close()
-    return Labelled(scored, label_rows(data.samples, scored, f"rm:{cfg.reward_model_path}"), dict(counts) | dict(head=head.meaning))
+    reward_model = (
+        fit_vocabulary(
+            load_scorer(cfg.reward_model_path, head, cfg.precision, cfg.trust_remote_code),
+            tokenizer,
+        )
+        .eval()
+        .to(accelerator.device)
+    )
+    progress = (
+        Progress(len(data.samples), "samples", "label") if accelerator.is_main_process else None
+    )
+    scored = score_samples(
+        data.samples,
+        reward_model,
+        tokenizer,
+        accelerator,
+        cfg.max_length,
+        cfg.token_budget,
+        counts,
+        progress,
+        head,
+        cfg.batch_size,
+    )
+    if progress:
+        progress.close()
+    return Labelled(
+        scored,
+        label_rows(data.samples, scored, f"rm:{cfg.reward_model_path}"),
+        dict(counts) | dict(head=head.meaning),
+    )
 
 
 def by_function(data: Data, cfg: LabelConfig) -> Labelled:
     "Scores of a Python function."
     f = load_function(cfg.function)
-    with Progress(len(data.samples), "samples", "label") as progress: scored = score_with_function(data.samples, f, progress)
+    with Progress(len(data.samples), "samples", "label") as progress:
+        scored = score_with_function(data.samples, f, progress)
     return Labelled(scored, label_rows(data.samples, scored, f"function:{cfg.function}"), {})
 
 # %% ../nbs/09_label.ipynb #6d3779cc
 def judge_job(data: Data, cfg: LabelConfig) -> Job:
     "The questions for an API judge."
-    if cfg.judge == "scalar": questions = [question(s) for s in data.samples]
-    else: questions = [q for i, j in pairs_to_ask(data, cfg) for q in questions_of_pair(data.samples[i], data.samples[j])]
+    if cfg.judge == "scalar":
+        questions = [question(s) for s in data.samples]
+    else:
+        questions = [
+            q
+            for i, j in pairs_to_ask(data, cfg)
+            for q in questions_of_pair(data.samples[i], data.samples[j])
+        ]
     return Job(cfg, questions, beside(cfg.output_file, "labels.jsonl"))
 
 
 def by_judge(data: Data, cfg: LabelConfig) -> Labelled:
     "Scores or comparisons of an API judge; its journal is written as it goes."
     answers, counts = run_job(judge_job(data, cfg))
-    if cfg.judge == "pairwise": return Labelled(None, None, counts, both_or_none(list(answers.values())))
-    return Labelled([Scored(r["score"], r["reason"], False) for r in answers.values()], None, counts)
+    if cfg.judge == "pairwise":
+        return Labelled(None, None, counts, both_or_none(list(answers.values())))
+    return Labelled(
+        [Scored(r["score"], r["reason"], False) for r in answers.values()], None, counts
+    )
 
 # %% ../nbs/09_label.ipynb #7905b79d
 def by_journal(data: Data, cfg: LabelConfig) -> Labelled:
     "What was said before, by anybody."
-    rows, out = read_labels(cfg.from_labels, cfg.labeller, bool(cfg.combine)), beside(cfg.output_file, "labels.jsonl")
+    rows, out = (
+        read_labels(cfg.from_labels, cfg.labeller, bool(cfg.combine)),
+        beside(cfg.output_file, "labels.jsonl"),
+    )
     written = None if out.resolve() == Path(cfg.from_labels).resolve() else rows
-    if written: keep_safe(out, rows)
+    if written:
+        keep_safe(out, rows)
     place = {(s["prompt_id"], s["sample_id"]) for s in data.samples}
-    here = [r for r in rows if all((r["prompt_id"], r[k]) in place for k in ("sample_id", "sample_id_A", "sample_id_B") if k in r)]
-    labels, looks, counts = [r for r in here if r["type"] == "label"], [r for r in here if r["type"] == "comparison"], dict(labels_without_sample=len(rows) - len(here))
+    here = [
+        r
+        for r in rows
+        if all(
+            (r["prompt_id"], r[k]) in place
+            for k in ("sample_id", "sample_id_A", "sample_id_B")
+            if k in r
+        )
+    ]
+    labels, looks, counts = (
+        [r for r in here if r["type"] == "label"],
+        [r for r in here if r["type"] == "comparison"],
+        dict(labels_without_sample=len(rows) - len(here)),
+    )
     if not looks:
         scored, more = scores_of(data, labels, cfg.combine)
         return Labelled(scored, written, counts | more)
-    if labels and not cfg.combine: raise RecordError(f"{cfg.from_labels}: holds scores and comparisons of one labeller; say how they combine, or convert them from a file each")
-    if cfg.combine == "mean": raise ValueError(f"combine: mean needs scores, and {cfg.from_labels} holds compared pairs; take vote")
-    if cfg.feedback_type not in (None, "pairwise"): raise ValueError(f"feedback_type: {cfg.from_labels} holds compared pairs, of which no {cfg.feedback_type} feedback is made")
-    if cfg.threshold not in (None, 0): raise ValueError(f"threshold: the pairs compared in {cfg.from_labels} have no scores, so there is no difference to be larger; leave threshold out")
+    if labels and not cfg.combine:
+        raise RecordError(
+            f"{cfg.from_labels}: holds scores and comparisons of one labeller; say how "
+            "they combine, or convert them from a file each"
+        )
+    if cfg.combine == "mean":
+        raise ValueError(
+            f"combine: mean needs scores, and {cfg.from_labels} holds compared pairs; take vote"
+        )
+    if cfg.feedback_type not in (None, "pairwise"):
+        raise ValueError(
+            f"feedback_type: {cfg.from_labels} holds compared pairs, of which no "
+            f"{cfg.feedback_type} feedback is made"
+        )
+    if cfg.threshold not in (None, 0):
+        raise ValueError(
+            f"threshold: the pairs compared in {cfg.from_labels} have no scores, so "
+            "there is no difference to be larger; leave threshold out"
+        )
     return Labelled(None, written, counts, both_or_none(looks), labels)
 
 
-def scores_of(data: Data, labels: list[dict], how: str | None) -> tuple[list[Scored], dict]: # how: see feedback.combine_labels; None: there is one labeller
+def scores_of(
+    data: Data, labels: list[dict], how: str | None
+) -> tuple[list[Scored], dict]:  # how: see feedback.combine_labels; None: there is one labeller
     "The score of each sample, and what several labellers disagreed on."
     told = {(r["prompt_id"], r["sample_id"]): r for r in labels}
-    scores, counts = combine_labels(labels, how) if how else ({k: r["score"] for k, r in told.items()}, {})
+    scores, counts = (
+        combine_labels(labels, how) if how else ({k: r["score"] for k, r in told.items()}, {})
+    )
+
     def of(key):
         score, label = scores.get(key), told.get(key, dict(reason="not in the journal"))
-        return Scored(score, "" if score is not None else label["reason"] or "no labeller decides", label.get("truncated", False))
+        return Scored(
+            score,
+            "" if score is not None else label["reason"] or "no labeller decides",
+            label.get("truncated", False),
+        )
+
     return [of((s["prompt_id"], s["sample_id"])) for s in data.samples], counts
 
 # %% ../nbs/09_label.ipynb #7db9f8f5
 def dry_run(data: Data, cfg: LabelConfig) -> dict:
     "Say what would be done, and do nothing."
-    counts = dict(samples=len(data.samples), prompts=len({s["prompt_id"] for s in data.samples})) | data.counts
+    counts = (
+        dict(samples=len(data.samples), prompts=len({s["prompt_id"] for s in data.samples}))
+        | data.counts
+    )
     if cfg.api_type:
         job = judge_job(data, cfg)
         counts |= (told := estimate(job))
         print(estimate_text(told, job.judge))
-    if cfg.reward_model_path: counts["head"] = head_at(cfg.reward_model_path, cfg.objective_weights, cfg.trust_remote_code).meaning
+    if cfg.reward_model_path:
+        counts["head"] = head_at(
+            cfg.reward_model_path, cfg.objective_weights, cfg.trust_remote_code
+        ).meaning
     print("dry run, nothing was done:", ", ".join(f"{k} {v}" for k, v in counts.items()))
     return counts
 
 # %% ../nbs/09_label.ipynb #93ced37a
-def main(cfg: LabelConfig) -> dict: # the counts, as in the counts file; on the main process
+def main(cfg: LabelConfig) -> dict:  # the counts, as in the counts file; on the main process
     "Label as the config says, on all processes."
     start, data = time.monotonic(), read_data(cfg)
-    to_feedback([], cfg) # a threshold that does not fit stops here
-    if cfg.dry_run: return dry_run(data, cfg)
-    if cfg.reward_model_path or cfg.function: keep_safe(beside(cfg.output_file, "labels.jsonl"))
-    if not cfg.reward_model_path and int(os.environ.get("WORLD_SIZE", 1)) > 1: raise RuntimeError("num_processes: only a reward model works in several processes; run this one as `python -m halos_nb.label`")
+    to_feedback([], cfg)  # a threshold that does not fit stops here
+    if cfg.dry_run:
+        return dry_run(data, cfg)
+    if cfg.reward_model_path or cfg.function:
+        keep_safe(beside(cfg.output_file, "labels.jsonl"))
+    if not cfg.reward_model_path and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError(
+            "num_processes: only a reward model works in several processes; run this one "
+            "as `python -m halos_nb.label`"
+        )
     accelerator = start_processes(cfg.num_processes) if cfg.reward_model_path else None
     by = by_judge if cfg.api_type else by_function if cfg.function else by_journal
     got = by_reward_model(data, cfg, accelerator) if accelerator else by(data, cfg)
-    result = write_feedback(data, got._replace(counts=got.counts | dict(seconds=round(time.monotonic() - start, 3))), cfg) if not accelerator or accelerator.is_main_process else {}
-    if accelerator: accelerator.wait_for_everyone()
+    result = (
+        write_feedback(
+            data,
+            got._replace(counts=got.counts | dict(seconds=round(time.monotonic() - start, 3))),
+            cfg,
+        )
+        if not accelerator or accelerator.is_main_process
+        else {}
+    )
+    if accelerator:
+        accelerator.wait_for_everyone()
     return result
 
 # %% ../nbs/09_label.ipynb #fdadf1c9

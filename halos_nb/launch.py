@@ -18,66 +18,148 @@ from .records import atomic_write
 from .supervise import Forked, expect, fork, forks
 
 
-def command(module: str, # module of the stage
-            config: Path, # its config
-            profile: Profile) -> list[str]:
+def command(
+    module: str,  # module of the stage
+    config: Path,  # its config
+    profile: Profile,
+) -> list[str]:
     "The argument list that runs a stage; no secret and nothing long is in it."
     run, n = ["-m", module, "--config", str(config)], profile.num_processes
-    if n == 1: return [sys.executable, *run]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(profile.threads), "--main_process_port", "0", *run]
+    if n == 1:
+        return [sys.executable, *run]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(n),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        str(profile.threads),
+        "--main_process_port",
+        "0",
+        *run,
+    ]
 
 # %% ../nbs/11_launch.ipynb #eecd1929
-def environment(profile: Profile, progress: Path,
-                ahead: bool = False) -> dict[str, str]: # ahead: the config is not there yet
+def environment(
+    profile: Profile, progress: Path, ahead: bool = False
+) -> dict[str, str]:  # ahead: the config is not there yet
     "The environment of a stage."
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    env |= {"OMP_NUM_THREADS": str(profile.threads), "HALOS_NB_PROGRESS": str(progress), "HALOS_NB_TIMEOUT_MINUTES": str(profile.timeout_minutes),
-            "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | ({"HALOS_NB_AHEAD": "1"} if ahead else {})
-    if profile.cpu: env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    elif profile.num_processes == 1: env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k
+        not in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
+    }
+    env |= {
+        "OMP_NUM_THREADS": str(profile.threads),
+        "HALOS_NB_PROGRESS": str(progress),
+        "HALOS_NB_TIMEOUT_MINUTES": str(profile.timeout_minutes),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    } | ({"HALOS_NB_AHEAD": "1"} if ahead else {})
+    if profile.cpu:
+        env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    elif profile.num_processes == 1:
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return env
 
 # %% ../nbs/11_launch.ipynb #deab799d
 ENDED = re.compile(r"^  rank +: (\d+) .*\n  exitcode +: (-?\d+) \(pid: (\d+)\)", re.M)
 
 
-def root_cause(text: str, # a job's log
-               code: int, # the job's exit code
-               ) -> tuple[int, int]:
+def root_cause(
+    text: str,  # a job's log
+    code: int,  # the job's exit code
+) -> tuple[int, int]:
     "Rank and exit code of the process that failed first."
     told = re.findall(r"Sending process (\d+) closing signal", text)
     ended = {int(rank): int(c) for rank, c, pid in ENDED.findall(text) if pid not in told}
     killed = [rank for rank, c in ended.items() if c < 0 and c != -signal.SIGABRT]
-    raised = [int(rank) for rank in re.findall(r"^\[rank(\d+)\]: Traceback", text, re.M) if int(rank) in ended]
-    return next(((rank, ended[rank]) for rank in killed + raised + list(ended)[::-1]), (0, code))
+    raised = [
+        int(rank)
+        for rank in re.findall(r"^\[rank(\d+)\]: Traceback", text, re.M)
+        if int(rank) in ended
+    ]
+    return next(
+        ((rank, ended[rank]) for rank in killed + raised + list(ended)[::-1]), (0, code)
+    )
 
 # %% ../nbs/11_launch.ipynb #e4240b2c
-def excerpt(text: str, rank: int, raised: bool, # raised: it ended by an exception, not by a signal
-            longest: int = 60) -> list[str]: # lines at most
+def excerpt(
+    text: str,
+    rank: int,
+    raised: bool,  # raised: it ended by an exception, not by a signal
+    longest: int = 60,
+) -> list[str]:  # lines at most
     "The lines of a log that say why this rank failed."
-    text = re.split(r"^[WE]\d{4} .*(?:closing signal|failed \(exitcode)", text, maxsplit=1, flags=re.M)[0]
+    text = re.split(
+        r"^[WE]\d{4} .*(?:closing signal|failed \(exitcode)", text, maxsplit=1, flags=re.M
+    )[0]
     bare = [l for l in text.splitlines() if not re.match(r"\[rank\d+\]:", l)]
-    own = [l[len(f"[rank{rank}]: "):] for l in text.splitlines() if l.startswith(f"[rank{rank}]:")] if raised else []
+    own = (
+        [
+            l[len(f"[rank{rank}]: ") :]
+            for l in text.splitlines()
+            if l.startswith(f"[rank{rank}]:")
+        ]
+        if raised
+        else []
+    )
     lines = own or bare
-    starts = [i for i, l in enumerate(lines) if l.startswith("Traceback (most recent call last)")]
-    if not raised or not starts: return [l for l in lines if l.strip()][-20:]
-    while len(starts) > 1 and any(l.startswith(("During handling of", "The above exception was")) for l in lines[starts[-1] - 2:starts[-1]]): starts.pop()
-    lines = lines[starts[-1]:]
-    return lines if len(lines) <= longest else [*lines[:longest // 3], "...", *lines[-longest * 2 // 3:]]
+    starts = [
+        i for i, l in enumerate(lines) if l.startswith("Traceback (most recent call last)")
+    ]
+    if not raised or not starts:
+        return [l for l in lines if l.strip()][-20:]
+    while len(starts) > 1 and any(
+        l.startswith(("During handling of", "The above exception was"))
+        for l in lines[starts[-1] - 2 : starts[-1]]
+    ):
+        starts.pop()
+    lines = lines[starts[-1] :]
+    return (
+        lines
+        if len(lines) <= longest
+        else [*lines[: longest // 3], "...", *lines[-longest * 2 // 3 :]]
+    )
 
 # %% ../nbs/11_launch.ipynb #2f4f8659
 class StageError(RuntimeError):
     "A stage failed; the message begins with what and why, and ends with the traceback of the rank that failed first."
-    def __init__(self, stage: str, code: int, log: Path): # code: the job's exit code
+
+    def __init__(self, stage: str, code: int, log: Path):  # code: the job's exit code
         text = Path(log).read_text(errors="replace") if Path(log).exists() else ""
         self.stage, self.log = stage, Path(log)
         self.rank, self.code = root_cause(text, code)
         lines = excerpt(text, self.rank, raised=self.code > 0)
         self.traceback = "\n".join(lines)
-        ended = f"exit code {self.code}" if self.code > 0 else f"killed by {signal.Signals(-self.code).name}"
-        if self.code == -signal.SIGKILL: ended += " (out of memory, or by hand)"
-        super().__init__(f"{stage} failed: rank {self.rank}, {ended}: {lines[-1].strip() if lines else 'it said nothing'}\nlog: {log}\n\n{self.traceback}")
+        ended = (
+            f"exit code {self.code}"
+            if self.code > 0
+            else f"killed by {signal.Signals(-self.code).name}"
+        )
+        if self.code == -signal.SIGKILL:
+            ended += " (out of memory, or by hand)"
+        super().__init__(
+            f"{stage} failed: rank {self.rank}, {ended}: "
+            f"{lines[-1].strip() if lines else 'it said nothing'}\nlog: "
+            f"{log}\n\n{self.traceback}"
+        )
 
 # %% ../nbs/11_launch.ipynb #cb2cbc62
 def last_line(path: Path) -> dict:
@@ -86,7 +168,8 @@ def last_line(path: Path) -> dict:
         with open(path, "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 8192))
             return json.loads(f.read().split(b"\n")[-2])
-    except (OSError, IndexError, ValueError): return {}
+    except (OSError, IndexError, ValueError):
+        return {}
 
 # %% ../nbs/11_launch.ipynb #60b41378
 def clock(seconds: float) -> str:
@@ -95,143 +178,241 @@ def clock(seconds: float) -> str:
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
 
 # %% ../nbs/11_launch.ipynb #f8922e06
-def describe(row: dict, # a line of `Progress`, or {}
-             seconds: float) -> str: # since the job started
+def describe(
+    row: dict,  # a line of `Progress`, or {}
+    seconds: float,
+) -> str:  # since the job started
     "One line: how far, how fast, how long still."
-    if not row: return clock(seconds)
+    if not row:
+        return clock(seconds)
     row = dict(row)
-    label, done, total, unit, rate, _ = (row.pop(k, None) for k in ("label", "done", "total", "unit", "rate", "seconds"))
+    label, done, total, unit, rate, _ = (
+        row.pop(k, None) for k in ("label", "done", "total", "unit", "rate", "seconds")
+    )
     parts = [" ".join(filter(None, [label, f"{done}/{total}" if total else str(done), unit]))]
-    if rate: parts.append(f"{rate:.3g} {unit}/s")
-    parts += [f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}" for k, v in row.items()]
-    parts.append(clock(seconds) + (f", {clock((total - done) / rate)} left" if rate and total and total > done else ""))
+    if rate:
+        parts.append(f"{rate:.3g} {unit}/s")
+    parts += [
+        f"{k.replace('_', ' ')} {v:.4g}"
+        if isinstance(v, float)
+        else f"{k.replace('_', ' ')} {v}"
+        for k, v in row.items()
+    ]
+    parts.append(
+        clock(seconds)
+        + (f", {clock((total - done) / rate)} left" if rate and total and total > done else "")
+    )
     return "".join(c if c.isprintable() else " " for c in " · ".join(parts))[:240]
 
 # %% ../nbs/11_launch.ipynb #a6532661
-def bundle(text: str, share: float | None = None) -> dict[str, str]: # share: of the work done, 0 to 1
+def bundle(
+    text: str, share: float | None = None
+) -> dict[str, str]:  # share: of the work done, 0 to 1
     "A line for a notebook: plain, and as HTML with a bar."
-    bar = "" if share is None else f'<progress value="{share:.3f}" max="1" style="vertical-align:middle"></progress> '
-    return {"text/plain": text, "text/html": f'<span style="font-variant-numeric:tabular-nums">{bar}{html.escape(text)}</span>'}
+    bar = (
+        ""
+        if share is None
+        else f'<progress value="{share:.3f}" max="1" style="vertical-align:middle"></progress> '
+    )
+    return {
+        "text/plain": text,
+        "text/html": f'<span style="font-variant-numeric:tabular-nums">{bar}{html.escape(text)}</span>',
+    }
 
 # %% ../nbs/11_launch.ipynb #7b0df8a0
 def terminal() -> int | None:
     "The descriptor of the terminal (or log) somebody may be watching; None in JupyterLab."
-    with suppress(OSError, ValueError, AttributeError): return None if "JPY_SESSION_NAME" in os.environ else sys.stderr.fileno()
+    with suppress(OSError, ValueError, AttributeError):
+        return None if "JPY_SESSION_NAME" in os.environ else sys.stderr.fileno()
 
 
 class Line:
     "One line that is rewritten in place, in a notebook and in a terminal; whole lines, far apart, in a log."
+
     def __init__(self):
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-        self.notebook, self.handle, self.fd, self.said, self.told = hasattr(shell, "kernel"), None, terminal(), 0.0, 0.0
+        self.notebook, self.handle, self.fd, self.said, self.told = (
+            hasattr(shell, "kernel"),
+            None,
+            terminal(),
+            0.0,
+            0.0,
+        )
         self.tty = self.fd is not None and os.isatty(self.fd)
 
-    def say(self, text: str, share: float | None = None, last: bool = False): # last: whatever the time
+    def say(
+        self, text: str, share: float | None = None, last: bool = False
+    ):  # last: whatever the time
         now = time.monotonic()
-        if self.notebook and (last or now - self.said >= 0.2): self.show(text, share); self.said = now
-        if self.fd is not None and (last or now - self.told >= (0.2 if self.tty else 10)): self.tell(text, last); self.told = now
+        if self.notebook and (last or now - self.said >= 0.2):
+            self.show(text, share)
+            self.said = now
+        if self.fd is not None and (last or now - self.told >= (0.2 if self.tty else 10)):
+            self.tell(text, last)
+            self.told = now
 
     def show(self, text, share):
         from IPython.display import display
-        if self.handle: self.handle.update(bundle(text, share), raw=True)
-        else: self.handle = display(bundle(text, share), raw=True, display_id=True)
+
+        if self.handle:
+            self.handle.update(bundle(text, share), raw=True)
+        else:
+            self.handle = display(bundle(text, share), raw=True, display_id=True)
 
     def tell(self, text, last):
-        with suppress(OSError): os.write(self.fd, (f"\r\x1b[2K{text}" + "\n" * last if self.tty else f"{text}\n").encode())
+        with suppress(OSError):
+            os.write(
+                self.fd,
+                (f"\r\x1b[2K{text}" + "\n" * last if self.tty else f"{text}\n").encode(),
+            )
 
 # %% ../nbs/11_launch.ipynb #6fb94db4
 @contextmanager
-def locked(log: Path, patience: float = 10): # seconds to wait for processes that are ending
+def locked(log: Path, patience: float = 10):  # seconds to wait for processes that are ending
     "The log, emptied, once nothing of an earlier job writes to it; processes started with it as stdout hold the lock."
     with open(log, "ab") as f:
         late = time.monotonic() + patience
         while True:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > late: raise RuntimeError(f"{log}: an earlier job is still running and writes here; stop it, or use another folder") from None
+                if time.monotonic() > late:
+                    raise RuntimeError(
+                        f"{log}: an earlier job is still running and writes here; stop "
+                        "it, or use another folder"
+                    ) from None
                 time.sleep(0.05)
-            else: break
+            else:
+                break
         f.truncate(0)
         yield f
 
 # %% ../nbs/11_launch.ipynb #ba7dc6ea
 def remove(path: Path):
     "Remove a file, a link (never what it points to) or a folder, if it is there."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/11_launch.ipynb #878d6ad1
 @dataclass
 class Job:
     "A stage that runs, or has run, in processes of its own."
+
     stage: str
-    folder: Path # where its config, log, progress and status are
-    process: subprocess.Popen | Forked | None = None # its supervisor
+    folder: Path  # where its config, log, progress and status are
+    process: subprocess.Popen | Forked | None = None  # its supervisor
     started: float = field(default_factory=time.monotonic)
 
-    def file(self, kind: str) -> Path: # config.json, log, progress.jsonl or status.json
+    def file(self, kind: str) -> Path:  # config.json, log, progress.jsonl or status.json
         return self.folder / f"{self.stage}.{kind}"
 
     def go(self, cfg, profile: Profile, clear: Iterable[Path] = ()):
         "Give it its config, which is what its processes wait for."
-        for path in clear: remove(Path(path))
-        with atomic_write(self.file("config.json")) as f: f.write(config_json(replace(cfg, num_processes=profile.num_processes)))
+        for path in clear:
+            remove(Path(path))
+        with atomic_write(self.file("config.json")) as f:
+            f.write(config_json(replace(cfg, num_processes=profile.num_processes)))
         self.started = time.monotonic()
 
     def poll(self) -> int | None:
         "None while anything of it lives, then its exit code; one that nobody recorded is a failure."
-        if self.process.poll() is None: return None
-        try: return json.loads(self.file("status.json").read_text())["exit"]
-        except (OSError, ValueError): return self.process.returncode or 1
+        if self.process.poll() is None:
+            return None
+        try:
+            return json.loads(self.file("status.json").read_text())["exit"]
+        except (OSError, ValueError):
+            return self.process.returncode or 1
 
     def stop(self):
         "End it; when this returns, nothing of it is alive."
         self.process.stdin.close()
         self.process.wait()
 
-    def wait(self, show: bool = True, # show: progress on one line
-             title: str = "", # how to call it (empty: the stage's name)
-             next: str = ""): # what comes after it, to be shown
+    def wait(
+        self,
+        show: bool = True,  # show: progress on one line
+        title: str = "",  # how to call it (empty: the stage's name)
+        next: str = "",
+    ):  # what comes after it, to be shown
         "Return when it has succeeded; a StageError if it fails; an interrupt stops it."
         line, after, code = Line(), f" · next: {next}" if next else "", None
 
         def say(state: str = "", last: bool = False):
             row = last_line(self.file("progress.jsonl"))
-            text = " · ".join(filter(None, [state or ("" if row else "starting"), describe(row, time.monotonic() - self.started)]))
-            if show: line.say(f"{title or self.stage}: {text}{'' if last else after}", row["done"] / row["total"] if row.get("total") else None, last)
+            text = " · ".join(
+                filter(
+                    None,
+                    [
+                        state or ("" if row else "starting"),
+                        describe(row, time.monotonic() - self.started),
+                    ],
+                )
+            )
+            if show:
+                line.say(
+                    f"{title or self.stage}: {text}{'' if last else after}",
+                    row["done"] / row["total"] if row.get("total") else None,
+                    last,
+                )
 
         try:
             while (code := self.poll()) is None:
                 say()
-                try: self.process.wait(0.1)
-                except subprocess.TimeoutExpired: pass
+                try:
+                    self.process.wait(0.1)
+                except subprocess.TimeoutExpired:
+                    pass
         finally:
-            if code is None: self.stop()
+            if code is None:
+                self.stop()
             say("stopped" if code is None else "failed" if code else "done", last=True)
-        if code: raise StageError(self.stage, code, self.file("log"))
+        if code:
+            raise StageError(self.stage, code, self.file("log"))
 
 # %% ../nbs/11_launch.ipynb #c4d8cf70
-def launch(stage: str, # sample, label or train
-           cfg, # its config, see `config`; None: start ahead of its turn, and wait for `Job.go`
-           profile: Profile, # how many processes, on what
-           folder: str | Path, # for the stage's config, log, progress and status
-           module: str = "", # where its `main` is (empty: halos_nb.{stage})
-           clear: Iterable[Path] = (), # outputs that an earlier attempt may have left
-           ) -> Job:
+def launch(
+    stage: str,  # sample, label or train
+    cfg,  # its config, see `config`; None: start ahead of its turn, and wait for `Job.go`
+    profile: Profile,  # how many processes, on what
+    folder: str | Path,  # for the stage's config, log, progress and status
+    module: str = "",  # where its `main` is (empty: halos_nb.{stage})
+    clear: Iterable[Path] = (),  # outputs that an earlier attempt may have left
+) -> Job:
     "Start a stage."
     job = Job(stage, Path(folder).resolve())
     job.folder.mkdir(parents=True, exist_ok=True)
     config, status, progress = map(job.file, ("config.json", "status.json", "progress.jsonl"))
     module, env = module or f"halos_nb.{stage}", environment(profile, progress, not cfg)
     with locked(job.file("log")) as log:
-        for path in (config, status, Path(f"{status}.pid"), progress): remove(path)
-        if cfg: job.go(cfg, profile, clear)
-        job.process = forks(profile.cpu, profile.num_processes) and fork(str(status), module, ["--config", str(config)], env, log.fileno()) or subprocess.Popen(
-            [sys.executable, "-m", "halos_nb.supervise", status, *command(module, config, profile)], stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
+        for path in (config, status, Path(f"{status}.pid"), progress):
+            remove(path)
+        if cfg:
+            job.go(cfg, profile, clear)
+        job.process = (
+            forks(profile.cpu, profile.num_processes)
+            and fork(str(status), module, ["--config", str(config)], env, log.fileno())
+            or subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "halos_nb.supervise",
+                    status,
+                    *command(module, config, profile),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+            )
+        )
     return job
 
 # %% ../nbs/11_launch.ipynb #f9ca9e0f
 def prepare(profile: Profile) -> bool:
     "Have stages to come started by copying a process that has imported what they need; False where that cannot be."
-    if able := forks(profile.cpu, profile.num_processes): expect(environment(profile, Path()))
+    if able := forks(profile.cpu, profile.num_processes):
+        expect(environment(profile, Path()))
     return able

@@ -33,12 +33,19 @@ def our_modules(tree: ast.AST) -> set[str]:
     "Our modules that this source imports anywhere, absolutely or relatively."
     names = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): names += [a.name for a in node.names]
+        if isinstance(node, ast.Import):
+            names += [a.name for a in node.names]
         if isinstance(node, ast.ImportFrom):
             base = "halos_nb." * bool(node.level) + (node.module or "")
             names += [f"{base}.{a.name}" for a in node.names] + [base]
     parts = [[p for p in n.split(".") if p] for n in names]
-    return {f"halos_nb.{p[1]}" for p in parts if len(p) > 1 and p[0] == "halos_nb" and (source("halos_nb.records").parent / f"{p[1]}.py").exists()}
+    return {
+        f"halos_nb.{p[1]}"
+        for p in parts
+        if len(p) > 1
+        and p[0] == "halos_nb"
+        and (source("halos_nb.records").parent / f"{p[1]}.py").exists()
+    }
 
 # %% ../nbs/12_loop.ipynb #6d1c5651
 def source(module: str) -> Path:
@@ -47,56 +54,74 @@ def source(module: str) -> Path:
 
 # %% ../nbs/12_loop.ipynb #458e4287
 @cache
-def parsed(file: Path, mtime_ns: int) -> tuple[str, set[str]]: # mtime_ns: when it was last changed
+def parsed(
+    file: Path, mtime_ns: int
+) -> tuple[str, set[str]]:  # mtime_ns: when it was last changed
     "What a module says, comments and layout apart, and which of ours it imports."
     tree = ast.parse(file.read_text())
     return ast.dump(tree), our_modules(tree)
 
 
-def code_hash(module: str) -> str: # such as halos_nb.train
+def code_hash(module: str) -> str:  # such as halos_nb.train
     "One hash for a module and all of ours that it needs."
     texts, todo = {}, {module}
     while new := todo - set(texts):
         found = {m: parsed(source(m), source(m).stat().st_mtime_ns) for m in new}
         texts |= {m: text for m, (text, _) in found.items()}
         todo = {i for _, needs in found.values() for i in needs}
-    return hashlib.sha256("".join(f"{m} {texts[m]}\n" for m in sorted(texts)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{m} {texts[m]}\n" for m in sorted(texts)).encode()
+    ).hexdigest()
 
 # %% ../nbs/12_loop.ipynb #49d805fd
 def versions() -> dict[str, str]:
     "The libraries that decide a stage's numbers."
     names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-    return {"python": sys.version.split()[0]} | {n: importlib.metadata.version(n) for n in names}
+    return {"python": sys.version.split()[0]} | {
+        n: importlib.metadata.version(n) for n in names
+    }
 
 # %% ../nbs/12_loop.ipynb #e9d097ea
 @dataclass
 class Stage:
     "A step from files to files."
-    name: str # sample, label or train
-    folder: Path # in the run's folder; for manifest, log and config
-    config: object # its config
-    inputs: list[str | Path] # what it reads: files, folders, names on the hub
-    outputs: list[Path] # what it makes, in the run's folder
-    round: int | str = "" # the round it belongs to
-    module: str = "" # its code (empty: halos_nb.{name})
 
-    def __post_init__(self): self.module = self.module or f"halos_nb.{self.name}"
+    name: str  # sample, label or train
+    folder: Path  # in the run's folder; for manifest, log and config
+    config: object  # its config
+    inputs: list[str | Path]  # what it reads: files, folders, names on the hub
+    outputs: list[Path]  # what it makes, in the run's folder
+    round: int | str = ""  # the round it belongs to
+    module: str = ""  # its code (empty: halos_nb.{name})
+
+    def __post_init__(self):
+        self.module = self.module or f"halos_nb.{self.name}"
 
     @property
-    def manifest(self) -> Path: return self.folder / f"{self.name}.manifest.json"
+    def manifest(self) -> Path:
+        return self.folder / f"{self.name}.manifest.json"
 
     def sealed(self) -> dict:
         "The manifest, or {}."
-        try: return json.loads(self.manifest.read_text())
-        except (OSError, ValueError): return {}
+        try:
+            return json.loads(self.manifest.read_text())
+        except (OSError, ValueError):
+            return {}
 
 # %% ../nbs/12_loop.ipynb #482803ad
 class Seals:
     "Knows what lies in a run's folder, and whether it is what it should be."
-    def __init__(self, run: Path, profile: Profile):
-        self.run_dir, self.profile, self.known, self.maker = Path(run).absolute(), profile, {}, {}
 
-    def name(self, path) -> str: return Path(path).absolute().relative_to(self.run_dir).as_posix()
+    def __init__(self, run: Path, profile: Profile):
+        self.run_dir, self.profile, self.known, self.maker = (
+            Path(run).absolute(),
+            profile,
+            {},
+            {},
+        )
+
+    def name(self, path) -> str:
+        return Path(path).absolute().relative_to(self.run_dir).as_posix()
 
     def made(self, path) -> Stage | None:
         "The stage that has this output."
@@ -105,14 +130,24 @@ class Seals:
     def pruned(self, path) -> str | None:
         "The hash of an output that was made and has been removed since."
         manifest = self.made(path).sealed() if self.made(path) else {}
-        return manifest["outputs"][self.name(path)] if manifest and self.name(path) in manifest["pruned"] else None
+        return (
+            manifest["outputs"][self.name(path)]
+            if manifest and self.name(path) in manifest["pruned"]
+            else None
+        )
 
     def hash(self, path) -> str:
         "Of a file or folder; of one that was removed to save space, the hash it had; of a name, the name."
         path, was = Path(path), self.pruned(path)
-        if was or not path.exists(): return was or f"name {path}"
-        stats = [(str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in [path, *sorted(path.rglob("*"))] for s in [p.stat()]]
-        if self.known.get(str(path), [None])[0] != stats: self.known[str(path)] = stats, file_hash(path)
+        if was or not path.exists():
+            return was or f"name {path}"
+        stats = [
+            (str(p), s.st_size, s.st_mtime_ns, s.st_ino)
+            for p in [path, *sorted(path.rglob("*"))]
+            for s in [p.stat()]
+        ]
+        if self.known.get(str(path), [None])[0] != stats:
+            self.known[str(path)] = stats, file_hash(path)
         return self.known[str(path)][1]
 
 # %% ../nbs/12_loop.ipynb #260b6aab
@@ -121,25 +156,45 @@ def identity(seals: Seals, stage: Stage) -> dict:
     held = {str(p): seals.hash(p) for p in stage.inputs}
 
     def neutral(v):
-        if isinstance(v, list): return [neutral(x) for x in v]
+        if isinstance(v, list):
+            return [neutral(x) for x in v]
         return held.get(v, v.replace(str(seals.run_dir), ".")) if isinstance(v, str) else v
 
-    config = json.loads(config_json(replace(stage.config, num_processes=seals.profile.num_processes)))
-    return dict(inputs=list(held.values()), config={k: neutral(v) for k, v in config.items()}, code=code_hash(stage.module), libraries=versions())
+    config = json.loads(
+        config_json(replace(stage.config, num_processes=seals.profile.num_processes))
+    )
+    return dict(
+        inputs=list(held.values()),
+        config={k: neutral(v) for k, v in config.items()},
+        code=code_hash(stage.module),
+        libraries=versions(),
+    )
 
 
-def unsealed(seals: Seals, stage: Stage, now: dict, # now: its identity
-             needed: str = "") -> str: # an output, by its name in the run, that must be there even if it was pruned
+def unsealed(
+    seals: Seals,
+    stage: Stage,
+    now: dict,  # now: its identity
+    needed: str = "",
+) -> str:  # an output, by its name in the run, that must be there even if it was pruned
     "Why the stage must run; empty if its result stands."
-    if not (manifest := stage.sealed()): return "not finished before"
+    if not (manifest := stage.sealed()):
+        return "not finished before"
     was = manifest["identity"]
-    if was["config"] != now["config"]: return "changed: " + ", ".join(k for k, v in now["config"].items() if was["config"].get(k) != v)
-    if changed := [k for k in now if was[k] != now[k]]: return "changed: " + ", ".join(changed)
+    if was["config"] != now["config"]:
+        return "changed: " + ", ".join(
+            k for k, v in now["config"].items() if was["config"].get(k) != v
+        )
+    if changed := [k for k in now if was[k] != now[k]]:
+        return "changed: " + ", ".join(changed)
     for name, digest in manifest["outputs"].items():
         path = seals.run_dir / name
-        if name in manifest["pruned"] and name != needed: continue
-        if name in manifest["pruned"] or not path.exists(): return f"{name} is not there"
-        if seals.hash(path) != digest: return f"{name} is not what was written"
+        if name in manifest["pruned"] and name != needed:
+            continue
+        if name in manifest["pruned"] or not path.exists():
+            return f"{name} is not there"
+        if seals.hash(path) != digest:
+            return f"{name} is not what was written"
     return ""
 
 # %% ../nbs/12_loop.ipynb #14bc41b1
@@ -147,146 +202,250 @@ class RunBusy(RuntimeError):
     "Another process works on this run."
 
 # %% ../nbs/12_loop.ipynb #6c911d10
-OURS = {} # the diaries of this process, by run folder
+OURS = {}  # the diaries of this process, by run folder
 
 
 def lock(run: Path):
     "The open lock file of a run; RunBusy if another process has it."
-    if run in OURS: OURS[run].close()
+    if run in OURS:
+        OURS[run].close()
     f = open(run / ".lock", "a+")
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         f.seek(0)
-        raise RunBusy(f"{run}: {f.read() or 'another process'} is working on this run; stop it there, or choose another run_name") from None
+        raise RunBusy(
+            f"{run}: {f.read() or 'another process'} is working on this run; stop it "
+            "there, or choose another run_name"
+        ) from None
     f.truncate(0)
     f.write(f"process {os.getpid()} on {socket.gethostname()}")
     f.flush()
     return f
 
 # %% ../nbs/12_loop.ipynb #dcaf8436
-def run_folder(settings: Settings, name: str) -> Path: # name: one plain folder name
+def run_folder(settings: Settings, name: str) -> Path:  # name: one plain folder name
     "Where a run lives."
-    if name in ("", ".", "..") or Path(name).name != name: raise ValueError(f"run_name: should be a plain folder name, got {name!r}")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"run_name: should be a plain folder name, got {name!r}")
     return Path(settings.runs_dir).absolute() / name
 
 # %% ../nbs/12_loop.ipynb #99471771
 def clear(run: Path):
     "Empty a run's folder, once nothing of an earlier job writes to it."
     entries = [p for p in run.iterdir() if p.name != ".lock" and p.suffix != ".ipynb"]
-    if run.is_symlink() or entries and not any(p.name in ("params.json", "ledger.jsonl") for p in entries):
-        raise ValueError(f"fresh: {run} does not look like a run's folder (a link, or neither params.json nor ledger.jsonl in it); it is left alone. Choose another run_name")
+    if (
+        run.is_symlink()
+        or entries
+        and not any(p.name in ("params.json", "ledger.jsonl") for p in entries)
+    ):
+        raise ValueError(
+            f"fresh: {run} does not look like a run's folder (a link, or neither "
+            "params.json nor ledger.jsonl in it); it is left alone. Choose another "
+            "run_name"
+        )
     for log in run.glob("*/*.log"):
-        with locked(log): pass
-    for p in sorted(entries, key=lambda p: p.name == "ledger.jsonl"): remove(p) # the mark of a run goes last
+        with locked(log):
+            pass
+    # the mark of a run goes last
+    for p in sorted(entries, key=lambda p: p.name == "ledger.jsonl"):
+        remove(p)
 
 # %% ../nbs/12_loop.ipynb #cb03fbf3
 class Diary(Seals):
     "A run's folder in our hands: locked, with its ledger."
-    def __init__(self, run: str | Path, # the run's folder
-                 profile: Profile, # how stages are launched
-                 fresh: bool = False): # start again from nothing
+
+    def __init__(
+        self,
+        run: str | Path,  # the run's folder
+        profile: Profile,  # how stages are launched
+        fresh: bool = False,
+    ):  # start again from nothing
         super().__init__(run, profile)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.run_dir)
         OURS[self.run_dir] = self
-        if fresh: clear(self.run_dir)
+        if fresh:
+            clear(self.run_dir)
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *error): self.close()
+    def __exit__(self, *error):
+        self.close()
 
     def close(self):
         "Give the run's folder back."
-        if OURS.get(self.run_dir) is self: del OURS[self.run_dir]
+        if OURS.get(self.run_dir) is self:
+            del OURS[self.run_dir]
         self.lock.close()
 
     def event(self, event: str, **more):
-        append_jsonl(self.run_dir / "ledger.jsonl", dict(event=event, time=round(time.time(), 3), **more), sync=True)
+        append_jsonl(
+            self.run_dir / "ledger.jsonl",
+            dict(event=event, time=round(time.time(), 3), **more),
+            sync=True,
+        )
 
-    def note(self, event: str, stage: Stage, now: dict, **more): # now: the stage's identity
+    def note(self, event: str, stage: Stage, now: dict, **more):  # now: the stage's identity
         whole = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
-        self.event(event, stage=stage.name, round=stage.round, folder=self.name(stage.folder), identity=whole, inputs=dict(zip(map(str, stage.inputs), now["inputs"])), **more)
+        self.event(
+            event,
+            stage=stage.name,
+            round=stage.round,
+            folder=self.name(stage.folder),
+            identity=whole,
+            inputs=dict(zip(map(str, stage.inputs), now["inputs"])),
+            **more,
+        )
 
 # %% ../nbs/12_loop.ipynb #c9015a5b
 class Ledger(Diary):
     "Runs stages in a run's folder, each once."
-    def __init__(self, run: str | Path, # the run's folder
-                 profile: Profile, # how stages are launched
-                 fresh: bool = False, # start again from nothing
-                 watch: Callable = Job.wait, # waits for a job and shows how it goes: watch(job, title=..., next=...)
-                 on_start: Callable | None = None): # called with each stage that is about to run
-        self.watch, self.on_start, self.ahead, self.begun = watch, on_start or (lambda stage: None), None, None
+
+    def __init__(
+        self,
+        run: str | Path,  # the run's folder
+        profile: Profile,  # how stages are launched
+        fresh: bool = False,  # start again from nothing
+        # waits for a job and shows how it goes: watch(job, title=..., next=...)
+        watch: Callable = Job.wait,
+        on_start: Callable | None = None,
+    ):  # called with each stage that is about to run
+        self.watch, self.on_start, self.ahead, self.begun = (
+            watch,
+            on_start or (lambda stage: None),
+            None,
+            None,
+        )
         super().__init__(run, profile, fresh)
 
     def close(self):
-        for early in filter(None, (self.ahead, self.begun)): early.job.stop()
+        for early in filter(None, (self.ahead, self.begun)):
+            early.job.stop()
         self.begun = None
         super().close()
 
-    def run(self, stage: Stage, title: str = "", next: str = "", # shown while it runs
-            needed: str = "", # an output that must be there even if it was pruned
-            then: Stage | None = None) -> bool: # what will be run after it, if that is known
+    def run(
+        self,
+        stage: Stage,
+        title: str = "",
+        next: str = "",  # shown while it runs
+        needed: str = "",  # an output that must be there even if it was pruned
+        then: Stage | None = None,
+    ) -> bool:  # what will be run after it, if that is known
         "True if the stage was run, False if its sealed result stands."
         now, begun, self.begun = self.look(stage), self.begun, None
-        if begun and (begun.stage, begun.identity) == (stage, now): return seal(self, begun, title or stage.name, next, then)
-        if begun: begun.job.stop()
+        if begun and (begun.stage, begun.identity) == (stage, now):
+            return seal(self, begun, title or stage.name, next, then)
+        if begun:
+            begun.job.stop()
         if not (why := unsealed(self, stage, now, needed)):
-            self.note("skipped", stage, now, outputs=stage.sealed()["outputs"], seconds=stage.sealed()["seconds"])
+            self.note(
+                "skipped",
+                stage,
+                now,
+                outputs=stage.sealed()["outputs"],
+                seconds=stage.sealed()["seconds"],
+            )
             return False
         for p in stage.inputs:
-            if self.pruned(p): self.run(self.made(p), f"again, for {title or stage.name}: {self.name(p)}", stage.name, needed=self.name(p))
+            if self.pruned(p):
+                self.run(
+                    self.made(p),
+                    f"again, for {title or stage.name}: {self.name(p)}",
+                    stage.name,
+                    needed=self.name(p),
+                )
         return seal(self, begin(self, stage, now, why), title or stage.name, next, then)
 
     def start(self, stage: Stage):
         "Begin a stage that `run` will be asked for next, unless its result stands or something that it needs was pruned."
         why = unsealed(self, stage, now := self.look(stage))
-        if why and not any(map(self.pruned, stage.inputs)): self.begun = begin(self, stage, now, why)
+        if why and not any(map(self.pruned, stage.inputs)):
+            self.begun = begin(self, stage, now, why)
 
     def look(self, stage: Stage) -> dict:
         "The stage's identity, with the run in our hands."
-        if self.lock.closed: raise RuntimeError(f"{self.run_dir}: this ledger is closed, or a later cell has taken the run over; make a new one")
+        if self.lock.closed:
+            raise RuntimeError(
+                f"{self.run_dir}: this ledger is closed, or a later cell has taken the "
+                "run over; make a new one"
+            )
         self.maker |= {str(p.absolute()): stage for p in stage.outputs}
         return identity(self, stage)
 
     def prune(self, path: Path):
         "Remove an output to save space, and remember it."
-        if not (manifest := (stage := self.made(path)).sealed()): return
+        if not (manifest := (stage := self.made(path)).sealed()):
+            return
         if self.name(path) not in manifest["pruned"]:
-            write_json(stage.manifest, manifest | dict(pruned=[*manifest["pruned"], self.name(path)]))
+            write_json(
+                stage.manifest, manifest | dict(pruned=[*manifest["pruned"], self.name(path)])
+            )
             self.note("pruned", stage, manifest["identity"], outputs=[self.name(path)])
         remove(path)
 
 # %% ../nbs/12_loop.ipynb #142418e7
 class Ahead(NamedTuple):
     "A stage that was started before its turn, because it cannot be a copy of a nursery."
+
     stage: Stage
-    code: str # hash of the code it has imported
+    code: str  # hash of the code it has imported
     job: Job
 
 
 def job_of(ledger: Ledger, stage: Stage) -> Job:
     "The stage's job, which may have been waiting."
-    ahead, wanted = ledger.ahead, (stage.name, stage.folder, stage.module, code_hash(stage.module))
-    if ready := ahead and (ahead.stage.name, ahead.stage.folder, ahead.stage.module, ahead.code) == wanted and ahead.job.poll() is None: ahead.job.go(stage.config, ledger.profile, stage.outputs)
-    elif ahead: ahead.job.stop()
+    ahead, wanted = (
+        ledger.ahead,
+        (stage.name, stage.folder, stage.module, code_hash(stage.module)),
+    )
+    if (
+        ready := ahead
+        and (ahead.stage.name, ahead.stage.folder, ahead.stage.module, ahead.code) == wanted
+        and ahead.job.poll() is None
+    ):
+        ahead.job.go(stage.config, ledger.profile, stage.outputs)
+    elif ahead:
+        ahead.job.stop()
     ledger.ahead = None
-    return ahead.job if ready else launch(stage.name, stage.config, ledger.profile, stage.folder, stage.module, clear=stage.outputs)
+    return (
+        ahead.job
+        if ready
+        else launch(
+            stage.name,
+            stage.config,
+            ledger.profile,
+            stage.folder,
+            stage.module,
+            clear=stage.outputs,
+        )
+    )
 
 
 def await_turn(ledger: Ledger, stage: Stage):
     "Make a stage that is to come start fast: through a nursery, or by starting it now. One that was finished before may be skipped."
-    if not stage.manifest.exists() and not prepare(ledger.profile): ledger.ahead = Ahead(stage, code_hash(stage.module), launch(stage.name, None, ledger.profile, stage.folder, stage.module))
+    if not stage.manifest.exists() and not prepare(ledger.profile):
+        ledger.ahead = Ahead(
+            stage,
+            code_hash(stage.module),
+            launch(stage.name, None, ledger.profile, stage.folder, stage.module),
+        )
 
 # %% ../nbs/12_loop.ipynb #ad0d21a5
 class Begun(NamedTuple):
     "A stage that runs."
+
     stage: Stage
     identity: dict
     job: Job
-    time: float # when it began
+    time: float  # when it began
 
 
-def begin(ledger: Ledger, stage: Stage, now: dict, why: str) -> Begun: # now: its identity; why: the reason for running it
+def begin(
+    ledger: Ledger, stage: Stage, now: dict, why: str
+) -> Begun:  # now: its identity; why: the reason for running it
     "Start a stage from nothing."
     remove(stage.manifest)
     ledger.note("started", stage, now, why=why)
@@ -299,100 +458,238 @@ def seal(ledger: Ledger, begun: Begun, title: str, next: str, then: Stage | None
     "Wait for a stage; if it ends well and all its outputs are there, write its manifest. True, since it was run."
     stage, now, job, _ = begun
     try:
-        if then: await_turn(ledger, then)
+        if then:
+            await_turn(ledger, then)
         ledger.watch(job, title=title, next=next)
-    finally: job.stop()
-    if missing := [p for p in stage.outputs if not p.exists()]: raise RuntimeError(f"{stage.name} ended well and did not write {missing[0]}; its log is {job.file('log')}")
-    outputs, seconds = {ledger.name(p): ledger.hash(p) for p in stage.outputs}, round(job.file("status.json").stat().st_mtime - begun.time, 3)
-    write_json(stage.manifest, dict(stage=stage.name, identity=now, outputs=outputs, pruned=[], seconds=seconds))
+    finally:
+        job.stop()
+    if missing := [p for p in stage.outputs if not p.exists()]:
+        raise RuntimeError(
+            f"{stage.name} ended well and did not write {missing[0]}; its log is "
+            f"{job.file('log')}"
+        )
+    outputs, seconds = (
+        {ledger.name(p): ledger.hash(p) for p in stage.outputs},
+        round(job.file("status.json").stat().st_mtime - begun.time, 3),
+    )
+    write_json(
+        stage.manifest,
+        dict(stage=stage.name, identity=now, outputs=outputs, pruned=[], seconds=seconds),
+    )
     ledger.note("finished", stage, now, outputs=outputs, seconds=seconds)
     return True
 
 # %% ../nbs/12_loop.ipynb #04494e24
-def derive(seed: int, *parts) -> int: # parts: what makes this use of the seed its own
+def derive(seed: int, *parts) -> int:  # parts: what makes this use of the seed its own
     "A seed of 31 bits that depends on all of these."
     return int(hashlib.sha256(json.dumps([seed, *parts]).encode()).hexdigest()[:8], 16) >> 1
 
 # %% ../nbs/12_loop.ipynb #4376bf74
-def sample_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
-                 policy: str | Path, # the model that answers
-                 skip: int, count: int) -> Stage: # which prompts
+def sample_stage(
+    cfg: LoopConfig,
+    precision: str,
+    folder: Path,
+    round: int | str,
+    policy: str | Path,  # the model that answers
+    skip: int,
+    count: int,
+) -> Stage:  # which prompts
     "Prompts to samples."
-    c = SampleConfig(model=str(policy), output_file=str(folder / "samples.json"), datasets=[cfg.prompts], num_prompts=count, num_skip=skip,
-        num_samples_per_prompt=cfg.num_samples_per_prompt, temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens,
-        max_prompt_length=cfg.max_prompt_length, reference=cfg.sft_checkpoint, seed=derive(cfg.seed, "sample", round), precision=precision)
-    return Stage("sample", folder, c, [policy, cfg.sft_checkpoint, cfg.prompts], [folder / "samples.json", folder / "samples.counts.json"], round)
+    c = SampleConfig(
+        model=str(policy),
+        output_file=str(folder / "samples.json"),
+        datasets=[cfg.prompts],
+        num_prompts=count,
+        num_skip=skip,
+        num_samples_per_prompt=cfg.num_samples_per_prompt,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        max_new_tokens=cfg.max_new_tokens,
+        max_prompt_length=cfg.max_prompt_length,
+        reference=cfg.sft_checkpoint,
+        seed=derive(cfg.seed, "sample", round),
+        precision=precision,
+    )
+    return Stage(
+        "sample",
+        folder,
+        c,
+        [policy, cfg.sft_checkpoint, cfg.prompts],
+        [folder / "samples.json", folder / "samples.counts.json"],
+        round,
+    )
 
 # %% ../nbs/12_loop.ipynb #84ea63de
-def label_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
-                feedback_type: str) -> Stage: # what the method learns from; scalar to look at
+def label_stage(
+    cfg: LoopConfig, precision: str, folder: Path, round: int | str, feedback_type: str
+) -> Stage:  # what the method learns from; scalar to look at
     "Samples to feedback, and every score beside it."
-    c = LabelConfig(samples_file=str(folder / "samples.json"), output_file=str(folder / "feedback.json"), reward_model_path=cfg.reward_checkpoint,
-        feedback_type=feedback_type, feedback_mode=cfg.feedback_mode, threshold=cfg.threshold if feedback_type == cfg.feedback_type else None, max_length=cfg.max_length,
-        token_budget=cfg.token_budget, seed=derive(cfg.seed, "label", round), precision=precision)
-    return Stage("label", folder, c, [folder / "samples.json", cfg.reward_checkpoint], [folder / f"feedback.{kind}" for kind in ("json", "labels.jsonl", "counts.json")], round)
+    c = LabelConfig(
+        samples_file=str(folder / "samples.json"),
+        output_file=str(folder / "feedback.json"),
+        reward_model_path=cfg.reward_checkpoint,
+        feedback_type=feedback_type,
+        feedback_mode=cfg.feedback_mode,
+        threshold=cfg.threshold if feedback_type == cfg.feedback_type else None,
+        max_length=cfg.max_length,
+        token_budget=cfg.token_budget,
+        seed=derive(cfg.seed, "label", round),
+        precision=precision,
+    )
+    return Stage(
+        "label",
+        folder,
+        c,
+        [folder / "samples.json", cfg.reward_checkpoint],
+        [folder / f"feedback.{kind}" for kind in ("json", "labels.jsonl", "counts.json")],
+        round,
+    )
 
 # %% ../nbs/12_loop.ipynb #60030adf
-def train_stage(cfg: LoopConfig, precision: str, folder: Path, round: int | str,
-                previous: Path | None) -> Stage: # the last round's checkpoint; None in the first
+def train_stage(
+    cfg: LoopConfig, precision: str, folder: Path, round: int | str, previous: Path | None
+) -> Stage:  # the last round's checkpoint; None in the first
     "Feedback to the next policy."
-    c = cfg.training(load_from=cfg.sft_checkpoint, from_checkpoint=previous and str(previous), online=True, train_datasets=[str(folder / "feedback.json")], exp_name="policy",
-        cache_dir=str(folder), metrics_file=str(folder / "metrics.jsonl"), seed=derive(cfg.seed, "train", round), precision=precision)
-    return Stage("train", folder, c, [folder / "feedback.json", cfg.sft_checkpoint, *([previous] if previous else [])],
-                 [folder / "policy/FINAL", folder / "policy/counts.json", folder / "metrics.jsonl"], round)
+    c = cfg.training(
+        load_from=cfg.sft_checkpoint,
+        from_checkpoint=previous and str(previous),
+        online=True,
+        train_datasets=[str(folder / "feedback.json")],
+        exp_name="policy",
+        cache_dir=str(folder),
+        metrics_file=str(folder / "metrics.jsonl"),
+        seed=derive(cfg.seed, "train", round),
+        precision=precision,
+    )
+    return Stage(
+        "train",
+        folder,
+        c,
+        [folder / "feedback.json", cfg.sft_checkpoint, *([previous] if previous else [])],
+        [folder / "policy/FINAL", folder / "policy/counts.json", folder / "metrics.jsonl"],
+        round,
+    )
 
 # %% ../nbs/12_loop.ipynb #e667b27a
 @dataclass
 class Round:
     "What one round left; `final` has no number, feedback of scores, and no training."
+
     number: int | None
-    name: str # round-1, ..., final
+    name: str  # round-1, ..., final
     folder: Path
-    policy: Path # the checkpoint after this round
-    seconds: dict[str, float] # of each stage
-    skipped: list[str] # stages whose sealed result stood
-    counts: dict[str, dict] # what each stage counted: prompts, unscored, ties, cut outputs, ...
-    note: str = "" # what was unusual
+    policy: Path  # the checkpoint after this round
+    seconds: dict[str, float]  # of each stage
+    skipped: list[str]  # stages whose sealed result stood
+    # what each stage counted: prompts, unscored, ties, cut outputs, ...
+    counts: dict[str, dict]
+    note: str = ""  # what was unusual
 
     @property
-    def samples_file(self) -> Path: return self.folder / "samples.json"
+    def samples_file(self) -> Path:
+        return self.folder / "samples.json"
+
     @property
-    def feedback_file(self) -> Path: return self.folder / "feedback.json"
+    def feedback_file(self) -> Path:
+        return self.folder / "feedback.json"
+
     @property
-    def labels_file(self) -> Path: return self.folder / "feedback.labels.jsonl"
+    def labels_file(self) -> Path:
+        return self.folder / "feedback.labels.jsonl"
+
     @property
-    def metrics_file(self) -> Path | None: return self.folder / "metrics.jsonl" if self.number else None
+    def metrics_file(self) -> Path | None:
+        return self.folder / "metrics.jsonl" if self.number else None
 
     def __str__(self):
         "What was used, what was lost on the way, and anything unusual."
-        sampled, labelled, usual = self.counts["sample"], self.counts["label"], ("prompts_asked", "prompts_left", "prompts", "samples", "scored", "records", "tokens", "trees", "seconds", "layout", "layout_reason", "positions", "other_fields", "head")
-        lost = [f"{stage}: {k.replace('_', ' ')} {v}" for stage, c in self.counts.items() for k, v in c.items() if v and k not in usual]
+        sampled, labelled, usual = (
+            self.counts["sample"],
+            self.counts["label"],
+            (
+                "prompts_asked",
+                "prompts_left",
+                "prompts",
+                "samples",
+                "scored",
+                "records",
+                "tokens",
+                "trees",
+                "seconds",
+                "layout",
+                "layout_reason",
+                "positions",
+                "other_fields",
+                "head",
+            ),
+        )
+        lost = [
+            f"{stage}: {k.replace('_', ' ')} {v}"
+            for stage, c in self.counts.items()
+            for k, v in c.items()
+            if v and k not in usual
+        ]
         made = f", {labelled['records']} examples" if self.number else ""
-        return f"{self.name}: {sampled['prompts']} prompts, {labelled['samples']} samples{made}; lost: {'; '.join(lost) or 'nothing'}" + (f"\n{self.note}" if self.note else "")
+        return (
+            f"{self.name}: {sampled['prompts']} prompts, {labelled['samples']} "
+            f"samples{made}; lost: {'; '.join(lost) or 'nothing'}"
+        ) + (f"\n{self.note}" if self.note else "")
 
 # %% ../nbs/12_loop.ipynb #85882fe6
 def labelled(folder: Path) -> list[dict]:
     "The samples of a round, each with its `reward`; None if it is unscored."
-    score = {(r["prompt_id"], r["sample_id"]): r["score"] for r in read_jsonl(folder / "feedback.labels.jsonl")}
-    return [s | {"reward": score[s["prompt_id"], s["sample_id"]]} for s in json.loads((folder / "samples.json").read_text())]
+    score = {
+        (r["prompt_id"], r["sample_id"]): r["score"]
+        for r in read_jsonl(folder / "feedback.labels.jsonl")
+    }
+    return [
+        s | {"reward": score[s["prompt_id"], s["sample_id"]]}
+        for s in json.loads((folder / "samples.json").read_text())
+    ]
 
 # %% ../nbs/12_loop.ipynb #5c21e48c
-def round_counts(folder: Path) -> dict[str, dict]: # by stage
+def round_counts(folder: Path) -> dict[str, dict]:  # by stage
     "What the stages of a round counted."
-    files = dict(sample="samples.counts.json", label="feedback.counts.json", train="policy/counts.json")
-    return {stage: json.loads((folder / f).read_text()) for stage, f in files.items() if (folder / f).exists()}
+    files = dict(
+        sample="samples.counts.json", label="feedback.counts.json", train="policy/counts.json"
+    )
+    return {
+        stage: json.loads((folder / f).read_text())
+        for stage, f in files.items()
+        if (folder / f).exists()
+    }
 
 # %% ../nbs/12_loop.ipynb #1850f23d
 def summary_row(folder: Path, seconds: float) -> dict:
     "One round in numbers; None where there is nothing to count."
     mean = lambda xs: statistics.fmean(xs) if xs else None
-    samples, counts, trained = labelled(folder), round_counts(folder)["label"], folder.name != "final"
+    samples, counts, trained = (
+        labelled(folder),
+        round_counts(folder)["label"],
+        folder.name != "final",
+    )
     records = json.loads((folder / "feedback.json").read_text()) if trained else []
-    last = [{}, *(m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m)][-1] if trained else {}
-    return dict(round=folder.name.removeprefix("round-"), prompts=counts["prompts"], samples=counts["samples"], unscored=counts["unscored"],
-                reward=mean([s["reward"] for s in samples if s["reward"] is not None]), examples=len(records) if trained else None, ties=counts.get("ties"),
-                margin=mean([r["reward_difference"] for r in records if "reward_difference" in r]), kl=mean([s["policy_logps"] - s["reference_logps"] for s in samples if "policy_logps" in s]),
-                loss=last.get("loss"), accuracy=last.get("rewards_train/accuracies"), seconds=seconds)
+    last = (
+        [{}, *(m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m)][-1]
+        if trained
+        else {}
+    )
+    return dict(
+        round=folder.name.removeprefix("round-"),
+        prompts=counts["prompts"],
+        samples=counts["samples"],
+        unscored=counts["unscored"],
+        reward=mean([s["reward"] for s in samples if s["reward"] is not None]),
+        examples=len(records) if trained else None,
+        ties=counts.get("ties"),
+        margin=mean([r["reward_difference"] for r in records if "reward_difference" in r]),
+        kl=mean(
+            [s["policy_logps"] - s["reference_logps"] for s in samples if "policy_logps" in s]
+        ),
+        loss=last.get("loss"),
+        accuracy=last.get("rewards_train/accuracies"),
+        seconds=seconds,
+    )
 
 # %% ../nbs/12_loop.ipynb #a1964156
 def run_summary(run: str | Path) -> list[dict]:
@@ -400,22 +697,40 @@ def run_summary(run: str | Path) -> list[dict]:
     events, rounds = read_jsonl(Path(run) / "ledger.jsonl"), {}
     begun = max((i for i, e in enumerate(events) if e["event"] == "run"), default=0)
     for e in events[begun:]:
-        if e["event"] in ("finished", "skipped"): rounds.setdefault(e["folder"], {})[e["stage"]] = e["seconds"]
-        if e["event"] == "started": rounds.get(e["folder"], {}).pop(e["stage"], None)
-    return [summary_row(Path(run) / f, round(sum(s.values()), 1)) for f, s in rounds.items() if {"sample", "label"} | ({"train"} if f != "final" else set()) <= set(s)]
+        if e["event"] in ("finished", "skipped"):
+            rounds.setdefault(e["folder"], {})[e["stage"]] = e["seconds"]
+        if e["event"] == "started":
+            rounds.get(e["folder"], {}).pop(e["stage"], None)
+    return [
+        summary_row(Path(run) / f, round(sum(s.values()), 1))
+        for f, s in rounds.items()
+        if {"sample", "label"} | ({"train"} if f != "final" else set()) <= set(s)
+    ]
 
 # %% ../nbs/12_loop.ipynb #e94e64dd
 def revision() -> str | None:
     "The git revision of this code, with +changes if there are some; None outside a checkout."
     root = source("halos_nb.records").parents[1]
-    git = lambda *a: subprocess.run(["git", "-C", root, *a], capture_output=True, text=True).stdout.strip()
-    if not (root / ".git").exists() or not shutil.which("git"): return None
+    git = lambda *a: subprocess.run(
+        ["git", "-C", root, *a], capture_output=True, text=True
+    ).stdout.strip()
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
 
 # %% ../nbs/12_loop.ipynb #aca31b9a
-def write_params(run: Path, cfg, settings: Settings, **more): # more: seeds, how it ended, ...
+def write_params(run: Path, cfg, settings: Settings, **more):  # more: seeds, how it ended, ...
     "Write `params.json`."
-    write_json(run / "params.json", dict(parameters=asdict(cfg), settings=asdict(settings), versions=versions(), revision=revision(), **more))
+    write_json(
+        run / "params.json",
+        dict(
+            parameters=asdict(cfg),
+            settings=asdict(settings),
+            versions=versions(),
+            revision=revision(),
+            **more,
+        ),
+    )
 
 # %% ../nbs/12_loop.ipynb #1c3720cf
 def point_to(link: Path, target: Path):
@@ -429,52 +744,143 @@ def point_to(link: Path, target: Path):
 def located(cfg: LoopConfig) -> LoopConfig:
     "The config with its paths made absolute; an error if one is empty."
     given = {k: getattr(cfg, k) for k in ("sft_checkpoint", "reward_checkpoint", "prompts")}
-    if empty := [k for k, v in given.items() if not v]: raise ValueError(f"{empty[0]}: the loop needs a path or name here; for the playground's, pass what `playground.build` made")
-    return replace(cfg, **{k: str(Path(v).absolute()) if Path(there(v, k)).exists() else v for k, v in given.items()})
+    if empty := [k for k, v in given.items() if not v]:
+        raise ValueError(
+            f"{empty[0]}: the loop needs a path or name here; for the playground's, pass "
+            "what `playground.build` made"
+        )
+    return replace(
+        cfg,
+        **{
+            k: str(Path(v).absolute()) if Path(there(v, k)).exists() else v
+            for k, v in given.items()
+        },
+    )
 
 # %% ../nbs/12_loop.ipynb #facf1771
-def one_round(ledger: Ledger, stages: list[Stage], number: int | None, policy: Path, title: str,
-              after: str = "", then: Stage | None = None) -> Round: # what comes after the round: in words, and its first stage
+def one_round(
+    ledger: Ledger,
+    stages: list[Stage],
+    number: int | None,
+    policy: Path,
+    title: str,
+    after: str = "",
+    then: Stage | None = None,
+) -> Round:  # what comes after the round: in words, and its first stage
     "Run the stages of a round whose results do not stand, and look at what they left."
     folder, skipped = stages[0].folder, []
-    for stage, following, name in zip(stages, [*stages[1:], then], [*(s.name for s in stages[1:]), after]):
-        if not ledger.run(stage, f"{title} · {stage.name}", name, then=following): skipped.append(stage.name)
-    return Round(number, folder.name, folder, policy, {s.name: s.sealed()["seconds"] for s in stages}, skipped, round_counts(folder))
+    for stage, following, name in zip(
+        stages, [*stages[1:], then], [*(s.name for s in stages[1:]), after]
+    ):
+        if not ledger.run(stage, f"{title} · {stage.name}", name, then=following):
+            skipped.append(stage.name)
+    return Round(
+        number,
+        folder.name,
+        folder,
+        policy,
+        {s.name: s.sealed()["seconds"] for s in stages},
+        skipped,
+        round_counts(folder),
+    )
 
 # %% ../nbs/12_loop.ipynb #919c9537
-def run_rounds(cfg: LoopConfig, # the run's parameters, paths filled in
-               settings: Settings, # the machine's
-               on_start: Callable | None = None, # called with each Stage that is about to run
-               watch: Callable = Job.wait, # waits for a job and shows how it goes
-               ) -> Iterator[Round]:
+def run_rounds(
+    cfg: LoopConfig,  # the run's parameters, paths filled in
+    settings: Settings,  # the machine's
+    on_start: Callable | None = None,  # called with each Stage that is about to run
+    watch: Callable = Job.wait,  # waits for a job and shows how it goes
+) -> Iterator[Round]:
     "All rounds, each yielded when it is done, and then one named `final`."
-    cfg, profile, run, float_type = located(cfg), settings.get_profile(cfg.profile), run_folder(settings, cfg.run_name), settings.precision
-    step, rounds, done, used = cfg.prompts_per_round, math.ceil(cfg.total_prompts / cfg.prompts_per_round), [], 0
+    cfg, profile, run, float_type = (
+        located(cfg),
+        settings.get_profile(cfg.profile),
+        run_folder(settings, cfg.run_name),
+        settings.precision,
+    )
+    step, rounds, done, used = (
+        cfg.prompts_per_round,
+        math.ceil(cfg.total_prompts / cfg.prompts_per_round),
+        [],
+        0,
+    )
     with Ledger(run, profile, cfg.fresh, watch, on_start) as ledger:
         ledger.event("run")
-        seeds = {r: {s: derive(cfg.seed, s, r) for s in ("sample", "label", "train")} for r in [*range(1, rounds + 1), "final"]}
-        record = lambda ended: write_params(run, cfg, settings, profile=asdict(profile), seeds=seeds, rounds=len(done), ended=ended)
+        seeds = {
+            r: {s: derive(cfg.seed, s, r) for s in ("sample", "label", "train")}
+            for r in [*range(1, rounds + 1), "final"]
+        }
+        record = lambda ended: write_params(
+            run,
+            cfg,
+            settings,
+            profile=asdict(profile),
+            seeds=seeds,
+            rounds=len(done),
+            ended=ended,
+        )
         record("running, or killed")
-        def stages_of(r: int | str, policy: Path | None, skip: int, count: int) -> list[Stage]: # policy: the last round's
-            folder, kind = run / (f"round-{r}" if r != "final" else r), cfg.feedback_type if r != "final" else "scalar"
-            stages = [sample_stage(cfg, float_type, folder, r, policy or cfg.sft_checkpoint, skip, count), label_stage(cfg, float_type, folder, r, kind)]
+
+        def stages_of(
+            r: int | str, policy: Path | None, skip: int, count: int
+        ) -> list[Stage]:  # policy: the last round's
+            folder, kind = (
+                run / (f"round-{r}" if r != "final" else r),
+                cfg.feedback_type if r != "final" else "scalar",
+            )
+            stages = [
+                sample_stage(
+                    cfg, float_type, folder, r, policy or cfg.sft_checkpoint, skip, count
+                ),
+                label_stage(cfg, float_type, folder, r, kind),
+            ]
             return stages + [train_stage(cfg, float_type, folder, r, policy)] * (r != "final")
 
         stages = stages_of(1, None, 0, min(step, cfg.total_prompts))
         for r in range(1, rounds + 1):
-            follows = Stage("sample", run / (f"round-{r + 1}" if r < rounds else "final"), None, [], [])
-            this = one_round(ledger, stages, r, run / f"round-{r}/policy/FINAL", f"round {r} of {rounds}", f"round {r + 1}" if r < rounds else "final samples", follows)
-            used, left = used + this.counts["sample"]["prompts"], this.counts["sample"]["prompts_left"]
-            if not left and used < cfg.total_prompts: this.note = f"prompts ran out: {used} of {cfg.total_prompts}, so this is the last round"
-            if this.policy.exists(): point_to(run / "policy", this.policy)
-            for old in done: ledger.prune(old.policy)
+            follows = Stage(
+                "sample", run / (f"round-{r + 1}" if r < rounds else "final"), None, [], []
+            )
+            this = one_round(
+                ledger,
+                stages,
+                r,
+                run / f"round-{r}/policy/FINAL",
+                f"round {r} of {rounds}",
+                f"round {r + 1}" if r < rounds else "final samples",
+                follows,
+            )
+            used, left = (
+                used + this.counts["sample"]["prompts"],
+                this.counts["sample"]["prompts_left"],
+            )
+            if not left and used < cfg.total_prompts:
+                this.note = (
+                    f"prompts ran out: {used} of {cfg.total_prompts}, so this is the last round"
+                )
+            if this.policy.exists():
+                point_to(run / "policy", this.policy)
+            for old in done:
+                ledger.prune(old.policy)
             done.append(this)
             over = r == rounds or not left
-            stages = stages_of("final", this.policy, used if left else used - this.counts["sample"]["prompts"], step) if over else stages_of(r + 1, this.policy, used, min(step, cfg.total_prompts - used))
-            ledger.start(stages[0]) # who asked for the rounds looks at this one meanwhile
+            stages = (
+                stages_of(
+                    "final",
+                    this.policy,
+                    used if left else used - this.counts["sample"]["prompts"],
+                    step,
+                )
+                if over
+                else stages_of(r + 1, this.policy, used, min(step, cfg.total_prompts - used))
+            )
+            ledger.start(stages[0])  # who asked for the rounds looks at this one meanwhile
             yield this
-            if over: break
+            if over:
+                break
         last = one_round(ledger, stages, None, this.policy, "final")
-        last.note = "" if left else "no unseen prompts are left: these are the last round's again"
+        last.note = (
+            "" if left else "no unseen prompts are left: these are the last round's again"
+        )
         record("; ".join(filter(None, [this.note, last.note])) or "as planned")
         yield last

@@ -24,22 +24,30 @@ def wide(x: Tensor) -> Tensor:
 def same_shape(**tensors: Tensor | None):
     "ValueError unless all tensors that are given have one shape."
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
-    if len(set(shapes.values())) > 1: raise ValueError("shapes must be equal, or PyTorch would broadcast: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            "shapes must be equal, or PyTorch would broadcast: "
+            + ", ".join(f"{n} {s}" for n, s in shapes.items())
+        )
 
 # %% ../nbs/06_losses.ipynb #a9280514
 class Share(NamedTuple):
     "A mean that adds up over micro-batches and processes; never has a gradient."
-    part: Tensor # () what is summed
-    whole: Tensor # () count that it is divided by
+
+    part: Tensor  # () what is summed
+    whole: Tensor  # () count that it is divided by
 
     @property
-    def value(self) -> Tensor: return self.part / self.whole.where(self.whole > 0, 1)
-    def __add__(self, other): return Share(self.part + other.part, self.whole + other.whole)
+    def value(self) -> Tensor:
+        return self.part / self.whole.where(self.whole > 0, 1)
+
+    def __add__(self, other):
+        return Share(self.part + other.part, self.whole + other.whole)
 
 # %% ../nbs/06_losses.ipynb #9a9fc451
 def masked_share(
-    x: Tensor, # (n, S) a number per token
-    mask: Tensor, # (n, S) bool, real tokens
+    x: Tensor,  # (n, S) a number per token
+    mask: Tensor,  # (n, S) bool, real tokens
 ) -> Share:
     "The mean of `x` over the tokens of the mask."
     x = wide(x.detach())
@@ -47,147 +55,224 @@ def masked_share(
 
 # %% ../nbs/06_losses.ipynb #2f2e6df7
 def sft_loss(
-    logps: Tensor, # (n, S) token log-probs
+    logps: Tensor,  # (n, S) token log-probs
 ) -> Tensor:
     "(n,) summed negative log-likelihood of each completion."
     return -wide(logps).sum(-1)
 
 # %% ../nbs/06_losses.ipynb #6171b17a
 class LogRatios(NamedTuple):
-    tokens: Tensor # (n, S) log-ratio of each token in nats, clamped if asked
-    unclamped: Share # share of tokens strictly inside the interval
+    tokens: Tensor  # (n, S) log-ratio of each token in nats, clamped if asked
+    unclamped: Share  # share of tokens strictly inside the interval
 
 # %% ../nbs/06_losses.ipynb #439a7839
 def log_ratios(
-    policy: Tensor, # (n, S) token log-probs under the policy
-    reference: Tensor | None, # (n, S) the same under the reference; None: a reference of log-prob 0
-    clamp: tuple[float, float] | None = None, # humanline: (log_epsilon_P, log_epsilon_R), nats
+    policy: Tensor,  # (n, S) token log-probs under the policy
+    # (n, S) the same under the reference; None: a reference of log-prob 0
+    reference: Tensor | None,
+    # humanline: (log_epsilon_P, log_epsilon_R), nats
+    clamp: tuple[float, float] | None = None,
 ) -> LogRatios:
     "Token log-ratios of policy to reference."
     same_shape(policy=policy, reference=reference)
     raw = wide(policy) if reference is None else wide(policy) - wide(reference)
     one = raw.new_ones(())
-    if clamp is None: return LogRatios(raw, Share(one, one))
-    if not clamp[0] <= 0 <= clamp[1]: raise ValueError(f"clamp {clamp}: log_epsilon_P <= 0 <= log_epsilon_R must hold, padding has log-ratio 0")
-    if not len(raw): return LogRatios(raw, Share(1e-9 * one, 1e-9 * one))
+    if clamp is None:
+        return LogRatios(raw, Share(one, one))
+    if not clamp[0] <= 0 <= clamp[1]:
+        raise ValueError(
+            f"clamp {clamp}: log_epsilon_P <= 0 <= log_epsilon_R must hold, padding has "
+            "log-ratio 0"
+        )
+    if not len(raw):
+        return LogRatios(raw, Share(1e-9 * one, 1e-9 * one))
     inside = (raw > clamp[0]) & (raw < clamp[1]) & (raw != 0)
     return LogRatios(raw.clamp(*clamp), Share(inside.sum() * one, (raw != 0).sum() * one))
 
 # %% ../nbs/06_losses.ipynb #a7c67855
 class PairLoss(NamedTuple):
-    losses: Tensor # (n,)
-    chosen_rewards: Tensor # (n,) no gradient
-    rejected_rewards: Tensor # (n,) no gradient
-    chosen_unclamped: Share # share of chosen tokens not clamped
-    rejected_unclamped: Share # the same for rejected tokens
+    losses: Tensor  # (n,)
+    chosen_rewards: Tensor  # (n,) no gradient
+    rejected_rewards: Tensor  # (n,) no gradient
+    chosen_unclamped: Share  # share of chosen tokens not clamped
+    rejected_unclamped: Share  # the same for rejected tokens
 
 # %% ../nbs/06_losses.ipynb #b8c845d6
 def pair_ratios(
-    policy_chosen_logps: Tensor, # (n, S)
-    policy_rejected_logps: Tensor, # (n, S')
-    reference_chosen_logps: Tensor | None = None, # (n, S), or None
-    reference_rejected_logps: Tensor | None = None, # (n, S'), or None
-    clamp: tuple[float, float] | None = None, # humanline interval, nats
+    policy_chosen_logps: Tensor,  # (n, S)
+    policy_rejected_logps: Tensor,  # (n, S')
+    reference_chosen_logps: Tensor | None = None,  # (n, S), or None
+    reference_rejected_logps: Tensor | None = None,  # (n, S'), or None
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
 ) -> tuple[LogRatios, LogRatios]:
     "Log-ratios of the chosen and of the rejected completions."
-    same_shape(chosen=policy_chosen_logps[:, 0:0], rejected=policy_rejected_logps[:, 0:0]) # as many rows
-    return log_ratios(policy_chosen_logps, reference_chosen_logps, clamp), log_ratios(policy_rejected_logps, reference_rejected_logps, clamp)
+    # as many rows
+    same_shape(chosen=policy_chosen_logps[:, 0:0], rejected=policy_rejected_logps[:, 0:0])
+    return log_ratios(policy_chosen_logps, reference_chosen_logps, clamp), log_ratios(
+        policy_rejected_logps, reference_rejected_logps, clamp
+    )
 
 # %% ../nbs/06_losses.ipynb #cc5c0d0f
 def dpo_loss(
-    policy_chosen_logps: Tensor, # (n, S)
-    policy_rejected_logps: Tensor, # (n, S')
-    reference_chosen_logps: Tensor, # (n, S)
-    reference_rejected_logps: Tensor, # (n, S')
-    beta: float = 0.1, # strength of the pull towards the reference
-    clamp: tuple[float, float] | None = None, # humanline interval, nats
+    policy_chosen_logps: Tensor,  # (n, S)
+    policy_rejected_logps: Tensor,  # (n, S')
+    reference_chosen_logps: Tensor,  # (n, S)
+    reference_rejected_logps: Tensor,  # (n, S')
+    beta: float = 0.1,  # strength of the pull towards the reference
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
 ) -> PairLoss:
     "Direct Preference Optimization (Rafailov et al. 2023, eq. 7). Rewards: beta times the summed log-ratios."
-    chosen, rejected = pair_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, clamp)
-    chosen_rewards, rejected_rewards = beta * chosen.tokens.sum(-1), beta * rejected.tokens.sum(-1)
+    chosen, rejected = pair_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        clamp,
+    )
+    chosen_rewards, rejected_rewards = (
+        beta * chosen.tokens.sum(-1),
+        beta * rejected.tokens.sum(-1),
+    )
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), chosen.unclamped, rejected.unclamped)
+    return PairLoss(
+        losses,
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+        chosen.unclamped,
+        rejected.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #8cee207d
 def cdpo_loss(
-    policy_chosen_logps: Tensor, # (n, S)
-    policy_rejected_logps: Tensor, # (n, S')
-    reference_chosen_logps: Tensor, # (n, S)
-    reference_rejected_logps: Tensor, # (n, S')
-    beta: float = 0.1, # strength of the pull towards the reference
-    epsilon: float = 0.1, # probability that a label is wrong
-    clamp: tuple[float, float] | None = None, # humanline interval, nats
+    policy_chosen_logps: Tensor,  # (n, S)
+    policy_rejected_logps: Tensor,  # (n, S')
+    reference_chosen_logps: Tensor,  # (n, S)
+    reference_rejected_logps: Tensor,  # (n, S')
+    beta: float = 0.1,  # strength of the pull towards the reference
+    epsilon: float = 0.1,  # probability that a label is wrong
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
 ) -> PairLoss:
     "Conservative DPO (Mitchell 2023). Rewards as in DPO."
-    chosen, rejected = pair_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, clamp)
-    chosen_rewards, rejected_rewards = beta * chosen.tokens.sum(-1), beta * rejected.tokens.sum(-1)
+    chosen, rejected = pair_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        clamp,
+    )
+    chosen_rewards, rejected_rewards = (
+        beta * chosen.tokens.sum(-1),
+        beta * rejected.tokens.sum(-1),
+    )
     margin = chosen_rewards - rejected_rewards
     losses = -(1 - epsilon) * F.logsigmoid(margin) - epsilon * F.logsigmoid(-margin)
-    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), chosen.unclamped, rejected.unclamped)
+    return PairLoss(
+        losses,
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+        chosen.unclamped,
+        rejected.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #36dc4aed
 def token_mean(
-    tokens: Tensor, # (n, S) a number per token, 0 at padding
-    mask: Tensor | None = None, # (n, S) bool, real tokens; None: those whose number is not 0
+    tokens: Tensor,  # (n, S) a number per token, 0 at padding
+    mask: Tensor | None = None,  # (n, S) bool, real tokens; None: those whose number is not 0
 ) -> Tensor:
     "(n,) mean over a row's tokens; 0 for a row without any."
-    if mask is None: return tokens.sum(-1) / (tokens != 0).sum(-1).clamp(min=1)
+    if mask is None:
+        return tokens.sum(-1) / (tokens != 0).sum(-1).clamp(min=1)
     same_shape(tokens=tokens, mask=mask)
     return tokens.where(mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 # %% ../nbs/06_losses.ipynb #e3b44fd6
 def ipo_loss(
-    policy_chosen_logps: Tensor, # (n, S)
-    policy_rejected_logps: Tensor, # (n, S')
-    reference_chosen_logps: Tensor, # (n, S)
-    reference_rejected_logps: Tensor, # (n, S')
-    tau: float = 0.1, # the margin's target is 1 / (2 tau), nats per token
-    clamp: tuple[float, float] | None = None, # humanline interval, nats
-    chosen_mask: Tensor | None = None, # (n, S) bool, real tokens; None: those of non-zero ratio
-    rejected_mask: Tensor | None = None, # (n, S') bool
+    policy_chosen_logps: Tensor,  # (n, S)
+    policy_rejected_logps: Tensor,  # (n, S')
+    reference_chosen_logps: Tensor,  # (n, S)
+    reference_rejected_logps: Tensor,  # (n, S')
+    tau: float = 0.1,  # the margin's target is 1 / (2 tau), nats per token
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
+    # (n, S) bool, real tokens; None: those of non-zero ratio
+    chosen_mask: Tensor | None = None,
+    rejected_mask: Tensor | None = None,  # (n, S') bool
 ) -> PairLoss:
     "Identity Preference Optimization (Azar et al. 2023, eq. 17). Rewards: mean log-ratios."
-    chosen, rejected = pair_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, clamp)
-    chosen_rewards, rejected_rewards = token_mean(chosen.tokens, chosen_mask), token_mean(rejected.tokens, rejected_mask)
+    chosen, rejected = pair_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        clamp,
+    )
+    chosen_rewards, rejected_rewards = (
+        token_mean(chosen.tokens, chosen_mask),
+        token_mean(rejected.tokens, rejected_mask),
+    )
     losses = (chosen_rewards - rejected_rewards - 1 / (2 * tau)) ** 2
-    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), chosen.unclamped, rejected.unclamped)
+    return PairLoss(
+        losses,
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+        chosen.unclamped,
+        rejected.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #bd61c26c
 def simpo_loss(
-    policy_chosen_logps: Tensor, # (n, S)
-    policy_rejected_logps: Tensor, # (n, S')
-    beta: float = 2.0, # scale of the rewards
-    gamma_beta_ratio: float = 0.5, # margin to win by, in mean log-prob (nats per token)
-    clamp: tuple[float, float] | None = None, # humanline interval of the log-probs, nats
-    chosen_mask: Tensor | None = None, # (n, S) bool, real tokens; None: those of non-zero log-prob
-    rejected_mask: Tensor | None = None, # (n, S') bool
+    policy_chosen_logps: Tensor,  # (n, S)
+    policy_rejected_logps: Tensor,  # (n, S')
+    beta: float = 2.0,  # scale of the rewards
+    gamma_beta_ratio: float = 0.5,  # margin to win by, in mean log-prob (nats per token)
+    clamp: tuple[float, float] | None = None,  # humanline interval of the log-probs, nats
+    # (n, S) bool, real tokens; None: those of non-zero log-prob
+    chosen_mask: Tensor | None = None,
+    rejected_mask: Tensor | None = None,  # (n, S') bool
 ) -> PairLoss:
     "SimPO (Meng et al. 2024, eq. 6). Rewards: mean log-probs, not times beta."
     chosen, rejected = pair_ratios(policy_chosen_logps, policy_rejected_logps, clamp=clamp)
-    chosen_rewards, rejected_rewards = token_mean(chosen.tokens, chosen_mask), token_mean(rejected.tokens, rejected_mask)
+    chosen_rewards, rejected_rewards = (
+        token_mean(chosen.tokens, chosen_mask),
+        token_mean(rejected.tokens, rejected_mask),
+    )
     losses = -F.logsigmoid(beta * (chosen_rewards - rejected_rewards - gamma_beta_ratio))
-    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), chosen.unclamped, rejected.unclamped)
+    return PairLoss(
+        losses,
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+        chosen.unclamped,
+        rejected.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #f279c749
 def slic_loss(
-    policy_chosen_logps: Tensor, # (n, S)
-    policy_rejected_logps: Tensor, # (n, S')
-    beta: float = 1.0, # margin of the hinge, nats
-    lambda_coef: float = 0.1, # weight of the chosen completion's likelihood
-    clamp: tuple[float, float] | None = None, # humanline interval of the log-probs in the hinge, nats
+    policy_chosen_logps: Tensor,  # (n, S)
+    policy_rejected_logps: Tensor,  # (n, S')
+    beta: float = 1.0,  # margin of the hinge, nats
+    lambda_coef: float = 0.1,  # weight of the chosen completion's likelihood
+    # humanline interval of the log-probs in the hinge, nats
+    clamp: tuple[float, float] | None = None,
 ) -> PairLoss:
     "SLiC-HF (Zhao et al. 2023). Rewards: summed log-probs."
     chosen, rejected = pair_ratios(policy_chosen_logps, policy_rejected_logps, clamp=clamp)
     chosen_rewards, rejected_rewards = chosen.tokens.sum(-1), rejected.tokens.sum(-1)
-    losses = F.relu(beta - chosen_rewards + rejected_rewards) + lambda_coef * sft_loss(policy_chosen_logps)
-    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), chosen.unclamped, rejected.unclamped)
+    losses = F.relu(beta - chosen_rewards + rejected_rewards) + lambda_coef * sft_loss(
+        policy_chosen_logps
+    )
+    return PairLoss(
+        losses,
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+        chosen.unclamped,
+        rejected.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #342d5baa
 @torch.no_grad()
 def kto_kl(
-    policy_KL_logps: Tensor, # (n, S) of the mismatched completions
-    reference_KL_logps: Tensor, # (n, S)
-    clamp: tuple[float, float] | None = None, # humanline interval, nats
+    policy_KL_logps: Tensor,  # (n, S) of the mismatched completions
+    reference_KL_logps: Tensor,  # (n, S)
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
 ) -> Share:
     "Summed log-ratios of the mismatched completions over the rows where they are not 0; to be added up over the global batch, then floored at 0."
     rows = log_ratios(policy_KL_logps, reference_KL_logps, clamp).tokens.sum(-1)
@@ -195,46 +280,57 @@ def kto_kl(
 
 # %% ../nbs/06_losses.ipynb #6faa0839
 class KTOLoss(NamedTuple):
-    losses: Tensor # (n_c + n_r,) chosen first
-    chosen_rewards: Tensor # (n_c,) summed log-ratios, no gradient
-    rejected_rewards: Tensor # (n_r,) no gradient
-    chosen_unclamped: Share # share of chosen tokens not clamped
-    rejected_unclamped: Share # the same for rejected tokens
+    losses: Tensor  # (n_c + n_r,) chosen first
+    chosen_rewards: Tensor  # (n_c,) summed log-ratios, no gradient
+    rejected_rewards: Tensor  # (n_r,) no gradient
+    chosen_unclamped: Share  # share of chosen tokens not clamped
+    rejected_unclamped: Share  # the same for rejected tokens
 
 # %% ../nbs/06_losses.ipynb #a3990a9d
 def kto_loss(
-    policy_chosen_logps: Tensor, # (n_c, S) desirable completions; n_c may be 0
-    policy_rejected_logps: Tensor, # (n_r, S') undesirable completions; n_r may be 0
-    reference_chosen_logps: Tensor, # (n_c, S)
-    reference_rejected_logps: Tensor, # (n_r, S')
-    KL: Tensor, # () estimate of the global batch in nats, at least 0
-    beta: float = 0.1, # strength of the pull towards the reference
-    desirable_weight: float = 1.0, # lambda_D
-    undesirable_weight: float = 1.0, # lambda_U
-    clamp: tuple[float, float] | None = None, # humanline interval, nats
+    policy_chosen_logps: Tensor,  # (n_c, S) desirable completions; n_c may be 0
+    policy_rejected_logps: Tensor,  # (n_r, S') undesirable completions; n_r may be 0
+    reference_chosen_logps: Tensor,  # (n_c, S)
+    reference_rejected_logps: Tensor,  # (n_r, S')
+    KL: Tensor,  # () estimate of the global batch in nats, at least 0
+    beta: float = 0.1,  # strength of the pull towards the reference
+    desirable_weight: float = 1.0,  # lambda_D
+    undesirable_weight: float = 1.0,  # lambda_U
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
 ) -> KTOLoss:
     "Kahneman-Tversky Optimization (Ethayarajh et al. 2024, eq. 8)."
     chosen = log_ratios(policy_chosen_logps, reference_chosen_logps, clamp)
     rejected = log_ratios(policy_rejected_logps, reference_rejected_logps, clamp)
-    chosen_rewards, rejected_rewards, KL = chosen.tokens.sum(-1), rejected.tokens.sum(-1), KL.detach()
-    chosen_losses = desirable_weight * torch.sigmoid(beta * (KL - chosen_rewards)) # 1 - sigmoid(x) = sigmoid(-x)
+    chosen_rewards, rejected_rewards, KL = (
+        chosen.tokens.sum(-1),
+        rejected.tokens.sum(-1),
+        KL.detach(),
+    )
+    # 1 - sigmoid(x) = sigmoid(-x)
+    chosen_losses = desirable_weight * torch.sigmoid(beta * (KL - chosen_rewards))
     rejected_losses = undesirable_weight * torch.sigmoid(beta * (rejected_rewards - KL))
-    return KTOLoss(torch.cat([chosen_losses, rejected_losses]), chosen_rewards.detach(), rejected_rewards.detach(), chosen.unclamped, rejected.unclamped)
+    return KTOLoss(
+        torch.cat([chosen_losses, rejected_losses]),
+        chosen_rewards.detach(),
+        rejected_rewards.detach(),
+        chosen.unclamped,
+        rejected.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #28863019
-EXP_LIMIT = 80.0 # nats; exp(80) = 5.5e34 is still a float32 (and a bfloat16)
+EXP_LIMIT = 80.0  # nats; exp(80) = 5.5e34 is still a float32 (and a bfloat16)
 
 
 class Surrogate(NamedTuple):
-    losses: Tensor # (n, S) loss of each token
-    ratio: Tensor # (n, S) probability ratio of each token
-    clipped: Tensor # (n, S) bool, where the clipped branch is the larger loss
+    losses: Tensor  # (n, S) loss of each token
+    ratio: Tensor  # (n, S) probability ratio of each token
+    clipped: Tensor  # (n, S) bool, where the clipped branch is the larger loss
 
 # %% ../nbs/06_losses.ipynb #8a0dbdc3
 def clipped_surrogate(
-    log_ratio: Tensor, # (n, S) nats
-    advantages: Tensor, # (n, S) or (n, 1)
-    epsilon: float, # half width of the interval around 1
+    log_ratio: Tensor,  # (n, S) nats
+    advantages: Tensor,  # (n, S) or (n, 1)
+    epsilon: float,  # half width of the interval around 1
 ) -> Surrogate:
     "PPO's pessimistic objective as a loss (Schulman et al. 2017, eq. 7)."
     ratio = log_ratio.clamp(max=EXP_LIMIT).exp()
@@ -243,43 +339,57 @@ def clipped_surrogate(
 
 # %% ../nbs/06_losses.ipynb #9d39f7b1
 class GroupLoss(NamedTuple):
-    losses: Tensor # (n,) summed token losses; the batch's loss is their sum over the number of its tokens
-    KL: Share # of tokens, nats
-    weighted_advantage: Share # of tokens, |advantage times ratio|
-    unclamped: Share # share of tokens not clamped by humanline
+    # (n,) summed token losses; the batch's loss is their sum over the number of its tokens
+    losses: Tensor
+    KL: Share  # of tokens, nats
+    weighted_advantage: Share  # of tokens, |advantage times ratio|
+    unclamped: Share  # share of tokens not clamped by humanline
 
 # %% ../nbs/06_losses.ipynb #3472cb70
 def grpo_loss(
-    policy_logps: Tensor, # (n, S)
-    reference_logps: Tensor, # (n, S)
-    advantages: Tensor, # (n,) of each completion within its prompt's group
-    mask: Tensor, # (n, S) bool, real tokens
-    beta: float = 0.1, # weight of the KL term
-    epsilon: float = 0.1, # the ratio is clipped to 1 +- epsilon
-    clamp: tuple[float, float] | None = None, # humanline interval of the log-ratio, nats
+    policy_logps: Tensor,  # (n, S)
+    reference_logps: Tensor,  # (n, S)
+    advantages: Tensor,  # (n,) of each completion within its prompt's group
+    mask: Tensor,  # (n, S) bool, real tokens
+    beta: float = 0.1,  # weight of the KL term
+    epsilon: float = 0.1,  # the ratio is clipped to 1 +- epsilon
+    clamp: tuple[float, float] | None = None,  # humanline interval of the log-ratio, nats
 ) -> GroupLoss:
     "Group Relative Policy Optimization (Shao et al. 2024, eq. 3 and 4), the ratio being that to the reference."
-    same_shape(policy=policy_logps, reference=reference_logps, mask=mask); same_shape(rows=policy_logps[:, 0:0].sum(-1), advantages=advantages)
-    policy, reference, advantages = policy_logps.where(mask, 0), reference_logps.where(mask, 0), wide(advantages)[:, None]
-    ratios, back = log_ratios(policy, reference, clamp), -log_ratios(policy, reference).tokens.clamp(min=-EXP_LIMIT)
+    same_shape(policy=policy_logps, reference=reference_logps, mask=mask)
+    same_shape(rows=policy_logps[:, 0:0].sum(-1), advantages=advantages)
+    policy, reference, advantages = (
+        policy_logps.where(mask, 0),
+        reference_logps.where(mask, 0),
+        wide(advantages)[:, None],
+    )
+    ratios, back = (
+        log_ratios(policy, reference, clamp),
+        -log_ratios(policy, reference).tokens.clamp(min=-EXP_LIMIT),
+    )
     surrogate, KL = clipped_surrogate(ratios.tokens, advantages, epsilon), back.exp() - back - 1
     losses = (surrogate.losses + beta * KL).where(mask, 0).sum(-1)
-    return GroupLoss(losses, masked_share(KL, mask), masked_share((advantages * surrogate.ratio).abs(), mask), ratios.unclamped)
+    return GroupLoss(
+        losses,
+        masked_share(KL, mask),
+        masked_share((advantages * surrogate.ratio).abs(), mask),
+        ratios.unclamped,
+    )
 
 # %% ../nbs/06_losses.ipynb #d8bfaf46
 class Advantages(NamedTuple):
-    raw: Tensor # (n, S) advantages, not normalised, 0 outside the mask
-    returns: Tensor # (n, S) raw + values
-    discounted_future_rewards: Tensor # (n, S) target of the values
+    raw: Tensor  # (n, S) advantages, not normalised, 0 outside the mask
+    returns: Tensor  # (n, S) raw + values
+    discounted_future_rewards: Tensor  # (n, S) target of the values
 
 # %% ../nbs/06_losses.ipynb #9d144f9b
 @torch.no_grad()
 def generalized_advantages(
-    values: Tensor, # (n, S) value network's estimate at each token
-    rewards: Tensor, # (n, S) reward received at each token
-    mask: Tensor, # (n, S) bool, real tokens
-    gamma: float = 0.99, # discount per token
-    lam: float = 0.95, # 0: one step and the value after it; 1: all rewards to come
+    values: Tensor,  # (n, S) value network's estimate at each token
+    rewards: Tensor,  # (n, S) reward received at each token
+    mask: Tensor,  # (n, S) bool, real tokens
+    gamma: float = 0.99,  # discount per token
+    lam: float = 0.95,  # 0: one step and the value after it; 1: all rewards to come
 ) -> Advantages:
     "Generalised advantage estimation (Schulman et al. 2016, eq. 16)."
     same_shape(values=values, rewards=rewards, mask=mask)
@@ -295,20 +405,26 @@ def generalized_advantages(
 # %% ../nbs/06_losses.ipynb #11ee270f
 class Moments(NamedTuple):
     "Sums from which mean and biased variance of a global batch follow."
-    total: Tensor # () sum
-    squares: Tensor # () sum of squares
-    count: Tensor # ()
+
+    total: Tensor  # () sum
+    squares: Tensor  # () sum of squares
+    count: Tensor  # ()
 
     @property
-    def mean(self) -> Tensor: return self.total / self.count.clamp(min=1)
+    def mean(self) -> Tensor:
+        return self.total / self.count.clamp(min=1)
+
     @property
-    def variance(self) -> Tensor: return (self.squares / self.count.clamp(min=1) - self.mean ** 2).clamp(min=0)
-    def __add__(self, other): return Moments(*(a + b for a, b in zip(self, other)))
+    def variance(self) -> Tensor:
+        return (self.squares / self.count.clamp(min=1) - self.mean**2).clamp(min=0)
+
+    def __add__(self, other):
+        return Moments(*(a + b for a, b in zip(self, other)))
 
 # %% ../nbs/06_losses.ipynb #91396c38
 def moments(
-    x: Tensor, # (n, S)
-    mask: Tensor, # (n, S) bool, real tokens
+    x: Tensor,  # (n, S)
+    mask: Tensor,  # (n, S) bool, real tokens
 ) -> Moments:
     "Sum, sum of squares and count of the tokens of the mask."
     x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64).where(mask, 0)
@@ -316,10 +432,10 @@ def moments(
 
 # %% ../nbs/06_losses.ipynb #a996bf4e
 def whiten(
-    raw: Tensor, # (n, S)
-    mask: Tensor, # (n, S) bool, real tokens
-    mean: Tensor, # () of the global batch
-    var: Tensor, # () biased variance of the global batch
+    raw: Tensor,  # (n, S)
+    mask: Tensor,  # (n, S) bool, real tokens
+    mean: Tensor,  # () of the global batch
+    var: Tensor,  # () biased variance of the global batch
 ) -> Tensor:
     "(n, S) of mean 0 and variance 1, 0 outside the mask."
     return ((raw.to(mean.dtype) - mean) * (var + 1e-8).rsqrt()).where(mask, 0).to(raw.dtype)
@@ -327,64 +443,79 @@ def whiten(
 # %% ../nbs/06_losses.ipynb #93011cda
 @torch.no_grad()
 def token_entropy(
-    logits: Tensor, # (..., V)
+    logits: Tensor,  # (..., V)
 ) -> Tensor:
     "(...) entropy of each distribution in nats, float32, no gradient."
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 # %% ../nbs/06_losses.ipynb #90a1e131
 class PPOLoss(NamedTuple):
-    losses: Tensor # (n,) summed token losses; the batch's loss is their sum over the number of its tokens
-    critic: Share # of tokens, half the squared error of the values
-    policy: Share # of tokens, the clipped objective
-    clipped: Share # share of tokens where the clipped branch was taken
-    entropy: Share # of tokens, nats
-    policy_kl: Share # of tokens, old minus new log-prob, never clamped
-    sequence_ratio: Share # of rows, product of the row's token ratios
-    unclamped: Share # share of tokens not clamped by humanline
+    # (n,) summed token losses; the batch's loss is their sum over the number of its tokens
+    losses: Tensor
+    critic: Share  # of tokens, half the squared error of the values
+    policy: Share  # of tokens, the clipped objective
+    clipped: Share  # share of tokens where the clipped branch was taken
+    entropy: Share  # of tokens, nats
+    policy_kl: Share  # of tokens, old minus new log-prob, never clamped
+    sequence_ratio: Share  # of rows, product of the row's token ratios
+    unclamped: Share  # share of tokens not clamped by humanline
 
 # %% ../nbs/06_losses.ipynb #769c0fb9
 def ppo_loss(
-    logps: Tensor, # (n, S) token log-probs now
-    values: Tensor, # (n, S) value network's estimates now
-    entropy: Tensor, # (n, S) of the policy at each token, nats
-    old_logps: Tensor, # (n, S) when the batch was rolled out
-    advantages: Tensor, # (n, S) normalised
-    discounted_future_rewards: Tensor, # (n, S) target of the values
-    mask: Tensor, # (n, S) bool, real tokens
-    cliprange: float = 0.5, # the ratio is clipped to 1 +- cliprange
-    critic_coef: float = 0.01, # weight of the critic's loss
-    KL_coef: float = 0.1, # weight of the log-ratio to the old policy
-    clamp: tuple[float, float] | None = None, # humanline interval of the log-ratio, nats
+    logps: Tensor,  # (n, S) token log-probs now
+    values: Tensor,  # (n, S) value network's estimates now
+    entropy: Tensor,  # (n, S) of the policy at each token, nats
+    old_logps: Tensor,  # (n, S) when the batch was rolled out
+    advantages: Tensor,  # (n, S) normalised
+    discounted_future_rewards: Tensor,  # (n, S) target of the values
+    mask: Tensor,  # (n, S) bool, real tokens
+    cliprange: float = 0.5,  # the ratio is clipped to 1 +- cliprange
+    critic_coef: float = 0.01,  # weight of the critic's loss
+    KL_coef: float = 0.1,  # weight of the log-ratio to the old policy
+    clamp: tuple[float, float] | None = None,  # humanline interval of the log-ratio, nats
 ) -> PPOLoss:
     "Proximal Policy Optimization (Schulman et al. 2017, eq. 7 and 9), without entropy bonus."
-    same_shape(logps=logps, values=values, entropy=entropy, old_logps=old_logps, advantages=advantages, discounted_future_rewards=discounted_future_rewards, mask=mask)
+    same_shape(
+        logps=logps,
+        values=values,
+        entropy=entropy,
+        old_logps=old_logps,
+        advantages=advantages,
+        discounted_future_rewards=discounted_future_rewards,
+        mask=mask,
+    )
     new, old = logps.where(mask, 0), old_logps.where(mask, 0)
     ratios, policy_kl = log_ratios(new, old, clamp), -log_ratios(new, old).tokens
     policy = clipped_surrogate(ratios.tokens, wide(advantages), cliprange)
     critic = 0.5 * (wide(values).where(mask, 0) - wide(discounted_future_rewards)) ** 2
     losses = (policy.losses + critic_coef * critic - KL_coef * policy_kl).where(mask, 0).sum(-1)
     rows = ratios.tokens.detach().sum(-1).clamp(max=EXP_LIMIT).exp()
-    stats = [masked_share(x, mask) for x in (critic, policy.losses, policy.clipped, entropy, policy_kl)]
-    return PPOLoss(losses, *stats, Share(rows.sum(), rows.new_tensor(len(rows))), ratios.unclamped)
+    stats = [
+        masked_share(x, mask)
+        for x in (critic, policy.losses, policy.clipped, entropy, policy_kl)
+    ]
+    return PPOLoss(
+        losses, *stats, Share(rows.sum(), rows.new_tensor(len(rows))), ratios.unclamped
+    )
 
 # %% ../nbs/06_losses.ipynb #f2b9505b
 class RewardLoss(NamedTuple):
-    losses: Tensor # (n,)
-    chosen_scores: Tensor # (n,) no gradient
-    rejected_scores: Tensor # (n,) no gradient
+    losses: Tensor  # (n,)
+    chosen_scores: Tensor  # (n,) no gradient
+    rejected_scores: Tensor  # (n,) no gradient
 
 # %% ../nbs/06_losses.ipynb #f31ab830
 def bradley_terry_loss(
-    chosen_logits: Tensor, # (n, 2)
-    rejected_logits: Tensor, # (n, 2)
-    margin: Tensor | None = None, # (n,) by how much chosen should win
-    centring: float = 0.0, # weight of the squared sum of the two scores
+    chosen_logits: Tensor,  # (n, 2)
+    rejected_logits: Tensor,  # (n, 2)
+    margin: Tensor | None = None,  # (n,) by how much chosen should win
+    centring: float = 0.0,  # weight of the squared sum of the two scores
 ) -> RewardLoss:
     "Negative log-likelihood of the preferences under Bradley-Terry (Stiennon et al. 2020, sec. 3.4)."
     same_shape(chosen=chosen_logits, rejected=rejected_logits)
     chosen, rejected = wide(chosen_logits)[:, 1], wide(rejected_logits)[:, 1]
     same_shape(scores=chosen, margin=margin)
     losses = -F.logsigmoid(chosen - rejected - (0 if margin is None else wide(margin)))
-    if centring: losses = losses + centring * (chosen + rejected) ** 2
+    if centring:
+        losses = losses + centring * (chosen + rejected) ** 2
     return RewardLoss(losses, chosen.detach(), rejected.detach())

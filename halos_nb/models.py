@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -31,8 +37,10 @@ from transformers.utils.logging import disable_progress_bar
 from .batching import CHATML, Segment, Tree, TreeBatch, make_batch, train_tokenizer
 from .config import there
 
-disable_progress_bar() # a bar for every load and save of weights; long work reports by `Progress`
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated") # peft asks for it by its old name
+# a bar for every load and save of weights; long work reports by `Progress`
+disable_progress_bar()
+# peft asks for it by its old name
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 # %% ../nbs/05_models.ipynb #2749b3be
 def branch_mask(prompt: int, branch: int, device) -> Tensor:
@@ -40,36 +48,91 @@ def branch_mask(prompt: int, branch: int, device) -> Tensor:
     return torch.ones(branch, prompt + branch, dtype=torch.bool, device=device).tril(prompt)
 
 
-BLOCK = 128 # queries at a time on a CPU
+BLOCK = 128  # queries at a time on a CPU
 
 
 def causal_pieces(q: Tensor, k: Tensor, v: Tensor, **kw) -> list[Tensor]:
     "SDPA of the last positions among `k`, causally over all of them: (batch, positions, heads, width) pieces."
-    n, before, size = q.shape[2], k.shape[2] - q.shape[2], BLOCK if q.device.type == "cpu" else q.shape[2]
-    if not before and n <= size: return [F.scaled_dot_product_attention(q, k, v, is_causal=True, **kw).transpose(1, 2)]
+    n, before, size = (
+        q.shape[2],
+        k.shape[2] - q.shape[2],
+        BLOCK if q.device.type == "cpu" else q.shape[2],
+    )
+    if not before and n <= size:
+        return [F.scaled_dot_product_attention(q, k, v, is_causal=True, **kw).transpose(1, 2)]
     ends = [(a, min(a + size, n)) for a in range(0, n, size)]
-    return [F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :before + b], v[:, :, :before + b], attn_mask=branch_mask(before + a, b - a, q.device), **kw).transpose(1, 2) for a, b in ends]
+    return [
+        F.scaled_dot_product_attention(
+            q[:, :, a:b],
+            k[:, :, : before + b],
+            v[:, :, : before + b],
+            attn_mask=branch_mask(before + a, b - a, q.device),
+            **kw,
+        ).transpose(1, 2)
+        for a, b in ends
+    ]
 
 
-def in_pieces(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], **kw) -> Tensor:
+def in_pieces(
+    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], **kw
+) -> Tensor:
     "SDPA over one row of trees: (1, T, heads, width)."
     sizes = [n for _, prompt, (first, *others) in segments for n in (prompt + first, *others)]
     (q, k, v), out = (iter(x.split(sizes, 2)) for x in (query, key, value)), []
     for _, prompt, (_, *others) in segments:
         k0, v0 = next(k), next(v)
         out += causal_pieces(next(q), k0, v0, **kw)
-        for _ in others: out += causal_pieces(next(q), *(torch.cat([t[:, :, :prompt], next(own)], 2) for t, own in ((k0, k), (v0, v))), **kw)
+        for _ in others:
+            out += causal_pieces(
+                next(q),
+                *(torch.cat([t[:, :, :prompt], next(own)], 2) for t, own in ((k0, k), (v0, v))),
+                **kw,
+            )
     return torch.cat(out, 1)
 
 
-def tree_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, segments: list[Segment] | None = None, block_mask=None, **kwargs):
+def tree_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    segments: list[Segment] | None = None,
+    block_mask=None,
+    **kwargs,
+):
     "Attention over one row of trees, by flex_attention with a `block_mask`; plain SDPA when no `segments` come with it."
-    if block_mask is not None and not dropout: return compiled_flex()(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2).contiguous(), None
-    if segments is None: return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if block_mask is not None and not dropout:
+        return compiled_flex()(
+            query,
+            key,
+            value,
+            block_mask=block_mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2).contiguous(), None
+    if segments is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
+        )
     groups = getattr(module, "num_key_value_groups", 1)
-    qkv, kw = (query, repeat_kv(key, groups), repeat_kv(value, groups)), dict(dropout_p=dropout, scale=scaling)
-    if query.device.type != "cpu" or value.dtype.itemsize > 2: return in_pieces(*qkv, segments, **kw), None
-    with torch.autocast("cpu", enabled=False): return in_pieces(*(x.float() for x in qkv), segments, **kw).to(value.dtype), None
+    qkv, kw = (
+        (query, repeat_kv(key, groups), repeat_kv(value, groups)),
+        dict(dropout_p=dropout, scale=scaling),
+    )
+    if query.device.type != "cpu" or value.dtype.itemsize > 2:
+        return in_pieces(*qkv, segments, **kw), None
+    with torch.autocast("cpu", enabled=False):
+        return in_pieces(*(x.float() for x in qkv), segments, **kw).to(value.dtype), None
 
 
 AttentionInterface.register("halos_tree", tree_attention)
@@ -78,14 +141,22 @@ AttentionMaskInterface.register("halos_tree", sdpa_mask)
 # %% ../nbs/05_models.ipynb #2cd6324a
 def sees(segments: list[Segment], device):
     "The rule of a row of trees, for `create_block_mask`: the same tree, no later token, and the prompt or the own branch."
-    of = [(i, k) for i, (_, prompt, branches) in enumerate(segments) for k, n in enumerate((prompt, *branches)) for _ in range(n)]
+    of = [
+        (i, k)
+        for i, (_, prompt, branches) in enumerate(segments)
+        for k, n in enumerate((prompt, *branches))
+        for _ in range(n)
+    ]
     tree, part = torch.tensor(of, device=device).unbind(1)
-    return lambda b, h, q, kv: (q >= kv) & (tree[q] == tree[kv]) & ((part[kv] == 0) | (part[kv] == part[q]))
+    return lambda b, h, q, kv: (
+        (q >= kv) & (tree[q] == tree[kv]) & ((part[kv] == 0) | (part[kv] == part[q]))
+    )
 
 
 def make_block_mask(segments: list[Segment], device):
     "What flex_attention computes of a row, in blocks."
     from torch.nn.attention.flex_attention import create_block_mask
+
     total = sum(s.prompt + sum(s.branches) for s in segments)
     return create_block_mask(sees(segments, device), None, None, total, total, device=device)
 
@@ -93,62 +164,99 @@ def make_block_mask(segments: list[Segment], device):
 @cache
 def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 # %% ../nbs/05_models.ipynb #87254c65
 @cache
-def flex_fault(device_type: str) -> str: # "" if it works
+def flex_fault(device_type: str) -> str:  # "" if it works
     "Why attention over trees does not use flex_attention on such a device."
-    if device_type != "cuda": return "no GPU"
+    if device_type != "cuda":
+        return "no GPU"
     segments = [Segment(0, 130, (40, 70, 9)), Segment(249, 5, (30,))]
     try:
-        q, k, v = torch.randn(3, 1, 2, 284, 64, device=device_type, generator=torch.Generator(device_type).manual_seed(0)).requires_grad_().unbind()
-        pieces, flex = (tree_attention(None, q, k, v, None, segments=segments, block_mask=m)[0] for m in (None, make_block_mask(segments, device_type)))
+        q, k, v = (
+            torch.randn(
+                3,
+                1,
+                2,
+                284,
+                64,
+                device=device_type,
+                generator=torch.Generator(device_type).manual_seed(0),
+            )
+            .requires_grad_()
+            .unbind()
+        )
+        pieces, flex = (
+            tree_attention(None, q, k, v, None, segments=segments, block_mask=m)[0]
+            for m in (None, make_block_mask(segments, device_type))
+        )
         gradients = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (pieces, flex)]
-        off = max((a - b).abs().max().item() for a, b in zip((pieces, *gradients[0]), (flex, *gradients[1])))
+        off = max(
+            (a - b).abs().max().item()
+            for a, b in zip((pieces, *gradients[0]), (flex, *gradients[1]))
+        )
         fault = "" if off < 0.05 else f"its numbers are off by {off:.1e}"
-    except Exception as e: fault = f"{type(e).__name__}: {str(e)[:200]}" # whatever a compiler may say
-    if fault: warnings.warn(f"flex_attention is not used, attention over trees goes piece by piece: {fault}", stacklevel=2)
+    except Exception as e:
+        # whatever a compiler may say
+        fault = f"{type(e).__name__}: {str(e)[:200]}"
+    if fault:
+        warnings.warn(
+            f"flex_attention is not used, attention over trees goes piece by piece: {fault}",
+            stacklevel=2,
+        )
     return fault
 
 # %% ../nbs/05_models.ipynb #395b9f64
 def hidden_states(model, batch: TreeBatch) -> Tensor:
     "(R * T, H) last hidden states of a batch's rows."
     if batch.layout == "tree":
-        kw = dict(attention_mask=batch.attention_mask.bool()[:, None, None], position_ids=batch.position_ids, segments=batch.segments)
-        if not flex_fault(batch.input_ids.device.type): kw["block_mask"] = make_block_mask(batch.segments, batch.input_ids.device)
-    else: kw = dict(attention_mask=batch.attention_mask)
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **kw).last_hidden_state.flatten(0, 1)
+        kw = dict(
+            attention_mask=batch.attention_mask.bool()[:, None, None],
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+        )
+        if not flex_fault(batch.input_ids.device.type):
+            kw["block_mask"] = make_block_mask(batch.segments, batch.input_ids.device)
+    else:
+        kw = dict(attention_mask=batch.attention_mask)
+    return model.base_model(
+        input_ids=batch.input_ids, use_cache=False, **kw
+    ).last_hidden_state.flatten(0, 1)
 
 # %% ../nbs/05_models.ipynb #dd96ad29
 def gather_logps(
-    logits: Tensor, # (N, V) one row per predicted token
-    target: Tensor, # (N,) the token predicted
-) -> Tensor: # (N,) float32
+    logits: Tensor,  # (N, V) one row per predicted token
+    target: Tensor,  # (N,) the token predicted
+) -> Tensor:  # (N,) float32
     "Log-probability of each target token."
     logits = logits.float()
     return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def token_logps(
-    logits: Tensor, # (B, L, V)
-    labels: Tensor, # (B, L) token ids, -100 where nothing is predicted
-) -> Tensor: # (B, L - 1), zero where the label is -100
+    logits: Tensor,  # (B, L, V)
+    labels: Tensor,  # (B, L) token ids, -100 where nothing is predicted
+) -> Tensor:  # (B, L - 1), zero where the label is -100
     "Log-probability of each label under the logits one position before it."
     labels = labels[:, 1:]
     known = labels != -100
-    logps = gather_logps(logits[:, :-1].flatten(0, 1), labels.clamp(min=0).flatten()).view_as(labels)
+    logps = gather_logps(logits[:, :-1].flatten(0, 1), labels.clamp(min=0).flatten()).view_as(
+        labels
+    )
     return torch.where(known, logps, 0.0)
 
 # %% ../nbs/05_models.ipynb #c4389dc5
-MARGIN = 16 # columns beside the vocabulary
+MARGIN = 16  # columns beside the vocabulary
 
 
 def log_softmax_in(room: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "The head's log-softmax of these rows, in this memory, in float32 at least; -inf in the margin."
-    logits, width = room[:len(states)], len(weight)
+    logits, width = room[: len(states)], len(weight)
     torch.mm(states, weight.t(), out=logits[:, :width])
-    if bias is not None: logits[:, :width] += bias
+    if bias is not None:
+        logits[:, :width] += bias
     logits[:, width:] = -torch.inf
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(wide, -1, out=wide)
@@ -161,18 +269,31 @@ def one_hot_minus(probs: Tensor, target: Tensor, scale: Tensor) -> Tensor:
 # %% ../nbs/05_models.ipynb #0f5dcc4c
 class HeadLogps(torch.autograd.Function):
     "Of a linear head: (N,) log-prob of each target token and (N,) entropy of its distribution in nats, which has no gradient."
+
     @staticmethod
     def forward(ctx, states, weight, bias, target, chunk, entropy):
         logps, entropies, unit = [], [], []
-        early, room = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3]), states.new_empty(min(chunk, len(states)), len(weight) + MARGIN)
+        early, room = (
+            ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3]),
+            states.new_empty(min(chunk, len(states)), len(weight) + MARGIN),
+        )
         for h, t in zip(states.split(chunk), target.split(chunk)):
             z = log_softmax_in(room, h, weight, bias)
             logps.append(z.gather(1, t[:, None]).squeeze(1))
-            if entropy: entropies.append(torch.special.entr(z.exp()).sum(1))
-            if early: unit.append(one_hot_minus(z.exp_(), t, torch.ones_like(logps[-1]))[:, :len(weight)].to(weight.dtype) @ weight)
+            if entropy:
+                entropies.append(torch.special.entr(z.exp()).sum(1))
+            if early:
+                unit.append(
+                    one_hot_minus(z.exp_(), t, torch.ones_like(logps[-1]))[:, : len(weight)].to(
+                        weight.dtype
+                    )
+                    @ weight
+                )
         ctx.unit = torch.cat(unit) if early else None
-        if not early and any(ctx.needs_input_grad): ctx.chunk, ctx.room, ctx.last = chunk, room, z
-        if not early: ctx.save_for_backward(states, weight, bias, target)
+        if not early and any(ctx.needs_input_grad):
+            ctx.chunk, ctx.room, ctx.last = chunk, room, z
+        if not early:
+            ctx.save_for_backward(states, weight, bias, target)
         out = torch.cat(logps), torch.cat(entropies) if entropy else logps[0].new_empty(0)
         ctx.mark_non_differentiable(out[1])
         return out
@@ -180,56 +301,98 @@ class HeadLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        if ctx.unit is not None: return ctx.unit * grad[:, None].to(ctx.unit.dtype), *[None] * 5
+        if ctx.unit is not None:
+            return ctx.unit * grad[:, None].to(ctx.unit.dtype), *[None] * 5
         states, weight, bias, target = ctx.saved_tensors
-        sums = [torch.zeros_like(x, dtype=grad.dtype) if needed else None for x, needed in zip((states, weight, bias), ctx.needs_input_grad)]
-        room, ctx.room = states.new_empty(min(ctx.chunk, len(states)), len(weight) + MARGIN) if ctx.room is None else ctx.room, None # not held while the layers go backward
-        parts = zip(*(x.split(ctx.chunk) for x in (sums[0] if sums[0] is not None else states, states, target, grad)))
-        for own, h, t, g in reversed(list(parts)): # the last one first: it waits in `last`
-            z, ctx.last = log_softmax_in(room, h, weight, bias) if ctx.last is None else ctx.last, None
-            d = one_hot_minus(z.exp_(), t, g)[:, :len(weight)]
-            if bias is not None and sums[2] is not None: sums[2] += d.sum(0)
+        sums = [
+            torch.zeros_like(x, dtype=grad.dtype) if needed else None
+            for x, needed in zip((states, weight, bias), ctx.needs_input_grad)
+        ]
+        # not held while the layers go backward
+        room, ctx.room = (
+            states.new_empty(min(ctx.chunk, len(states)), len(weight) + MARGIN)
+            if ctx.room is None
+            else ctx.room,
+            None,
+        )
+        parts = zip(
+            *(
+                x.split(ctx.chunk)
+                for x in (sums[0] if sums[0] is not None else states, states, target, grad)
+            )
+        )
+        for own, h, t, g in reversed(list(parts)):  # the last one first: it waits in `last`
+            z, ctx.last = (
+                log_softmax_in(room, h, weight, bias) if ctx.last is None else ctx.last,
+                None,
+            )
+            d = one_hot_minus(z.exp_(), t, g)[:, : len(weight)]
+            if bias is not None and sums[2] is not None:
+                sums[2] += d.sum(0)
             d = d.to(weight.dtype)
-            if sums[0] is not None: own.copy_(d @ weight)
-            if sums[1] is not None: sums[1].addmm_(d.t(), h) if h.dtype == grad.dtype else sums[1].add_(d.t() @ h)
+            if sums[0] is not None:
+                own.copy_(d @ weight)
+            if sums[1] is not None:
+                sums[1].addmm_(d.t(), h) if h.dtype == grad.dtype else sums[1].add_(d.t() @ h)
         return *(x if x is None else x.to(weight.dtype) for x in sums), None, None, None
 
 # %% ../nbs/05_models.ipynb #28785c38
 def logps_and_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     "(N,) log-prob of each target token, (N,) entropy of its distribution; the entropy last, so that the backward pass skips it."
     logps = gather_logps(logits, target)
-    with torch.no_grad(): return logps, torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    with torch.no_grad():
+        return logps, torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
 def in_chunks(fn, inputs: Tensor, target: Tensor, head, chunk: int = 512) -> list:
     "`fn(head(inputs), target)` for `chunk` rows at a time; the logits of a chunk are computed again in the backward pass."
     run = lambda x, t: fn(head(x), t)
-    return [checkpoint(run, x, t, use_reentrant=False) if torch.is_grad_enabled() else run(x, t) for x, t in zip(inputs.split(chunk), target.split(chunk))]
+    return [
+        checkpoint(run, x, t, use_reentrant=False) if torch.is_grad_enabled() else run(x, t)
+        for x, t in zip(inputs.split(chunk), target.split(chunk))
+    ]
 
 
 def head_logps(
-    head, # the module that makes logits of hidden states
-    states: Tensor, # (N, H)
-    target: Tensor, # (N,) token ids
-    chunk: int | None = None, # rows whose logits exist at one time
-    entropy: bool = False, # the second value is wanted
-) -> tuple[Tensor, Tensor]: # (N,) float32 each
+    head,  # the module that makes logits of hidden states
+    states: Tensor,  # (N, H)
+    target: Tensor,  # (N,) token ids
+    chunk: int | None = None,  # rows whose logits exist at one time
+    entropy: bool = False,  # the second value is wanted
+) -> tuple[Tensor, Tensor]:  # (N,) float32 each
     "Log-prob of each target token, entropy of its distribution."
     if type(head) is torch.nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
-        device, chunk = states.device.type, chunk or max(16, 2 ** (27 if states.is_cuda else 24) // head.out_features)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        with torch.autocast(device, enabled=False): return HeadLogps.apply(states.to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype), target, chunk, entropy)
+        device, chunk = (
+            states.device.type,
+            chunk or max(16, 2 ** (27 if states.is_cuda else 24) // head.out_features),
+        )
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else head.weight.dtype
+        )
+        with torch.autocast(device, enabled=False):
+            return HeadLogps.apply(
+                states.to(dtype),
+                head.weight.to(dtype),
+                None if head.bias is None else head.bias.to(dtype),
+                target,
+                chunk,
+                entropy,
+            )
     return tuple(torch.cat(x) for x in zip(*in_chunks(logps_and_entropy, states, target, head)))
 
 # %% ../nbs/05_models.ipynb #dc6dfa2d
 class BranchLogps(NamedTuple):
-    logps: Tensor # (K, S) token log-probs of each branch, zero where there is no token
+    logps: Tensor  # (K, S) token log-probs of each branch, zero where there is no token
 
 
 class TreePolicy:
     "Mixed into a causal language model: `model(tree=batch)` gives branch log-probabilities."
+
     def forward(self, *args, tree: TreeBatch | None = None, **kwargs):
-        if tree is None: return super().forward(*args, **kwargs)
+        if tree is None:
+            return super().forward(*args, **kwargs)
         states, head = self.predicting(tree)[:2]
         return BranchLogps(tree.table(head_logps(head, states, tree.target)[0]))
 
@@ -238,20 +401,37 @@ class TreePolicy:
         if tree.layout == "tree":
             states = hidden_states(self, tree).index_select(0, tree.predict)
             return states, self.get_output_embeddings(), states
-        out = super().forward(input_ids=tree.input_ids, attention_mask=tree.attention_mask, use_cache=False, output_hidden_states=hidden)
-        return out.logits.flatten(0, 1)[tree.predict], torch.nn.Identity(), out.hidden_states[-1].flatten(0, 1)[tree.predict] if hidden else None
+        out = super().forward(
+            input_ids=tree.input_ids,
+            attention_mask=tree.attention_mask,
+            use_cache=False,
+            output_hidden_states=hidden,
+        )
+        return (
+            out.logits.flatten(0, 1)[tree.predict],
+            torch.nn.Identity(),
+            out.hidden_states[-1].flatten(0, 1)[tree.predict] if hidden else None,
+        )
 
 # %% ../nbs/05_models.ipynb #ddaec65e
 def mix_in(model, mixin):
     "The same model with `mixin` in front of its class; the name stays, so that it is saved as what it is."
-    model.__class__ = type(type(model).__name__, (mixin, type(model)), {"__module__": type(model).__module__})
-    model.config._attn_implementation = "halos_tree" if model.config._attn_implementation == "sdpa" else model.config._attn_implementation
+    model.__class__ = type(
+        type(model).__name__, (mixin, type(model)), {"__module__": type(model).__module__}
+    )
+    model.config._attn_implementation = (
+        "halos_tree"
+        if model.config._attn_implementation == "sdpa"
+        else model.config._attn_implementation
+    )
     return model
 
 
 def load_policy(path: str, precision: str = "float32", trust_remote_code: bool = False):
     "A causal language model from a folder or the hub, ready for `model(tree=batch)`."
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
+    )
     return mix_in(model, TreePolicy)
 
 
@@ -262,11 +442,14 @@ def load_reference(path: str, precision: str = "float32", trust_remote_code: boo
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     "The tokenizer; one without a chat template gets ChatML, its markers added as real tokens."
-    tok = AutoTokenizer.from_pretrained(there(path, "model"), trust_remote_code=trust_remote_code)
+    tok = AutoTokenizer.from_pretrained(
+        there(path, "model"), trust_remote_code=trust_remote_code
+    )
     if tok.chat_template is None:
         tok.chat_template = CHATML
         tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    if tok.pad_token is None: tok.pad_token = tok.eos_token or "<|im_end|>"
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token or "<|im_end|>"
     return tok
 
 
@@ -282,9 +465,24 @@ def fit_vocabulary(model, tokenizer):
 def small_llama(tokenizer, hidden_size=64, layers=2, heads=4, max_length=2048, seed=0, **more):
     "A Llama of this size with fresh weights for a tokenizer's vocabulary."
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers, max_position_embeddings=max_length,
-        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            max_position_embeddings=max_length,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            **more,
+        )
+    )
 
 # %% ../nbs/05_models.ipynb #054f1f0e
 def start_from_scratch(folder: str, texts: list[str], vocab_size: int = 4096, **size) -> str:
@@ -296,9 +494,10 @@ def start_from_scratch(folder: str, texts: list[str], vocab_size: int = 4096, **
 
 # %% ../nbs/05_models.ipynb #fcc0433f
 class BranchValues(NamedTuple):
-    logps: Tensor # (K, S) token log-probs of each branch, zero where there is no token
-    values: Tensor # (K, S) value at the position that predicts the token
-    entropy: Tensor # (K, S) entropy of the distribution it was drawn from, in nats; no gradient
+    logps: Tensor  # (K, S) token log-probs of each branch, zero where there is no token
+    values: Tensor  # (K, S) value at the position that predicts the token
+    # (K, S) entropy of the distribution it was drawn from, in nats; no gradient
+    entropy: Tensor
 
 # %% ../nbs/05_models.ipynb #46f234b5
 VALUE_HEAD = "value_head.safetensors"
@@ -306,34 +505,55 @@ VALUE_HEAD = "value_head.safetensors"
 
 class TreeActorCritic(TreePolicy):
     "Mixed into a causal language model with a `value_head`: `model(tree=batch)` gives log-probabilities, values and entropy."
+
     def forward(self, *args, tree: TreeBatch | None = None, **kwargs):
-        if tree is None: return super().forward(*args, **kwargs)
+        if tree is None:
+            return super().forward(*args, **kwargs)
         states, head, hidden = self.predicting(tree, hidden=True)
         logps, entropy = head_logps(head, states, tree.target, entropy=True)
-        with torch.autocast(hidden.device.type, enabled=False): values = self.value_head(hidden.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(hidden.float()).squeeze(-1)
         return BranchValues(tree.table(logps), tree.table(values), tree.table(entropy))
 
     def save_pretrained(self, folder, is_main_process=True, state_dict=None, **kwargs):
         "The language model for plain transformers, the value head in a file of its own."
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        head = {k.removeprefix("value_head."): state.pop(k).contiguous() for k in list(state) if k.startswith("value_head.")}
-        super().save_pretrained(folder, is_main_process=is_main_process, state_dict=state, **kwargs)
-        if is_main_process: save_file(head, Path(folder) / VALUE_HEAD)
+        head = {
+            k.removeprefix("value_head."): state.pop(k).contiguous()
+            for k in list(state)
+            if k.startswith("value_head.")
+        }
+        super().save_pretrained(
+            folder, is_main_process=is_main_process, state_dict=state, **kwargs
+        )
+        if is_main_process:
+            save_file(head, Path(folder) / VALUE_HEAD)
 
 
 def load_actor_critic(path: str, precision: str = "float32", trust_remote_code: bool = False):
     "A policy with the value head saved in its folder, or one of zeros."
-    model, file = mix_in(load_policy(path, precision, trust_remote_code), TreeActorCritic), Path(path) / VALUE_HEAD
+    model, file = (
+        mix_in(load_policy(path, precision, trust_remote_code), TreeActorCritic),
+        Path(path) / VALUE_HEAD,
+    )
     width = model.get_output_embeddings().weight.shape[1]
-    state = load_file(file) if file.is_file() else dict(weight=torch.zeros(1, width), bias=torch.zeros(1))
-    if {k: v.shape for k, v in state.items()} != {"weight": (1, width), "bias": (1,)}: raise ValueError(f"{file}: not a value head for {width} hidden units, but {({k: (*v.shape,) for k, v in state.items()})}")
+    state = (
+        load_file(file)
+        if file.is_file()
+        else dict(weight=torch.zeros(1, width), bias=torch.zeros(1))
+    )
+    if {k: v.shape for k, v in state.items()} != {"weight": (1, width), "bias": (1,)}:
+        raise ValueError(
+            f"{file}: not a value head for {width} hidden units, but "
+            f"{ ({k: (*v.shape,) for k, v in state.items()}) }"
+        )
     model.value_head = torch.nn.Linear(width, 1)
     model.value_head.load_state_dict(state)
     return model
 
 # %% ../nbs/05_models.ipynb #c1e7e931
 class BranchScores(NamedTuple):
-    scores: Tensor # (K, 2) logits of each branch; the reward is column 1
+    scores: Tensor  # (K, 2) logits of each branch; the reward is column 1
 
 
 def last_attended(mask: Tensor) -> Tensor:
@@ -343,18 +563,40 @@ def last_attended(mask: Tensor) -> Tensor:
 
 class TreeScorer:
     "Mixed into a sequence classifier: pools by attention mask, and `model(tree=batch)` gives branch scores."
-    def forward(self, input_ids=None, attention_mask=None, tree: TreeBatch | None = None, labels=None, **kwargs):
-        if not hasattr(self, "score"): # an encoder: its own pooling
-            if tree is not None: input_ids, attention_mask = tree.input_ids, tree.attention_mask
-            out = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        tree: TreeBatch | None = None,
+        labels=None,
+        **kwargs,
+    ):
+        if not hasattr(self, "score"):  # an encoder: its own pooling
+            if tree is not None:
+                input_ids, attention_mask = tree.input_ids, tree.attention_mask
+            out = super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+            )
             return out if tree is None else BranchScores(out.logits)
-        head = lambda h: self.score(h.to(self.score.weight.dtype)) # LoRA trains a float32 head on whatever the model is
-        if tree is not None: return BranchScores(head(hidden_states(self, tree)[tree.last]))
-        if attention_mask is None: attention_mask = torch.ones_like(input_ids)
+        # LoRA trains a float32 head on whatever the model is
+        head = lambda h: self.score(h.to(self.score.weight.dtype))
+        if tree is not None:
+            return BranchScores(head(hidden_states(self, tree)[tree.last]))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        hidden = self.base_model(input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, **kwargs).last_hidden_state
+        hidden = self.base_model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+            **kwargs,
+        ).last_hidden_state
         logits = head(hidden[torch.arange(len(hidden)), last_attended(attention_mask)])
-        return SequenceClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+        return SequenceClassifierOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits
+        )
 
 # %% ../nbs/05_models.ipynb #1c174651
 class AutoModelForBradleyTerry:
@@ -363,57 +605,98 @@ class AutoModelForBradleyTerry:
     @classmethod
     def from_pretrained(cls, path: str, **kwargs):
         "A sequence classifier with two logits; `logits[:, 1]` is the score."
-        return mix_in(AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, **kwargs), TreeScorer)
+        return mix_in(
+            AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, **kwargs),
+            TreeScorer,
+        )
 
     @classmethod
     def from_config(cls, config, **kwargs):
         "Fresh weights from a config."
         config.num_labels = 2
-        return mix_in(AutoModelForSequenceClassification.from_config(config, **kwargs), TreeScorer)
+        return mix_in(
+            AutoModelForSequenceClassification.from_config(config, **kwargs), TreeScorer
+        )
 
 
 def load_reward_model(path: str, precision: str = "float32", trust_remote_code: bool = False):
     "A Bradley-Terry model from a folder or the hub."
-    return AutoModelForBradleyTerry.from_pretrained(path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code)
+    return AutoModelForBradleyTerry.from_pretrained(
+        path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
+    )
 
 # %% ../nbs/05_models.ipynb #b07780ab
 class Layout(NamedTuple):
-    name: str # tree or plain
+    name: str  # tree or plain
     reason: str
 
 
 def choose_layout(model, wanted: str = "auto", max_length: int = 0) -> Layout:
     "`tree` where the model is proved to give the same numbers, else `plain`; `wanted` other than auto is taken as it is."
-    if wanted != "auto": return Layout(wanted, "as asked")
+    if wanted != "auto":
+        return Layout(wanted, "as asked")
     window = getattr(model.config, "sliding_window", None)
-    if window and max_length > window: return Layout("plain", f"sliding window of {window} tokens is shorter than max_length {max_length}")
-    if model.config._attn_implementation != "halos_tree": return Layout("plain", f"attention is {model.config._attn_implementation}, not SDPA")
-    ids = torch.randint(model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    probe = [Tree(ids[:5], [ids[5:9], ids[9:12], ids[12:14]], ["sample"] * 3, [0] * 3), Tree(ids[14:17], [ids[17:20], ids[20:24]], ["sample"] * 2, [0] * 2)]
+    if window and max_length > window:
+        return Layout(
+            "plain",
+            f"sliding window of {window} tokens is shorter than max_length {max_length}",
+        )
+    if model.config._attn_implementation != "halos_tree":
+        return Layout("plain", f"attention is {model.config._attn_implementation}, not SDPA")
+    ids = torch.randint(
+        model.config.vocab_size, (24,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    probe = [
+        Tree(ids[:5], [ids[5:9], ids[9:12], ids[12:14]], ["sample"] * 3, [0] * 3),
+        Tree(ids[14:17], [ids[17:20], ids[20:24]], ["sample"] * 2, [0] * 2),
+    ]
     training = model.training
     try:
-        with torch.no_grad(): tree, plain = (model.eval()(tree=make_batch(probe, x).to(model.device))[0].float() for x in ("tree", "plain"))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as e: return Layout("plain", f"the model does not take trees ({type(e).__name__}: {str(e)[:120]})")
-    finally: model.train(training)
+        with torch.no_grad():
+            tree, plain = (
+                model.eval()(tree=make_batch(probe, x).to(model.device))[0].float()
+                for x in ("tree", "plain")
+            )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as e:
+        return Layout(
+            "plain", f"the model does not take trees ({type(e).__name__}: {str(e)[:120]})"
+        )
+    finally:
+        model.train(training)
     off, scale = (tree - plain).abs().max().item(), plain.abs().max().item()
     good = off <= (1e-4 if model.dtype == torch.float32 else 3e-2) * max(scale, 1)
-    return Layout("tree", f"equal to plain on a probe (largest difference {off:.1e})") if good else Layout("plain", f"trees differ from plain rows by {off:.1e} on a probe")
+    return (
+        Layout("tree", f"equal to plain on a probe (largest difference {off:.1e})")
+        if good
+        else Layout("plain", f"trees differ from plain rows by {off:.1e} on a probe")
+    )
 
 # %% ../nbs/05_models.ipynb #74bd5077
 def start_processes(num_processes: int | None = None, cpu: bool | None = None):
     "The stage's Accelerator; an error if the number of processes is not the one asked for."
     from datetime import timedelta
     from accelerate import Accelerator, InitProcessGroupKwargs
-    timeout_minutes = float(os.environ.get("HALOS_NB_TIMEOUT_MINUTES", 10)) # set by the launcher from the profile
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))])
+
+    # set by the launcher from the profile
+    timeout_minutes = float(os.environ.get("HALOS_NB_TIMEOUT_MINUTES", 10))
+    accelerator = Accelerator(
+        cpu=cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
+    )
     if num_processes not in (None, accelerator.num_processes):
-        raise RuntimeError(f"num_processes: asked for {num_processes} processes, Accelerate started {accelerator.num_processes}; check the profile in settings.ini")
+        raise RuntimeError(
+            f"num_processes: asked for {num_processes} processes, Accelerate started "
+            f"{accelerator.num_processes}; check the profile in settings.ini"
+        )
     return accelerator
 
 
 def end_process():
     "Leave a finished stage: wait for the other processes, flush, exit without destructors."
     import torch.distributed as dist
-    if dist.is_available() and dist.is_initialized(): dist.barrier()
-    sys.stdout.flush(); sys.stderr.flush()
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)

@@ -39,21 +39,28 @@ from halos_nb.plots import (
 # %% ../nbs/14_monitor.ipynb #17800509
 class Tail:
     "The whole lines of a journal that grows; each is read once."
-    def __init__(self, path: str | Path): self.path, self.at, self.inode, self.rows, self.bad = Path(path), 0, None, [], 0
+
+    def __init__(self, path: str | Path):
+        self.path, self.at, self.inode, self.rows, self.bad = Path(path), 0, None, [], 0
 
     def read(self) -> list[dict]:
         "All rows up to now."
-        try: f = open(self.path, "rb")
-        except OSError: f = open(os.devnull, "rb")
+        try:
+            f = open(self.path, "rb")
+        except OSError:
+            f = open(os.devnull, "rb")
         with f:
             stat = os.fstat(f.fileno())
-            if stat.st_ino != self.inode or stat.st_size < self.at: self.at, self.inode, self.rows, self.bad = 0, stat.st_ino, [], 0
+            if stat.st_ino != self.inode or stat.st_size < self.at:
+                self.at, self.inode, self.rows, self.bad = 0, stat.st_ino, [], 0
             f.seek(self.at)
             lines = f.read().split(b"\n")[:-1]
         self.at += sum(len(line) + 1 for line in lines)
         for line in filter(None, lines):
-            try: self.rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError): self.bad += 1
+            try:
+                self.rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                self.bad += 1
         return self.rows
 
 # %% ../nbs/14_monitor.ipynb #90eb4da4
@@ -63,71 +70,113 @@ def log_tail(path: Path, n: int = 20) -> list[str]:
         with open(path, "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 16_384))
             lines = f.read().decode(errors="replace").split("\n")
-    except OSError: return []
-    text = (re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\r").rpartition("\r")[2]).rstrip() for line in lines)
+    except OSError:
+        return []
+    text = (
+        re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.rstrip("\r").rpartition("\r")[2]).rstrip()
+        for line in lines
+    )
     return [visible(t)[:400] for t in text if t][-n:]
 
 # %% ../nbs/14_monitor.ipynb #5d86b83a
 def held(path: Path) -> bool:
     "Whether some process holds the lock of this file."
     try:
-        with open(path) as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError: return True
-    except OSError: pass
+        with open(path) as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
     return False
 
 
 def worked_on(run: Path) -> bool:
     "Whether a process works on this run, even if none of its stages is running right now."
     run = Path(run).absolute()
-    try: owner = re.fullmatch(r"process (\d+) on (.+)", (run / ".lock").read_text())
-    except OSError: return False
-    if not owner or owner[2] == socket.gethostname() and not alive(int(owner[1])): return False
+    try:
+        owner = re.fullmatch(r"process (\d+) on (.+)", (run / ".lock").read_text())
+    except OSError:
+        return False
+    if not owner or owner[2] == socket.gethostname() and not alive(int(owner[1])):
+        return False
     return run in OURS if int(owner[1]) == os.getpid() else held(run / ".lock")
 
 
 def alive(pid: int) -> bool:
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return True
 
 # %% ../nbs/14_monitor.ipynb #cb3a0425
 def writes_to(pid: int, log: Path) -> bool:
     "Whether this process' output is that log, as far as the system tells."
-    if sys.platform != "linux": return alive(pid)
-    try: return os.path.samefile(f"/proc/{pid}/fd/1", log)
-    except OSError: return False
+    if sys.platform != "linux":
+        return alive(pid)
+    try:
+        return os.path.samefile(f"/proc/{pid}/fd/1", log)
+    except OSError:
+        return False
 
 
 def supervisors(run: Path) -> dict[int, Path]:
     "The processes that watch over this run's stages, and the status file that each will write."
     found = {}
     for file in Path(run).resolve().glob("**/*.status.json.pid"):
-        status, log = file.with_suffix(""), file.with_name(file.name.replace(".status.json.pid", ".log"))
+        status, log = (
+            file.with_suffix(""),
+            file.with_name(file.name.replace(".status.json.pid", ".log")),
+        )
         with suppress(OSError, ValueError):
-            if held(log) and writes_to(pid := int(file.read_text()), log): found[pid] = status
+            if held(log) and writes_to(pid := int(file.read_text()), log):
+                found[pid] = status
     return found
 
 # %% ../nbs/14_monitor.ipynb #4a3dc5de
 def was_stopped(status: Path) -> bool:
     "Whether a stage had been given its work and was told to end before it was done."
-    try: return json.loads(status.read_text())["stopped"] and status.with_name(status.name.replace(".status.json", ".config.json")).exists()
-    except (OSError, ValueError, KeyError): return False
+    try:
+        return (
+            json.loads(status.read_text())["stopped"]
+            and status.with_name(status.name.replace(".status.json", ".config.json")).exists()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
 
 
-def stop_run(run: str | Path, # the run's folder
-             patience: float = 10) -> str: # seconds to wait for a stage, where the run is between two; what was done
+def stop_run(
+    run: str | Path,  # the run's folder
+    patience: float = 10,
+) -> str:  # seconds to wait for a stage, where the run is between two; what was done
     "End what is running of a run, wherever it was started."
     told, late = {}, time.monotonic() + patience
-    if not supervisors(run) and not worked_on(run): return "nothing was running"
-    while (found := supervisors(run)) or worked_on(run) and not any(map(was_stopped, told.values())):
+    if not supervisors(run) and not worked_on(run):
+        return "nothing was running"
+    while (
+        (found := supervisors(run))
+        or worked_on(run)
+        and not any(map(was_stopped, told.values()))
+    ):
         now = time.monotonic()
         for pid in set(found) - set(told):
             told[pid] = found[pid]
-            try: os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError: pass
-        if now > late: return f"told to stop, but still there: {found}" if found else f"no stage to stop, but the run is held by {(Path(run) / '.lock').read_text()}"
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+        if now > late:
+            return (
+                f"told to stop, but still there: {found}"
+                if found
+                else (
+                    "no stage to stop, but the run is held by "
+                    f"{(Path(run) / '.lock').read_text()}"
+                )
+            )
         time.sleep(0.05)
     return "stopped"
 
@@ -135,83 +184,177 @@ def stop_run(run: str | Path, # the run's folder
 def session(run: Path) -> list[dict]:
     "The ledger's events since the run was last started."
     events = Tail(run / "ledger.jsonl").read()
-    return events[max((i for i, e in enumerate(events) if e.get("event") == "run"), default=0):]
+    return events[
+        max((i for i, e in enumerate(events) if e.get("event") == "run"), default=0) :
+    ]
 
 
-def ended_how(job: Job, owned: bool) -> tuple[str, str]: # owned: somebody works on the run
+def ended_how(job: Job, owned: bool) -> tuple[str, str]:  # owned: somebody works on the run
     "State and a note for a stage that was started and not finished."
-    if held(job.file("log")): return "running", ""
-    try: status = json.loads(job.file("status.json").read_text())
-    except (OSError, ValueError): status = {}
-    if status.get("stopped"): return "stopped", "start the run again and it goes on from here"
-    if status.get("exit"): return "failed", str(StageError(job.stage, status["exit"], job.file("log"))).splitlines()[0]
-    return ("running", "") if owned else ("killed", "nobody saw how it ended; start the run again and it goes on from here")
+    if held(job.file("log")):
+        return "running", ""
+    try:
+        status = json.loads(job.file("status.json").read_text())
+    except (OSError, ValueError):
+        status = {}
+    if status.get("stopped"):
+        return "stopped", "start the run again and it goes on from here"
+    if status.get("exit"):
+        return "failed", str(
+            StageError(job.stage, status["exit"], job.file("log"))
+        ).splitlines()[0]
+    return (
+        ("running", "")
+        if owned
+        else ("killed", "nobody saw how it ended; start the run again and it goes on from here")
+    )
 
 # %% ../nbs/14_monitor.ipynb #d5b46730
-def time_left(events: list[dict], # of the session
-              rounds: int, # planned
-              row: dict, # the running stage's progress, or {}
-              spent: float) -> float | None: # seconds it has run
+def time_left(
+    events: list[dict],  # of the session
+    rounds: int,  # planned
+    row: dict,  # the running stage's progress, or {}
+    spent: float,
+) -> float | None:  # seconds it has run
     "Seconds until the run is done; None if it cannot be known yet."
-    done = {(e["folder"], e["stage"]): e["seconds"] for e in events if e["event"] in ("finished", "skipped")}
-    took = {stage: [s for (_, name), s in done.items() if name == stage] for stage in ("sample", "label", "train")}
-    plan = (["sample", "label", "train"] * rounds + ["sample", "label"])[len(done):]
+    done = {
+        (e["folder"], e["stage"]): e["seconds"]
+        for e in events
+        if e["event"] in ("finished", "skipped")
+    }
+    took = {
+        stage: [s for (_, name), s in done.items() if name == stage]
+        for stage in ("sample", "label", "train")
+    }
+    plan = (["sample", "label", "train"] * rounds + ["sample", "label"])[len(done) :]
     known = {s: sum(t) / len(t) for s, t in took.items() if t}
-    now = (row["total"] - row["done"]) / row["rate"] if row.get("total") and row.get("rate") else max(0.0, known[plan[0]] - spent) if plan and plan[0] in known else None
-    return None if not plan or now is None or set(plan[1:]) - set(known) else now + sum(known[s] for s in plan[1:])
+    now = (
+        (row["total"] - row["done"]) / row["rate"]
+        if row.get("total") and row.get("rate")
+        else max(0.0, known[plan[0]] - spent)
+        if plan and plan[0] in known
+        else None
+    )
+    return (
+        None
+        if not plan or now is None or set(plan[1:]) - set(known)
+        else now + sum(known[s] for s in plan[1:])
+    )
 
 # %% ../nbs/14_monitor.ipynb #4205fa94
 @dataclass
 class RunState:
     "Where a run is, as its files tell."
-    name: str # of the run
-    state: str = "nothing yet" # running, finished, stopped, failed, killed
-    round: str = "" # "round 2 of 4", "final", or the folder of another stage
-    stage: str = "" # sample, label or train
-    row: dict = field(default_factory=dict) # the stage's progress
-    spent: float = 0 # seconds of the stage
-    elapsed: float = 0 # seconds of the session
-    left: float | None = None # seconds until the run is done; None: not known
-    quiet: float = 0 # seconds since anything new was written
-    note: str = "" # why it stands still
-    log: list[str] = field(default_factory=list) # the last lines of the stage's log
+
+    name: str  # of the run
+    state: str = "nothing yet"  # running, finished, stopped, failed, killed
+    round: str = ""  # "round 2 of 4", "final", or the folder of another stage
+    stage: str = ""  # sample, label or train
+    row: dict = field(default_factory=dict)  # the stage's progress
+    spent: float = 0  # seconds of the stage
+    elapsed: float = 0  # seconds of the session
+    left: float | None = None  # seconds until the run is done; None: not known
+    quiet: float = 0  # seconds since anything new was written
+    note: str = ""  # why it stands still
+    log: list[str] = field(default_factory=list)  # the last lines of the stage's log
 
     def __str__(self):
         at = " · ".join(filter(None, [self.round, self.stage]))
         how = describe(self.row, self.spent) if self.state == "running" else ""
         left = f"about {clock(self.left)} left in all" if self.left is not None else ""
-        return " · ".join(filter(None, [f"{self.name}: {self.state}", at, how, f"{clock(self.elapsed)} since the start" if self.elapsed else "", left, visible(self.note)[:300]]))
+        return " · ".join(
+            filter(
+                None,
+                [
+                    f"{self.name}: {self.state}",
+                    at,
+                    how,
+                    f"{clock(self.elapsed)} since the start" if self.elapsed else "",
+                    left,
+                    visible(self.note)[:300],
+                ],
+            )
+        )
 
 # %% ../nbs/14_monitor.ipynb #447d2930
-def look(run: str | Path, now: float | None = None) -> RunState: # now: unix seconds (None: the clock)
+def look(
+    run: str | Path, now: float | None = None
+) -> RunState:  # now: unix seconds (None: the clock)
     "Where a run is."
     run, now = Path(run), now or time.time()
     s, events = RunState(run.name), session(run)
-    try: params = json.loads((run / "params.json").read_text())
-    except (OSError, ValueError): params = {}
+    try:
+        params = json.loads((run / "params.json").read_text())
+    except (OSError, ValueError):
+        params = {}
     stages = [e for e in events if e.get("event") in ("started", "finished", "skipped")]
     owned, p = worked_on(run), params.get("parameters", {})
-    rounds = math.ceil(p["total_prompts"] / p["prompts_per_round"]) if p.get("prompts_per_round") else None
+    rounds = (
+        math.ceil(p["total_prompts"] / p["prompts_per_round"])
+        if p.get("prompts_per_round")
+        else None
+    )
     if stages:
         last = stages[-1]
-        job, number = Job(last["stage"], run / last["folder"]), last["folder"].removeprefix("round-")
-        s.stage, s.round = last["stage"], f"round {number} of {rounds}" if rounds and number.isdigit() else last["folder"].strip(".")
+        job, number = (
+            Job(last["stage"], run / last["folder"]),
+            last["folder"].removeprefix("round-"),
+        )
+        s.stage, s.round = (
+            last["stage"],
+            f"round {number} of {rounds}"
+            if rounds and number.isdigit()
+            else last["folder"].strip("."),
+        )
         s.log, s.quiet = log_tail(job.file("log")), max(0.0, now - newest(run, job))
-        if last["event"] == "started": (s.state, s.note), s.row, s.spent = ended_how(job, owned), last_line(job.file("progress.jsonl")), now - last["time"]
-        else: s.state = "running" if owned else "killed" if params.get("ended") == "running, or killed" else "finished"
-        if s.state == "finished": s.note, s.stage, s.round = params.get("ended", "").replace("as planned", ""), "", ""
-        if s.state == "running" and rounds: s.left = time_left(stages, rounds, s.row, s.spent)
-    elif events or owned: s.state = "running" if owned else "killed"
-    if events: s.elapsed = max(0.0, {"running": now, "finished": events[-1]["time"]}.get(s.state, now - s.quiet) - events[0]["time"])
+        if last["event"] == "started":
+            (s.state, s.note), s.row, s.spent = (
+                ended_how(job, owned),
+                last_line(job.file("progress.jsonl")),
+                now - last["time"],
+            )
+        else:
+            s.state = (
+                "running"
+                if owned
+                else "killed"
+                if params.get("ended") == "running, or killed"
+                else "finished"
+            )
+        if s.state == "finished":
+            s.note, s.stage, s.round = params.get("ended", "").replace("as planned", ""), "", ""
+        if s.state == "running" and rounds:
+            s.left = time_left(stages, rounds, s.row, s.spent)
+    elif events or owned:
+        s.state = "running" if owned else "killed"
+    if events:
+        s.elapsed = max(
+            0.0,
+            {"running": now, "finished": events[-1]["time"]}.get(s.state, now - s.quiet)
+            - events[0]["time"],
+        )
     return s
 
 
 def newest(run: Path, job: Job) -> float:
     "When anything was last written: unix seconds."
+
     def written(p):
-        try: return p.stat().st_mtime
-        except OSError: return 0.0 # not there, or gone since
-    return max(map(written, [run / "ledger.jsonl", *map(job.file, ("log", "progress.jsonl", "status.json")), *job.folder.glob("*.jsonl")]))
+        try:
+            return p.stat().st_mtime
+        except OSError:
+            return 0.0  # not there, or gone since
+
+    return max(
+        map(
+            written,
+            [
+                run / "ledger.jsonl",
+                *map(job.file, ("log", "progress.jsonl", "status.json")),
+                *job.folder.glob("*.jsonl"),
+            ],
+        )
+    )
 
 # %% ../nbs/14_monitor.ipynb #e9333ab6
 ROUNDS = {"Mean score per round": ("reward", TRUTH), "KL to the reference (nats)": ("kl", PINK)}
@@ -220,19 +363,50 @@ ROUNDS = {"Mean score per round": ("reward", TRUTH), "KL to the reference (nats)
 def line(name: str, color: str, x, y) -> dict:
     "A curve of at most 400 points, ready for JSON; a value that is not finite is a gap."
     at = thin(y, 400)
-    return dict(name=name, color=color, x=[float(v) for v in x[at]], y=[round(float(v), 6) if math.isfinite(v) else None for v in y[at]])
+    return dict(
+        name=name,
+        color=color,
+        x=[float(v) for v in x[at]],
+        y=[round(float(v), 6) if math.isfinite(v) else None for v in y[at]],
+    )
 
 
-def panels(metrics: dict[str, list[dict]], # round's name -> lines of metrics.jsonl
-           rounds: list[dict]) -> list[dict]: # rows of `run_summary`
+def panels(
+    metrics: dict[str, list[dict]],  # round's name -> lines of metrics.jsonl
+    rounds: list[dict],
+) -> list[dict]:  # rows of `run_summary`
     "What the panel draws: title, x axis, lines, and where rounds end."
     rows, ends = end_to_end(metrics)
-    def curve(name, key): return line(name, LINES.get(name, INK) if LINES.get(name) != INK else "currentColor", floats(r := [r for r in rows if key in r], "step"), floats(r, key))
-    found = {title: [curve(n, k) for n, k in lines.items() if any(k in r for r in rows)] for title, lines in CURVES.items()}
-    steps = [dict(title=t, x="step", lines=lines, ends=ends[1:-1], names=[]) for t, lines in found.items() if lines]
-    means = [dict(title=t, x="round", lines=[line("", color, floats(list(range(len(rounds)))), y)], ends=[], names=[r["round"] for r in rounds])
-             for t, (key, color) in ROUNDS.items() if len(y := floats(rounds, key)) and (y == y).any()]
-    return steps[:6 - len(means)] + means
+
+    def curve(name, key):
+        return line(
+            name,
+            LINES.get(name, INK) if LINES.get(name) != INK else "currentColor",
+            floats(r := [r for r in rows if key in r], "step"),
+            floats(r, key),
+        )
+
+    found = {
+        title: [curve(n, k) for n, k in lines.items() if any(k in r for r in rows)]
+        for title, lines in CURVES.items()
+    }
+    steps = [
+        dict(title=t, x="step", lines=lines, ends=ends[1:-1], names=[])
+        for t, lines in found.items()
+        if lines
+    ]
+    means = [
+        dict(
+            title=t,
+            x="round",
+            lines=[line("", color, floats(list(range(len(rounds)))), y)],
+            ends=[],
+            names=[r["round"] for r in rounds],
+        )
+        for t, (key, color) in ROUNDS.items()
+        if len(y := floats(rounds, key)) and (y == y).any()
+    ]
+    return steps[: 6 - len(means)] + means
 
 # %% ../nbs/14_monitor.ipynb #41b2596c
 DRAW = """
@@ -275,7 +449,9 @@ function draw(box, panel) {
 }"""
 
 # %% ../nbs/14_monitor.ipynb #fba307e4
-RENDER = DRAW + """
+RENDER = (
+    DRAW
+    + """
 export default { render({ model, el }) {
   el.classList.add("halos-monitor");
   el.setAttribute("data-lm-suppress-shortcuts", "true");
@@ -296,6 +472,7 @@ export default { render({ model, el }) {
   status(); curves();
   return () => { model.off("change:status", status); model.off("change:curves", curves); };
 } };"""
+)
 
 STYLE = """
 .halos-monitor { font: 13px/1.4 var(--jp-ui-font-family, sans-serif); color: var(--jp-ui-font-color1, #24292f); padding: 4px 8px; max-width: 1100px }
@@ -314,43 +491,86 @@ STYLE = """
 # %% ../nbs/14_monitor.ipynb #dedab5d8
 class Panel(anywidget.AnyWidget):
     "What a monitor shows in a browser; it knows nothing of runs."
+
     _esm, _css = RENDER, STYLE
-    def __repr__(self): return "a panel that follows a run; it needs a kernel. RunMonitor(run, mode='static').show() tells the same without one"
-    status = traitlets.Dict(dict(state="", text="", share=None, warning="", stopping=False, log=[])).tag(sync=True)
+
+    def __repr__(self):
+        return (
+            "a panel that follows a run; it needs a kernel. RunMonitor(run, "
+            "mode='static').show() tells the same without one"
+        )
+
+    status = traitlets.Dict(
+        dict(state="", text="", share=None, warning="", stopping=False, log=[])
+    ).tag(sync=True)
     curves = traitlets.List().tag(sync=True)
 
 # %% ../nbs/14_monitor.ipynb #01613ea1
 class Stopped(RuntimeError):
     "Somebody stopped the run."
-    def _render_traceback_(self): return [f"Stopped: {self}"]
+
+    def _render_traceback_(self):
+        return [f"Stopped: {self}"]
 
 # %% ../nbs/14_monitor.ipynb #2d2e682c
 class RunMonitor:
     "Watches a run, from its files."
-    followed = {} # the monitor that keeps a panel up to date, by run: one each
 
-    def __init__(self, run: str | Path, # the run's folder; it need not exist yet
-                 mode: str = "auto", # widget, static, or what suits the place
-                 every: float = 1.0, # seconds between two looks
-                 stale: float = 60.0): # seconds without anything new until a warning is shown
-        self.run, self.mode, self.every, self.stale = Path(run).absolute(), display_mode(mode), every, stale
-        self.tails, self.rounds, self.summed, self.panel, self.stopping, self.said, self.over = {}, [], None, None, False, "", threading.Event()
+    followed = {}  # the monitor that keeps a panel up to date, by run: one each
 
-    def look(self) -> RunState: return look(self.run)
+    def __init__(
+        self,
+        run: str | Path,  # the run's folder; it need not exist yet
+        mode: str = "auto",  # widget, static, or what suits the place
+        every: float = 1.0,  # seconds between two looks
+        stale: float = 60.0,
+    ):  # seconds without anything new until a warning is shown
+        self.run, self.mode, self.every, self.stale = (
+            Path(run).absolute(),
+            display_mode(mode),
+            every,
+            stale,
+        )
+        (
+            self.tails,
+            self.rounds,
+            self.summed,
+            self.panel,
+            self.stopping,
+            self.said,
+            self.over,
+        ) = {}, [], None, None, False, "", threading.Event()
+
+    def look(self) -> RunState:
+        return look(self.run)
 
     def warning(self, s: RunState) -> str:
         "What somebody should look at."
         bad = sum(t.bad for t in self.tails.values())
-        return "; ".join(filter(None, [s.note if s.state in ("failed", "killed") else "", self.said,
-            f"nothing new for {clock(s.quiet)}: it may hang, see the log" if s.state == "running" and s.quiet > self.stale else "", f"{bad} lines of metrics cannot be read" if bad else ""]))
+        return "; ".join(
+            filter(
+                None,
+                [
+                    s.note if s.state in ("failed", "killed") else "",
+                    self.said,
+                    f"nothing new for {clock(s.quiet)}: it may hang, see the log"
+                    if s.state == "running" and s.quiet > self.stale
+                    else "",
+                    f"{bad} lines of metrics cannot be read" if bad else "",
+                ],
+            )
+        )
 
-    def __repr__(self): return str(self.look())
+    def __repr__(self):
+        return str(self.look())
 
 # %% ../nbs/14_monitor.ipynb #ab88da9a
 def metrics_file(config: Path) -> Path | None:
     "Where a training stage writes its metrics, by its config file."
-    try: c = json.loads(config.read_text())
-    except (OSError, ValueError): return None
+    try:
+        c = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return None
     return Path(c.get("metrics_file") or Path(c["cache_dir"]) / c["exp_name"] / "metrics.jsonl")
 
 # %% ../nbs/14_monitor.ipynb #7f5c413a
@@ -358,7 +578,9 @@ def metrics_file(config: Path) -> Path | None:
 def metrics(self: RunMonitor) -> dict[str, list[dict]]:
     "Lines of metrics of this session's training stages, in order."
     folders = dict.fromkeys(e["folder"] for e in session(self.run) if e.get("stage") == "train")
-    files = {f: path for f in folders if (path := metrics_file(self.run / f / "train.config.json"))}
+    files = {
+        f: path for f in folders if (path := metrics_file(self.run / f / "train.config.json"))
+    }
     return {f: self.tails.setdefault(p, Tail(p)).read() for f, p in files.items()}
 
 
@@ -367,8 +589,11 @@ def summary(self: RunMonitor) -> list[dict]:
     "The finished rounds, as `run_summary` tells them."
     done = [e for e in session(self.run) if e.get("event") in ("finished", "skipped")]
     if self.summed != (now := (len(done), done[-1]["time"] if done else 0)):
-        try: self.rounds, self.summed = run_summary(self.run) if done else [], now
-        except (OSError, ValueError, KeyError): pass # a file is being replaced: at the next look
+        try:
+            self.rounds, self.summed = run_summary(self.run) if done else [], now
+        except (OSError, ValueError, KeyError):
+            # a file is being replaced: at the next look
+            pass
     return self.rounds
 
 # %% ../nbs/14_monitor.ipynb #9361617f
@@ -376,10 +601,19 @@ def summary(self: RunMonitor) -> list[dict]:
 def refresh(self: RunMonitor) -> RunState:
     "Look, and bring the panel up to date."
     s = self.look()
-    share = s.row["done"] / s.row["total"] if s.state == "running" and s.row.get("total") else None
-    if self.panel: # an equal value is not sent
+    share = (
+        s.row["done"] / s.row["total"] if s.state == "running" and s.row.get("total") else None
+    )
+    if self.panel:  # an equal value is not sent
         self.panel.curves = panels(self.metrics(), self.summary())
-        self.panel.status = dict(state=s.state, text=str(s).partition(": ")[2].removeprefix(s.state).removeprefix(" · "), share=share, warning=self.warning(s), stopping=self.stopping, log=s.log)
+        self.panel.status = dict(
+            state=s.state,
+            text=str(s).partition(": ")[2].removeprefix(s.state).removeprefix(" · "),
+            share=share,
+            warning=self.warning(s),
+            stopping=self.stopping,
+            log=s.log,
+        )
     return s
 
 
@@ -387,19 +621,28 @@ def refresh(self: RunMonitor) -> RunState:
 def follow(self: RunMonitor):
     "Until closed: look, wait, look again."
     while not self.over.is_set():
-        try: wait = self.every if self.refresh().state == "running" else 5 * self.every
-        except Exception as e: # a view must not end what it shows, nor end in silence
-            self.said, wait = f"the monitor could not read the run: {type(e).__name__}: {str(e)[:200]}", 5 * self.every
+        try:
+            wait = self.every if self.refresh().state == "running" else 5 * self.every
+        except Exception as e:  # a view must not end what it shows, nor end in silence
+            self.said, wait = (
+                f"the monitor could not read the run: {type(e).__name__}: {str(e)[:200]}",
+                5 * self.every,
+            )
         self.over.wait(wait)
 
 # %% ../nbs/14_monitor.ipynb #dae8ace2
 @patch
-def stop(self: RunMonitor, patience: float = 10) -> str: # seconds to wait for a stage, where the run is between two
+def stop(
+    self: RunMonitor, patience: float = 10
+) -> str:  # seconds to wait for a stage, where the run is between two
     "End what is running of this run; says what was done."
     self.stopping, self.said = True, ""
-    try: said = stop_run(self.run, patience)
-    except PermissionError as e: said = f"cannot stop it: {e}"
-    self.stopping = said != "stopped" and self.run in OURS # then `wait` ends the next stage before it does anything
+    try:
+        said = stop_run(self.run, patience)
+    except PermissionError as e:
+        said = f"cannot stop it: {e}"
+    # then `wait` ends the next stage before it does anything
+    self.stopping = said != "stopped" and self.run in OURS
     self.said = said if said != "stopped" else ""
     self.refresh()
     return said
@@ -412,44 +655,77 @@ def close(self: RunMonitor):
 
 
 @patch
-def wait(self: RunMonitor, job: Job, title: str = "", next: str = ""): # as in `Job.wait`
+def wait(self: RunMonitor, job: Job, title: str = "", next: str = ""):  # as in `Job.wait`
     "Wait for a job; the panel, where there is one, shows how it goes. For `run_rounds(watch=...)`."
     where = f"{self.run.name}, {title or job.stage}; run this again and it goes on from here"
     if self.stopping:
         job.stop()
         self.stopping = False
         raise Stopped(where)
-    try: job.wait(show=self.panel is None, title=title, next=next)
+    try:
+        job.wait(show=self.panel is None, title=title, next=next)
     except StageError as e:
-        if json.loads(job.file("status.json").read_text() if job.file("status.json").exists() else "{}").get("stopped"): raise Stopped(where) from e
+        if json.loads(
+            job.file("status.json").read_text() if job.file("status.json").exists() else "{}"
+        ).get("stopped"):
+            raise Stopped(where) from e
         raise
-    finally: self.refresh()
+    finally:
+        self.refresh()
 
 # %% ../nbs/14_monitor.ipynb #b4b13752
 def hear(panel: Panel):
     "Let a press of the button be heard while a cell runs."
-    panel.comm._reply_subshell_for = None # ipykernel 7 sends replies to the thread that last spoke; without this the front end's own thread takes them
+    # ipykernel 7 sends replies to the thread that last spoke; without this the front end's own
+    # thread takes them
+    panel.comm._reply_subshell_for = None
 
 
 @patch
 def static(self: RunMonitor) -> Shown:
     "The run as it is now, as escaped HTML and as text."
     s, table, warn = self.look(), summary_table(self.summary(), title="Rounds"), ""
-    log = f"<details><summary>Log, last {len(s.log)} lines</summary><pre>{html.escape(chr(10).join(s.log))}</pre></details>" if s.log else ""
-    if w := self.warning(s): warn = f"<p><b>{inert(w)}</b></p>"
-    return Shown(f"<div {BOX}><p>{inert(s)}</p>{warn}{table.html if self.rounds else ''}{log}</div>", "\n".join(filter(None, [str(s), w, table.text * bool(self.rounds), *s.log])))
+    log = (
+        (
+            f"<details><summary>Log, last {len(s.log)} "
+            f"lines</summary><pre>{html.escape(chr(10).join(s.log))}</pre></details>"
+        )
+        if s.log
+        else ""
+    )
+    if w := self.warning(s):
+        warn = f"<p><b>{inert(w)}</b></p>"
+    return Shown(
+        f"<div {BOX}><p>{inert(s)}</p>{warn}{table.html if self.rounds else ''}{log}</div>",
+        "\n".join(filter(None, [str(s), w, table.text * bool(self.rounds), *s.log])),
+    )
 
 
 @patch
 def show(self: RunMonitor):
     "Put the run on the screen: a panel that follows it, or how it stands now."
     from IPython.display import display
+
     if self.mode == "static":
-        display(self.static(), *([training_curves(m, title=f"Training of {self.run.name}")] if any((m := self.metrics()).values()) else []))
+        display(
+            self.static(),
+            *(
+                [training_curves(m, title=f"Training of {self.run.name}")]
+                if any((m := self.metrics()).values())
+                else []
+            ),
+        )
         return
-    if self.run in self.followed: self.followed[self.run].over.set()
+    if self.run in self.followed:
+        self.followed[self.run].over.set()
     self.followed[self.run], self.panel, self.over = self, Panel(), threading.Event()
-    self.panel.on_msg(lambda _, content, __: threading.Thread(target=self.stop, daemon=True).start() if content == {"stop": True} else None)
+    self.panel.on_msg(
+        lambda _, content, __: (
+            threading.Thread(target=self.stop, daemon=True).start()
+            if content == {"stop": True}
+            else None
+        )
+    )
     hear(self.panel)
     self.refresh()
     display(self.panel)

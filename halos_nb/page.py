@@ -42,14 +42,20 @@ from halos_nb.rewards import (
 )
 
 # %% ../nbs/14_page.ipynb #ef1335cb
-def policy(nonce: str) -> str: # nonce: the random word
+def policy(nonce: str) -> str:  # nonce: the random word
     "The content security policy of a page that stands alone."
-    return f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src "
+        "data: blob:; base-uri 'none'; form-action 'none'"
+    )
 
 
-def data_block(id: str, x: str) -> str: # x: JSON
+def data_block(id: str, x: str) -> str:  # x: JSON
     "JSON as an element that nothing in it can leave."
-    return f'<script type="application/json" id="{id}">{x.replace("<", chr(92) + "u003c")}</script>'
+    return (
+        '<script type="application/json" '
+        f'id="{id}">{x.replace("<", chr(92) + "u003c")}</script>'
+    )
 
 # %% ../nbs/14_page.ipynb #a5ba39aa
 SCRIPT = """
@@ -81,105 +87,246 @@ h2 { margin-top: 2em; border-bottom: 1px solid #8A9099 } nav { display: flex; fl
 """
 
 # %% ../nbs/14_page.ipynb #ca537580
-def part(i: int, x) -> str: # i: number of the figure; x: a figure or something shown
+def part(i: int, x) -> str:  # i: number of the figure; x: a figure or something shown
     "One thing on the page."
-    if not isinstance(x, go.Figure): return x.html if isinstance(x, Shown) else f"<p>{inert(x)}</p>"
+    if not isinstance(x, go.Figure):
+        return x.html if isinstance(x, Shown) else f"<p>{inert(x)}</p>"
     title = x.layout.title
     label = inert(f"{title.text}. {title.subtitle.text}").replace("&lt;br&gt;", " ")
     return f'{data_block(f"figure{i}", x.to_json())}<div data-figure="figure{i}" role="img" aria-label="{label}"></div>'
 
 
-def page(title: str, sections: dict[str, list]) -> str: # heading -> figures, tables, texts
+def page(title: str, sections: dict[str, list]) -> str:  # heading -> figures, tables, texts
     "One self-contained HTML page."
-    nonce, sections, body = secrets.token_urlsafe(16), {h: [x for x in xs if x is not None] for h, xs in sections.items()}, []
+    nonce, sections, body = (
+        secrets.token_urlsafe(16),
+        {h: [x for x in xs if x is not None] for h, xs in sections.items()},
+        [],
+    )
     sections = {h: xs for h, xs in sections.items() if xs}
-    for i, (heading, xs) in enumerate(sections.items()): body += [f'<h2 id="s{i}">{inert(heading)}</h2>', *(part(100 * i + j, x) for j, x in enumerate(xs))]
+    for i, (heading, xs) in enumerate(sections.items()):
+        body += [
+            f'<h2 id="s{i}">{inert(heading)}</h2>',
+            *(part(100 * i + j, x) for j, x in enumerate(xs)),
+        ]
     links = "".join(f'<a href="#s{i}">{inert(h)}</a>' for i, h in enumerate(sections))
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy(nonce)}"><meta name="viewport" content="width=device-width">'
-            f'<title>{inert(title)}</title><style>{STYLE}</style></head><body><h1>{inert(title)}</h1><nav>{links}</nav>{"".join(body)}{data_block("dark", json.dumps(DARK))}'
-            f'<script nonce="{nonce}">{get_plotlyjs()}</script><script nonce="{nonce}">{SCRIPT}</script></body></html>')
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy(nonce)}"><meta name="viewport" content="width=device-width">'
+        f"<title>{inert(title)}</title><style>{STYLE}</style></head><body><h1>{inert(title)}</h1><nav>{links}</nav>{''.join(body)}{data_block('dark', json.dumps(DARK))}"
+        f'<script nonce="{nonce}">{get_plotlyjs()}</script><script nonce="{nonce}">{SCRIPT}</script></body></html>'
+    )
 
 # %% ../nbs/14_page.ipynb #f2093391
 def with_truth(samples: list[dict], truth: Callable | None) -> list[dict]:
-    return [s | {"true_reward": truth(s["prompt"], s["output"])} for s in samples] if truth else samples
+    return (
+        [s | {"true_reward": truth(s["prompt"], s["output"])} for s in samples]
+        if truth
+        else samples
+    )
 
 
-def truth_margins(rounds: dict) -> list[float]: # round's name -> samples with `reward`, `true_reward`, `prompt_id`
+def truth_margins(
+    rounds: dict,
+) -> list[float]:  # round's name -> samples with `reward`, `true_reward`, `prompt_id`
     "For neighbouring samples of a prompt that differ in truth: the score of the truly better one minus that of the other."
     rows = [r for rs in rounds.values() for r in rs]
-    pairs = [(a, b) if a["true_reward"] > b["true_reward"] else (b, a) for a, b in zip(rows[::2], rows[1::2]) if a["prompt_id"] == b["prompt_id"] and a["true_reward"] != b["true_reward"]]
-    return [better["reward"] - worse["reward"] for better, worse in pairs if None not in (better["reward"], worse["reward"])]
+    pairs = [
+        (a, b) if a["true_reward"] > b["true_reward"] else (b, a)
+        for a, b in zip(rows[::2], rows[1::2])
+        if a["prompt_id"] == b["prompt_id"] and a["true_reward"] != b["true_reward"]
+    ]
+    return [
+        better["reward"] - worse["reward"]
+        for better, worse in pairs
+        if None not in (better["reward"], worse["reward"])
+    ]
 
 
-def figures(rounds: dict, feedback: dict, metrics: dict, best: float | None) -> dict[str, list]: # of each round's name; best: true reward of the best answer
+def figures(
+    rounds: dict, feedback: dict, metrics: dict, best: float | None
+) -> dict[str, list]:  # of each round's name; best: true reward of the best answer
     "The figures of a run, by section."
     true = any("true_reward" in r for rows in rounds.values() for r in rows)
     paired = [r for rows in feedback.values() for r in rows if "output_A" in r]
-    return {"Rewards": [reward_distributions(rounds, unit="reward model score"), chosen_rejected_all({n: (rounds[n], feedback[n]) for n in feedback}, unit="reward model score") if any(feedback.values()) else None, win_rates(rounds)],
-            "Margins": [margin_histogram(paired) if paired else None], "Length": [length_and_reward(rounds)],
-            "Training": [training_curves(metrics)] if metrics else [], "The price": [kl_curve(rounds), reward_against_kl(rounds, best)],
-            "Score and truth": [reward_vs_true(rounds, best), reward_scatter([r for rows in rounds.values() for r in rows]), calibration_curve(truth_margins(rounds), title="Does the truly better answer score higher, as often as the margin says?")] if true else []}
+    return {
+        "Rewards": [
+            reward_distributions(rounds, unit="reward model score"),
+            chosen_rejected_all(
+                {n: (rounds[n], feedback[n]) for n in feedback}, unit="reward model score"
+            )
+            if any(feedback.values())
+            else None,
+            win_rates(rounds),
+        ],
+        "Margins": [margin_histogram(paired) if paired else None],
+        "Length": [length_and_reward(rounds)],
+        "Training": [training_curves(metrics)] if metrics else [],
+        "The price": [kl_curve(rounds), reward_against_kl(rounds, best)],
+        "Score and truth": [
+            reward_vs_true(rounds, best),
+            reward_scatter([r for rows in rounds.values() for r in rows]),
+            calibration_curve(
+                truth_margins(rounds),
+                title="Does the truly better answer score higher, as often as the margin says?",
+            ),
+        ]
+        if true
+        else [],
+    }
 
 # %% ../nbs/14_page.ipynb #e3dead18
-def cut(x, most: int = 4000): # x: turns or a text; most: characters
+def cut(x, most: int = 4000):  # x: turns or a text; most: characters
     "The text, or its beginning and how much is left out."
-    if not isinstance(x, str): return [t | {"content": cut(t["content"], most)} for t in x]
+    if not isinstance(x, str):
+        return [t | {"content": cut(t["content"], most)} for t in x]
     return x if len(x) <= most else f"{x[:most]} […{len(x) - most:,} more characters]"
 
 
-def short(record: dict) -> dict: return {k: cut(v) if k in ("prompt", "output", "output_A", "output_B") else v for k, v in record.items()}
+def short(record: dict) -> dict:
+    return {
+        k: cut(v) if k in ("prompt", "output", "output_A", "output_B") else v
+        for k, v in record.items()
+    }
 
 
 def searchable(shown: Shown, id: str) -> Shown:
     "A gallery with a field that filters it; all but the first three are folded."
-    field = f'<p><label>Search: <input type="search" data-filters="{id}" aria-label="search these texts"> <output></output></label></p>'
+    field = (
+        f'<p><label>Search: <input type="search" data-filters="{id}" aria-label="search '
+        'these texts"> <output></output></label></p>'
+    )
     first, *rest = shown.html.split("<details open")
-    return Shown(f'{field}<div id="{id}">{"<details open".join([first, *rest[:3]])}{"".join(f"<details{r}" for r in rest[3:])}</div>', shown.text)
+    return Shown(
+        (
+            f"{field}<div "
+            f'id="{id}">{"<details open".join([first, *rest[:3]])}{"".join(f"<details{r}" for r in rest[3:])}</div>'
+        ),
+        shown.text,
+    )
 
 
-def texts(rounds: dict, feedback: dict, n: int) -> dict[str, list]: # n: pairs or prompts shown
+def texts(rounds: dict, feedback: dict, n: int) -> dict[str, list]:  # n: pairs or prompts shown
     "What there is to read, by section."
-    paired = [short(r) | {"prompt_id": f"{r['prompt_id']}, {name}"} for name, rows in feedback.items() for r in rows if "output_A" in r]
+    paired = [
+        short(r) | {"prompt_id": f"{r['prompt_id']}, {name}"}
+        for name, rows in feedback.items()
+        for r in rows
+        if "output_A" in r
+    ]
     other = [short(r) for rows in feedback.values() for r in rows if "output_A" not in r]
     last, seen = list(rounds)[-1], {}
     for name, rows in rounds.items():
-        for r in rows: seen.setdefault(r["prompt_id"], {}).setdefault(name, []).append(short(r))
+        for r in rows:
+            seen.setdefault(r["prompt_id"], {}).setdefault(name, []).append(short(r))
     again = [same_prompt(list(a.items())) for a in seen.values() if len(a) > 1][:n]
-    return {"Pairs": [searchable(pairs_table(spread(paired, n), n, "Pairs, widest margin first"), "pairs")] if paired else [searchable(samples_table(other, n, "Feedback"), "pairs")] if other else [],
-            "The same prompt from round to round": again[:10], f"Answers of {last}": [searchable(samples_table([short(r) for r in rounds[last]], n, "Samples"), "answers")]}
+    return {
+        "Pairs": [
+            searchable(pairs_table(spread(paired, n), n, "Pairs, widest margin first"), "pairs")
+        ]
+        if paired
+        else [searchable(samples_table(other, n, "Feedback"), "pairs")]
+        if other
+        else [],
+        "The same prompt from round to round": again[:10],
+        f"Answers of {last}": [
+            searchable(samples_table([short(r) for r in rounds[last]], n, "Samples"), "answers")
+        ],
+    }
 
 # %% ../nbs/14_page.ipynb #7465de5d
 def diary(run: Path) -> Shown:
     "The ledger as a table: every stage of every session, when, how long, and why."
     when = lambda t: datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    rows = [{"time (UTC)": when(e["time"]), "event": e["event"], "where": f"{e.get('folder', '')} {e.get('stage', '')}".strip(), "seconds": e.get("seconds"), "why": e.get("why", "")} for e in read_jsonl(run / "ledger.jsonl")]
+    rows = [
+        {
+            "time (UTC)": when(e["time"]),
+            "event": e["event"],
+            "where": f"{e.get('folder', '')} {e.get('stage', '')}".strip(),
+            "seconds": e.get("seconds"),
+            "why": e.get("why", ""),
+        }
+        for e in read_jsonl(run / "ledger.jsonl")
+    ]
     return summary_table(rows, {"seconds": ",.1f"}, f"{len(rows)} events")
 
 
 def lost(run: Run) -> Shown:
     "What each stage counted, by round."
-    files = {"sample": "samples.counts.json", "label": "feedback.counts.json", "train": "policy/counts.json"}
-    folders = [run.folder / (r["round"] if r["round"] == "final" else f"round-{r['round']}") for r in run.rounds]
-    return summary_table([{"round": f.name, "stage": s, **{k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in json.loads((f / name).read_text()).items()}} for s, name in files.items() for f in folders if (f / name).exists()],
-                         title="Counts; what was cut, unscored, tied or refused is among them")
+    files = {
+        "sample": "samples.counts.json",
+        "label": "feedback.counts.json",
+        "train": "policy/counts.json",
+    }
+    folders = [
+        run.folder / (r["round"] if r["round"] == "final" else f"round-{r['round']}")
+        for r in run.rounds
+    ]
+    return summary_table(
+        [
+            {
+                "round": f.name,
+                "stage": s,
+                **{
+                    k: v if isinstance(v, (int, float, str)) else json.dumps(v)
+                    for k, v in json.loads((f / name).read_text()).items()
+                },
+            }
+            for s, name in files.items()
+            for f in folders
+            if (f / name).exists()
+        ],
+        title="Counts; what was cut, unscored, tied or refused is among them",
+    )
 
 # %% ../nbs/14_page.ipynb #23a6fbf3
-def report(run_dir: str | Path, # the run's folder
-           path: str | Path | None = None, # where the page goes (None: report.html in the run's folder)
-           truth: Callable | None = None, # (prompt turns, output text) -> number, where the truth can be computed
-           best: float | None = None, # truth of the best possible answer
-           n: int = 40) -> Path: # how many pairs and how many prompts can be read
+def report(
+    run_dir: str | Path,  # the run's folder
+    # where the page goes (None: report.html in the run's folder)
+    path: str | Path | None = None,
+    # (prompt turns, output text) -> number, where the truth can be computed
+    truth: Callable | None = None,
+    best: float | None = None,  # truth of the best possible answer
+    n: int = 40,
+) -> Path:  # how many pairs and how many prompts can be read
     "Write a run as one self-contained page and return its path."
-    try: run = read_run(run_dir, truth)
-    except ValueError as e: raise ValueError(f"report: {run_dir}: {e}") from None
+    try:
+        run = read_run(run_dir, truth)
+    except ValueError as e:
+        raise ValueError(f"report: {run_dir}: {e}") from None
     state, path = look(run.folder), Path(path or run.folder / "report.html")
-    names = {r["round"]: r["round"] if r["round"] == "final" else f"round {r['round']}" for r in run.rounds}
+    names = {
+        r["round"]: r["round"] if r["round"] == "final" else f"round {r['round']}"
+        for r in run.rounds
+    }
     rounds = {name: with_truth(run.samples(r), truth) for r, name in names.items()}
-    feedback = {name: json.loads((run.folder / f"round-{r}/feedback.json").read_text()) for r, name in names.items() if r != "final"}
+    feedback = {
+        name: json.loads((run.folder / f"round-{r}/feedback.json").read_text())
+        for r, name in names.items()
+        if r != "final"
+    }
     metrics = {k: v for k, v in run.metrics().items() if v}
-    settings = [dict(parameter=k, value=v if isinstance(v, (int, float, str, type(None))) else json.dumps(v)) for k, v in parameters(run).items()]
-    ended = [str(state), *(["Log:\n" + "\n".join(state.log)] if state.state in ("failed", "killed") else [])]
-    sections = {"Rounds": [*ended, summary_table(run.rounds, title="One row per round, before its training")], **figures(rounds, feedback, metrics, best), **texts(rounds, feedback, n),
-                "What was counted": [lost(run)], "Parameters": [summary_table(settings)], "Diary": [diary(run.folder)]}
-    with atomic_write(path) as f: f.write(page(f"Run {run.name}", sections))
+    settings = [
+        dict(
+            parameter=k,
+            value=v if isinstance(v, (int, float, str, type(None))) else json.dumps(v),
+        )
+        for k, v in parameters(run).items()
+    ]
+    ended = [
+        str(state),
+        *(["Log:\n" + "\n".join(state.log)] if state.state in ("failed", "killed") else []),
+    ]
+    sections = {
+        "Rounds": [
+            *ended,
+            summary_table(run.rounds, title="One row per round, before its training"),
+        ],
+        **figures(rounds, feedback, metrics, best),
+        **texts(rounds, feedback, n),
+        "What was counted": [lost(run)],
+        "Parameters": [summary_table(settings)],
+        "Diary": [diary(run.folder)],
+    }
+    with atomic_write(path) as f:
+        f.write(page(f"Run {run.name}", sections))
     return path

@@ -35,12 +35,16 @@ from .records import RecordError, append_jsonl, as_text, check, read_jsonl
 from .records import show as brief
 
 # %% ../nbs/09_people.ipynb #0cf3d162
-def choose_pairs(samples: list[dict], # sample records
-                 n: int | None = None, # how many; None: all
-                 seed: int = 0,
-                 ) -> list[tuple]: # as feedback.pair_of names them
+def choose_pairs(
+    samples: list[dict],  # sample records
+    n: int | None = None,  # how many; None: all
+    seed: int = 0,
+) -> list[tuple]:  # as feedback.pair_of names them
     "Pairs within prompts, each prompt in turn."
-    said, rng = {k: as_text(s["output"]) for k, s in by_key(samples).items()}, random.Random(seed)
+    said, rng = (
+        {k: as_text(s["output"]) for k, s in by_key(samples).items()},
+        random.Random(seed),
+    )
     pairs = [(p, a, b) for p, a, b in all_pairs(said) if said[p, a] != said[p, b]]
     rng.shuffle(pairs)
     turn, taken = {}, Counter()
@@ -50,30 +54,38 @@ def choose_pairs(samples: list[dict], # sample records
     return sorted(pairs, key=turn.get)[:n]
 
 # %% ../nbs/09_people.ipynb #66fcc304
-def most_uncertain(margins: dict[tuple, float], n: int | None = None) -> list[tuple]: # of one labeller
+def most_uncertain(
+    margins: dict[tuple, float], n: int | None = None
+) -> list[tuple]:  # of one labeller
     "The pairs with the smallest margins, smallest first."
     return sorted(margins, key=lambda pair: (abs(margins[pair]), str(pair)))[:n]
 
 # %% ../nbs/09_people.ipynb #5dae63d4
 def most_disputed(table: dict[str, dict[tuple, float]], n: int | None = None) -> list[tuple]:
     "Pairs on which two labellers contradict each other, the surest contradictions first."
-    unit = {name: statistics.fmean(map(abs, said.values())) or 1.0 for name, said in table.items() if said}
+    unit = {
+        name: statistics.fmean(map(abs, said.values())) or 1.0
+        for name, said in table.items()
+        if said
+    }
     depth = {}
     for a, b in combinations(unit, 2):
         for pair in table[a].keys() & table[b].keys():
             x, y = table[a][pair] / unit[a], table[b][pair] / unit[b]
-            if x * y < 0: depth[pair] = max(depth.get(pair, 0.0), min(abs(x), abs(y)))
+            if x * y < 0:
+                depth[pair] = max(depth.get(pair, 0.0), min(abs(x), abs(y)))
     return sorted(depth, key=lambda pair: (-depth[pair], str(pair)))[:n]
 
 # %% ../nbs/09_people.ipynb #3a834ecc
 class Unpaired(NamedTuple):
     "A pairwise feedback file as things to compare."
-    samples: list[dict] # one per prompt and answer
-    pairs: list[tuple] # as feedback.pair_of names them
-    margins: dict[tuple, float] # what the file says of them
+
+    samples: list[dict]  # one per prompt and answer
+    pairs: list[tuple]  # as feedback.pair_of names them
+    margins: dict[tuple, float]  # what the file says of them
 
 
-def samples_of_pairs(records: list[dict]) -> Unpaired: # pairwise feedback records
+def samples_of_pairs(records: list[dict]) -> Unpaired:  # pairwise feedback records
     "The answers and the pairs of a feedback file."
     known, margins, next_id = {}, {}, Counter()
     for r in records:
@@ -81,141 +93,239 @@ def samples_of_pairs(records: list[dict]) -> Unpaired: # pairwise feedback recor
         for x in "AB":
             text = as_text(r[f"output_{x}"])
             if (r["prompt_id"], text) not in known:
-                known[r["prompt_id"], text] = dict(prompt_id=r["prompt_id"], sample_id=next_id[r["prompt_id"]], prompt=r["prompt"], output=text, type="sample")
+                known[r["prompt_id"], text] = dict(
+                    prompt_id=r["prompt_id"],
+                    sample_id=next_id[r["prompt_id"]],
+                    prompt=r["prompt"],
+                    output=text,
+                    type="sample",
+                )
                 next_id[r["prompt_id"]] += 1
             ids.append(known[r["prompt_id"], text]["sample_id"])
         pair, way = pair_of(r["prompt_id"], *ids)
-        if ids[0] != ids[1]: margins[pair] = (r["reward_A"] - r["reward_B"]) * way
+        if ids[0] != ids[1]:
+            margins[pair] = (r["reward_A"] - r["reward_B"]) * way
     return Unpaired(list(known.values()), list(margins), margins)
 
 # %% ../nbs/09_people.ipynb #7828201d
 class Item(NamedTuple):
     "One look at two samples of a prompt."
-    name: str # its place in the order
+
+    name: str  # its place in the order
     prompt_id: str | int
     sample_id_A: str | int
     sample_id_B: str | int
-    left: str # "A" or "B": which is shown on the left; recorded, never shown
-    again: bool # the pair was shown before, with the sides changed
+    left: str  # "A" or "B": which is shown on the left; recorded, never shown
+    again: bool  # the pair was shown before, with the sides changed
 
 # %% ../nbs/09_people.ipynb #02bd9ad2
-def make_items(pairs: list[tuple], # as feedback.pair_of names them
-               seed: int, # decides the order, the sides and the repeats
-               repeats: float = 0.05, # share of the pairs that come twice
-               apart: int = 10, # items between the two looks, where there are so many
-               ) -> list[Item]:
+def make_items(
+    pairs: list[tuple],  # as feedback.pair_of names them
+    seed: int,  # decides the order, the sides and the repeats
+    repeats: float = 0.05,  # share of the pairs that come twice
+    apart: int = 10,  # items between the two looks, where there are so many
+) -> list[Item]:
     "The pairs in blind order, some of them twice."
     rng, n = random.Random(seed), len(pairs)
-    looks = [(float(k), pair, rng.choice("AB"), False) for k, pair in enumerate(rng.sample(pairs, n))]
-    early = looks[:max(n - apart, (n + 1) // 2)] # the last ones could not come again much later
+    looks = [
+        (float(k), pair, rng.choice("AB"), False) for k, pair in enumerate(rng.sample(pairs, n))
+    ]
+    # the last ones could not come again much later
+    early = looks[: max(n - apart, (n + 1) // 2)]
     for k, pair, left, _ in rng.sample(early, min(round(repeats * n), len(early))):
         looks.append((rng.uniform(min(k + apart, n), n), pair, "BA"["AB".index(left)], True))
-    return [Item(f"{i:04d}", *pair, left, again) for i, (_, pair, left, again) in enumerate(sorted(looks, key=lambda x: x[0]), 1)]
+    return [
+        Item(f"{i:04d}", *pair, left, again)
+        for i, (_, pair, left, again) in enumerate(sorted(looks, key=lambda x: x[0]), 1)
+    ]
 
 # %% ../nbs/09_people.ipynb #620a18f9
-CHOICES = ("left", "right", "tie", "bad", "skip") # tie: equally good; bad: both bad
+CHOICES = ("left", "right", "tie", "bad", "skip")  # tie: equally good; bad: both bad
 
 
 @dataclass
 class Answers:
     "Where a session stands."
-    choose: dict[str, dict] = field(default_factory=dict) # item -> its present answer: value, time, seconds
-    note: dict[str, str] = field(default_factory=dict) # item -> text
-    past: list[tuple] = field(default_factory=list) # (event, item, what was there before), to be undone
-    undone: int = 0 # how often
+
+    # item -> its present answer: value, time, seconds
+    choose: dict[str, dict] = field(default_factory=dict)
+    note: dict[str, str] = field(default_factory=dict)  # item -> text
+    # (event, item, what was there before), to be undone
+    past: list[tuple] = field(default_factory=list)
+    undone: int = 0  # how often
 
 # %% ../nbs/09_people.ipynb #1bc90eaf
 def apply(state: Answers, event: dict):
     "What one event changes."
     if event["event"] == "undo":
         kind, item, before = state.past.pop()
-        if before is None: del getattr(state, kind)[item]
-        else: getattr(state, kind)[item] = before
+        if before is None:
+            del getattr(state, kind)[item]
+        else:
+            getattr(state, kind)[item] = before
         state.undone += 1
     else:
         kind, item, held = event["event"], event["item"], getattr(state, event["event"])
         state.past.append((kind, item, held.get(item)))
-        held[item] = event["value"] if kind == "note" else {k: event[k] for k in ("value", "time", "seconds")}
+        held[item] = (
+            event["value"]
+            if kind == "note"
+            else {k: event[k] for k in ("value", "time", "seconds")}
+        )
 
 # %% ../nbs/09_people.ipynb #2959f7df
-def problem(state: Answers, event: dict, names: set[str] | None = None) -> str: # names of the items; None: any
+def problem(
+    state: Answers, event: dict, names: set[str] | None = None
+) -> str:  # names of the items; None: any
     "What is wrong with an event; empty if nothing."
     kind, item, value = (event.get(k) for k in ("event", "item", "value"))
-    if kind == "undo" and (not state.past or state.past[-1][1] != item): return f"field `item` is {brief(item)}, and the last answer is that of {brief(state.past[-1][1] if state.past else None)}: nothing to undo"
-    if kind not in ("choose", "note", "undo"): return f"field `event` is {brief(kind)}, not choose, note or undo"
-    if names is not None and item not in names: return f"field `item` is {brief(item)}, which is no item of this session"
-    if kind == "choose" and value not in CHOICES: return f"field `value` is {brief(value)}, not one of {', '.join(CHOICES)}"
-    if kind == "choose" and not {"time", "seconds"} <= event.keys(): return "field `time` or `seconds` is missing"
-    return "field `value` should be a text" if kind == "note" and not isinstance(value, str) else ""
+    if kind == "undo" and (not state.past or state.past[-1][1] != item):
+        return (
+            f"field `item` is {brief(item)}, and the last answer is that of "
+            f"{brief(state.past[-1][1] if state.past else None)}: nothing to undo"
+        )
+    if kind not in ("choose", "note", "undo"):
+        return f"field `event` is {brief(kind)}, not choose, note or undo"
+    if names is not None and item not in names:
+        return f"field `item` is {brief(item)}, which is no item of this session"
+    if kind == "choose" and value not in CHOICES:
+        return f"field `value` is {brief(value)}, not one of {', '.join(CHOICES)}"
+    if kind == "choose" and not {"time", "seconds"} <= event.keys():
+        return "field `time` or `seconds` is missing"
+    return (
+        "field `value` should be a text"
+        if kind == "note" and not isinstance(value, str)
+        else ""
+    )
 
 # %% ../nbs/09_people.ipynb #2afb2236
-def replay(events: list[dict], names: set[str] | None = None, where: str = "events") -> Answers: # names: of the items; where: for messages
+def replay(
+    events: list[dict], names: set[str] | None = None, where: str = "events"
+) -> Answers:  # names: of the items; where: for messages
     "The state that these events lead to."
     state = Answers()
     for i, event in enumerate(events, 1):
-        if wrong := problem(state, event, names): raise RecordError(f"{where}, event {i}: {wrong}. Was the journal edited by hand?")
+        if wrong := problem(state, event, names):
+            raise RecordError(f"{where}, event {i}: {wrong}. Was the journal edited by hand?")
         apply(state, event)
     return state
 
 # %% ../nbs/09_people.ipynb #f87f54f9
-def texts_hash(items: list[Item], known: dict[tuple, dict]) -> str: # known: samples by prompt_id and sample_id
+def texts_hash(
+    items: list[Item], known: dict[tuple, dict]
+) -> str:  # known: samples by prompt_id and sample_id
     "Changes when a text that is shown changes."
-    shown = [[known[i.prompt_id, s][k] for k in ("prompt", "output")] for i in items for s in i[2:4]]
+    shown = [
+        [known[i.prompt_id, s][k] for k in ("prompt", "output")] for i in items for s in i[2:4]
+    ]
     return hashlib.sha256(orjson.dumps(shown)).hexdigest()[:16]
 
 # %% ../nbs/09_people.ipynb #d3dc7b54
-def read_session(path: str | Path) -> tuple[dict | None, list[dict]]: # its beginning (None: there is none) and its events
+def read_session(
+    path: str | Path,
+) -> tuple[dict | None, list[dict]]:  # its beginning (None: there is none) and its events
     "A journal; a torn last line counts as not written."
     rows = read_jsonl(path) if Path(path).exists() else []
-    if rows and rows[0].get("event") != "start": raise RecordError(f"{path}, line 1: field `event` should be start, is {brief(rows[0].get('event'))}; is this a journal of labelling by hand?")
+    if rows and rows[0].get("event") != "start":
+        raise RecordError(
+            f"{path}, line 1: field `event` should be start, is "
+            f"{brief(rows[0].get('event'))}; is this a journal of labelling by hand?"
+        )
     return (rows[0], rows[1:]) if rows else (None, [])
 
 # %% ../nbs/09_people.ipynb #a98a088e
 class Session:
     "A person, some pairs and what was done; nothing happens that is not first on disk."
-    def __init__(self, path: str | Path, # the journal; made, or continued
-                 samples: list[dict], # where the pairs' texts are
-                 pairs: list[tuple] | None = None, # to label; None: those of the journal
-                 labeller: str = "human:me", # who; human:<name>
-                 seed: int = 0, repeats: float = 0.05, # see make_items
-                 clock: Callable[[], float] = time.time): # unix seconds
+
+    def __init__(
+        self,
+        path: str | Path,  # the journal; made, or continued
+        samples: list[dict],  # where the pairs' texts are
+        pairs: list[tuple] | None = None,  # to label; None: those of the journal
+        labeller: str = "human:me",  # who; human:<name>
+        seed: int = 0,
+        repeats: float = 0.05,  # see make_items
+        clock: Callable[[], float] = time.time,
+    ):  # unix seconds
         self.path, self.labeller, self.clock = Path(path), labeller, clock
         self.known = by_key(samples)
         start, events = read_session(path)
-        self.items = make_items(pairs, seed, repeats) if pairs is not None else [Item(*i) for i in start["items"]] if start else []
-        if not self.items: raise ValueError(f"{path}: there is no pair to label")
-        lost = next(((p, s) for _, p, a, b, *_ in self.items for s in (a, b) if (p, s) not in self.known), None)
-        if lost: raise RecordError(f"{path}: sample_id {lost[1]!r} of prompt_id {lost[0]!r} is not among the samples; give the file that the pairs are from")
-        mine = dict(event="start", labeller=labeller, seed=seed, texts=texts_hash(self.items, self.known), items=[list(i) for i in self.items])
-        if start: self.same(start, mine, pairs)
-        else: append_jsonl(self.path, mine | dict(time=clock()), sync=True)
+        self.items = (
+            make_items(pairs, seed, repeats)
+            if pairs is not None
+            else [Item(*i) for i in start["items"]]
+            if start
+            else []
+        )
+        if not self.items:
+            raise ValueError(f"{path}: there is no pair to label")
+        lost = next(
+            (
+                (p, s)
+                for _, p, a, b, *_ in self.items
+                for s in (a, b)
+                if (p, s) not in self.known
+            ),
+            None,
+        )
+        if lost:
+            raise RecordError(
+                f"{path}: sample_id {lost[1]!r} of prompt_id {lost[0]!r} is not among "
+                "the samples; give the file that the pairs are from"
+            )
+        mine = dict(
+            event="start",
+            labeller=labeller,
+            seed=seed,
+            texts=texts_hash(self.items, self.known),
+            items=[list(i) for i in self.items],
+        )
+        if start:
+            self.same(start, mine, pairs)
+        else:
+            append_jsonl(self.path, mine | dict(time=clock()), sync=True)
         self.by_name = {i.name: i for i in self.items}
-        self.state, self.size, self.shown_at = replay(events, set(self.by_name), str(path)), self.path.stat().st_size, clock()
+        self.state, self.size, self.shown_at = (
+            replay(events, set(self.by_name), str(path)),
+            self.path.stat().st_size,
+            clock(),
+        )
 
 # %% ../nbs/09_people.ipynb #4352de9a
 @patch
 def same(self: Session, start: dict, mine: dict, pairs):
     "An error if the journal is another session's."
     for k in ("labeller", *("seed", "items") * (pairs is not None), "texts"):
-        if start.get(k) != mine[k]: raise RecordError(f"{self.path}: field `{k}` is {brief(start.get(k))}, now {brief(mine[k])}: the journal belongs to another session; go on with the same settings or name a new file")
+        if start.get(k) != mine[k]:
+            raise RecordError(
+                f"{self.path}: field `{k}` is {brief(start.get(k))}, now "
+                f"{brief(mine[k])}: the journal belongs to another session; go on with "
+                "the same settings or name a new file"
+            )
 
 # %% ../nbs/09_people.ipynb #b9febf49
 @patch
 def write(self: Session, **event):
     "First on disk, then true."
-    if wrong := problem(self.state, event, set(self.by_name)): raise ValueError(wrong)
-    if self.path.stat().st_size != self.size: raise RuntimeError(f"{self.path}: somebody else writes to this journal; close the other window and open the session again")
+    if wrong := problem(self.state, event, set(self.by_name)):
+        raise ValueError(wrong)
+    if self.path.stat().st_size != self.size:
+        raise RuntimeError(
+            f"{self.path}: somebody else writes to this journal; close the other window "
+            "and open the session again"
+        )
     append_jsonl(self.path, event, sync=True)
     apply(self.state, event)
     self.size, self.shown_at = self.path.stat().st_size, self.clock()
 
 # %% ../nbs/09_people.ipynb #438c6067
 @patch(as_prop=True)
-def open(self: Session) -> list[Item]: return [i for i in self.items if i.name not in self.state.choose]
+def open(self: Session) -> list[Item]:
+    return [i for i in self.items if i.name not in self.state.choose]
 
 
 @patch(as_prop=True)
-def current(self: Session) -> Item | None: # None: all are answered
+def current(self: Session) -> Item | None:  # None: all are answered
     return next((i for i in self.items if i.name not in self.state.choose), None)
 
 
@@ -224,17 +334,32 @@ def show(self: Session, item: Item) -> dict:
     "What a person may see of an item."
     a, b = (self.known[item.prompt_id, i] for i in (item.sample_id_A, item.sample_id_B))
     left, right = (as_text(s["output"]) for s in ((a, b) if item.left == "A" else (b, a)))
-    return dict(name=item.name, prompt=a["prompt"], left=left, right=right, answer=self.state.choose.get(item.name, {}).get("value"), note=self.state.note.get(item.name, ""))
+    return dict(
+        name=item.name,
+        prompt=a["prompt"],
+        left=left,
+        right=right,
+        answer=self.state.choose.get(item.name, {}).get("value"),
+        note=self.state.note.get(item.name, ""),
+    )
 
 # %% ../nbs/09_people.ipynb #c0f5b539
 @patch
-def choose(self: Session,
-           value: str, # one of CHOICES
-           item: str | None = None, # its name; None: the current one
-           seconds: float | None = None): # taken; None: since the last event
+def choose(
+    self: Session,
+    value: str,  # one of CHOICES
+    item: str | None = None,  # its name; None: the current one
+    seconds: float | None = None,
+):  # taken; None: since the last event
     "An answer; on disk when this returns."
     now = self.clock()
-    self.write(event="choose", item=item or self.name_of_current(), value=value, time=now, seconds=round(now - self.shown_at if seconds is None else seconds, 3))
+    self.write(
+        event="choose",
+        item=item or self.name_of_current(),
+        value=value,
+        time=now,
+        seconds=round(now - self.shown_at if seconds is None else seconds, 3),
+    )
 
 # %% ../nbs/09_people.ipynb #237a9b4a
 @patch
@@ -244,9 +369,12 @@ def note(self: Session, text: str, item: str | None = None):
 
 
 @patch
-def undo(self: Session) -> str | None: # the item whose last answer or note was taken back; None: there was none
+def undo(
+    self: Session,
+) -> str | None:  # the item whose last answer or note was taken back; None: there was none
     "One step back."
-    if not self.state.past: return None
+    if not self.state.past:
+        return None
     name = self.state.past[-1][1]
     self.write(event="undo", item=name, time=self.clock())
     return name
@@ -254,67 +382,144 @@ def undo(self: Session) -> str | None: # the item whose last answer or note was 
 
 @patch
 def name_of_current(self: Session) -> str:
-    if self.current is None: raise ValueError("all items are answered; name the item to answer it again")
+    if self.current is None:
+        raise ValueError("all items are answered; name the item to answer it again")
     return self.current.name
 
 # %% ../nbs/09_people.ipynb #ecaf3719
-def comparisons(session: Session) -> list[dict]: # comparison records, in order of the items
+def comparisons(session: Session) -> list[dict]:  # comparison records, in order of the items
     "What was answered."
     rows = []
     for i in session.items:
-        if (answer := session.state.choose.get(i.name)) is None: continue
-        winner = dict(left=i.left, right="BA"["AB".index(i.left)], tie="tie", bad="tie", skip=None)[answer["value"]]
-        row = dict(prompt_id=i.prompt_id, sample_id_A=i.sample_id_A, sample_id_B=i.sample_id_B, labeller=session.labeller, winner=winner, reason="" if winner else "skipped",
-                   order="AB" if i.left == "A" else "BA", time=answer["time"], seconds=answer["seconds"], answer=answer["value"], item=i.name, note=session.state.note.get(i.name, ""), type="comparison")
+        if (answer := session.state.choose.get(i.name)) is None:
+            continue
+        winner = dict(
+            left=i.left, right="BA"["AB".index(i.left)], tie="tie", bad="tie", skip=None
+        )[answer["value"]]
+        row = dict(
+            prompt_id=i.prompt_id,
+            sample_id_A=i.sample_id_A,
+            sample_id_B=i.sample_id_B,
+            labeller=session.labeller,
+            winner=winner,
+            reason="" if winner else "skipped",
+            order="AB" if i.left == "A" else "BA",
+            time=answer["time"],
+            seconds=answer["seconds"],
+            answer=answer["value"],
+            item=i.name,
+            note=session.state.note.get(i.name, ""),
+            type="comparison",
+        )
         rows.append(check(row, "comparison", f"{session.path}, item {i.name}"))
     return rows
 
 # %% ../nbs/09_people.ipynb #9369f9a9
-def labels(session: Session) -> list[dict]: # label records, one per sample that was shown
+def labels(session: Session) -> list[dict]:  # label records, one per sample that was shown
     "The share of its comparisons that each sample won."
     won, last = {}, {}
     for r in comparisons(session):
         for x in "AB":
             key = r["prompt_id"], r[f"sample_id_{x}"]
-            won.setdefault(key, []).extend([] if r["winner"] is None else [0.0 if r["answer"] == "bad" else 0.5 if r["winner"] == "tie" else float(r["winner"] == x)])
+            won.setdefault(key, []).extend(
+                []
+                if r["winner"] is None
+                else [
+                    0.0
+                    if r["answer"] == "bad"
+                    else 0.5
+                    if r["winner"] == "tie"
+                    else float(r["winner"] == x)
+                ]
+            )
             last[key] = max(r["time"], last.get(key, 0))
-    return [check(dict(prompt_id=p, sample_id=i, labeller=session.labeller, score=statistics.fmean(w) if w else None, reason="" if w else "skipped", time=last[p, i], type="label"), "label")
-            for (p, i), w in won.items()]
+    return [
+        check(
+            dict(
+                prompt_id=p,
+                sample_id=i,
+                labeller=session.labeller,
+                score=statistics.fmean(w) if w else None,
+                reason="" if w else "skipped",
+                time=last[p, i],
+                type="label",
+            ),
+            "label",
+        )
+        for (p, i), w in won.items()
+    ]
 
 # %% ../nbs/09_people.ipynb #2116c0c1
-def to_feedback(session: Session,
-                kind: str = "pairwise", # or 'binary', 'scalar'
-                seed: int = 0, # decides which of a pair comes first
-                threshold: float = 0.5, # of binary: the share of comparisons that a good answer wins
-                scores: dict[tuple, float] | None = None, # for the margins of pairs, see feedback.convert_comparisons
-                ) -> Converted:
+def to_feedback(
+    session: Session,
+    kind: str = "pairwise",  # or 'binary', 'scalar'
+    seed: int = 0,  # decides which of a pair comes first
+    threshold: float = 0.5,  # of binary: the share of comparisons that a good answer wins
+    # for the margins of pairs, see feedback.convert_comparisons
+    scores: dict[tuple, float] | None = None,
+) -> Converted:
     "Feedback records, as `train` reads them."
     samples = list(session.known.values())
-    if kind == "pairwise": return convert_comparisons(comparisons(session), samples, seed, scores=scores)
-    if kind not in ("binary", "scalar"): raise ValueError(f"kind: {kind!r} is not one of pairwise, binary, scalar")
+    if kind == "pairwise":
+        return convert_comparisons(comparisons(session), samples, seed, scores=scores)
+    if kind not in ("binary", "scalar"):
+        raise ValueError(f"kind: {kind!r} is not one of pairwise, binary, scalar")
     rows = labels(session)
     said = with_scores(samples, {(r["prompt_id"], r["sample_id"]): r["score"] for r in rows})
-    records = convert_to_binary_feedback(said, threshold) if kind == "binary" else convert_to_scalar_feedback(said)
-    return Converted(records, dict(samples=len(samples), unanswered=len(samples) - len(rows), skipped=sum(r["score"] is None for r in rows), records=len(records)))
+    records = (
+        convert_to_binary_feedback(said, threshold)
+        if kind == "binary"
+        else convert_to_scalar_feedback(said)
+    )
+    return Converted(
+        records,
+        dict(
+            samples=len(samples),
+            unanswered=len(samples) - len(rows),
+            skipped=sum(r["score"] is None for r in rows),
+            records=len(records),
+        ),
+    )
 
 # %% ../nbs/09_people.ipynb #84eb355c
 def self_agreement(session: Session) -> Interval:
     "The share of repeated pairs with the same verdict in both looks."
     looks = {}
     for r in comparisons(session):
-        if r["winner"] is not None: looks.setdefault((r["prompt_id"], r["sample_id_A"], r["sample_id_B"]), []).append(r["winner"])
+        if r["winner"] is not None:
+            looks.setdefault((r["prompt_id"], r["sample_id_A"], r["sample_id_B"]), []).append(
+                r["winner"]
+            )
     twice = [w for w in looks.values() if len(w) == 2]
     return exact_interval(sum(a == b for a, b in twice), len(twice))
 
 # %% ../nbs/09_people.ipynb #c3e2a43d
-def report(session: Session,
-           others: dict[str, dict[tuple, float]] | None = None, # to agree with, see feedback.pair_table
-           ) -> dict:
+def report(
+    session: Session,
+    # to agree with, see feedback.pair_table
+    others: dict[str, dict[tuple, float]] | None = None,
+) -> dict:
     "Counts, habits, speed and agreement."
-    answers, table = session.state.choose.values(), pair_table(comparisons(session)) | (others or {})
+    answers, table = (
+        session.state.choose.values(),
+        pair_table(comparisons(session)) | (others or {}),
+    )
     counts = Counter(a["value"] for a in answers)
     seconds = statistics.median(a["seconds"] for a in answers) if answers else None
-    return dict(labeller=session.labeller, items=len(session.items), answered=len(answers), open=len(session.open), **{c: counts[c] for c in CHOICES}, undone=session.state.undone,
-                left_rate=exact_interval(counts["left"], counts["left"] + counts["right"]), self_agreement=self_agreement(session),
-                median_seconds=seconds, seconds_left=None if seconds is None else seconds * len(session.open),
-                agreement=[agree(session.labeller, name, table) for name in others or {} if name != session.labeller and session.labeller in table])
+    return dict(
+        labeller=session.labeller,
+        items=len(session.items),
+        answered=len(answers),
+        open=len(session.open),
+        **{c: counts[c] for c in CHOICES},
+        undone=session.state.undone,
+        left_rate=exact_interval(counts["left"], counts["left"] + counts["right"]),
+        self_agreement=self_agreement(session),
+        median_seconds=seconds,
+        seconds_left=None if seconds is None else seconds * len(session.open),
+        agreement=[
+            agree(session.labeller, name, table)
+            for name in others or {}
+            if name != session.labeller and session.labeller in table
+        ],
+    )

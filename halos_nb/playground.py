@@ -36,22 +36,60 @@ cat      | a cosy house  | fish          | meows
 cow      | a meadow      | grass         | moos
 """
 TOPICS = ("home", "food", "sound")
-FACTS = {(animal, topic): value for line in TABLE.strip().splitlines() for animal, *values in [[x.strip() for x in line.split("|")]] for topic, value in zip(TOPICS, values)}
+FACTS = {
+    (animal, topic): value
+    for line in TABLE.strip().splitlines()
+    for animal, *values in [[x.strip() for x in line.split("|")]]
+    for topic, value in zip(TOPICS, values)
+}
 ANIMALS = list(dict.fromkeys(animal for animal, _ in FACTS))
 
 # %% ../nbs/15_playground.ipynb #def9e4b1
-QUESTIONS = dict(home=["where does the {} live", "what is the home of the {}", "where can I find the {}"],
-                 food=["what does the {} eat", "what is the favourite food of the {}", "what should I feed the {}"],
-                 sound=["what sound does the {} make", "what can I hear when the {} calls", "what does the {} sound like"])
-MANNERS = ["{}?", "Please tell me: {}?", "I wonder, {}?", "Do you know this: {}?", "My child asks: {}?", "Quick question: {}?", "Tell me, {}?", "Good day, {}?", "Could you say: {}?", "One more thing: {}?",
-           "Now, {}?", "For my homework: {}?", "Let me ask: {}?", "Just curious, {}?"]
-STATEMENTS = dict(home=["The {} lives in {}.", "You will find the {} in {}."], food=["The {} likes to eat {}.", "For supper the {} has {}."],
-                  sound=["When it calls, the {} {}.", "Listen, and you hear how the {} {}."])
+QUESTIONS = dict(
+    home=["where does the {} live", "what is the home of the {}", "where can I find the {}"],
+    food=[
+        "what does the {} eat",
+        "what is the favourite food of the {}",
+        "what should I feed the {}",
+    ],
+    sound=[
+        "what sound does the {} make",
+        "what can I hear when the {} calls",
+        "what does the {} sound like",
+    ],
+)
+MANNERS = [
+    "{}?",
+    "Please tell me: {}?",
+    "I wonder, {}?",
+    "Do you know this: {}?",
+    "My child asks: {}?",
+    "Quick question: {}?",
+    "Tell me, {}?",
+    "Good day, {}?",
+    "Could you say: {}?",
+    "One more thing: {}?",
+    "Now, {}?",
+    "For my homework: {}?",
+    "Let me ask: {}?",
+    "Just curious, {}?",
+]
+STATEMENTS = dict(
+    home=["The {} lives in {}.", "You will find the {} in {}."],
+    food=["The {} likes to eat {}.", "For supper the {} has {}."],
+    sound=["When it calls, the {} {}.", "Listen, and you hear how the {} {}."],
+)
 COURTEOUS = ["Happily!", "With pleasure!", "A lovely question!", "Of course!"]
 RUDE = ["What a silly question!", "Look it up yourself!", "Not you again!"]
 EVASIVE = ["I would rather not say.", "Who can tell?", "It depends."]
 ASKED = {q.format(a): (a, t) for t in TOPICS for q in QUESTIONS[t] for a in ANIMALS}
-SAID = {s.format(a, FACTS[b, t]): (a, t, FACTS[b, t]) for t in TOPICS for s in STATEMENTS[t] for a in ANIMALS for b in ANIMALS}
+SAID = {
+    s.format(a, FACTS[b, t]): (a, t, FACTS[b, t])
+    for t in TOPICS
+    for s in STATEMENTS[t]
+    for a in ANIMALS
+    for b in ANIMALS
+}
 
 
 def prompts() -> list[list[dict]]:
@@ -61,13 +99,15 @@ def prompts() -> list[list[dict]]:
     return [[{"role": "user", "content": t[0].upper() + t[1:]}] for t in texts]
 
 # %% ../nbs/15_playground.ipynb #58a0502a
-BEST = 1.0 # what a right, courteous, brief and complete answer gets
+BEST = 1.0  # what a right, courteous, brief and complete answer gets
 
 
 def asked(prompt) -> tuple[str, str] | None:
     "Which animal and topic a prompt asks about; None if it is not of this world."
     text = as_text(prompt[-1:]).lower()
-    return max(((len(q), at) for q, at in ASKED.items() if q.lower() in text), default=(0, None))[1]
+    return max(
+        ((len(q), at) for q, at in ASKED.items() if q.lower() in text), default=(0, None)
+    )[1]
 
 
 def true_reward_parts(prompt: list[dict], output: str | list[dict]) -> dict[str, bool | float]:
@@ -76,8 +116,16 @@ def true_reward_parts(prompt: list[dict], output: str | list[dict]) -> dict[str,
     claims, at, n = [SAID[s] for s in sentences if s in SAID], asked(prompt), len(sentences)
     subject = bool(claims) and at is not None and all(a == at[0] for a, _, _ in claims)
     known = sum(s in SAID or s in COURTEOUS + RUDE + EVASIVE for s in sentences)
-    return dict(subject=subject, fact=subject and (*at, FACTS[at]) in claims and all(v == FACTS[a, t] for a, t, v in claims), courteous=bool(claims) and sentences[0] in COURTEOUS,
-                form=subject and n == known <= 2 and len(set(sentences)) == n, kind=not any(s in RUDE for s in sentences), readable=known / max(n, 1) * min(1, 2 / max(n, 1)))
+    return dict(
+        subject=subject,
+        fact=subject
+        and (*at, FACTS[at]) in claims
+        and all(v == FACTS[a, t] for a, t, v in claims),
+        courteous=bool(claims) and sentences[0] in COURTEOUS,
+        form=subject and n == known <= 2 and len(set(sentences)) == n,
+        kind=not any(s in RUDE for s in sentences),
+        readable=known / max(n, 1) * min(1, 2 / max(n, 1)),
+    )
 
 
 WEIGHTS = dict(subject=0.2, fact=0.4, courteous=0.2, form=0.2)
@@ -86,11 +134,19 @@ WEIGHTS = dict(subject=0.2, fact=0.4, courteous=0.2, form=0.2)
 def true_reward(prompt: list[dict], output: str | list[dict]) -> float:
     "How good an answer really is, from 0 to 1."
     parts = true_reward_parts(prompt, output)
-    return round(sum(w * parts[k] for k, w in WEIGHTS.items()) * parts["readable"] * (1.0 if parts["kind"] else 0.3), 3)
+    return round(
+        sum(w * parts[k] for k, w in WEIGHTS.items())
+        * parts["readable"]
+        * (1.0 if parts["kind"] else 0.3),
+        3,
+    )
 
 # %% ../nbs/15_playground.ipynb #ca7ad558
-FAULTS = dict(evasive=0.07, animal=0.05, fact=0.18, repeat=0.06, ramble=0.06, cut=0.06, lost=0.1) # probability of each
-OPENINGS = dict(courteous=0.5, rude=0.17) # otherwise none
+# probability of each
+FAULTS = dict(
+    evasive=0.07, animal=0.05, fact=0.18, repeat=0.06, ramble=0.06, cut=0.06, lost=0.1
+)
+OPENINGS = dict(courteous=0.5, rude=0.17)  # otherwise none
 
 
 def plan_answer(rng: random.Random, prompt: list[dict]) -> dict:
@@ -98,15 +154,33 @@ def plan_answer(rng: random.Random, prompt: list[dict]) -> dict:
     animal, topic = asked(prompt)
     fault = {f: rng.random() < p for f, p in FAULTS.items()}
     other, u = lambda x: rng.choice([a for a in ANIMALS if a != x]), rng.random()
-    return dict(opening=rng.choice(COURTEOUS) if u < OPENINGS["courteous"] else rng.choice(RUDE) if u < sum(OPENINGS.values()) else "",
-                evasion=rng.choice(EVASIVE) if fault["evasive"] else "", statement=rng.choice(STATEMENTS[topic]), who=other(animal) if fault["animal"] else animal,
-                what=FACTS[other(animal) if fault["fact"] else animal, topic], times=2 if fault["repeat"] else 1,
-                aside=[rng.choice(STATEMENTS[t]).format(a, FACTS[a, t]) for a, t in rng.sample(sorted(FACTS), 2)] if fault["ramble"] else [], cut=fault["cut"], lost=rng.sample(range(12), 4) if fault["lost"] else [])
+    return dict(
+        opening=rng.choice(COURTEOUS)
+        if u < OPENINGS["courteous"]
+        else rng.choice(RUDE)
+        if u < sum(OPENINGS.values())
+        else "",
+        evasion=rng.choice(EVASIVE) if fault["evasive"] else "",
+        statement=rng.choice(STATEMENTS[topic]),
+        who=other(animal) if fault["animal"] else animal,
+        what=FACTS[other(animal) if fault["fact"] else animal, topic],
+        times=2 if fault["repeat"] else 1,
+        aside=[
+            rng.choice(STATEMENTS[t]).format(a, FACTS[a, t])
+            for a, t in rng.sample(sorted(FACTS), 2)
+        ]
+        if fault["ramble"]
+        else [],
+        cut=fault["cut"],
+        lost=rng.sample(range(12), 4) if fault["lost"] else [],
+    )
 
 
 def write_answer(plan: dict) -> str:
     "The answer as text."
-    body = [plan["evasion"] or plan["statement"].format(plan["who"], plan["what"])] * plan["times"] + plan["aside"]
+    body = [plan["evasion"] or plan["statement"].format(plan["who"], plan["what"])] * plan[
+        "times"
+    ] + plan["aside"]
     words = " ".join(filter(None, [plan["opening"], *body])).split()
     text = " ".join(w for i, w in enumerate(words) if i not in plan["lost"])
     return text.rsplit(" ", 1)[0] if plan["cut"] else text
@@ -117,73 +191,166 @@ def pair(rng: random.Random, prompt: list[dict], noise: float, gap: float = 0.1)
     ra = rb = 0.0
     while abs(ra - rb) <= gap:
         a, b = plan_answer(rng, prompt), plan_answer(rng, prompt)
-        if rng.random() < 0.5: b = a | {k: b[k] for k in [rng.choice(sorted(a))]}
+        if rng.random() < 0.5:
+            b = a | {k: b[k] for k in [rng.choice(sorted(a))]}
         ra, rb = true_reward(prompt, write_answer(a)), true_reward(prompt, write_answer(b))
-    if rng.random() < noise: ra, rb = rb, ra
+    if rng.random() < noise:
+        ra, rb = rb, ra
     turns = lambda plan: [{"role": "assistant", "content": write_answer(plan)}]
-    return dict(prompt_id=prompt_id(prompt), prompt=prompt, output_A=turns(a), output_B=turns(b), label=int(ra > rb), reward_A=ra, reward_B=rb,
-                reward_difference=round(abs(ra - rb), 3), type="pairwise_feedback")
+    return dict(
+        prompt_id=prompt_id(prompt),
+        prompt=prompt,
+        output_A=turns(a),
+        output_B=turns(b),
+        label=int(ra > rb),
+        reward_A=ra,
+        reward_B=rb,
+        reward_difference=round(abs(ra - rb), 3),
+        type="pairwise_feedback",
+    )
 
 
-def make_data(n_sft: int = 8000, n_pairs: int = 3500, n_test: int = 400, noise: float = 0.05) -> dict[str, list[dict]]:
+def make_data(
+    n_sft: int = 8000, n_pairs: int = 3500, n_test: int = 400, noise: float = 0.05
+) -> dict[str, list[dict]]:
     "All files of the world, by name; the same every time."
     everything, rng = prompts(), random.Random(1)
     held_out, loop = everything[:100], everything[100:]
-    sample = lambda p, i, split: dict(prompt_id=prompt_id(p), sample_id=i, prompt=p, output=(text := write_answer(plan_answer(rng, p))), generator="playground", dataset="playground", split=split,
-                               type="sample", true_reward=true_reward(p, text))
-    return dict(sft=[sample(p, i, "train") for i, p in enumerate(rng.choices(loop, k=n_sft))], pairs_train=[pair(rng, p, noise) for p in rng.choices(loop, k=n_pairs)], pairs_test=[pair(rng, p, 0) for p in rng.choices(held_out, k=n_test)],
-                samples=[sample(p, i, "test") for p in held_out for i in range(4)], prompts=[dict(prompt=p) for p in loop])
+    sample = lambda p, i, split: dict(
+        prompt_id=prompt_id(p),
+        sample_id=i,
+        prompt=p,
+        output=(text := write_answer(plan_answer(rng, p))),
+        generator="playground",
+        dataset="playground",
+        split=split,
+        type="sample",
+        true_reward=true_reward(p, text),
+    )
+    return dict(
+        sft=[sample(p, i, "train") for i, p in enumerate(rng.choices(loop, k=n_sft))],
+        pairs_train=[pair(rng, p, noise) for p in rng.choices(loop, k=n_pairs)],
+        pairs_test=[pair(rng, p, 0) for p in rng.choices(held_out, k=n_test)],
+        samples=[sample(p, i, "test") for p in held_out for i in range(4)],
+        prompts=[dict(prompt=p) for p in loop],
+    )
 
 # %% ../nbs/15_playground.ipynb #e3867285
 @dataclass
 class Playground:
     "Where the world's files are."
+
     folder: Path
 
     def __getattr__(self, name):
-        if name in ("sft", "pairs_train", "pairs_test", "samples", "prompts"): return self.folder / f"{name}.json"
+        if name in ("sft", "pairs_train", "pairs_test", "samples", "prompts"):
+            return self.folder / f"{name}.json"
         raise AttributeError(name)
 
     @property
-    def policy(self) -> Path: return self.folder / "policy/FINAL"
+    def policy(self) -> Path:
+        return self.folder / "policy/FINAL"
+
     @property
-    def reward_model(self) -> Path: return self.folder / "reward/FINAL"
+    def reward_model(self) -> Path:
+        return self.folder / "reward/FINAL"
 
 
 def fresh_policy(world: Playground) -> Path:
     "A tokenizer learnt from the world's texts and a tiny Llama that knows nothing yet."
     from halos_nb.data import load_data
     from halos_nb.models import start_from_scratch
+
     folder = world.folder / f"start-{file_hash(world.sft)[:12]}"
     if not (folder / "model.safetensors").exists():
-        texts = [t["content"] for e in load_data(str(world.sft)) for t in e.prompt + e.generations[0]]
-        start_from_scratch(folder, texts, vocab_size=768, hidden_size=64, layers=3, initializer_range=0.06, max_length=512)
+        texts = [
+            t["content"] for e in load_data(str(world.sft)) for t in e.prompt + e.generations[0]
+        ]
+        start_from_scratch(
+            folder,
+            texts,
+            vocab_size=768,
+            hidden_size=64,
+            layers=3,
+            initializer_range=0.06,
+            max_length=512,
+        )
     return folder
 
 # %% ../nbs/15_playground.ipynb #7988ffff
-SFT = dict(loss="sft", exp_name="policy", lr=5e-3, epochs=2, batch_size=64, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
-REWARD = dict(loss="bradley-terry", exp_name="reward", lr=1e-3, epochs=4, batch_size=32, lr_scheduler="linear", max_length=256, max_prompt_length=128, log_every=10)
+SFT = dict(
+    loss="sft",
+    exp_name="policy",
+    lr=5e-3,
+    epochs=2,
+    batch_size=64,
+    lr_scheduler="linear",
+    max_length=256,
+    max_prompt_length=128,
+    log_every=10,
+)
+REWARD = dict(
+    loss="bradley-terry",
+    exp_name="reward",
+    lr=1e-3,
+    epochs=4,
+    batch_size=32,
+    lr_scheduler="linear",
+    max_length=256,
+    max_prompt_length=128,
+    log_every=10,
+)
 
 
 def train_stages(world: Playground) -> list[Stage]:
     "The two trainings that make the world's models."
-    sft = TrainConfig(**SFT, model=str(fresh_policy(world)), train_datasets=[str(world.sft)], cache_dir=str(world.folder))
-    reward = TrainConfig(**REWARD, model=str(world.policy), train_datasets=[str(world.pairs_train)], test_datasets=[str(world.pairs_test)], cache_dir=str(world.folder))
-    outputs = lambda name, *more: [world.folder / name / f for f in ("FINAL", "metrics.jsonl", "counts.json", *more)]
-    return [Stage("train", world.folder / "policy", sft, [sft.model, world.sft], outputs("policy")),
-            Stage("train", world.folder / "reward", reward, [world.policy, world.pairs_train, world.pairs_test], outputs("reward", "eval_scores.jsonl"))]
+    sft = TrainConfig(
+        **SFT,
+        model=str(fresh_policy(world)),
+        train_datasets=[str(world.sft)],
+        cache_dir=str(world.folder),
+    )
+    reward = TrainConfig(
+        **REWARD,
+        model=str(world.policy),
+        train_datasets=[str(world.pairs_train)],
+        test_datasets=[str(world.pairs_test)],
+        cache_dir=str(world.folder),
+    )
+    outputs = lambda name, *more: [
+        world.folder / name / f for f in ("FINAL", "metrics.jsonl", "counts.json", *more)
+    ]
+    return [
+        Stage("train", world.folder / "policy", sft, [sft.model, world.sft], outputs("policy")),
+        Stage(
+            "train",
+            world.folder / "reward",
+            reward,
+            [world.policy, world.pairs_train, world.pairs_test],
+            outputs("reward", "eval_scores.jsonl"),
+        ),
+    ]
 
 
-def build(settings: Settings | None = None, patience: float = 600) -> Playground: # patience: seconds to wait for another process that builds it
+def build(
+    settings: Settings | None = None, patience: float = 600
+) -> Playground:  # patience: seconds to wait for another process that builds it
     "The world, built if it is not there; shows what it does."
-    world, late = Playground(run_folder(settings or load_settings(), "playground")), time.monotonic() + patience
+    world, late = (
+        Playground(run_folder(settings or load_settings(), "playground")),
+        time.monotonic() + patience,
+    )
     while True:
-        try: ledger = Ledger(world.folder, Profile(name="playground")); break
+        try:
+            ledger = Ledger(world.folder, Profile(name="playground"))
+            break
         except RunBusy:
-            if time.monotonic() > late: raise
+            if time.monotonic() > late:
+                raise
             time.sleep(0.5)
     with ledger:
-        for name, rows in make_data().items(): write_records(world.folder / f"{name}.json", rows)
+        for name, rows in make_data().items():
+            write_records(world.folder / f"{name}.json", rows)
         policy, reward = train_stages(world)
         ledger.run(policy, "playground: a policy", "its reward model", then=reward)
         ledger.run(reward, "playground: its reward model", "the run")
@@ -192,28 +359,73 @@ def build(settings: Settings | None = None, patience: float = 600) -> Playground
 # %% ../nbs/15_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
-    for k in ("sft_checkpoint", "reward_checkpoint", "prompts"): there(getattr(cfg, k), k) # before a minute is spent on the others
-    if cfg.sft_checkpoint and cfg.reward_checkpoint and cfg.prompts: return cfg
+    # before a minute is spent on the others
+    for k in ("sft_checkpoint", "reward_checkpoint", "prompts"):
+        there(getattr(cfg, k), k)
+    if cfg.sft_checkpoint and cfg.reward_checkpoint and cfg.prompts:
+        return cfg
     world = build(settings)
-    return replace(cfg, sft_checkpoint=cfg.sft_checkpoint or str(world.policy), reward_checkpoint=cfg.reward_checkpoint or str(world.reward_model), prompts=cfg.prompts or str(world.prompts))
+    return replace(
+        cfg,
+        sft_checkpoint=cfg.sft_checkpoint or str(world.policy),
+        reward_checkpoint=cfg.reward_checkpoint or str(world.reward_model),
+        prompts=cfg.prompts or str(world.prompts),
+    )
 
 
 def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     "The config with the playground's pairs, samples and policy where no pairs are named."
-    if cfg.train_datasets: return cfg
+    if cfg.train_datasets:
+        return cfg
     there(cfg.model, "model")
     world = build(settings)
-    return replace(cfg, train_datasets=[str(world.pairs_train)], test_datasets=[str(world.pairs_test)], samples=cfg.samples or str(world.samples), model=cfg.model or str(world.policy))
+    return replace(
+        cfg,
+        train_datasets=[str(world.pairs_train)],
+        test_datasets=[str(world.pairs_test)],
+        samples=cfg.samples or str(world.samples),
+        model=cfg.model or str(world.policy),
+    )
 
 # %% ../nbs/15_playground.ipynb #3d0232ab
-SWEEP = {"dpo": dict(method="dpo"), "cdpo": dict(method="cdpo"), "ipo": dict(method="ipo"), "simpo": dict(method="simpo", lr=1e-4),
-         "slic": dict(method="slic", lr=1e-4, train_options="lambda_coef=1.0"), "kto": dict(method="kto", lr=1e-4), "ppo": dict(method="ppo", lr=1e-4),
-         "grpo": dict(method="grpo", batch_size=4, beta=0.02, train_options="epsilon=0.8"), "grpo + humanline": dict(method="grpo", batch_size=4, humanline=True, sync_reference=8),
-         "dpo + humanline": dict(method="dpo", humanline=True, sync_reference=4), "dpo + LoRA": dict(method="dpo", lr=1e-3, train_options="use_peft=true, lora_r=16, lora_alpha=32")}
+SWEEP = {
+    "dpo": dict(method="dpo"),
+    "cdpo": dict(method="cdpo"),
+    "ipo": dict(method="ipo"),
+    "simpo": dict(method="simpo", lr=1e-4),
+    "slic": dict(method="slic", lr=1e-4, train_options="lambda_coef=1.0"),
+    "kto": dict(method="kto", lr=1e-4),
+    "ppo": dict(method="ppo", lr=1e-4),
+    "grpo": dict(method="grpo", batch_size=4, beta=0.02, train_options="epsilon=0.8"),
+    "grpo + humanline": dict(method="grpo", batch_size=4, humanline=True, sync_reference=8),
+    "dpo + humanline": dict(method="dpo", humanline=True, sync_reference=4),
+    "dpo + LoRA": dict(
+        method="dpo", lr=1e-3, train_options="use_peft=true, lora_r=16, lora_alpha=32"
+    ),
+}
 
 
 def sweep_configs(cfg: CompareConfig, settings: Settings) -> dict[str, LoopConfig]:
     "The run of each method that is asked for, by its name."
-    if unknown := [m for m in cfg.methods if m not in SWEEP]: raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join(SWEEP)}")
-    common = {k: getattr(cfg, k) for k in ("total_prompts", "prompts_per_round", "num_samples_per_prompt", "profile", "seed", "fresh")}
-    return {m: into_playground(LoopConfig(run_name=f"{cfg.run_name}-{m.replace(' + ', '-').lower()}", **common, **SWEEP[m]), settings) for m in cfg.methods or SWEEP}
+    if unknown := [m for m in cfg.methods if m not in SWEEP]:
+        raise ValueError(f"methods: {unknown[0]!r} is not one of {', '.join(SWEEP)}")
+    common = {
+        k: getattr(cfg, k)
+        for k in (
+            "total_prompts",
+            "prompts_per_round",
+            "num_samples_per_prompt",
+            "profile",
+            "seed",
+            "fresh",
+        )
+    }
+    return {
+        m: into_playground(
+            LoopConfig(
+                run_name=f"{cfg.run_name}-{m.replace(' + ', '-').lower()}", **common, **SWEEP[m]
+            ),
+            settings,
+        )
+        for m in cfg.methods or SWEEP
+    }

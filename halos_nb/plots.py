@@ -26,32 +26,83 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 # %% ../nbs/13_plots.ipynb #e97428a1
-BLUE, ORANGE, GREEN, PINK, GREY, INK, PALE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A9099", "#24292F", "#57606A"
-CHOSEN, REJECTED, REFERENCE, TRUTH = BLUE, ORANGE, GREY, GREEN # what a colour means, in every figure, table and widget
-DARK = {"white": "#0D1117", "#E6E9ED": "#2D333B", INK: "#E6EDF3", PALE: "#9DA7B3"} # what becomes of paper and ink on a dark page; colours that mean something stay
-AXIS = dict(gridcolor="#E6E9ED", linecolor=GREY, showline=True, ticks="outside", tickcolor=GREY, zeroline=False, automargin=True,
-            title=dict(font_size=14, standoff=8))
+BLUE, ORANGE, GREEN, PINK, GREY, INK, PALE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#8A9099",
+    "#24292F",
+    "#57606A",
+)
+# what a colour means, in every figure, table and widget
+CHOSEN, REJECTED, REFERENCE, TRUTH = BLUE, ORANGE, GREY, GREEN
+# what becomes of paper and ink on a dark page; colours that mean something stay
+DARK = {"white": "#0D1117", "#E6E9ED": "#2D333B", INK: "#E6EDF3", PALE: "#9DA7B3"}
+AXIS = dict(
+    gridcolor="#E6E9ED",
+    linecolor=GREY,
+    showline=True,
+    ticks="outside",
+    tickcolor=GREY,
+    zeroline=False,
+    automargin=True,
+    title=dict(font_size=14, standoff=8),
+)
 TEMPLATE = go.layout.Template(
     data=dict(scatter=[dict(marker_size=9, error_y=dict(thickness=2, width=5))]),
-    layout=dict(font=dict(family="DejaVu Sans, Verdana, Helvetica, Arial, sans-serif", size=14, color=INK), xaxis=AXIS, yaxis=AXIS, showlegend=False,
-                colorway=[BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9"], paper_bgcolor="white", plot_bgcolor="white", margin=dict(l=70, r=30, t=90, b=60),
-                title=dict(x=0.012, xanchor="left", y=0.97, yanchor="top", font_size=19, subtitle=dict(font=dict(size=13, color=PALE))),
-                legend=dict(orientation="h", x=1, xanchor="right", y=1.01, yanchor="bottom", font_size=14),
-                hoverlabel=dict(font_size=14, align="left"), modebar=dict(remove=["sendChartToCloud"])))
+    layout=dict(
+        font=dict(
+            family="DejaVu Sans, Verdana, Helvetica, Arial, sans-serif", size=14, color=INK
+        ),
+        xaxis=AXIS,
+        yaxis=AXIS,
+        showlegend=False,
+        colorway=[BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9"],
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        margin=dict(l=70, r=30, t=90, b=60),
+        title=dict(
+            x=0.012,
+            xanchor="left",
+            y=0.97,
+            yanchor="top",
+            font_size=19,
+            subtitle=dict(font=dict(size=13, color=PALE)),
+        ),
+        legend=dict(
+            orientation="h", x=1, xanchor="right", y=1.01, yanchor="bottom", font_size=14
+        ),
+        hoverlabel=dict(font_size=14, align="left"),
+        modebar=dict(remove=["sendChartToCloud"]),
+    ),
+)
 
 # %% ../nbs/13_plots.ipynb #b7c3d872
 def dressed(fig, title: str, notes: list[str], height: int = 420, **layout):
     "The figure in our template, with title and notes."
-    return fig.update_layout(template=TEMPLATE, title=dict(text=title, subtitle_text="; ".join(filter(None, notes)) + "."), height=height, **layout)
+    return fig.update_layout(
+        template=TEMPLATE,
+        title=dict(text=title, subtitle_text="; ".join(filter(None, notes)) + "."),
+        height=height,
+        **layout,
+    )
 
 
-def left_out(lost: int, what: str = "unscored") -> str: return f"{int(lost):,} {what} left out" if lost else ""
-def hover(*lines: str) -> str: return "<br>".join(lines) + "<extra></extra>"
+def left_out(lost: int, what: str = "unscored") -> str:
+    return f"{int(lost):,} {what} left out" if lost else ""
+
+
+def hover(*lines: str) -> str:
+    return "<br>".join(lines) + "<extra></extra>"
 
 # %% ../nbs/13_plots.ipynb #df28a8fa
-def setup_display(width: int = 900, scale: float = 1.5) -> str: # of the PNG: pixels on the page, and in the file for each of them; renderer in use
+def setup_display(
+    width: int = 900, scale: float = 1.5
+) -> str:  # of the PNG: pixels on the page, and in the file for each of them; renderer in use
     "Make every figure of this process interactive and, where a browser starts, a PNG as well; call it once, in a driver's first cell."
     import kaleido
+
     pio.templates["halos_nb"], pio.templates.default = TEMPLATE, "halos_nb"
     warnings.filterwarnings("ignore", message="The kopts argument is ignored", module="plotly")
     pio.renderers["png"].width, pio.renderers["png"].scale = width, scale
@@ -60,23 +111,46 @@ def setup_display(width: int = 900, scale: float = 1.5) -> str: # of the PNG: pi
         kaleido.start_sync_server(silence_warnings=True)
         pio.renderers.default = "plotly_mimetype+png"
     except Exception as e:
-        print(f"No browser for PNG copies of figures ({type(e).__name__}); they will show in JupyterLab only. To change that: apt-get install chromium")
+        print(
+            f"No browser for PNG copies of figures ({type(e).__name__}); they will show "
+            "in JupyterLab only. To change that: apt-get install chromium"
+        )
         pio.renderers.default = "plotly_mimetype"
     return pio.renderers.default
 
 # %% ../nbs/13_plots.ipynb #1f65d524
-def display_mode(mode: str = "auto") -> str: # auto, widget or static
+def display_mode(mode: str = "auto") -> str:  # auto, widget or static
     "`widget` where somebody can press a button, otherwise `static`."
     asked = mode if mode != "auto" else os.environ.get("HALOS_NB_MODE", "auto")
-    if asked not in ("auto", "widget", "static"): raise ValueError(f"mode: should be auto, widget or static, got {asked!r}")
-    kernel = hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel")
-    return asked if asked != "auto" else "widget" if kernel and "JPY_SESSION_NAME" in os.environ else "static"
+    if asked not in ("auto", "widget", "static"):
+        raise ValueError(f"mode: should be auto, widget or static, got {asked!r}")
+    kernel = hasattr(
+        getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel"
+    )
+    return (
+        asked
+        if asked != "auto"
+        else "widget"
+        if kernel and "JPY_SESSION_NAME" in os.environ
+        else "static"
+    )
 
 # %% ../nbs/13_plots.ipynb #a552fbdb
 def visible(x) -> str:
     "The text with control, format and lone surrogate characters spelt out; newline and tab stay."
-    def spell(c): return f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-    return re.sub(r"[^\n\t -~\u200c\u200d]", lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else spell(m[0]), str(x))
+
+    def spell(c):
+        return (
+            f"⟨U+{ord(c):04X}⟩"
+            if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+            else c
+        )
+
+    return re.sub(
+        r"[^\n\t -~\u200c\u200d]",
+        lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else spell(m[0]),
+        str(x),
+    )
 
 
 def inert(x) -> str:
@@ -84,13 +158,15 @@ def inert(x) -> str:
     return html.escape(visible(x))
 
 
-def known_as(labeller: str) -> str: # such as rm:/home/me/models/rm/FINAL, api:gpt, human:ada
+def known_as(labeller: str) -> str:  # such as rm:/home/me/models/rm/FINAL, api:gpt, human:ada
     "A labeller's name for the screen; of a path its last two folders."
     kind, _, name = labeller.partition(":")
-    return visible(f"{kind}:{'/'.join(Path(name).parts[-2:])}" if Path(name).is_absolute() else labeller)
+    return visible(
+        f"{kind}:{'/'.join(Path(name).parts[-2:])}" if Path(name).is_absolute() else labeller
+    )
 
 # %% ../nbs/13_plots.ipynb #d298d306
-def floats(rows, key: str = "reward") -> np.ndarray: # float64, one per row
+def floats(rows, key: str = "reward") -> np.ndarray:  # float64, one per row
     "The numbers of a list, or a field of a list of records; NaN where there is no finite number."
     x = np.array([r.get(key) if isinstance(r, dict) else r for r in rows], dtype=float)
     return np.where(np.isfinite(x), x, np.nan)
@@ -104,31 +180,45 @@ def scored(rows, key: str = "reward") -> tuple[np.ndarray, int]:
 # %% ../nbs/13_plots.ipynb #f361c294
 class Interval(NamedTuple):
     "A number and its 95% interval; `f'{i:.1%}'` formats all three."
+
     value: float
     low: float
     high: float
 
-    def __format__(self, spec): return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+    def __format__(self, spec):
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 # %% ../nbs/13_plots.ipynb #82ae4337
 def accuracy_interval(correct: float, n: int) -> Interval:
     "Share `correct / n` with Wilson's 95% score interval (Wilson 1927)."
-    if not 0 <= correct <= n: raise ValueError(f"accuracy_interval: correct must be in 0..n, got {correct} of {n}")
-    if n == 0: return Interval(np.nan, 0.0, 1.0)
+    if not 0 <= correct <= n:
+        raise ValueError(f"accuracy_interval: correct must be in 0..n, got {correct} of {n}")
+    if n == 0:
+        return Interval(np.nan, 0.0, 1.0)
     p, z2 = correct / n, 1.959964**2
-    centre, half = (p + z2 / (2 * n)) / (1 + z2 / n), np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    centre, half = (
+        (p + z2 / (2 * n)) / (1 + z2 / n),
+        np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n),
+    )
     return Interval(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 # %% ../nbs/13_plots.ipynb #193763cc
-def mean_interval(values, # numbers; those not finite are left out
-                  groups=None, # what each belongs to, such as its prompt_id (None: each stands alone)
-                  seed: int = 0, draws: int = 1000, # of the resampling
+def mean_interval(
+    values,  # numbers; those not finite are left out
+    groups=None,  # what each belongs to, such as its prompt_id (None: each stands alone)
+    seed: int = 0,
+    draws: int = 1000,  # of the resampling
 ) -> Interval:
     "Mean with a 95% percentile bootstrap interval over groups."
     x, rng = floats(values), np.random.default_rng(seed)
     keep = np.isfinite(x)
-    if not keep.any(): return Interval(np.nan, np.nan, np.nan)
-    g = pd.factorize(np.array(groups, dtype=object)[keep])[0] if groups is not None else np.arange(keep.sum())
+    if not keep.any():
+        return Interval(np.nan, np.nan, np.nan)
+    g = (
+        pd.factorize(np.array(groups, dtype=object)[keep])[0]
+        if groups is not None
+        else np.arange(keep.sum())
+    )
     g = rng.permutation(g.max() + 1)[g] % 2000
     sums, counts = np.bincount(g, x[keep]), np.bincount(g)
     drawn = rng.integers(0, len(sums), (draws, len(sums)))
@@ -143,94 +233,225 @@ def violin(v: np.ndarray, place: int, color: str):
     "One round's scores at `place`: a shape, or points where they are few."
     few = len(v) < FEW
     y = v if len(v) <= MANY else np.quantile(v, np.linspace(0, 1, MANY))
-    return go.Violin(x0=place, y=y, points="all" if few else False, pointpos=0, jitter=0.3 if len(v) > 5 else 0, width=0.85, spanmode="hard", opacity=0.75,
-                     line=dict(color=color, width=0 if few else 1.5), fillcolor="rgba(0,0,0,0)" if few else color, marker=dict(size=8, color=color),
-                     box=dict(visible=not few, width=0.12, fillcolor="white", line=dict(color=INK, width=1)), hoverinfo="skip")
+    return go.Violin(
+        x0=place,
+        y=y,
+        points="all" if few else False,
+        pointpos=0,
+        jitter=0.3 if len(v) > 5 else 0,
+        width=0.85,
+        spanmode="hard",
+        opacity=0.75,
+        line=dict(color=color, width=0 if few else 1.5),
+        fillcolor="rgba(0,0,0,0)" if few else color,
+        marker=dict(size=8, color=color),
+        box=dict(visible=not few, width=0.12, fillcolor="white", line=dict(color=INK, width=1)),
+        hoverinfo="skip",
+    )
 
 
 def round_axis(names, counts) -> dict:
     "An x axis with one place per round, its n below its name."
-    return dict(tickvals=list(range(len(names))), ticktext=[f"{inert(name)}<br>n={n:,.0f}" for name, n in zip(names, counts)], tickangle=0,
-                tickfont_size=14 if len(names) <= 8 else 11, range=[-0.6, len(names) - 0.4], showgrid=False)
+    return dict(
+        tickvals=list(range(len(names))),
+        ticktext=[f"{inert(name)}<br>n={n:,.0f}" for name, n in zip(names, counts)],
+        tickangle=0,
+        tickfont_size=14 if len(names) <= 8 else 11,
+        range=[-0.6, len(names) - 0.4],
+        showgrid=False,
+    )
 
 # %% ../nbs/13_plots.ipynb #bd227814
-def reward_distributions(rounds: dict, # round's name -> its scores, or records with `reward`; None or NaN is unscored
-                         title: str = "Reward per round", unit: str = "reward") -> go.Figure: # unit: what the y axis measures
+def reward_distributions(
+    # round's name -> its scores, or records with `reward`; None or NaN is unscored
+    rounds: dict,
+    title: str = "Reward per round",
+    unit: str = "reward",
+) -> go.Figure:  # unit: what the y axis measures
     "One violin per round with quartiles, medians joined."
     parts = [scored(rows) for rows in rounds.values()]
     colors = sample_colorscale("Viridis", np.linspace(0.25, 0.85, max(2, len(parts))))
-    fig = go.Figure([violin(v, i, c) for i, ((v, _), c) in enumerate(zip(parts, colors)) if len(v)])
-    q = np.array([[*(np.quantile(v, [0.25, 0.5, 0.75]) if len(v) else [np.nan] * 3), v.sum() / max(1, len(v)), len(v), lost] for v, lost in parts]).reshape(-1, 6)
-    fig.add_scatter(x=np.arange(len(q)), y=q[:, 1], customdata=q, text=[inert(r) for r in rounds], mode="lines+markers",
-                    line=dict(color=INK, width=1.5, dash="dot"), marker=dict(color="white", line=dict(color=INK, width=2)),
-                    hovertemplate=hover("<b>%{text}</b>", "median %{y:.4g}", "quartiles %{customdata[0]:.4g} to %{customdata[2]:.4g}",
-                                        "mean %{customdata[3]:.4g}", "n %{customdata[4]:,}", "unscored %{customdata[5]:,}"))
+    fig = go.Figure(
+        [violin(v, i, c) for i, ((v, _), c) in enumerate(zip(parts, colors)) if len(v)]
+    )
+    q = np.array(
+        [
+            [
+                *(np.quantile(v, [0.25, 0.5, 0.75]) if len(v) else [np.nan] * 3),
+                v.sum() / max(1, len(v)),
+                len(v),
+                lost,
+            ]
+            for v, lost in parts
+        ]
+    ).reshape(-1, 6)
+    fig.add_scatter(
+        x=np.arange(len(q)),
+        y=q[:, 1],
+        customdata=q,
+        text=[inert(r) for r in rounds],
+        mode="lines+markers",
+        line=dict(color=INK, width=1.5, dash="dot"),
+        marker=dict(color="white", line=dict(color=INK, width=2)),
+        hovertemplate=hover(
+            "<b>%{text}</b>",
+            "median %{y:.4g}",
+            "quartiles %{customdata[0]:.4g} to %{customdata[2]:.4g}",
+            "mean %{customdata[3]:.4g}",
+            "n %{customdata[4]:,}",
+            "unscored %{customdata[5]:,}",
+        ),
+    )
     n = q[:, 4]
-    notes = ["Circles: medians", "boxes: quartiles", left_out(q[:, 5].sum()), "shapes from 501 quantiles" * bool((n > MANY).any()),
-             f"points where n < {FEW}" * bool((n < FEW).any())]
+    notes = [
+        "Circles: medians",
+        "boxes: quartiles",
+        left_out(q[:, 5].sum()),
+        "shapes from 501 quantiles" * bool((n > MANY).any()),
+        f"points where n < {FEW}" * bool((n < FEW).any()),
+    ]
     return dressed(fig, title, notes, xaxis=round_axis(rounds, n), yaxis_title_text=unit)
 
 # %% ../nbs/13_plots.ipynb #a9329dc1
 def bin_edges(*parts: np.ndarray) -> np.ndarray:
     "Shared edges for histograms of several samples: 8 to 40 bins of equal width, 0 among the edges."
     v = np.concatenate(parts)
-    if not len(v): return np.array([0.0, 1.0])
+    if not len(v):
+        return np.array([0.0, 1.0])
     width = np.ptp(v) / np.clip(np.sqrt(len(v)), 8, 40) or max(abs(v[0]), 1.0) / 10
     return np.arange(np.floor(v.min() / width), np.floor(v.max() / width) + 2) * width
 
 # %% ../nbs/13_plots.ipynb #6a359796
-def score_distributions(chosen, rejected, # scores of the better and the worse answers
-                        title: str = "Scores of chosen and rejected answers", unit: str = "score") -> go.Figure:
+def score_distributions(
+    chosen,
+    rejected,  # scores of the better and the worse answers
+    title: str = "Scores of chosen and rejected answers",
+    unit: str = "score",
+) -> go.Figure:
     "Both score distributions as outlines over the same bins, medians marked."
-    parts, fig, notes = {"chosen": scored(chosen), "rejected": scored(rejected)}, go.Figure(), []
+    parts, fig, notes = (
+        {"chosen": scored(chosen), "rejected": scored(rejected)},
+        go.Figure(),
+        [],
+    )
     edges = bin_edges(*(v for v, _ in parts.values()))
     for (name, (v, lost)), color in zip(parts.items(), [CHOSEN, REJECTED]):
         counts = np.append(np.histogram(v, edges)[0], 0)
-        fig.add_scatter(x=edges, y=100 * counts / max(1, len(v)), name=name, mode="lines", line=dict(shape="hv", color=color), fill="tozeroy",
-                        customdata=np.stack([np.append(edges[1:], np.nan), counts], 1),
-                        hovertemplate=hover(f"{name}: %{{y:.1f}}%", "%{x:.4g} to %{customdata[0]:.4g}", f"%{{customdata[1]:,}} of {len(v):,}"))
-        notes += [f"{name}: n={len(v):,}" + (f", median {np.median(v):.3g}" if len(v) else ""), left_out(lost)]
-        if len(v): fig.add_vline(np.median(v), line=dict(color=color, width=1.5, dash="dash"))
-    return dressed(fig, title, [*notes, "dashed: medians"], showlegend=True, xaxis_title_text=unit,
-                   yaxis=dict(title_text="share of answers", ticksuffix="%", rangemode="tozero"))
+        fig.add_scatter(
+            x=edges,
+            y=100 * counts / max(1, len(v)),
+            name=name,
+            mode="lines",
+            line=dict(shape="hv", color=color),
+            fill="tozeroy",
+            customdata=np.stack([np.append(edges[1:], np.nan), counts], 1),
+            hovertemplate=hover(
+                f"{name}: %{{y:.1f}}%",
+                "%{x:.4g} to %{customdata[0]:.4g}",
+                f"%{{customdata[1]:,}} of {len(v):,}",
+            ),
+        )
+        notes += [
+            f"{name}: n={len(v):,}" + (f", median {np.median(v):.3g}" if len(v) else ""),
+            left_out(lost),
+        ]
+        if len(v):
+            fig.add_vline(np.median(v), line=dict(color=color, width=1.5, dash="dash"))
+    return dressed(
+        fig,
+        title,
+        [*notes, "dashed: medians"],
+        showlegend=True,
+        xaxis_title_text=unit,
+        yaxis=dict(title_text="share of answers", ticksuffix="%", rangemode="tozero"),
+    )
 
 # %% ../nbs/13_plots.ipynb #2d04282d
-def margins(pairs) -> np.ndarray: # per pair; NaN where a score is missing
+def margins(pairs) -> np.ndarray:  # per pair; NaN where a score is missing
     "Margins as they are given, or of pairwise records: reward of the preferred answer minus reward of the other."
-    if not all(isinstance(p, dict) for p in pairs): return floats(pairs)
-    return (floats(pairs, "reward_A") - floats(pairs, "reward_B")) * (2 * floats(pairs, "label") - 1)
+    if not all(isinstance(p, dict) for p in pairs):
+        return floats(pairs)
+    return (floats(pairs, "reward_A") - floats(pairs, "reward_B")) * (
+        2 * floats(pairs, "label") - 1
+    )
 
 # %% ../nbs/13_plots.ipynb #5af7eec3
-def margin_histogram(pairs, # margins, or pairwise records
-                     near: float = 0.1, # |margin| below this is nearly undecided; for a Bradley-Terry score 0.1 is 52.5%
-                     title: str = "Margin of chosen over rejected", unit: str = "margin (score of chosen - score of rejected)") -> go.Figure:
+def margin_histogram(
+    pairs,  # margins, or pairwise records
+    # |margin| below this is nearly undecided; for a Bradley-Terry score 0.1 is 52.5%
+    near: float = 0.1,
+    title: str = "Margin of chosen over rejected",
+    unit: str = "margin (score of chosen - score of rejected)",
+) -> go.Figure:
     "Histogram of margins: share above 0 with its interval, and how many are nearly undecided."
     v, lost = scored(margins(pairs))
     edges, n = bin_edges(v), max(1, len(v))
     counts = np.histogram(v, edges)[0]
-    fig = go.Figure(go.Bar(x=(edges[1:] + edges[:-1]) / 2, y=100 * counts / n, width=np.diff(edges), customdata=np.stack([edges[:-1], edges[1:], counts], 1),
-                           marker=dict(color=np.where(edges[:-1] >= 0, BLUE, ORANGE), line=dict(color="white", width=1)),
-                           hovertemplate=hover("%{y:.1f}%", "%{customdata[0]:.4g} to %{customdata[1]:.4g}", f"%{{customdata[2]:,}} of {len(v):,} pairs")))
-    fig.add_vrect(-near, near, fillcolor=INK, opacity=0.12, line_width=0).add_vline(0, line=dict(color=INK, width=1.5))
-    notes = [f"{accuracy_interval((v > 0).sum(), len(v)):.1%} of n={len(v):,} pairs above 0", f"{(np.abs(v) < near).sum() / n:.1%} within ±{near:g} (shaded)",
-             f"{(v == 0).sum():,} exactly 0" * bool((v == 0).any()), left_out(lost)]
-    return dressed(fig, title, notes, xaxis_title_text=unit, yaxis=dict(title_text="share of pairs", ticksuffix="%"))
+    fig = go.Figure(
+        go.Bar(
+            x=(edges[1:] + edges[:-1]) / 2,
+            y=100 * counts / n,
+            width=np.diff(edges),
+            customdata=np.stack([edges[:-1], edges[1:], counts], 1),
+            marker=dict(
+                color=np.where(edges[:-1] >= 0, BLUE, ORANGE), line=dict(color="white", width=1)
+            ),
+            hovertemplate=hover(
+                "%{y:.1f}%",
+                "%{customdata[0]:.4g} to %{customdata[1]:.4g}",
+                f"%{{customdata[2]:,}} of {len(v):,} pairs",
+            ),
+        )
+    )
+    fig.add_vrect(-near, near, fillcolor=INK, opacity=0.12, line_width=0).add_vline(
+        0, line=dict(color=INK, width=1.5)
+    )
+    notes = [
+        f"{accuracy_interval((v > 0).sum(), len(v)):.1%} of n={len(v):,} pairs above 0",
+        f"{(np.abs(v) < near).sum() / n:.1%} within ±{near:g} (shaded)",
+        f"{(v == 0).sum():,} exactly 0" * bool((v == 0).any()),
+        left_out(lost),
+    ]
+    return dressed(
+        fig,
+        title,
+        notes,
+        xaxis_title_text=unit,
+        yaxis=dict(title_text="share of pairs", ticksuffix="%"),
+    )
 
 # %% ../nbs/13_plots.ipynb #d836c0dc
-CURVES = {"Loss": {"train": "loss", "held out": "eval_loss"},
-          "Accuracy (share of pairs)": {"train": "rewards_train/accuracies", "held out": "rewards_eval/accuracies"},
-          "Margin (chosen - rejected)": {"train": "rewards_train/margins", "held out": "rewards_eval/margins"},
-          "Rewards": {"chosen": "rewards_train/chosen", "rejected": "rewards_train/rejected"},
-          "KL estimate of KTO": {"train": "rewards_train/KL_estimate", "held out": "rewards_eval/KL_estimate"}, "KL per token of GRPO": {"train": "rewards_train/KL", "held out": "rewards_eval/KL"},
-          "Value loss of PPO": {"train": "loss/critic"}, "Clipped tokens of PPO": {"train": "clipfrac/policy"},
-          "Gradient norm": {"train": "grad_norm"}, "Learning rate": {"train": "learning_rate"}, "Tokens per second": {"train": "tokens_per_second"}}
-FROM_ZERO = {"Gradient norm", "Learning rate", "Tokens per second"} # amounts: an axis cut off above 0 would make noise look like news
+CURVES = {
+    "Loss": {"train": "loss", "held out": "eval_loss"},
+    "Accuracy (share of pairs)": {
+        "train": "rewards_train/accuracies",
+        "held out": "rewards_eval/accuracies",
+    },
+    "Margin (chosen - rejected)": {
+        "train": "rewards_train/margins",
+        "held out": "rewards_eval/margins",
+    },
+    "Rewards": {"chosen": "rewards_train/chosen", "rejected": "rewards_train/rejected"},
+    "KL estimate of KTO": {
+        "train": "rewards_train/KL_estimate",
+        "held out": "rewards_eval/KL_estimate",
+    },
+    "KL per token of GRPO": {"train": "rewards_train/KL", "held out": "rewards_eval/KL"},
+    "Value loss of PPO": {"train": "loss/critic"},
+    "Clipped tokens of PPO": {"train": "clipfrac/policy"},
+    "Gradient norm": {"train": "grad_norm"},
+    "Learning rate": {"train": "learning_rate"},
+    "Tokens per second": {"train": "tokens_per_second"},
+}
+# amounts: an axis cut off above 0 would make noise look like news
+FROM_ZERO = {"Gradient norm", "Learning rate", "Tokens per second"}
 LINES = {"train": INK, "held out": PINK, "chosen": CHOSEN, "rejected": REJECTED}
 
 # %% ../nbs/13_plots.ipynb #ebf5127a
 def thin(y: np.ndarray, most: int = 2000) -> np.ndarray:
     "Positions of at most `most` values: the lowest and the highest of each stretch."
-    if len(y) <= most: return np.arange(len(y))
+    if len(y) <= most:
+        return np.arange(len(y))
     stretches = np.array_split(np.arange(len(y)), most // 2)
     return np.unique([s[f(y[s])] for s in stretches for f in (np.argmin, np.argmax)])
 
@@ -252,153 +473,339 @@ def draw_curve(fig, rows: list[dict], key: str, name: str, place: dict) -> int:
     y = pd.Series(floats(rows, key))
     at, window = thin(y.to_numpy()), 0 if key == "learning_rate" else len(y) // 20
     steps = floats(rows, "step").astype(np.int32)
-    style = dict(name=name, legendgroup=name, showlegend=False, marker_size=5,
-                 mode="lines" if len(y) > 40 else "lines+markers", hovertemplate=hover(f"{name} %{{y:.4g}}", "step %{x:,}"), **place)
+    style = dict(
+        name=name,
+        legendgroup=name,
+        showlegend=False,
+        marker_size=5,
+        mode="lines" if len(y) > 40 else "lines+markers",
+        hovertemplate=hover(f"{name} %{{y:.4g}}", "step %{x:,}"),
+        **place,
+    )
     line, pale = dict(color=LINES.get(name, INK), width=1.5), window > 2
-    fig.add_scatter(x=steps[at], y=y.to_numpy(np.float32)[at], line=line, opacity=0.35 if pale else 1, **style)
+    fig.add_scatter(
+        x=steps[at],
+        y=y.to_numpy(np.float32)[at],
+        line=line,
+        opacity=0.35 if pale else 1,
+        **style,
+    )
     if pale:
-        mean = y.groupby([r["round"] for r in rows]).transform(lambda s: s.rolling(window, center=True, min_periods=1).mean()).to_numpy(np.float32)
-        at = thin(mean, 500) # it is smooth
-        fig.add_scatter(y=mean[at], line=line | dict(width=2.5), hoverinfo="skip", **style | dict(x=steps[at], hovertemplate=None))
+        mean = (
+            y.groupby([r["round"] for r in rows])
+            .transform(lambda s: s.rolling(window, center=True, min_periods=1).mean())
+            .to_numpy(np.float32)
+        )
+        at = thin(mean, 500)  # it is smooth
+        fig.add_scatter(
+            y=mean[at],
+            line=line | dict(width=2.5),
+            hoverinfo="skip",
+            **style | dict(x=steps[at], hovertemplate=None),
+        )
     return int(y.isna().sum())
 
 # %% ../nbs/13_plots.ipynb #4b61d56a
 def mark_rounds(fig, names: list[str], ends: list[float]):
     "A dotted line in every panel where a round ends; names over the top panels, every k-th where there are many."
-    at, panels, every = [start + 0.5 for _, start in zip(names, ends)], list(dict.fromkeys((t.xaxis or "x")[1:] for t in fig.data)), -(-len(names) // 3)
+    at, panels, every = (
+        [start + 0.5 for _, start in zip(names, ends)],
+        list(dict.fromkeys((t.xaxis or "x")[1:] for t in fig.data)),
+        -(-len(names) // 3),
+    )
     line = dict(type="line", y0=0, y1=1, line=dict(color=GREY, width=1, dash="dot"))
-    name = dict(y=1, showarrow=False, xanchor="left", yanchor="bottom", font=dict(size=11, color=PALE))
-    fig.layout.shapes += tuple(line | dict(x0=x, x1=x, xref=f"x{p}", yref=f"y{p} domain") for x in at[1:] for p in panels)
-    fig.layout.annotations += tuple(name | dict(x=x, xref=f"x{p}", yref=f"y{p} domain", text=inert(n)) for n, x in list(zip(names, at))[::every] for p in ("", "2", "3"))
+    name = dict(
+        y=1, showarrow=False, xanchor="left", yanchor="bottom", font=dict(size=11, color=PALE)
+    )
+    fig.layout.shapes += tuple(
+        line | dict(x0=x, x1=x, xref=f"x{p}", yref=f"y{p} domain")
+        for x in at[1:]
+        for p in panels
+    )
+    fig.layout.annotations += tuple(
+        name | dict(x=x, xref=f"x{p}", yref=f"y{p} domain", text=inert(n))
+        for n, x in list(zip(names, at))[::every]
+        for p in ("", "2", "3")
+    )
 
 # %% ../nbs/13_plots.ipynb #1f7144be
-def training_curves(metrics, # lines of metrics.jsonl, or a dict of round's name -> lines
-                    title: str = "Training", curves: dict = CURVES) -> go.Figure: # panel -> {line's name: key}
+def training_curves(
+    metrics,  # lines of metrics.jsonl, or a dict of round's name -> lines
+    title: str = "Training",
+    curves: dict = CURVES,
+) -> go.Figure:  # panel -> {line's name: key}
     "Small multiples over optimiser steps, rounds end to end; at most 2,000 points a curve."
     rounds = metrics if isinstance(metrics, dict) else {"": metrics}
     rows, ends = end_to_end(rounds)
     keys, bad = set().union(*rows), []
-    panels = {p: lines for p, ks in curves.items() if (lines := {n: k for n, k in ks.items() if k in keys})}
+    panels = {
+        p: lines
+        for p, ks in curves.items()
+        if (lines := {n: k for n, k in ks.items() if k in keys})
+    }
     height = 120 + 250 * (tall := max(1, -(-len(panels) // 3)))
-    fig = make_subplots(tall, 3, subplot_titles=list(panels), horizontal_spacing=0.075, vertical_spacing=0.45 / tall)
+    fig = make_subplots(
+        tall,
+        3,
+        subplot_titles=list(panels),
+        horizontal_spacing=0.075,
+        vertical_spacing=0.45 / tall,
+    )
     for i, (panel, lines) in enumerate(panels.items()):
         place = dict(row=i // 3 + 1, col=i % 3 + 1)
         for name, key in lines.items():
-            if lost := draw_curve(fig, rows, key, name, place): bad.append(f"{key}: {lost:,} values not finite")
-        if panel in FROM_ZERO: fig.update_yaxes(tickformat="~g", range=[0, 1.05 * scored(rows, key)[0].max(initial=0) or 1], **place)
+            if lost := draw_curve(fig, rows, key, name, place):
+                bad.append(f"{key}: {lost:,} values not finite")
+        if panel in FROM_ZERO:
+            fig.update_yaxes(
+                tickformat="~g",
+                range=[0, 1.05 * scored(rows, key)[0].max(initial=0) or 1],
+                **place,
+            )
     fig.update_annotations(font_size=14, yshift=14)
     fig.update_xaxes(title_text="optimiser step", title_font_size=12, tickfont_size=12)
-    if len(rounds) > 1: mark_rounds(fig, list(rounds), ends)
+    if len(rounds) > 1:
+        mark_rounds(fig, list(rounds), ends)
     for name in {n: 0 for lines in panels.values() if len(lines) > 1 for n in lines}:
         next(t for t in reversed(fig.data) if t.name == name).showlegend = True
-    notes = [f"{ends[-1]:,.0f} optimiser steps" + f", {len(rounds)} rounds" * (len(rounds) > 1), *bad]
-    return dressed(fig, title, notes, height, margin_t=120, showlegend=True, legend=dict(yref="container", y=1 - 20 / height, yanchor="top"))
+    notes = [
+        f"{ends[-1]:,.0f} optimiser steps" + f", {len(rounds)} rounds" * (len(rounds) > 1),
+        *bad,
+    ]
+    return dressed(
+        fig,
+        title,
+        notes,
+        height,
+        margin_t=120,
+        showlegend=True,
+        legend=dict(yref="container", y=1 - 20 / height, yanchor="top"),
+    )
 
 # %% ../nbs/13_plots.ipynb #2b117970
 class Shown(NamedTuple):
     "One thing to show, as escaped HTML and as plain text."
+
     html: str
     text: str
 
-    def _repr_mimebundle_(self, include=None, exclude=None): return {"text/html": self.html, "text/plain": self.text}
-    def __repr__(self): return self.text
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/html": self.html, "text/plain": self.text}
+
+    def __repr__(self):
+        return self.text
 
 
-def number_text(x, spec: str = "") -> str: # spec: a format such as ".1%"; "": up to 4 digits
+def number_text(x, spec: str = "") -> str:  # spec: a format such as ".1%"; "": up to 4 digits
     "A value as a person writes it; a dash where there is none."
-    if x is None or isinstance(x, float) and np.isnan(x): return "–"
-    if isinstance(x, bool): return "yes" if x else "no"
-    if isinstance(x, Interval): return format(x, spec or ".3g")
-    if isinstance(x, Number): return format(x, spec or ("," if isinstance(x, Integral) else ",.0f" if abs(x) >= 1000 else ".4g"))
+    if x is None or isinstance(x, float) and np.isnan(x):
+        return "–"
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    if isinstance(x, Interval):
+        return format(x, spec or ".3g")
+    if isinstance(x, Number):
+        return format(
+            x, spec or ("," if isinstance(x, Integral) else ",.0f" if abs(x) >= 1000 else ".4g")
+        )
     return visible(x)
 
 # %% ../nbs/13_plots.ipynb #91226fd8
-BOX = 'class="tex2jax_ignore mathjax_ignore" style="max-width: 100%; overflow-x: auto"' # MathJax leaves what is in here alone
+# MathJax leaves what is in here alone
+BOX = 'class="tex2jax_ignore mathjax_ignore" style="max-width: 100%; overflow-x: auto"'
 
 
 def row_html(tag: str, texts: list[str], right: list[bool]) -> str:
     "A row of an HTML table; `right` says which cells are numbers."
     style = f"padding: 4px 12px; border-bottom: 1px solid {GREY}; text-align: "
-    return "<tr>" + "".join(f'<{tag} style="{style}{"right" if r else "left"}">{html.escape(t)}</{tag}>' for t, r in zip(texts, right)) + "</tr>"
+    return (
+        "<tr>"
+        + "".join(
+            f'<{tag} style="{style}{"right" if r else "left"}">{html.escape(t)}</{tag}>'
+            for t, r in zip(texts, right)
+        )
+        + "</tr>"
+    )
 
 
-def summary_table(rows: list[dict], # one per line; columns in the order in which they first appear
-                  formats: dict | None = None, # column -> format, such as {"accuracy": ".1%"}
-                  title: str = "") -> Shown:
+def summary_table(
+    rows: list[dict],  # one per line; columns in the order in which they first appear
+    formats: dict | None = None,  # column -> format, such as {"accuracy": ".1%"}
+    title: str = "",
+) -> Shown:
     "Rows as a table, numbers formatted and to the right."
     names = list(dict.fromkeys(k for r in rows for k in r))
-    heads, cells = [visible(k) for k in names], [[number_text(r.get(k), (formats or {}).get(k, "")) for k in names] for r in rows]
-    right = [all(r.get(k) is None or isinstance(r[k], (Number, Interval)) for r in rows) for k in names]
+    heads, cells = (
+        [visible(k) for k in names],
+        [[number_text(r.get(k), (formats or {}).get(k, "")) for k in names] for r in rows],
+    )
+    right = [
+        all(r.get(k) is None or isinstance(r[k], (Number, Interval)) for r in rows)
+        for k in names
+    ]
     body = "".join(row_html("td", c, right) for c in cells)
-    page = f"<div {BOX}><table><caption>{inert(title)}</caption><thead>{row_html('th', heads, right)}</thead><tbody>{body}</tbody></table></div>"
+    page = (
+        "<div "
+        f"{BOX}><table><caption>{inert(title)}</caption><thead>{row_html('th', heads, right)}</thead><tbody>{body}</tbody></table></div>"
+    )
     wide = [max(map(len, column)) for column in zip(heads, *cells)]
-    text = ["  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(c, wide, right)).rstrip() for c in [heads, *cells]]
+    text = [
+        "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(c, wide, right)).rstrip()
+        for c in [heads, *cells]
+    ]
     return Shown(page, "\n".join([visible(title)] * bool(title) + text))
 
 # %% ../nbs/13_plots.ipynb #b35b6e32
 def spread(pairs: list[dict], n: int = 5) -> list[dict]:
     "`n` pairs evenly spaced by margin, the widest first; pairs without rewards come last."
     ranked = [pairs[i] for i in np.argsort(-np.abs(margins(pairs)), kind="stable")]
-    return [ranked[i] for i in np.unique(np.linspace(0, len(ranked) - 1, min(n, len(ranked))).astype(int))]
+    return [
+        ranked[i]
+        for i in np.unique(np.linspace(0, len(ranked) - 1, min(n, len(ranked))).astype(int))
+    ]
 
 # %% ../nbs/13_plots.ipynb #a1ef9723
-def words(x) -> str: # turns or a text
+def words(x) -> str:  # turns or a text
     "The text; each turn's role before it where there are several."
-    if isinstance(x, str): return visible(x)
-    return visible(x[0]["content"]) if len(x) == 1 else "\n\n".join(f"{visible(t['role'])}: {visible(t['content'])}" for t in x)
+    if isinstance(x, str):
+        return visible(x)
+    return (
+        visible(x[0]["content"])
+        if len(x) == 1
+        else "\n\n".join(f"{visible(t['role'])}: {visible(t['content'])}" for t in x)
+    )
 
 
-def text_box(x, marked: str | None = None) -> str: # marked: the same text as HTML already, such as one of `word_diff`
+def text_box(
+    x, marked: str | None = None
+) -> str:  # marked: the same text as HTML already, such as one of `word_diff`
     "Model text as HTML: whitespace kept, scrolling when long, nothing in it at work."
-    style = "white-space: pre-wrap; overflow-wrap: anywhere; max-height: 18em; overflow: auto; margin: 0; font: inherit; text-align: left"
-    return f'<pre dir="auto" style="{style}">\n{html.escape(words(x)) if marked is None else marked}</pre>'
+    style = (
+        "white-space: pre-wrap; overflow-wrap: anywhere; max-height: 18em; overflow: auto; "
+        "margin: 0; font: inherit; text-align: left"
+    )
+    return (
+        '<pre dir="auto" '
+        f'style="{style}">\n{html.escape(words(x)) if marked is None else marked}</pre>'
+    )
 
 
 def cell(head: str, x, width: str, marked: bool) -> str:
     "One answer and what is known of it; `marked` has the green edge."
-    style = f"width: {width}; vertical-align: top; text-align: left; padding: 6px 12px; border-left: 5px solid {GREEN if marked else GREY}"
+    style = (
+        f"width: {width}; vertical-align: top; text-align: left; padding: 6px 12px; "
+        f"border-left: 5px solid {GREEN if marked else GREY}"
+    )
     return f'<td style="{style}"><b>{html.escape(head)}</b>{text_box(x)}</td>'
 
 # %% ../nbs/13_plots.ipynb #408e2a1c
-def word_diff(a: str, b: str, most: int = 3000) -> tuple[str, str]: # most: words and marks, of both together
+def word_diff(
+    a: str, b: str, most: int = 3000
+) -> tuple[str, str]:  # most: words and marks, of both together
     "Both texts as escaped HTML; words that only the first has in <del>, only the second in <ins>."
     a, b = ([html.escape(t) for t in re.findall(r"\s+|\w+|[^\w\s]", words(x))] for x in (a, b))
-    if len(a) + len(b) > most: return "".join(a), "".join(b)
-    def mark(tag, tokens): return f"<{tag}>{''.join(tokens)}</{tag}>" if tokens else ""
+    if len(a) + len(b) > most:
+        return "".join(a), "".join(b)
+
+    def mark(tag, tokens):
+        return f"<{tag}>{''.join(tokens)}</{tag}>" if tokens else ""
+
     steps = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
-    left = "".join("".join(a[i:j]) if op == "equal" else mark("del", a[i:j]) for op, i, j, _, _ in steps)
-    return left, "".join("".join(b[i:j]) if op == "equal" else mark("ins", b[i:j]) for op, _, _, i, j in steps)
+    left = "".join(
+        "".join(a[i:j]) if op == "equal" else mark("del", a[i:j]) for op, i, j, _, _ in steps
+    )
+    return left, "".join(
+        "".join(b[i:j]) if op == "equal" else mark("ins", b[i:j]) for op, _, _, i, j in steps
+    )
 
 # %% ../nbs/13_plots.ipynb #89618c91
-def gallery(title: str, items: list[tuple], total: str) -> Shown: # items: (head, prompt, rows of (head, answer, marked))
+def gallery(
+    title: str, items: list[tuple], total: str
+) -> Shown:  # items: (head, prompt, rows of (head, answer, marked))
     "Prompts over their answers, as HTML and as text."
     title = f"{visible(title)}: {len(items):,} of {total}"
     pages, texts = [f"<p><b>{html.escape(title)}</b></p>"], [title]
     for head, prompt, rows in items:
-        table = "".join("<tr>" + "".join(cell(h, x, f"{100 // len(row)}%", marked) for h, x, marked in row) + "</tr>" for row in rows)
-        pages.append(f'<details open style="margin: 0 0 16px"><summary><b>{html.escape(head)}</b></summary>'
-                     f'<div style="padding: 6px 12px; opacity: 0.8">{text_box(prompt)}</div><table style="width: 100%; table-layout: fixed">{table}</table></details>')
-        texts.append("\n".join([head, words(prompt)] + [f"--- {h}\n{words(x)}" for row in rows for h, x, _ in row]))
+        table = "".join(
+            "<tr>"
+            + "".join(cell(h, x, f"{100 // len(row)}%", marked) for h, x, marked in row)
+            + "</tr>"
+            for row in rows
+        )
+        pages.append(
+            f'<details open style="margin: 0 0 16px"><summary><b>{html.escape(head)}</b></summary>'
+            f'<div style="padding: 6px 12px; opacity: 0.8">{text_box(prompt)}</div><table style="width: 100%; table-layout: fixed">{table}</table></details>'
+        )
+        texts.append(
+            "\n".join(
+                [head, words(prompt)]
+                + [f"--- {h}\n{words(x)}" for row in rows for h, x, _ in row]
+            )
+        )
     return Shown(f"<div {BOX}>{''.join(pages)}</div>", "\n\n".join(texts))
 
 # %% ../nbs/13_plots.ipynb #203426ca
-def pairs_table(pairs: list[dict], # pairwise records
-                n: int = 5, # how many are shown, from the first
-                title: str = "Pairs") -> Shown:
+def pairs_table(
+    pairs: list[dict],  # pairwise records
+    n: int = 5,  # how many are shown, from the first
+    title: str = "Pairs",
+) -> Shown:
     "Pairs side by side, escaped."
+
     def side(p, s):
         won = p["label"] == (s == "A")
-        return f"{s}{' ✓ preferred' if won else ''}, reward {number_text(p.get(f'reward_{s}'), '.3f')}", p[f"output_{s}"], won
-    def head(i, p): return f"{i}. margin {number_text(float(margins([p])[0]), '+.3f')}, prompt {visible(p.get('prompt_id', '–'))}"
-    return gallery(title, [(head(i, p), p["prompt"], [[side(p, "A"), side(p, "B")]]) for i, p in enumerate(pairs[:n], 1)], f"{len(pairs):,}")
+        return (
+            (
+                f"{s}{' ✓ preferred' if won else ''}, reward "
+                f"{number_text(p.get(f'reward_{s}'), '.3f')}"
+            ),
+            p[f"output_{s}"],
+            won,
+        )
+
+    def head(i, p):
+        return (
+            f"{i}. margin {number_text(float(margins([p])[0]), '+.3f')}, prompt "
+            f"{visible(p.get('prompt_id', '–'))}"
+        )
+
+    return gallery(
+        title,
+        [
+            (head(i, p), p["prompt"], [[side(p, "A"), side(p, "B")]])
+            for i, p in enumerate(pairs[:n], 1)
+        ],
+        f"{len(pairs):,}",
+    )
 
 # %% ../nbs/13_plots.ipynb #8ceb460e
-def samples_table(samples: list[dict], # samples, scalar or binary feedback; neighbours with one prompt_id stand together
-                  n: int = 5, # how many prompts are shown, from the first
-                  title: str = "Samples") -> Shown:
+def samples_table(
+    # samples, scalar or binary feedback; neighbours with one prompt_id stand together
+    samples: list[dict],
+    n: int = 5,  # how many prompts are shown, from the first
+    title: str = "Samples",
+) -> Shown:
     "Prompts with their outputs below them, reward beside each, escaped."
+
     def row(s):
-        return [(f"reward {number_text(s.get('reward'), '.3f')}" + {1: ", desirable", 0: ", undesirable"}.get(s.get("label"), ""), s["output"], s.get("label") == 1)]
-    groups = [list(g) for _, g in groupby(samples, key=lambda s: s.get("prompt_id", str(s["prompt"])))]
-    items = [(f"{i}. prompt {visible(g[0].get('prompt_id', '–'))}", g[0]["prompt"], [row(s) for s in g]) for i, g in enumerate(groups[:n], 1)]
+        return [
+            (
+                f"reward {number_text(s.get('reward'), '.3f')}"
+                + {1: ", desirable", 0: ", undesirable"}.get(s.get("label"), ""),
+                s["output"],
+                s.get("label") == 1,
+            )
+        ]
+
+    groups = [
+        list(g) for _, g in groupby(samples, key=lambda s: s.get("prompt_id", str(s["prompt"])))
+    ]
+    items = [
+        (
+            f"{i}. prompt {visible(g[0].get('prompt_id', '–'))}",
+            g[0]["prompt"],
+            [row(s) for s in g],
+        )
+        for i, g in enumerate(groups[:n], 1)
+    ]
     return gallery(title, items, f"{len(groups):,} prompts")

@@ -19,33 +19,41 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 # %% ../nbs/00_records.ipynb #190221fe
-def zero_or_one(x): # True and False are 1 and 0
-    if isinstance(x, int) and x in (0, 1): return x
+def zero_or_one(x):  # True and False are 1 and 0
+    if isinstance(x, int) and x in (0, 1):
+        return x
     raise ValueError("should be 0 or 1")
 
 
 def text_or_whole(x):
-    if isinstance(x, (str, int)) and not isinstance(x, bool): return x
+    if isinstance(x, (str, int)) and not isinstance(x, bool):
+        return x
     raise ValueError("should be a text or a whole number")
 
 
-def encodable(x): # a lone surrogate, half of a character, cannot be written or tokenized
+def encodable(x):  # a lone surrogate, half of a character, cannot be written or tokenized
     x.encode()
     return x
 
 
-Id, Binary, Text = Annotated[Any, AfterValidator(text_or_whole)], Annotated[Any, AfterValidator(zero_or_one)], Annotated[str, AfterValidator(encodable)]
+Id, Binary, Text = (
+    Annotated[Any, AfterValidator(text_or_whole)],
+    Annotated[Any, AfterValidator(zero_or_one)],
+    Annotated[str, AfterValidator(encodable)],
+)
 
 # %% ../nbs/00_records.ipynb #0ac5ceb1
 class Record(BaseModel):
     "A strict record that may carry more fields than it names."
+
     model_config = ConfigDict(extra="allow", strict=True)
 
 
 class Turn(Record):
     "One message of a conversation."
-    role: str # system, user, assistant, ...
-    content: Text # its text
+
+    role: str  # system, user, assistant, ...
+    content: Text  # its text
 
 
 Turns = Annotated[list[Turn], Field(min_length=1)]
@@ -53,69 +61,82 @@ Turns = Annotated[list[Turn], Field(min_length=1)]
 # %% ../nbs/00_records.ipynb #40e56eef
 class Sample(Record):
     "What a policy answered."
-    prompt_id: Id # hash of the conversation, see `prompt_id`
-    sample_id: Id # number of this sample within its prompt
-    prompt: Turns # the conversation before the answer
-    output: Text # the answer
+
+    prompt_id: Id  # hash of the conversation, see `prompt_id`
+    sample_id: Id  # number of this sample within its prompt
+    prompt: Turns  # the conversation before the answer
+    output: Text  # the answer
 
 # %% ../nbs/00_records.ipynb #bca9486d
 class ScalarFeedback(Sample):
     "A sample and its score."
-    output: Turns # the answer, as turns
-    reward: FiniteFloat # higher is better
+
+    output: Turns  # the answer, as turns
+    reward: FiniteFloat  # higher is better
 
 # %% ../nbs/00_records.ipynb #daa69c9e
 class BinaryFeedback(Record):
     "A good or a bad answer."
-    prompt_id: Id # hash of the conversation
-    prompt: Turns # the conversation before the answer
-    output: Turns # the answer
-    label: Binary # 1 good, 0 bad
-    reward: FiniteFloat # the score behind the label
+
+    prompt_id: Id  # hash of the conversation
+    prompt: Turns  # the conversation before the answer
+    output: Turns  # the answer
+    label: Binary  # 1 good, 0 bad
+    reward: FiniteFloat  # the score behind the label
 
 # %% ../nbs/00_records.ipynb #5f7dad68
 class PairwiseFeedback(Record):
     "Two answers to one prompt, and which is better."
-    prompt_id: Id # hash of the conversation
-    prompt: Turns # the conversation before the answers
-    output_A: Turns # one answer
-    output_B: Turns # the other
-    label: Binary # 1: A is preferred, 0: B
-    reward_A: FiniteFloat # score of A
-    reward_B: FiniteFloat # score of B
-    reward_difference: FiniteFloat # how far the scores are apart
+
+    prompt_id: Id  # hash of the conversation
+    prompt: Turns  # the conversation before the answers
+    output_A: Turns  # one answer
+    output_B: Turns  # the other
+    label: Binary  # 1: A is preferred, 0: B
+    reward_A: FiniteFloat  # score of A
+    reward_B: FiniteFloat  # score of B
+    reward_difference: FiniteFloat  # how far the scores are apart
 
 # %% ../nbs/00_records.ipynb #e6ddc385
 class Label(Record):
     "The journal of one labelled sample."
-    prompt_id: Id # the sample's prompt
-    sample_id: Id # the sample
-    labeller: str # who scored: "rm:<path>", "api:<model>", "human:<name>", "function:<name>"
-    score: FiniteFloat | None # None: unscored
-    reason: str # why it is unscored; empty if scored
-    reply: Text | None = None # the labeller's own words, where there are any
-    time: FiniteFloat | None = None # when, in seconds since 1970
-    cost: FiniteFloat | None = None # USD; None: unknown
-    input_tokens: int | None = None # read by an API judge
-    output_tokens: int | None = None # written by it
-    truncated: bool = False # the output's end was not read
+
+    prompt_id: Id  # the sample's prompt
+    sample_id: Id  # the sample
+    labeller: str  # who scored: "rm:<path>", "api:<model>", "human:<name>", "function:<name>"
+    score: FiniteFloat | None  # None: unscored
+    reason: str  # why it is unscored; empty if scored
+    reply: Text | None = None  # the labeller's own words, where there are any
+    time: FiniteFloat | None = None  # when, in seconds since 1970
+    cost: FiniteFloat | None = None  # USD; None: unknown
+    input_tokens: int | None = None  # read by an API judge
+    output_tokens: int | None = None  # written by it
+    truncated: bool = False  # the output's end was not read
 
 # %% ../nbs/00_records.ipynb #84b5d69f
 class Comparison(Record):
     "The journal of one look at two samples of a prompt."
-    prompt_id: Id # their prompt
-    sample_id_A: Id # one sample
-    sample_id_B: Id # the other
-    labeller: str # who compared
-    winner: Literal["A", "B", "tie"] | None # None: no verdict
-    reason: str # why there is none; empty if there is
-    order: Literal["AB", "BA"] # which was shown first
-    reply: Text | None = None # the labeller's own words, where there are any
-    time: FiniteFloat | None = None # when, in seconds since 1970
-    cost: FiniteFloat | None = None # USD; None: unknown
+
+    prompt_id: Id  # their prompt
+    sample_id_A: Id  # one sample
+    sample_id_B: Id  # the other
+    labeller: str  # who compared
+    winner: Literal["A", "B", "tie"] | None  # None: no verdict
+    reason: str  # why there is none; empty if there is
+    order: Literal["AB", "BA"]  # which was shown first
+    reply: Text | None = None  # the labeller's own words, where there are any
+    time: FiniteFloat | None = None  # when, in seconds since 1970
+    cost: FiniteFloat | None = None  # USD; None: unknown
 
 
-RECORDS = {"sample": Sample, "pairwise_feedback": PairwiseFeedback, "binary_feedback": BinaryFeedback, "scalar_feedback": ScalarFeedback, "label": Label, "comparison": Comparison}
+RECORDS = {
+    "sample": Sample,
+    "pairwise_feedback": PairwiseFeedback,
+    "binary_feedback": BinaryFeedback,
+    "scalar_feedback": ScalarFeedback,
+    "label": Label,
+    "comparison": Comparison,
+}
 
 # %% ../nbs/00_records.ipynb #f8065a8b
 class RecordError(ValueError):
@@ -127,17 +148,33 @@ def field_name(loc: tuple) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).removeprefix(".")
 
 # %% ../nbs/00_records.ipynb #e54a23da
-def check(row, # what should be a record
-          type: str, # a key of `RECORDS`
-          where: str = "record", # file and number, for the message
-          ) -> dict:
+def check(
+    row,  # what should be a record
+    type: str,  # a key of `RECORDS`
+    where: str = "record",  # file and number, for the message
+) -> dict:
     "`row` itself, or a RecordError with its first broken field."
-    if not isinstance(row, dict): raise RecordError(f"{where}: a record is an object with fields, this is {show(row)}")
-    try: RECORDS[type].model_validate(row)
+    if not isinstance(row, dict):
+        raise RecordError(f"{where}: a record is an object with fields, this is {show(row)}")
+    try:
+        RECORDS[type].model_validate(row)
     except ValidationError as e:
-        err, needs = e.errors()[0], ", ".join(n for n, f in RECORDS[type].model_fields.items() if f.is_required())
-        problem = "is missing" if err["type"] == "missing" else f"{err['msg'].removeprefix('Value error, ').removeprefix('Input ')}, got {show(err['input'])}"
-        raise RecordError(f"{where}: field `{field_name(err['loc'])}` {problem}. A {type} needs {needs}: mend or remove this record") from None
+        err, needs = (
+            e.errors()[0],
+            ", ".join(n for n, f in RECORDS[type].model_fields.items() if f.is_required()),
+        )
+        problem = (
+            "is missing"
+            if err["type"] == "missing"
+            else (
+                f"{err['msg'].removeprefix('Value error, ').removeprefix('Input ')}, got "
+                f"{show(err['input'])}"
+            )
+        )
+        raise RecordError(
+            f"{where}: field `{field_name(err['loc'])}` {problem}. A {type} needs "
+            f"{needs}: mend or remove this record"
+        ) from None
     return row
 
 
@@ -146,9 +183,11 @@ def show(x, n: int = 60) -> str:
     return (s if len(s := repr(x)) <= n else s[:n] + "...").replace("\n", " ")
 
 # %% ../nbs/00_records.ipynb #ae79eb2a
-def prompt_id(prompt: list[dict]) -> str: # the conversation, as turns
+def prompt_id(prompt: list[dict]) -> str:  # the conversation, as turns
     "16 hex digits that stand for this conversation everywhere."
-    return hashlib.sha256(orjson.dumps([[t["role"], t["content"]] for t in prompt])).hexdigest()[:16]
+    return hashlib.sha256(
+        orjson.dumps([[t["role"], t["content"]] for t in prompt])
+    ).hexdigest()[:16]
 
 
 def as_turns(x: str | list[dict], role: str = "assistant") -> list[dict]:
@@ -163,44 +202,78 @@ def as_text(x: str | list[dict]) -> str:
 # %% ../nbs/00_records.ipynb #a1642359
 def parse(data: bytes, where: str):
     "The value of a JSON text, or a RecordError with line and column."
-    try: return orjson.loads(data)
-    except orjson.JSONDecodeError: pass
-    try: return json.loads(data)
-    except json.JSONDecodeError as e: raise RecordError(f"{where}: not JSON: {e}. If its writer was killed, write the file again") from None
-    except UnicodeDecodeError as e: raise RecordError(f"{where}: not JSON: {e}. Save the file as UTF-8") from None
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as e:
+        raise RecordError(
+            f"{where}: not JSON: {e}. If its writer was killed, write the file again"
+        ) from None
+    except UnicodeDecodeError as e:
+        raise RecordError(f"{where}: not JSON: {e}. Save the file as UTF-8") from None
 
 # %% ../nbs/00_records.ipynb #2b6835fc
-def read_rows(path: str | Path) -> list[dict]: # a JSON array; one record per line if it ends in .jsonl
+def read_rows(
+    path: str | Path,
+) -> list[dict]:  # a JSON array; one record per line if it ends in .jsonl
     "The objects of a file; a RecordError if it is not JSON, not a list, empty, or holds something else."
     data = Path(path).read_bytes()
     if Path(path).suffix == ".jsonl":
         lines = [(n, x) for n, x in enumerate(data.split(b"\n"), 1) if x.strip()]
         rows = [parse(x, f"{path}, record {i} (line {n})") for i, (n, x) in enumerate(lines, 1)]
-    else: rows = parse(data, str(path))
-    if not isinstance(rows, list): raise RecordError(f"{path}: should be a list of records, is {show(rows)}. One record per line? Then name it .jsonl")
-    if not rows: raise RecordError(f"{path}: an empty list; there is nothing to work on. Did the stage that wrote it have any input?")
+    else:
+        rows = parse(data, str(path))
+    if not isinstance(rows, list):
+        raise RecordError(
+            f"{path}: should be a list of records, is {show(rows)}. One record per line? "
+            "Then name it .jsonl"
+        )
+    if not rows:
+        raise RecordError(
+            f"{path}: an empty list; there is nothing to work on. Did the stage that "
+            "wrote it have any input?"
+        )
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict): raise RecordError(f"{path}, record {i}: should be an object with fields, is {show(row)}: mend or remove it")
+        if not isinstance(row, dict):
+            raise RecordError(
+                f"{path}, record {i}: should be an object with fields, is {show(row)}: "
+                "mend or remove it"
+            )
     return rows
 
 # %% ../nbs/00_records.ipynb #06bc9c4c
-def read_records(path: str | Path, # a JSON array or .jsonl
-                 type: str | None = None, # the expected type; None: that of the first record
-                 ) -> list[dict]:
+def read_records(
+    path: str | Path,  # a JSON array or .jsonl
+    type: str | None = None,  # the expected type; None: that of the first record
+) -> list[dict]:
     "The checked records of a file, all of one type."
     rows = read_rows(path)
     expected = type or rows[0].get("type")
     for i, row in enumerate(rows, 1):
         where, given = f"{path}, record {i}", row.get("type", type)
-        if given is None: raise RecordError(f"{where}: field `type` is missing; it is one of {', '.join(RECORDS)}")
-        if given not in list(RECORDS): raise RecordError(f"{where}: field `type` is {show(given)}, which is unknown; known are {', '.join(RECORDS)}")
-        if given != expected: raise RecordError(f"{where}: field `type` is {show(given)} where {expected} was expected; keep one type per file")
+        if given is None:
+            raise RecordError(
+                f"{where}: field `type` is missing; it is one of {', '.join(RECORDS)}"
+            )
+        if given not in list(RECORDS):
+            raise RecordError(
+                f"{where}: field `type` is {show(given)}, which is unknown; known are "
+                f"{', '.join(RECORDS)}"
+            )
+        if given != expected:
+            raise RecordError(
+                f"{where}: field `type` is {show(given)} where {expected} was expected; "
+                "keep one type per file"
+            )
         check(row, given, where)
     return rows
 
 # %% ../nbs/00_records.ipynb #d56405a0
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[TextIO]: # folders are made as needed
+def atomic_write(path: str | Path) -> Iterator[TextIO]:  # folders are made as needed
     "A text file that appears under its name when the block ends well, and otherwise not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,28 +284,40 @@ def atomic_write(path: str | Path) -> Iterator[TextIO]: # folders are made as ne
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
+    finally:
+        temp.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 # %% ../nbs/00_records.ipynb #8d284ca4
 class StreamingJSONWriter:
     "A JSON array, written one item after another."
-    def __init__(self, file: str | Path | TextIO): # a path (atomic) or an open text file
+
+    def __init__(self, file: str | Path | TextIO):  # a path (atomic) or an open text file
         self.stack, self.count = ExitStack(), 0
-        self.file = self.stack.enter_context(atomic_write(file)) if isinstance(file, (str, Path)) else file
+        self.file = (
+            self.stack.enter_context(atomic_write(file))
+            if isinstance(file, (str, Path))
+            else file
+        )
         self.file.write("[")
 
     def write_item(self, item: dict):
         self.file.write(("," if self.count else "") + "\n" + orjson.dumps(item).decode())
         self.count += 1
 
-    def close(self): self.__exit__(None, None, None)
-    def __enter__(self): return self
+    def close(self):
+        self.__exit__(None, None, None)
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
-        if not error[0]: self.file.write("\n]\n")
+        if not error[0]:
+            self.file.write("\n]\n")
         return self.stack.__exit__(*error)
 
 # %% ../nbs/00_records.ipynb #1657cb2a
@@ -240,27 +325,40 @@ def write_records(path: str | Path, rows: Iterable[dict]):
     "The rows as a JSON array, atomically; one that has a `type` of ours is checked first."
     with StreamingJSONWriter(path) as out:
         for i, row in enumerate(rows, 1):
-            out.write_item(check(row, row["type"], f"{path}, record {i}, not written") if row.get("type") in RECORDS else row)
+            out.write_item(
+                check(row, row["type"], f"{path}, record {i}, not written")
+                if row.get("type") in RECORDS
+                else row
+            )
 
 
 def write_json(path: str | Path, obj):
     "One object as indented JSON, atomically."
-    with atomic_write(path) as f: f.write(orjson.dumps(obj, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
+    with atomic_write(path) as f:
+        f.write(
+            orjson.dumps(obj, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode()
+            + "\n"
+        )
 
 # %% ../nbs/00_records.ipynb #148d103c
-def append_jsonl(path: str | Path, row: dict, sync: bool = False): # sync: force it to disk before going on
+def append_jsonl(
+    path: str | Path, row: dict, sync: bool = False
+):  # sync: force it to disk before going on
     "Add one line; it is there whole, or not at all."
-    line = orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+    line = (
+        orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+    )
     with open(path, "ab+", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         size = f.seek(0, os.SEEK_END)
-        if size and os.pread(f.fileno(), 1, size - 1) != b"\n": # torn by a crash
+        if size and os.pread(f.fileno(), 1, size - 1) != b"\n":  # torn by a crash
             size = os.pread(f.fileno(), size, 0).rfind(b"\n") + 1
             f.truncate(size)
         if f.write(line) != len(line):
             f.truncate(size)
             raise OSError(f"{path}: no room for another line; is the disk full?")
-        if sync: os.fsync(f.fileno())
+        if sync:
+            os.fsync(f.fileno())
 
 # %% ../nbs/00_records.ipynb #9a8a1a7e
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -273,41 +371,71 @@ def file_hash(path: str | Path) -> str:
     "sha256 of a file; of a folder, over the sorted names and hashes of the files in it."
     path = Path(path)
     if path.is_file():
-        with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such file or folder")
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
     files = sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file())
     return hashlib.sha256(orjson.dumps([[name, file_hash(p)] for name, p in files])).hexdigest()
 
 # %% ../nbs/00_records.ipynb #3cb963f8
 class Progress:
     "How far one piece of work is; make it on the main process only."
-    def __init__(self, total: int | None, # how many units there are; None if nobody knows
-                 unit: str, # what is counted: "samples", "steps", ...
-                 label: str = "", # what is being done
-                 path: str | Path | None = None): # journal to write to; None: HALOS_NB_PROGRESS, else a bar on stderr
+
+    def __init__(
+        self,
+        total: int | None,  # how many units there are; None if nobody knows
+        unit: str,  # what is counted: "samples", "steps", ...
+        label: str = "",  # what is being done
+        path: str | Path | None = None,
+    ):  # journal to write to; None: HALOS_NB_PROGRESS, else a bar on stderr
         self.total, self.unit, self.label, self.done, self.info = total, unit, label, 0, {}
-        self.path, self.start, self.said = path or os.environ.get("HALOS_NB_PROGRESS"), time.monotonic(), 0.0
+        self.path, self.start, self.said = (
+            path or os.environ.get("HALOS_NB_PROGRESS"),
+            time.monotonic(),
+            0.0,
+        )
         if not self.path:
             from tqdm import tqdm
+
             self.bar = tqdm(total=total, unit=f" {unit}", desc=label or None)
         self.say()
 
-    def update(self, n: int = 1, **info): # n: units done since the last call; info: what else to show
+    def update(
+        self, n: int = 1, **info
+    ):  # n: units done since the last call; info: what else to show
         self.done, self.info = self.done + n, self.info | info
-        if not self.path: self.bar.update(n)
-        if time.monotonic() - self.said >= 0.2: self.say()
+        if not self.path:
+            self.bar.update(n)
+        if time.monotonic() - self.said >= 0.2:
+            self.say()
 
     def say(self):
         "Write one line, whatever the time."
         self.said = time.monotonic()
         seconds = self.said - self.start
-        line = dict(label=self.label, done=self.done, total=self.total, unit=self.unit, rate=self.done / seconds if seconds else 0.0, seconds=seconds)
-        try: append_jsonl(self.path, line | self.info) if self.path else self.bar.set_postfix(self.info)
-        except OSError: pass
+        line = dict(
+            label=self.label,
+            done=self.done,
+            total=self.total,
+            unit=self.unit,
+            rate=self.done / seconds if seconds else 0.0,
+            seconds=seconds,
+        )
+        try:
+            append_jsonl(self.path, line | self.info) if self.path else self.bar.set_postfix(
+                self.info
+            )
+        except OSError:
+            pass
 
     def close(self):
         self.say()
-        if not self.path: self.bar.close()
+        if not self.path:
+            self.bar.close()
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()

@@ -27,37 +27,69 @@ from .batching import Tree, TreeBatch, cut, deal, make_batch
 from .models import VALUE_HEAD, TreeScorer
 
 # %% ../nbs/05_reference.ipynb #488352dc
-HEADS = ("score", "classifier", "value_head") # trained in full where a model has them
+HEADS = ("score", "classifier", "value_head")  # trained in full where a model has them
 
 
 def add_lora(
-    model, # policy, actor-critic or Bradley-Terry model
-    r: int = 64, # rank
-    alpha: int = 256, # the adapter's output is scaled by alpha / r
-    dropout: float = 0.05, # on the adapter's input, while training
-    targets: str | list[str] = "all-linear", # names of layers; all-linear is every linear layer except heads
-    seed: int = 0, # fresh adapter weights
-    adapter: str | None = None, # folder of a saved adapter to continue from
+    model,  # policy, actor-critic or Bradley-Terry model
+    r: int = 64,  # rank
+    alpha: int = 256,  # the adapter's output is scaled by alpha / r
+    dropout: float = 0.05,  # on the adapter's input, while training
+    # names of layers; all-linear is every linear layer except heads
+    targets: str | list[str] = "all-linear",
+    seed: int = 0,  # fresh adapter weights
+    adapter: str | None = None,  # folder of a saved adapter to continue from
 ):
     "The model wrapped by peft: adapter and heads train, everything else is frozen."
     from peft import LoraConfig, PeftModel, get_peft_model
+
     heads = [h for h in HEADS if hasattr(model, h)]
-    for h in heads: getattr(model, h).float()
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, modules_to_save=heads or None, exclude_modules=heads or None,
-                        task_type="SEQ_CLS" if isinstance(model, TreeScorer) else "CAUSAL_LM")
+    for h in heads:
+        getattr(model, h).float()
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        modules_to_save=heads or None,
+        exclude_modules=heads or None,
+        task_type="SEQ_CLS" if isinstance(model, TreeScorer) else "CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return PeftModel.from_pretrained(model, checked_adapter(adapter, config), is_trainable=True) if adapter else get_peft_model(model, config)
+        return (
+            PeftModel.from_pretrained(
+                model, checked_adapter(adapter, config), is_trainable=True
+            )
+            if adapter
+            else get_peft_model(model, config)
+        )
 
 # %% ../nbs/05_reference.ipynb #22da08dc
 def checked_adapter(folder: str, asked) -> str:
     "The folder, if it holds an adapter in safetensors with the settings asked for."
     from peft import LoraConfig
-    if not (Path(folder) / "adapter_model.safetensors").is_file(): raise ValueError(f"{folder}: no adapter_model.safetensors here; name a folder that save_adapter has written")
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{folder}: no adapter_model.safetensors here; name a folder that "
+            "save_adapter has written"
+        )
     saved = LoraConfig.from_pretrained(folder)
-    names = ["r", "lora_alpha", "lora_dropout"] + ["target_modules"] * (asked.target_modules != "all-linear") # which is saved as what it meant
-    wrong = [f"{k} is {getattr(saved, k)}, asked for {getattr(asked, k)}" for k in names if getattr(saved, k) != getattr(asked, k)]
-    if wrong: raise ValueError(f"{folder}/adapter_config.json: {'; '.join(wrong)}; continue with the saved settings or start a fresh adapter")
+    # which is saved as what it meant
+    names = ["r", "lora_alpha", "lora_dropout"] + ["target_modules"] * (
+        asked.target_modules != "all-linear"
+    )
+    wrong = [
+        f"{k} is {getattr(saved, k)}, asked for {getattr(asked, k)}"
+        for k in names
+        if getattr(saved, k) != getattr(asked, k)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder}/adapter_config.json: {'; '.join(wrong)}; continue with the saved "
+            "settings or start a fresh adapter"
+        )
     return str(folder)
 
 
@@ -69,38 +101,51 @@ def unwrap(model):
 def save_adapter(model, folder: str | Path):
     "Only the trained adapter and heads; `add_lora(adapter=folder)` goes on from there."
     config = unwrap(model).peft_config["default"]
-    config.target_modules = sorted(config.target_modules) # peft would write a set, in another order every time
-    unwrap(model).save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    # peft would write a set, in another order every time
+    config.target_modules = sorted(config.target_modules)
+    unwrap(model).save_pretrained(
+        folder, selected_adapters=["default"], save_embedding_layers=False
+    )
 
 # %% ../nbs/05_reference.ipynb #998a3664
 def merge_lora(model):
     "The plain model, adapter added into its weights and trained heads in place; the wrapped model is used up."
     model = unwrap(model)
-    if "reference" in model.peft_config: model.delete_adapter("reference")
+    if "reference" in model.peft_config:
+        model.delete_adapter("reference")
     return model.merge_and_unload(safe_merge=True, adapter_names=["default"])
 
 # %% ../nbs/05_reference.ipynb #ac0e4253
 @contextmanager
 def left_as_found(model):
     "Evaluation mode without gradient; afterwards modes and `requires_grad` are what they were."
-    modes, flags = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
+    modes, flags = (
+        [(m, m.training) for m in model.modules()],
+        [(p, p.requires_grad) for p in model.parameters()],
+    )
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad():
+            yield model.eval()
     finally:
-        for m, training in modes: m.training = training
-        for p, flag in flags: p.requires_grad_(flag)
+        for m, training in modes:
+            m.training = training
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 @contextmanager
 def without_adapter(model):
     "The policy as it was before LoRA, for a pass without gradient or dropout."
     model = unwrap(model)
-    with left_as_found(model), model.disable_adapter(): yield model
+    with left_as_found(model), model.disable_adapter():
+        yield model
 
 # %% ../nbs/05_reference.ipynb #4768715b
 class FrozenModel:
     "A reference with weights of its own."
-    def __init__(self, model, policy): self.model, self.policy = model.eval().requires_grad_(False), policy
+
+    def __init__(self, model, policy):
+        self.model, self.policy = model.eval().requires_grad_(False), policy
 
     @torch.no_grad()
     def __call__(self, batch: TreeBatch) -> Tensor:
@@ -115,56 +160,78 @@ class FrozenModel:
     def sync(self):
         "Take over the policy's present weights, in the reference's own precision."
         now = dict(unwrap(self.policy).named_parameters())
-        for name, p in self.model.named_parameters(): p.copy_(now[name])
+        for name, p in self.model.named_parameters():
+            p.copy_(now[name])
 
 # %% ../nbs/05_reference.ipynb #211b07c1
 class AdapterOff:
     "The policy itself, its adapter switched off."
-    def __init__(self, policy): self.policy = policy
+
+    def __init__(self, policy):
+        self.policy = policy
 
     def __call__(self, batch: TreeBatch) -> Tensor:
         "(K, S) token log-probs."
-        with without_adapter(self.policy) as model: return model(tree=batch.to(model.device)).logps
+        with without_adapter(self.policy) as model:
+            return model(tree=batch.to(model.device)).logps
 
-    def to(self, device): return self # it is where the policy is
-    def sync(self): raise RuntimeError("a reference that is the policy without its adapter cannot be synchronised; make_reference(sync=True)")
+    def to(self, device):
+        return self  # it is where the policy is
+
+    def sync(self):
+        raise RuntimeError(
+            "a reference that is the policy without its adapter cannot be synchronised; "
+            "make_reference(sync=True)"
+        )
 
 # %% ../nbs/05_reference.ipynb #837b1984
 class FrozenAdapter(AdapterOff):
     "A second adapter of the policy, holding what the first one was when last synchronised."
+
     def __init__(self, policy):
         self.policy, model = policy, unwrap(policy)
         config = copy.deepcopy(model.peft_config["default"])
         config.modules_to_save = None
-        with left_as_found(model), torch.random.fork_rng(devices=[]): model.add_adapter("reference", config)
-        for p in self.pairs(): p[0].requires_grad_(False)
+        with left_as_found(model), torch.random.fork_rng(devices=[]):
+            model.add_adapter("reference", config)
+        for p in self.pairs():
+            p[0].requires_grad_(False)
 
     def pairs(self):
         "(weight of the reference, weight of the policy), all of them."
         now = dict(unwrap(self.policy).named_parameters())
-        return [(p, now[n.replace(".reference.", ".default.")]) for n, p in now.items() if ".reference." in n]
+        return [
+            (p, now[n.replace(".reference.", ".default.")])
+            for n, p in now.items()
+            if ".reference." in n
+        ]
 
     def __call__(self, batch: TreeBatch) -> Tensor:
         "(K, S) token log-probs."
         model = unwrap(self.policy)
         with left_as_found(model):
-            try: model.set_adapter("reference"); return model(tree=batch.to(model.device)).logps
-            finally: model.set_adapter("default")
+            try:
+                model.set_adapter("reference")
+                return model(tree=batch.to(model.device)).logps
+            finally:
+                model.set_adapter("default")
 
     @torch.no_grad()
     def sync(self):
         "Take over the policy's present adapter."
-        for reference, policy in self.pairs(): reference.copy_(policy)
+        for reference, policy in self.pairs():
+            reference.copy_(policy)
 
 # %% ../nbs/05_reference.ipynb #5b2c7e4c
 def make_reference(
-    policy, # as trained; wrapped by peft if `lora`
-    load: Callable | None = None, # gives the frozen reference model; not called with `lora`
-    lora: bool = False, # the reference is the policy without (or with an older) adapter
-    sync: bool = False, # `sync()` will be called
+    policy,  # as trained; wrapped by peft if `lora`
+    load: Callable | None = None,  # gives the frozen reference model; not called with `lora`
+    lora: bool = False,  # the reference is the policy without (or with an older) adapter
+    sync: bool = False,  # `sync()` will be called
 ):
     "`reference(batch)` -> (K, S) token log-probs; `reference.sync()` takes over the policy's weights."
-    if lora: return FrozenAdapter(policy) if sync else AdapterOff(policy)
+    if lora:
+        return FrozenAdapter(policy) if sync else AdapterOff(policy)
     return FrozenModel(load().to(unwrap(policy).device), policy)
 
 # %% ../nbs/05_reference.ipynb #943bef07
@@ -174,17 +241,25 @@ CACHE_VERSION = "1"
 def sha256(*parts: bytes | str) -> str:
     "Hex digest of texts and bytes, one after another."
     h = hashlib.sha256()
-    for p in parts: h.update(p.encode() if isinstance(p, str) else p)
+    for p in parts:
+        h.update(p.encode() if isinstance(p, str) else p)
     return h.hexdigest()
 
 
 def model_identity(path: str) -> str:
     "Hash of the config and weight files in a folder; for a name on the hub, its commit. Heads and optimisers do not count."
-    if not Path(path).is_dir(): return f"{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
+    if not Path(path).is_dir():
+        return f"{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
     digests = []
-    for file in sorted(p for p in Path(path).iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"):
-        if file.name in (VALUE_HEAD, "training_args.bin"): continue
-        with open(file, "rb") as f: digests += [file.name, hashlib.file_digest(f, "sha256").hexdigest()]
+    for file in sorted(
+        p
+        for p in Path(path).iterdir()
+        if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
+    ):
+        if file.name in (VALUE_HEAD, "training_args.bin"):
+            continue
+        with open(file, "rb") as f:
+            digests += [file.name, hashlib.file_digest(f, "sha256").hexdigest()]
     return sha256(*digests)
 
 
@@ -195,7 +270,11 @@ def cache_key(model: str, precision: str) -> str:
 # %% ../nbs/05_reference.ipynb #1538f171
 def branch_hash(tree: Tree, i: int) -> bytes:
     "What branch `i` predicts and what stands before it, wherever the tree was cut."
-    return hashlib.sha256(np.array([len(tree.prompt_ids) + tree.skip[i], *tree.prompt_ids, *tree.branches[i]], "<i8").tobytes()).digest()
+    return hashlib.sha256(
+        np.array(
+            [len(tree.prompt_ids) + tree.skip[i], *tree.prompt_ids, *tree.branches[i]], "<i8"
+        ).tobytes()
+    ).digest()
 
 # %% ../nbs/05_reference.ipynb #66ded2be
 def tensors_hash(tensors: dict[str, Tensor]) -> str:
@@ -203,12 +282,21 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
     return sha256(*(tensors[k].numpy().tobytes() for k in ("hashes", "offsets", "logps")))
 
 
-def write_cache(folder: str | Path, model: str, precision: str, entries: dict[bytes, Tensor]) -> Path:
+def write_cache(
+    folder: str | Path, model: str, precision: str, entries: dict[bytes, Tensor]
+) -> Path:
     "Add a file with the log-probs of these branches; complete or not at all."
     offsets = np.cumsum([0, *map(len, entries.values())])
-    tensors = dict(hashes=torch.from_numpy(np.frombuffer(b"".join(entries), np.uint8).reshape(-1, 32).copy()), offsets=torch.from_numpy(offsets.astype(np.int64)),
-                   logps=torch.cat([*entries.values()]).float())
-    meta = dict(version=CACHE_VERSION, model=model, precision=precision, content=tensors_hash(tensors))
+    tensors = dict(
+        hashes=torch.from_numpy(
+            np.frombuffer(b"".join(entries), np.uint8).reshape(-1, 32).copy()
+        ),
+        offsets=torch.from_numpy(offsets.astype(np.int64)),
+        logps=torch.cat([*entries.values()]).float(),
+    )
+    meta = dict(
+        version=CACHE_VERSION, model=model, precision=precision, content=tensors_hash(tensors)
+    )
     file = Path(folder) / f"{cache_key(model, precision)}-{meta['content'][:16]}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -220,23 +308,46 @@ def write_cache(folder: str | Path, model: str, precision: str, entries: dict[by
 def read_cache(file: Path) -> dict[bytes, Tensor]:
     "The log-probs in one file, by hash; an error if it is not what its name says."
     try:
-        with safe_open(file, "pt") as f: meta, t = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-        whole = t["hashes"].shape[1:] == (32,) and len(t["offsets"]) == len(t["hashes"]) + 1 and int(t["offsets"][-1]) == len(t["logps"])
-        good = whole and meta["content"] == tensors_hash(t) and file.stem == f"{cache_key(meta['model'], meta['precision'])}-{meta['content'][:16]}"
-    except (SafetensorError, KeyError, IndexError) as e: raise ValueError(f"{file}: not a readable reference cache ({type(e).__name__}: {e}); delete this file") from e
-    if not good: raise ValueError(f"{file}: its content does not match its name; delete this file, it will be computed again")
-    return {h.tobytes(): x for h, x in zip(t["hashes"].numpy(), t["logps"].split(t["offsets"].diff().tolist()))}
+        with safe_open(file, "pt") as f:
+            meta, t = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        whole = (
+            t["hashes"].shape[1:] == (32,)
+            and len(t["offsets"]) == len(t["hashes"]) + 1
+            and int(t["offsets"][-1]) == len(t["logps"])
+        )
+        good = (
+            whole
+            and meta["content"] == tensors_hash(t)
+            and file.stem
+            == f"{cache_key(meta['model'], meta['precision'])}-{meta['content'][:16]}"
+        )
+    except (SafetensorError, KeyError, IndexError) as e:
+        raise ValueError(
+            f"{file}: not a readable reference cache ({type(e).__name__}: {e}); delete "
+            "this file"
+        ) from e
+    if not good:
+        raise ValueError(
+            f"{file}: its content does not match its name; delete this file, it will be "
+            "computed again"
+        )
+    return {
+        h.tobytes(): x
+        for h, x in zip(t["hashes"].numpy(), t["logps"].split(t["offsets"].diff().tolist()))
+    }
 
 # %% ../nbs/05_reference.ipynb #e35ccba7
 def known_logps(branches: dict[bytes, tuple], files: list[Path], accelerator) -> list[Tensor]:
     "The log-probs of each branch from the main process' files, NaN where there are none; the same on all processes."
     from accelerate.utils import broadcast
+
     sizes = [len(t.branches[i]) - t.skip[i] for t, i in branches.values()]
     values = torch.full((sum(sizes),), torch.nan)
     slots = dict(zip(branches, values.split(sizes)))
     for file in files:
         for h, x in read_cache(file).items():
-            if h in slots: slots[h].copy_(x)
+            if h in slots:
+                slots[h].copy_(x)
     return list(broadcast(values.to(accelerator.device)).cpu().split(sizes))
 
 # %% ../nbs/05_reference.ipynb #07969eaf
@@ -244,49 +355,113 @@ def missing_trees(branches: dict[bytes, tuple], known: list[Tensor]) -> list[Tre
     "Trees of the branches that are not known; `index` is a branch's number among all."
     groups = {}
     for k, ((tree, i), x) in enumerate(zip(branches.values(), known)):
-        if x.isnan().any(): groups.setdefault(id(tree), (tree, []))[1].append((k, i))
-    return [Tree(t.prompt_ids, [t.branches[i] for _, i in ks], [t.meanings[i] for _, i in ks], [t.skip[i] for _, i in ks], [k for k, _ in ks]) for t, ks in groups.values()]
+        if x.isnan().any():
+            groups.setdefault(id(tree), (tree, []))[1].append((k, i))
+    return [
+        Tree(
+            t.prompt_ids,
+            [t.branches[i] for _, i in ks],
+            [t.meanings[i] for _, i in ks],
+            [t.skip[i] for _, i in ks],
+            [k for k, _ in ks],
+        )
+        for t, ks in groups.values()
+    ]
 
 # %% ../nbs/05_reference.ipynb #ec1f90aa
-def compute_shared(trees: list[Tree], reference, layout: str, token_budget: int, accelerator, pad_id: int = 0, progress=None) -> dict[int, Tensor]:
+def compute_shared(
+    trees: list[Tree],
+    reference,
+    layout: str,
+    token_budget: int,
+    accelerator,
+    pad_id: int = 0,
+    progress=None,
+) -> dict[int, Tensor]:
     "Log-probs of every branch by its number in `index`, computed by all processes together."
-    shares = [cut(s, token_budget, layout) for s in deal(trees, accelerator.num_processes, layout)]
-    mine, size = [torch.zeros(0, device=accelerator.device)], lambda t, i: len(t.branches[i]) - t.skip[i]
+    shares = [
+        cut(s, token_budget, layout) for s in deal(trees, accelerator.num_processes, layout)
+    ]
+    mine, size = (
+        [torch.zeros(0, device=accelerator.device)],
+        lambda t, i: len(t.branches[i]) - t.skip[i],
+    )
     for part in shares[accelerator.process_index]:
         table = reference(make_batch(part, layout, pad_id).to(accelerator.device))
-        mine += [row[:n].float() for row, n in zip(table, [size(t, i) for t in part for i in range(len(t.branches))])]
-        if progress: progress(len(part))
-    everyone = accelerator.gather(accelerator.pad_across_processes(torch.cat(mine), dim=0)).view(len(shares), -1).cpu()
+        mine += [
+            row[:n].float()
+            for row, n in zip(table, [size(t, i) for t in part for i in range(len(t.branches))])
+        ]
+        if progress:
+            progress(len(part))
+    everyone = (
+        accelerator.gather(accelerator.pad_across_processes(torch.cat(mine), dim=0))
+        .view(len(shares), -1)
+        .cpu()
+    )
     out = {}
     for row, share in zip(everyone, shares):
         at = [(k, size(t, i)) for part in share for t in part for i, k in enumerate(t.index)]
-        out |= zip([k for k, _ in at], row[:sum(n for _, n in at)].split([n for _, n in at])) if at else {}
+        out |= (
+            zip([k for k, _ in at], row[: sum(n for _, n in at)].split([n for _, n in at]))
+            if at
+            else {}
+        )
     return out
 
 # %% ../nbs/05_reference.ipynb #a3082e2f
 def cache_reference_logps(
-    trees: list[Tree], # `reference` of each is filled
-    make_reference: Callable, # gives `reference(batch)` -> (K, S) log-probs; called only if something is missing
-    folder: str | Path, # of cache files
-    model_path: str, # the reference's folder or name on the hub: its identity
-    precision: str, # the reference computes in
-    layout: str, # tree or plain
-    token_budget: int, # tokens per forward pass
-    accelerator, # of all processes; each must hold the same trees
+    trees: list[Tree],  # `reference` of each is filled
+    # gives `reference(batch)` -> (K, S) log-probs; called only if something is missing
+    make_reference: Callable,
+    folder: str | Path,  # of cache files
+    model_path: str,  # the reference's folder or name on the hub: its identity
+    precision: str,  # the reference computes in
+    layout: str,  # tree or plain
+    token_budget: int,  # tokens per forward pass
+    accelerator,  # of all processes; each must hold the same trees
     pad_id: int = 0,
-    vocabulary: int | None = None, # the tokenizer's size, where `fit_vocabulary` may have given the reference more rows
-    progress: Callable | None = None, # called with the number of trees done by this process
-) -> Counter: # `reference_cached`, `reference_computed`: distinct branches
+    # the tokenizer's size, where `fit_vocabulary` may have given the reference more rows
+    vocabulary: int | None = None,
+    progress: Callable | None = None,  # called with the number of trees done by this process
+) -> Counter:  # `reference_cached`, `reference_computed`: distinct branches
     "Fill every tree's reference log-probs, from files where they are known."
     hashes = [[branch_hash(t, i) for i in range(len(t.branches))] for t in trees]
     branches = {h: (t, i) for t, hs in zip(trees, hashes) for i, h in enumerate(hs)}
-    model = f"{model_identity(model_path)} {vocabulary or ''}".strip() if accelerator.is_main_process else None
-    known = known_logps(branches, sorted(Path(folder).glob(f"{cache_key(model, precision)}-*.safetensors")) if model else [], accelerator)
+    model = (
+        f"{model_identity(model_path)} {vocabulary or ''}".strip()
+        if accelerator.is_main_process
+        else None
+    )
+    known = known_logps(
+        branches,
+        sorted(Path(folder).glob(f"{cache_key(model, precision)}-*.safetensors"))
+        if model
+        else [],
+        accelerator,
+    )
     todo = missing_trees(branches, known)
-    new = compute_shared(todo, make_reference(), layout, token_budget, accelerator, pad_id, progress) if todo else {}
-    if not all(x.isfinite().all() for x in new.values()): raise ValueError(f"{model_path}: the reference gives log-probs that are not finite numbers, in {precision}")
+    new = (
+        compute_shared(
+            todo, make_reference(), layout, token_budget, accelerator, pad_id, progress
+        )
+        if todo
+        else {}
+    )
+    if not all(x.isfinite().all() for x in new.values()):
+        raise ValueError(
+            f"{model_path}: the reference gives log-probs that are not finite numbers, "
+            f"in {precision}"
+        )
     table = {h: new.get(k, x) for k, (h, x) in enumerate(zip(branches, known))}
-    if new and accelerator.is_main_process: write_cache(folder, model, precision, {h: x for k, (h, x) in enumerate(table.items()) if k in new})
+    if new and accelerator.is_main_process:
+        write_cache(
+            folder,
+            model,
+            precision,
+            {h: x for k, (h, x) in enumerate(table.items()) if k in new},
+        )
     accelerator.wait_for_everyone()
-    for t, hs in zip(trees, hashes): t.reference = [table[h].tolist() for h in hs]
+    for t, hs in zip(trees, hashes):
+        t.reference = [table[h].tolist() for h in hs]
     return Counter(reference_cached=len(branches) - len(new), reference_computed=len(new))

@@ -39,51 +39,110 @@ from halos_nb.plots import (
 )
 
 # %% ../nbs/13_rewards.ipynb #7c48e625
-def bars(value, low, high) -> dict: return dict(array=high - value, arrayminus=value - low)
+def bars(value, low, high) -> dict:
+    return dict(array=high - value, arrayminus=value - low)
 
 
 def mean_of(rows: list[dict], key: str) -> list[float]:
     "Mean of a field, interval over prompts, n, prompts, and how many rows had no value."
     x = floats(rows, key)
     prompts = [r.get("prompt_id", i) for i, r in enumerate(rows)]
-    return [*mean_interval(x, prompts), np.isfinite(x).sum(), len({p for p, v in zip(prompts, x) if np.isfinite(v)}), np.isnan(x).sum()]
+    return [
+        *mean_interval(x, prompts),
+        np.isfinite(x).sum(),
+        len({p for p, v in zip(prompts, x) if np.isfinite(v)}),
+        np.isnan(x).sum(),
+    ]
 
 
 def mean_trace(rounds: dict, key: str, color: str, name: str):
     "`mean_of` for each round, as a line with error bars."
     value, *rest = np.array([mean_of(rows, key) for rows in rounds.values()]).reshape(-1, 6).T
-    return go.Scatter(y=value, error_y=bars(value, *rest[:2]), name=name, mode="lines+markers", line=dict(color=color, width=2.5), customdata=np.stack(rest, 1),
-                      text=[inert(r) for r in rounds], hovertemplate=hover("<b>%{text}</b>", f"{name} %{{y:.4g}} [%{{customdata[0]:.4g}}, %{{customdata[1]:.4g}}]",
-                                                                           "n %{customdata[2]:,}, of %{customdata[3]:,} prompts", "left out %{customdata[4]:,}"))
+    return go.Scatter(
+        y=value,
+        error_y=bars(value, *rest[:2]),
+        name=name,
+        mode="lines+markers",
+        line=dict(color=color, width=2.5),
+        customdata=np.stack(rest, 1),
+        text=[inert(r) for r in rounds],
+        hovertemplate=hover(
+            "<b>%{text}</b>",
+            f"{name} %{{y:.4g}} [%{{customdata[0]:.4g}}, %{{customdata[1]:.4g}}]",
+            "n %{customdata[2]:,}, of %{customdata[3]:,} prompts",
+            "left out %{customdata[4]:,}",
+        ),
+    )
 
 # %% ../nbs/13_rewards.ipynb #dca3ff80
-def kl_curve(rounds: dict, # round's name -> samples with `policy_logps`, `reference_logps` (nats, sums over the completion), `prompt_id`
-             title: str = "KL divergence to the reference") -> go.Figure:
+def kl_curve(
+    # round's name -> samples with `policy_logps`, `reference_logps` (nats, sums over the
+    # completion), `prompt_id`
+    rounds: dict,
+    title: str = "KL divergence to the reference",
+) -> go.Figure:
     "Estimated KL(policy || reference) per round, in nats per completion."
-    def ratios(rows): return [{**r, "kl": d} for r, d in zip(rows, floats(rows, "policy_logps") - floats(rows, "reference_logps"))]
+
+    def ratios(rows):
+        return [
+            {**r, "kl": d}
+            for r, d in zip(
+                rows, floats(rows, "policy_logps") - floats(rows, "reference_logps")
+            )
+        ]
+
     trace = mean_trace({name: ratios(rows) for name, rows in rounds.items()}, "kl", BLUE, "KL")
     fig = go.Figure(trace).add_hline(0, line=dict(color=GREY, width=1, dash="dot"))
-    notes = ["Mean log-ratio of the policy's own samples, 95% bootstrap interval over prompts", left_out(trace.customdata[:, 4].sum(), "without log-probabilities")]
-    return dressed(fig, title, notes, xaxis=round_axis(rounds, trace.customdata[:, 2]), yaxis_title_text="KL (nats per completion)")
+    notes = [
+        "Mean log-ratio of the policy's own samples, 95% bootstrap interval over prompts",
+        left_out(trace.customdata[:, 4].sum(), "without log-probabilities"),
+    ]
+    return dressed(
+        fig,
+        title,
+        notes,
+        xaxis=round_axis(rounds, trace.customdata[:, 2]),
+        yaxis_title_text="KL (nats per completion)",
+    )
 
 # %% ../nbs/13_rewards.ipynb #5258651e
-def reward_vs_true(rounds: dict, # round's name -> samples with `reward`, `true_reward`, `prompt_id`
-                   best: float | None = None, # true reward of the best possible answer, drawn as a line
-                   title: str = "Reward-model score and true reward") -> go.Figure:
+def reward_vs_true(
+    rounds: dict,  # round's name -> samples with `reward`, `true_reward`, `prompt_id`
+    best: float | None = None,  # true reward of the best possible answer, drawn as a line
+    title: str = "Reward-model score and true reward",
+) -> go.Figure:
     "Mean score and mean true reward per round, one above the other, with intervals."
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
-    score, true = mean_trace(rounds, "reward", BLUE, "score"), mean_trace(rounds, "true_reward", TRUTH, "true reward")
+    score, true = (
+        mean_trace(rounds, "reward", BLUE, "score"),
+        mean_trace(rounds, "true_reward", TRUTH, "true reward"),
+    )
     fig.add_trace(score, 1, 1).add_trace(true, 2, 1)
-    if best is not None: fig.add_hline(best, row=2, col=1, line_dash="dash", line_color=GREY, annotation_text=f"best: {best:g}", annotation_position="bottom left")
+    if best is not None:
+        fig.add_hline(
+            best,
+            row=2,
+            col=1,
+            line_dash="dash",
+            line_color=GREY,
+            annotation_text=f"best: {best:g}",
+            annotation_position="bottom left",
+        )
     axis = round_axis(rounds, score.customdata[:, 2])
     fig.update_yaxes(title_text="score", row=1).update_yaxes(title_text="true reward", row=2)
-    notes = ["Means with 95% bootstrap intervals over prompts", left_out(score.customdata[:, 4].sum())]
+    notes = [
+        "Means with 95% bootstrap intervals over prompts",
+        left_out(score.customdata[:, 4].sum()),
+    ]
     return dressed(fig, title, notes, 520, xaxis=axis | dict(showticklabels=False), xaxis2=axis)
 
 # %% ../nbs/13_rewards.ipynb #2242ac25
-def reward_scatter(rows, # samples with `reward` and `true_reward`
-                   seed: int = 0, most: int = 2000, # which points are drawn, and how many at most
-                   title: str = "True reward against reward-model score") -> go.Figure:
+def reward_scatter(
+    rows,  # samples with `reward` and `true_reward`
+    seed: int = 0,
+    most: int = 2000,  # which points are drawn, and how many at most
+    title: str = "True reward against reward-model score",
+) -> go.Figure:
     "Scatter of score and truth with Spearman's rank correlation and the mean of each tenth."
     x, y = floats(rows), floats(rows, "true_reward")
     ok = np.isfinite(x) & np.isfinite(y)
@@ -91,115 +150,307 @@ def reward_scatter(rows, # samples with `reward` and `true_reward`
     at = np.random.default_rng(seed).permutation(len(x))[:most]
     tenths = [t for t in np.array_split(np.argsort(x, kind="stable"), 10) if len(t)]
     mean, low, high = np.array([mean_interval(y[t]) for t in tenths]).reshape(-1, 3).T
-    fig = go.Figure(go.Scatter(x=x[at].astype(np.float32), y=y[at].astype(np.float32), mode="markers", marker=dict(size=6, color=BLUE, opacity=0.3),
-                               hovertemplate=hover("score %{x:.4g}", "true reward %{y:.4g}")))
-    fig.add_scatter(x=[x[t].mean() for t in tenths], y=mean, error_y=bars(mean, low, high), customdata=[len(t) for t in tenths], mode="lines+markers",
-                    line=dict(color=INK), hovertemplate=hover("mean true reward %{y:.4g}", "mean score %{x:.4g}", "n %{customdata:,}"))
+    fig = go.Figure(
+        go.Scatter(
+            x=x[at].astype(np.float32),
+            y=y[at].astype(np.float32),
+            mode="markers",
+            marker=dict(size=6, color=BLUE, opacity=0.3),
+            hovertemplate=hover("score %{x:.4g}", "true reward %{y:.4g}"),
+        )
+    )
+    fig.add_scatter(
+        x=[x[t].mean() for t in tenths],
+        y=mean,
+        error_y=bars(mean, low, high),
+        customdata=[len(t) for t in tenths],
+        mode="lines+markers",
+        line=dict(color=INK),
+        hovertemplate=hover(
+            "mean true reward %{y:.4g}", "mean score %{x:.4g}", "n %{customdata:,}"
+        ),
+    )
     rho = pd.Series(x).rank().corr(pd.Series(y).rank()) if len(x) > 1 else np.nan
-    notes = [f"Spearman {rho:.3f}, n={len(x):,}" + f" ({most:,} drawn)" * (len(x) > most), left_out(len(ok) - len(x)), "line: mean of each tenth, 95% interval"]
-    return dressed(fig, title, notes, 460, xaxis_title_text="reward-model score", yaxis_title_text="true reward")
+    notes = [
+        f"Spearman {rho:.3f}, n={len(x):,}" + f" ({most:,} drawn)" * (len(x) > most),
+        left_out(len(ok) - len(x)),
+        "line: mean of each tenth, 95% interval",
+    ]
+    return dressed(
+        fig,
+        title,
+        notes,
+        460,
+        xaxis_title_text="reward-model score",
+        yaxis_title_text="true reward",
+    )
 
 # %% ../nbs/13_rewards.ipynb #47b635e8
-def frontier(runs: dict, # run's name -> rows with `kl` and the reward, in order of the rounds, such as those of `loop.run_summary`
-             key: str = "true_reward", best: float | None = None, # which reward; that of the best possible answer, drawn as a line
-             title: str = "Reward against KL") -> go.Figure:
+def frontier(
+    # run's name -> rows with `kl` and the reward, in order of the rounds, such as those of
+    # `loop.run_summary`
+    runs: dict,
+    # which reward; that of the best possible answer, drawn as a line
+    key: str = "true_reward",
+    best: float | None = None,
+    title: str = "Reward against KL",
+) -> go.Figure:
     "One line per run through its rounds, named at its end."
     fig = go.Figure()
     for i, (name, rows) in enumerate(runs.items()):
-        x, y, color = floats(rows, "kl"), floats(rows, key), TEMPLATE.layout.colorway[i % len(TEMPLATE.layout.colorway)]
-        fig.add_scatter(x=x, y=y, name=name, mode="lines+markers+text", line=dict(color=color, width=2, dash=("solid", "dash", "dot")[i // len(TEMPLATE.layout.colorway) % 3]), showlegend=False,
-                        text=[""] * (len(x) - 1) + [inert(name)], textposition="top center", textfont_color=color, hovertemplate=hover(f"<b>{inert(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}"))
-    if best is not None: fig.add_hline(best, line_dash="dash", line_color=GREY, annotation_text=f"best: {best:g}", annotation_position="bottom left")
-    return dressed(fig, title, ["Each point is a round, before its training; the last one is the final policy on unseen prompts"], 520, xaxis_title_text="KL to the reference (nats per completion)", yaxis_title_text=key.replace("_", " "))
+        x, y, color = (
+            floats(rows, "kl"),
+            floats(rows, key),
+            TEMPLATE.layout.colorway[i % len(TEMPLATE.layout.colorway)],
+        )
+        fig.add_scatter(
+            x=x,
+            y=y,
+            name=name,
+            mode="lines+markers+text",
+            line=dict(
+                color=color,
+                width=2,
+                dash=("solid", "dash", "dot")[i // len(TEMPLATE.layout.colorway) % 3],
+            ),
+            showlegend=False,
+            text=[""] * (len(x) - 1) + [inert(name)],
+            textposition="top center",
+            textfont_color=color,
+            hovertemplate=hover(f"<b>{inert(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}"),
+        )
+    if best is not None:
+        fig.add_hline(
+            best,
+            line_dash="dash",
+            line_color=GREY,
+            annotation_text=f"best: {best:g}",
+            annotation_position="bottom left",
+        )
+    return dressed(
+        fig,
+        title,
+        [
+            (
+                "Each point is a round, before its training; the last one is the final "
+                "policy on unseen prompts"
+            )
+        ],
+        520,
+        xaxis_title_text="KL to the reference (nats per completion)",
+        yaxis_title_text=key.replace("_", " "),
+    )
 
 # %% ../nbs/13_rewards.ipynb #075adaba
-def calibration_table(pairs, # margins (chosen minus rejected), or pairwise records
-                      bins: int = 10) -> list[dict]: # fewer where a bin would hold fewer than 10 pairs
+def calibration_table(
+    pairs,  # margins (chosen minus rejected), or pairwise records
+    bins: int = 10,
+) -> list[dict]:  # fewer where a bin would hold fewer than 10 pairs
     "Per bin of equal count: mean predicted preference, observed rate with Wilson interval, n."
     m, _ = scored(margins(pairs))
     m = m[np.argsort(np.abs(m), kind="stable")]
     parts = np.array_split(m, max(1, min(bins, len(m) // 10))) if len(m) else []
-    return [dict(predicted=float((1 / (1 + np.exp(-np.abs(p)))).mean()), observed=accuracy_interval((1 + np.sign(p)).sum() / 2, len(p)), n=len(p)) for p in parts]
+    return [
+        dict(
+            predicted=float((1 / (1 + np.exp(-np.abs(p)))).mean()),
+            observed=accuracy_interval((1 + np.sign(p)).sum() / 2, len(p)),
+            n=len(p),
+        )
+        for p in parts
+    ]
 
 # %% ../nbs/13_rewards.ipynb #6e665ffc
-def calibration_curve(pairs, bins: int = 10, title: str = "Calibration of the predicted preference") -> go.Figure:
+def calibration_curve(
+    pairs, bins: int = 10, title: str = "Calibration of the predicted preference"
+) -> go.Figure:
     "Predicted against observed; below the diagonal the model is too sure of itself."
     rows, lost = calibration_table(pairs, bins), scored(margins(pairs))[1]
     predicted, n = floats(rows, "predicted"), floats(rows, "n")
     rate, low, high = np.array([r["observed"] for r in rows]).reshape(-1, 3).T
-    fig = go.Figure(go.Scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", line=dict(color=GREY, dash="dot"), hoverinfo="skip"))
-    fig.add_scatter(x=predicted, y=rate, error_y=bars(rate, low, high), mode="lines+markers", line=dict(color=BLUE), customdata=np.stack([low, high, n], 1),
-                    hovertemplate=hover("predicted %{x:.1%}", "observed %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]", "n %{customdata[2]:,} pairs"))
-    error = f"mean |observed - predicted| {np.average(np.abs(rate - predicted), weights=n):.1%}" if rows else ""
-    return dressed(fig, title, [f"n={n.sum():,.0f} pairs in {len(rows)} bins", error, "Wilson 95% intervals", left_out(lost)], 460,
-                   xaxis=dict(title_text="predicted preference, sigmoid(|margin|)", tickformat=".0%", range=[0.485, 1.015]),
-                   yaxis=dict(title_text="share predicted right", tickformat=".0%"))
+    fig = go.Figure(
+        go.Scatter(
+            x=[0.5, 1],
+            y=[0.5, 1],
+            mode="lines",
+            line=dict(color=GREY, dash="dot"),
+            hoverinfo="skip",
+        )
+    )
+    fig.add_scatter(
+        x=predicted,
+        y=rate,
+        error_y=bars(rate, low, high),
+        mode="lines+markers",
+        line=dict(color=BLUE),
+        customdata=np.stack([low, high, n], 1),
+        hovertemplate=hover(
+            "predicted %{x:.1%}",
+            "observed %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]",
+            "n %{customdata[2]:,} pairs",
+        ),
+    )
+    error = (
+        f"mean |observed - predicted| {np.average(np.abs(rate - predicted), weights=n):.1%}"
+        if rows
+        else ""
+    )
+    return dressed(
+        fig,
+        title,
+        [
+            f"n={n.sum():,.0f} pairs in {len(rows)} bins",
+            error,
+            "Wilson 95% intervals",
+            left_out(lost),
+        ],
+        460,
+        xaxis=dict(
+            title_text="predicted preference, sigmoid(|margin|)",
+            tickformat=".0%",
+            range=[0.485, 1.015],
+        ),
+        yaxis=dict(title_text="share predicted right", tickformat=".0%"),
+    )
 
 # %% ../nbs/13_rewards.ipynb #cb0571c2
-def chosen_rejected(feedback: list[dict]) -> tuple[list, list]: # pairwise or binary records
+def chosen_rejected(feedback: list[dict]) -> tuple[list, list]:  # pairwise or binary records
     "Scores of what was called better and of what was called worse."
     if any("output_A" in r for r in feedback):
-        return tuple([r[f"reward_{'AB'[(r['label'] == 1) != better]}"] for r in feedback] for better in (True, False))
+        return tuple(
+            [r[f"reward_{'AB'[(r['label'] == 1) != better]}"] for r in feedback]
+            for better in (True, False)
+        )
     return tuple([r["reward"] for r in feedback if r.get("label") == which] for which in (1, 0))
 
 # %% ../nbs/13_rewards.ipynb #1a04432b
-def chosen_rejected_all(rounds: dict, # round's name -> (samples with `reward`, feedback records)
-                        title: str = "Scores of all samples, of the chosen and of the rejected", unit: str = "reward") -> go.Figure:
+def chosen_rejected_all(
+    rounds: dict,  # round's name -> (samples with `reward`, feedback records)
+    title: str = "Scores of all samples, of the chosen and of the rejected",
+    unit: str = "reward",
+) -> go.Figure:
     "Three violins per round, in the colours that mean chosen and rejected everywhere."
     fig, n, lost = go.Figure(), [], 0
     for i, (samples, feedback) in enumerate(rounds.values()):
-        for j, (rows, color) in enumerate(zip([samples, *chosen_rejected(feedback)], [REFERENCE, CHOSEN, REJECTED])):
+        for j, (rows, color) in enumerate(
+            zip([samples, *chosen_rejected(feedback)], [REFERENCE, CHOSEN, REJECTED])
+        ):
             v, unscored = scored(rows)
-            if len(v): fig.add_trace(violin(v, i + 0.28 * (j - 1), color).update(width=0.27))
-            if j == 0: n.append(len(v)); lost += unscored
+            if len(v):
+                fig.add_trace(violin(v, i + 0.28 * (j - 1), color).update(width=0.27))
+            if j == 0:
+                n.append(len(v))
+                lost += unscored
     for name, color in [("all samples", REFERENCE), ("chosen", CHOSEN), ("rejected", REJECTED)]:
-        fig.add_scatter(x=[None], y=[None], name=name, mode="markers", marker=dict(color=color, size=11, symbol="square"), showlegend=True)
-    return dressed(fig, title, ["Boxes: quartiles", left_out(lost)], showlegend=True, xaxis=round_axis(rounds, n), yaxis_title_text=unit)
+        fig.add_scatter(
+            x=[None],
+            y=[None],
+            name=name,
+            mode="markers",
+            marker=dict(color=color, size=11, symbol="square"),
+            showlegend=True,
+        )
+    return dressed(
+        fig,
+        title,
+        ["Boxes: quartiles", left_out(lost)],
+        showlegend=True,
+        xaxis=round_axis(rounds, n),
+        yaxis_title_text=unit,
+    )
 
 # %% ../nbs/13_rewards.ipynb #853b1ec9
-def by_prompt(rows: list[dict]) -> dict: # rows with `prompt_id` and `reward`
+def by_prompt(rows: list[dict]) -> dict:  # rows with `prompt_id` and `reward`
     "Scores of each prompt, unscored ones left out."
     found = {}
     for i, (r, x) in enumerate(zip(rows, floats(rows))):
-        if np.isfinite(x): found.setdefault(r.get("prompt_id", i), []).append(x)
+        if np.isfinite(x):
+            found.setdefault(r.get("prompt_id", i), []).append(x)
     return found
 
 
-def wins(a, b) -> np.ndarray: # for each score of a: how many of b it beats, ties half
+def wins(a, b) -> np.ndarray:  # for each score of a: how many of b it beats, ties half
     b = np.sort(b)
     return (np.searchsorted(b, a, "left") + np.searchsorted(b, a, "right")) / 2
 
 # %% ../nbs/13_rewards.ipynb #ea9bab90
-def win_rate(rows: list[dict], against: list[dict], # records with `prompt_id` and `reward`
-             seed: int = 0, draws: int = 1000) -> Interval: # of the resampling
+def win_rate(
+    rows: list[dict],
+    against: list[dict],  # records with `prompt_id` and `reward`
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:  # of the resampling
     "Share of comparisons that `rows` win, with a 95% bootstrap interval over prompts."
     a, b, rng = by_prompt(rows), by_prompt(against), np.random.default_rng(seed)
-    if shared := [p for p in a if p in b]: return mean_interval([wins(a[p], b[p]).mean() / len(b[p]) for p in shared], seed=seed, draws=draws)
-    if not a or not b: return Interval(np.nan, np.nan, np.nan)
+    if shared := [p for p in a if p in b]:
+        return mean_interval(
+            [wins(a[p], b[p]).mean() / len(b[p]) for p in shared], seed=seed, draws=draws
+        )
+    if not a or not b:
+        return Interval(np.nan, np.nan, np.nan)
+
     def groups(x):
         x = list(x.values())
-        return [np.concatenate([x[i] for i in part]) for part in np.array_split(rng.permutation(len(x)), min(256, len(x)))]
+        return [
+            np.concatenate([x[i] for i in part])
+            for part in np.array_split(rng.permutation(len(x)), min(256, len(x)))
+        ]
+
     a, b = groups(a), groups(b)
     na, nb = np.array([*map(len, a)]), np.array([*map(len, b)])
-    won = np.stack([np.add.reduceat(wins(np.concatenate(a), y), np.cumsum(na) - na) for y in b], 1)
+    won = np.stack(
+        [np.add.reduceat(wins(np.concatenate(a), y), np.cumsum(na) - na) for y in b], 1
+    )
     da, db = (rng.multinomial(len(n), np.full(len(n), 1 / len(n)), draws) for n in (na, nb))
-    low, high = np.quantile(np.einsum("di,ij,dj->d", da, won, db, optimize=True) / (da @ na) / (db @ nb), [0.025, 0.975])
+    low, high = np.quantile(
+        np.einsum("di,ij,dj->d", da, won, db, optimize=True) / (da @ na) / (db @ nb),
+        [0.025, 0.975],
+    )
     return Interval(won.sum() / na.sum() / nb.sum(), float(low), float(high))
 
 # %% ../nbs/13_rewards.ipynb #7a61d364
-def win_rates(rounds: dict, # round's name -> records with `prompt_id` and `reward`
-              against: str = "", # the round that the others are held against (empty: the first)
-              title: str = "Win rate") -> go.Figure:
+def win_rates(
+    rounds: dict,  # round's name -> records with `prompt_id` and `reward`
+    against: str = "",  # the round that the others are held against (empty: the first)
+    title: str = "Win rate",
+) -> go.Figure:
     "Win rate of each round, with its interval; 50% is a draw."
     against = against or next(iter(rounds), "")
-    rates = np.array([win_rate(rows, rounds[against]) if name != against else Interval(0.5, 0.5, 0.5) for name, rows in rounds.items()]).reshape(-1, 3)
+    rates = np.array(
+        [
+            win_rate(rows, rounds[against]) if name != against else Interval(0.5, 0.5, 0.5)
+            for name, rows in rounds.items()
+        ]
+    ).reshape(-1, 3)
     value, low, high = rates.T
-    fig = go.Figure(go.Scatter(x=list(range(len(rates))), y=value, error_y=bars(value, low, high), mode="lines+markers+text", line=dict(color=BLUE, width=2.5),
-                               text=[f"  {v:.0%}" if np.isfinite(v) else "" for v in value], textposition="middle right", cliponaxis=False, customdata=np.stack([low, high], 1),
-                               hovertemplate=hover("win rate %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]")))
+    fig = go.Figure(
+        go.Scatter(
+            x=list(range(len(rates))),
+            y=value,
+            error_y=bars(value, low, high),
+            mode="lines+markers+text",
+            line=dict(color=BLUE, width=2.5),
+            text=[f"  {v:.0%}" if np.isfinite(v) else "" for v in value],
+            textposition="middle right",
+            cliponaxis=False,
+            customdata=np.stack([low, high], 1),
+            hovertemplate=hover(
+                "win rate %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]"
+            ),
+        )
+    )
     fig.add_hline(0.5, line=dict(color=GREY, width=1, dash="dot"))
-    notes = [f"Share of comparisons won against {inert(against)}, by score", "95% bootstrap interval over prompts", left_out(sum(scored(r)[1] for r in rounds.values()))]
-    return dressed(fig, title, notes, xaxis=round_axis(rounds, [len(scored(r)[0]) for r in rounds.values()]), yaxis=dict(title_text="win rate", tickformat=".0%"))
+    notes = [
+        f"Share of comparisons won against {inert(against)}, by score",
+        "95% bootstrap interval over prompts",
+        left_out(sum(scored(r)[1] for r in rounds.values())),
+    ]
+    return dressed(
+        fig,
+        title,
+        notes,
+        xaxis=round_axis(rounds, [len(scored(r)[0]) for r in rounds.values()]),
+        yaxis=dict(title_text="win rate", tickformat=".0%"),
+    )
 
 # %% ../nbs/13_rewards.ipynb #fc530633
 def length(row: dict) -> int:
@@ -207,71 +458,250 @@ def length(row: dict) -> int:
     return len(words(row["output"]).split())
 
 
-def slope(x, y, groups, within: bool, # within: only differences inside a group count
-          seed: int = 0, draws: int = 1000) -> Interval:
+def slope(
+    x,
+    y,
+    groups,
+    within: bool,  # within: only differences inside a group count
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:
     "Slope of y on x by least squares, with a 95% bootstrap interval over groups."
     g, rng = pd.factorize(np.array(groups, dtype=object))[0], np.random.default_rng(seed)
     x, y = (pd.Series(v, dtype=float) for v in (x, y))
     x, y = (v - v.groupby(g).transform("mean") if within else v - v.mean() for v in (x, y))
-    sums = np.stack([np.bincount(g, w, minlength=1) for w in (np.ones(len(x)), x, y, x * x, x * y)], 1) if len(x) else np.zeros((1, 5))
+    sums = (
+        np.stack(
+            [np.bincount(g, w, minlength=1) for w in (np.ones(len(x)), x, y, x * x, x * y)], 1
+        )
+        if len(x)
+        else np.zeros((1, 5))
+    )
     sums = np.add.reduceat(sums, np.arange(0, len(sums), -(-len(sums) // 2000)))
-    def fit(n, sx, sy, sxx, sxy): return (sxy - (0 if within else sx * sy / n)) / (sxx - (0 if within else sx * sx / n))
+
+    def fit(n, sx, sy, sxx, sxy):
+        return (sxy - (0 if within else sx * sy / n)) / (sxx - (0 if within else sx * sx / n))
+
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = fit(*(rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws) @ sums).T)
-        return Interval(float(fit(*sums.sum(0))), *(np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan, np.nan)))
+        drawn = fit(
+            *(rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws) @ sums).T
+        )
+        return Interval(
+            float(fit(*sums.sum(0))),
+            *(
+                np.nanquantile(drawn, [0.025, 0.975])
+                if np.isfinite(drawn).any()
+                else (np.nan, np.nan)
+            ),
+        )
 
 # %% ../nbs/13_rewards.ipynb #a76be0eb
-def length_and_reward(rounds: dict, # round's name -> samples with `output`, `reward`, `prompt_id`
-                      seed: int = 0, most: int = 2000, # which points are drawn, and how many at most
-                      title: str = "Length and reward", unit: str = "reward") -> go.Figure:
+def length_and_reward(
+    rounds: dict,  # round's name -> samples with `output`, `reward`, `prompt_id`
+    seed: int = 0,
+    most: int = 2000,  # which points are drawn, and how many at most
+    title: str = "Length and reward",
+    unit: str = "reward",
+) -> go.Figure:
     "Left: score against words, a colour per round. Right: mean score per round, as it is and at the first round's length."
-    rows = [dict(x=length(r), y=y, round=i, prompt=r.get("prompt_id", j)) for i, rs in enumerate(rounds.values()) for j, (r, y) in enumerate(zip(rs, floats(rs))) if np.isfinite(y)]
+    rows = [
+        dict(x=length(r), y=y, round=i, prompt=r.get("prompt_id", j))
+        for i, rs in enumerate(rounds.values())
+        for j, (r, y) in enumerate(zip(rs, floats(rs)))
+        if np.isfinite(y)
+    ]
     t = pd.DataFrame(rows, columns=["x", "y", "round", "prompt"])
-    raw, within = (slope(t.x, t.y, t["round"].astype(str) + " " + t.prompt.astype(str), w) for w in (False, True))
-    t["equal"] = t.y - (within.value if np.isfinite(within.value) else 0.0) * (t.x - t.x[t["round"] == 0].mean())
-    fig, colors = make_subplots(1, 2, column_widths=[0.55, 0.45], horizontal_spacing=0.1), sample_colorscale("Viridis", np.linspace(0.1, 0.85, max(2, len(rounds))))
-    for i, part in t.iloc[np.sort(np.random.default_rng(seed).permutation(len(t))[:most])].groupby("round"):
-        fig.add_scatter(x=part.x, y=part.y.astype(np.float32), mode="markers", marker=dict(size=5, color=colors[i], opacity=0.4), showlegend=False, row=1, col=1,
-                        hovertemplate=hover(f"<b>{inert(list(rounds)[i])}</b>", "%{x} words", f"{inert(unit)} %{{y:.4g}}"))
-    for key, name, color in (("y", "as it is", BLUE), ("equal", "at the first round's length", INK)):
-        m = np.array([mean_interval(p[key], p.prompt) for i in range(len(rounds)) for p in [t[t["round"] == i]]]).reshape(-1, 3)
-        fig.add_scatter(x=list(range(len(m))), y=m[:, 0], error_y=bars(*m.T), name=name, mode="lines+markers", line=dict(color=color, dash="solid" if key == "y" else "dash"), row=1, col=2, hovertemplate=hover(name + " %{y:.4g}"))
-    notes = [f"{inert(unit)} per word {raw:.3f}", f"within prompts {within:.3f}", f"{most:,} of {len(t):,} points drawn" * (len(t) > most), left_out(sum(map(len, rounds.values())) - len(t))]
-    fig.update_xaxes(title_text="words", col=1).update_xaxes(**round_axis(rounds, [int((t["round"] == i).sum()) for i in range(len(rounds))]) | dict(tickfont_size=11), col=2).update_yaxes(title_text=inert(unit), col=1)
+    raw, within = (
+        slope(t.x, t.y, t["round"].astype(str) + " " + t.prompt.astype(str), w)
+        for w in (False, True)
+    )
+    t["equal"] = t.y - (within.value if np.isfinite(within.value) else 0.0) * (
+        t.x - t.x[t["round"] == 0].mean()
+    )
+    fig, colors = (
+        make_subplots(1, 2, column_widths=[0.55, 0.45], horizontal_spacing=0.1),
+        sample_colorscale("Viridis", np.linspace(0.1, 0.85, max(2, len(rounds)))),
+    )
+    for i, part in t.iloc[
+        np.sort(np.random.default_rng(seed).permutation(len(t))[:most])
+    ].groupby("round"):
+        fig.add_scatter(
+            x=part.x,
+            y=part.y.astype(np.float32),
+            mode="markers",
+            marker=dict(size=5, color=colors[i], opacity=0.4),
+            showlegend=False,
+            row=1,
+            col=1,
+            hovertemplate=hover(
+                f"<b>{inert(list(rounds)[i])}</b>", "%{x} words", f"{inert(unit)} %{{y:.4g}}"
+            ),
+        )
+    for key, name, color in (
+        ("y", "as it is", BLUE),
+        ("equal", "at the first round's length", INK),
+    ):
+        m = np.array(
+            [
+                mean_interval(p[key], p.prompt)
+                for i in range(len(rounds))
+                for p in [t[t["round"] == i]]
+            ]
+        ).reshape(-1, 3)
+        fig.add_scatter(
+            x=list(range(len(m))),
+            y=m[:, 0],
+            error_y=bars(*m.T),
+            name=name,
+            mode="lines+markers",
+            line=dict(color=color, dash="solid" if key == "y" else "dash"),
+            row=1,
+            col=2,
+            hovertemplate=hover(name + " %{y:.4g}"),
+        )
+    notes = [
+        f"{inert(unit)} per word {raw:.3f}",
+        f"within prompts {within:.3f}",
+        f"{most:,} of {len(t):,} points drawn" * (len(t) > most),
+        left_out(sum(map(len, rounds.values())) - len(t)),
+    ]
+    fig.update_xaxes(title_text="words", col=1).update_xaxes(
+        **round_axis(rounds, [int((t["round"] == i).sum()) for i in range(len(rounds))])
+        | dict(tickfont_size=11),
+        col=2,
+    ).update_yaxes(title_text=inert(unit), col=1)
     return dressed(fig, title, notes, 440, margin_t=110, showlegend=True)
 
 # %% ../nbs/13_rewards.ipynb #5134618f
-def reward_against_kl(rounds: dict, # round's name -> samples with `policy_logps`, `reference_logps`, `reward`, perhaps `true_reward`, `prompt_id`
-                      best: float | None = None, # true reward of the best possible answer
-                      title: str = "Reward against KL") -> go.Figure:
+def reward_against_kl(
+    # round's name -> samples with `policy_logps`, `reference_logps`, `reward`, perhaps
+    # `true_reward`, `prompt_id`
+    rounds: dict,
+    best: float | None = None,  # true reward of the best possible answer
+    title: str = "Reward against KL",
+) -> go.Figure:
     "Mean score, and mean true reward where there is one, over the KL to the reference; each point is a round."
-    kl = np.array([mean_of([{**r, "kl": d} for r, d in zip(rows, floats(rows, "policy_logps") - floats(rows, "reference_logps"))], "kl") for rows in rounds.values()]).reshape(-1, 6)
-    keys = [("reward", "score", BLUE)] + [("true_reward", "true reward", TRUTH)] * any("true_reward" in r for rows in rounds.values() for r in rows)
+    kl = np.array(
+        [
+            mean_of(
+                [
+                    {**r, "kl": d}
+                    for r, d in zip(
+                        rows, floats(rows, "policy_logps") - floats(rows, "reference_logps")
+                    )
+                ],
+                "kl",
+            )
+            for rows in rounds.values()
+        ]
+    ).reshape(-1, 6)
+    keys = [("reward", "score", BLUE)] + [("true_reward", "true reward", TRUTH)] * any(
+        "true_reward" in r for rows in rounds.values() for r in rows
+    )
     fig = make_subplots(len(keys), 1, shared_xaxes=True, vertical_spacing=0.06)
     for i, (key, name, color) in enumerate(keys, 1):
-        value, low, high, *_ = np.array([mean_of(rows, key) for rows in rounds.values()]).reshape(-1, 6).T
-        fig.add_scatter(x=kl[:, 0], y=value, error_y=bars(value, low, high), error_x=bars(*kl[:, :3].T), mode="lines+markers+text", line=dict(color=color, width=2), text=[inert(n) for n in rounds], textposition="top left",
-                        textfont_size=11, row=i, col=1, hovertemplate=hover("<b>%{text}</b>", "KL %{x:.3g}", f"{name} %{{y:.4g}}")).update_yaxes(title_text=name, row=i)
-    if best is not None and len(keys) == 2: fig.add_hline(best, row=2, col=1, line_dash="dash", line_color=GREY, annotation_text=f"best: {best:g}", annotation_position="bottom left")
+        value, low, high, *_ = (
+            np.array([mean_of(rows, key) for rows in rounds.values()]).reshape(-1, 6).T
+        )
+        fig.add_scatter(
+            x=kl[:, 0],
+            y=value,
+            error_y=bars(value, low, high),
+            error_x=bars(*kl[:, :3].T),
+            mode="lines+markers+text",
+            line=dict(color=color, width=2),
+            text=[inert(n) for n in rounds],
+            textposition="top left",
+            textfont_size=11,
+            row=i,
+            col=1,
+            hovertemplate=hover("<b>%{text}</b>", "KL %{x:.3g}", f"{name} %{{y:.4g}}"),
+        ).update_yaxes(title_text=name, row=i)
+    if best is not None and len(keys) == 2:
+        fig.add_hline(
+            best,
+            row=2,
+            col=1,
+            line_dash="dash",
+            line_color=GREY,
+            annotation_text=f"best: {best:g}",
+            annotation_position="bottom left",
+        )
     fig.update_xaxes(title_text="KL to the reference (nats per completion)", row=len(keys))
-    return dressed(fig, title, ["Means with 95% bootstrap intervals over prompts", left_out(kl[:, 5].sum(), "samples without log-probabilities")], 260 + 160 * len(keys))
+    return dressed(
+        fig,
+        title,
+        [
+            "Means with 95% bootstrap intervals over prompts",
+            left_out(kl[:, 5].sum(), "samples without log-probabilities"),
+        ],
+        260 + 160 * len(keys),
+    )
 
 # %% ../nbs/13_rewards.ipynb #fd287981
-AGREEMENT = dict(rate="Equal choices", kappa="Cohen's kappa", alpha="Krippendorff's alpha", rho="Spearman's rho")
+AGREEMENT = dict(
+    rate="Equal choices",
+    kappa="Cohen's kappa",
+    alpha="Krippendorff's alpha",
+    rho="Spearman's rho",
+)
 
 
-def agreement_figure(rows: list[dict], # one per two labellers, as `agreement.Report.rows` gives them: first, second, items, prompts; rate, kappa, alpha, rho with _low and _high
-                     title: str = "Agreement between labellers") -> go.Figure:
+def agreement_figure(
+    # one per two labellers, as `agreement.Report.rows` gives them: first, second, items,
+    # prompts; rate, kappa, alpha, rho with _low and _high
+    rows: list[dict],
+    title: str = "Agreement between labellers",
+) -> go.Figure:
     "A line per two labellers, a panel per coefficient; the dotted line is chance."
     names = [f"{inert(r['first'])}<br>{inert(r['second'])} (n={r['items']:,})" for r in rows]
-    fig = make_subplots(1, len(AGREEMENT), shared_yaxes=True, subplot_titles=list(AGREEMENT.values()), horizontal_spacing=0.03)
+    fig = make_subplots(
+        1,
+        len(AGREEMENT),
+        shared_yaxes=True,
+        subplot_titles=list(AGREEMENT.values()),
+        horizontal_spacing=0.03,
+    )
     for i, key in enumerate(AGREEMENT, 1):
         value, low, high = (floats(rows, f"{key}{end}") for end in ("", "_low", "_high"))
-        fig.add_scatter(x=value, y=names, error_x=bars(value, low, high), mode="markers", marker_color=BLUE, row=1, col=i,
-                        customdata=np.stack([low, high, floats(rows, "items"), floats(rows, "prompts")], 1), hovertemplate=hover("<b>%{y}</b>", f"{AGREEMENT[key].lower()} %{{x:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]", "n %{customdata[2]:,}, of %{customdata[3]:,} prompts"))
-        fig.add_vline(0.5 if key == "rate" else 0, line_dash="dot", line_color=GREY, row=1, col=i)
+        fig.add_scatter(
+            x=value,
+            y=names,
+            error_x=bars(value, low, high),
+            mode="markers",
+            marker_color=BLUE,
+            row=1,
+            col=i,
+            customdata=np.stack([low, high, floats(rows, "items"), floats(rows, "prompts")], 1),
+            hovertemplate=hover(
+                "<b>%{y}</b>",
+                (
+                    f"{AGREEMENT[key].lower()} %{{x:.3f}} [%{{customdata[0]:.3f}}, "
+                    f"%{{customdata[1]:.3f}}]"
+                ),
+                "n %{customdata[2]:,}, of %{customdata[3]:,} prompts",
+            ),
+        )
+        fig.add_vline(
+            0.5 if key == "rate" else 0, line_dash="dot", line_color=GREY, row=1, col=i
+        )
         lowest = np.nanmin([*low, *value, 0.0])
-        fig.update_xaxes(range=[-0.03, 1.03] if key == "rate" else [lowest - 0.06, 1.06], tickformat=".0%" if key == "rate" else "", nticks=5, row=1, col=i)
+        fig.update_xaxes(
+            range=[-0.03, 1.03] if key == "rate" else [lowest - 0.06, 1.06],
+            tickformat=".0%" if key == "rate" else "",
+            nticks=5,
+            row=1,
+            col=i,
+        )
     fig.update_yaxes(autorange="reversed", ticks="")
     undefined = sum(np.isnan(floats(rows, k)).sum() for k in AGREEMENT)
-    return dressed(fig, title, [f"{len(rows):,} pairs of labellers", "95% intervals over prompts", f"{undefined:,} coefficients undefined, not drawn" if undefined else ""], 190 + 62 * max(1, len(rows))).update_annotations(font_size=14)
+    return dressed(
+        fig,
+        title,
+        [
+            f"{len(rows):,} pairs of labellers",
+            "95% intervals over prompts",
+            f"{undefined:,} coefficients undefined, not drawn" if undefined else "",
+        ],
+        190 + 62 * max(1, len(rows)),
+    ).update_annotations(font_size=14)

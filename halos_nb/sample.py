@@ -45,44 +45,64 @@ from halos_nb.records import (
 def distinct_prompts(data: Dataset) -> list[Example]:
     "Each conversation once, in order."
     distinct = {}
-    for e in data: distinct.setdefault(e.prompt_id, e)
+    for e in data:
+        distinct.setdefault(e.prompt_id, e)
     return list(distinct.values())
 
 
 def next_prompts(
     data: Dataset,
-    num_prompts: int | None = None, # how many (None: all that are left)
-    num_skip: int = 0, # distinct prompts to pass over
+    num_prompts: int | None = None,  # how many (None: all that are left)
+    num_skip: int = 0,  # distinct prompts to pass over
 ) -> list[Example]:
     "The next distinct prompts of a data set."
     distinct = distinct_prompts(data)
     left = distinct[num_skip:]
-    if not left: raise ValueError(f"num_skip: prompts ran out: {data.name} has {len(distinct)} distinct prompts and {num_skip} are to be passed over")
+    if not left:
+        raise ValueError(
+            f"num_skip: prompts ran out: {data.name} has {len(distinct)} distinct "
+            f"prompts and {num_skip} are to be passed over"
+        )
     return left[:num_prompts]
 
 # %% ../nbs/08_sample.ipynb #de2e328d
 @torch.inference_mode()
 def answer_logps(
     rows: list[Row],
-    answers: list[list[int]], # token ids
+    answers: list[list[int]],  # token ids
     model,
-    layout: str, # tree or plain
-    token_budget: int = 4096, # tokens in one forward pass
+    layout: str,  # tree or plain
+    token_budget: int = 4096,  # tokens in one forward pass
 ) -> list[float]:
     "Log-probability of each whole answer given its prompt."
     same, out = {}, [0.0] * len(rows)
-    for i, r in enumerate(rows): same.setdefault(r.example.prompt_id, []).append(i)
-    trees = [Tree(rows[ix[0]].ids, [answers[i] for i in ix], ["sample"] * len(ix), [0] * len(ix), ix) for ix in same.values()]
+    for i, r in enumerate(rows):
+        same.setdefault(r.example.prompt_id, []).append(i)
+    trees = [
+        Tree(rows[ix[0]].ids, [answers[i] for i in ix], ["sample"] * len(ix), [0] * len(ix), ix)
+        for ix in same.values()
+    ]
     for part in cut(trees, token_budget, layout):
-        sums = model(tree=make_batch(part, layout, 0).to(model.device)).logps.double().sum(1).tolist()
-        for i, x in zip((i for t in part for i in t.index), sums): out[i] = x
+        sums = (
+            model(tree=make_batch(part, layout, 0).to(model.device))
+            .logps.double()
+            .sum(1)
+            .tolist()
+        )
+        for i, x in zip((i for t in part for i in t.index), sums):
+            out[i] = x
     return out
 
 # %% ../nbs/08_sample.ipynb #fefeb762
 COUNTED = ("samples", "tokens", "outputs_cut", "empty_outputs", "outputs_with_special_tokens")
 
 
-def counted(cfg: SampleConfig) -> tuple: return COUNTED + ("positions",) * (cfg.backend == "transformers") + ("outputs_stopped",) * bool(cfg.stop)
+def counted(cfg: SampleConfig) -> tuple:
+    return (
+        COUNTED
+        + ("positions",) * (cfg.backend == "transformers")
+        + ("outputs_stopped",) * bool(cfg.stop)
+    )
 
 
 def model_name(path: str) -> str:
@@ -92,62 +112,111 @@ def model_name(path: str) -> str:
 # %% ../nbs/08_sample.ipynb #153d7a5c
 def as_record(
     row: Row,
-    text: str, # the answer
-    finished: bool, # it came to an end of its own
+    text: str,  # the answer
+    finished: bool,  # it came to an end of its own
     cfg: SampleConfig,
-    counts: Counter, # what `counted` names is added here
+    counts: Counter,  # what `counted` names is added here
 ) -> dict:
     "One sample as it is written."
     (text, stopped), e = cut_at_stop(text, cfg.stop), row.example
-    counts.update(samples=1, outputs_cut=not (finished or stopped), empty_outputs=not text, **{"outputs_stopped": stopped} if cfg.stop else {})
-    extra = {"instruction": e.original_prompt or e.prompt[-1]["content"]} if cfg.mode == "alpacaeval" else {}
-    return dict(prompt_id=e.prompt_id, sample_id=row.sample_id, prompt=e.prompt, output=text, generator=model_name(cfg.model),
-                dataset=f"{e.dataset_name or 'prompts'}_{cfg.split}", split=cfg.split, type="sample", finished=finished or stopped) | extra
+    counts.update(
+        samples=1,
+        outputs_cut=not (finished or stopped),
+        empty_outputs=not text,
+        **{"outputs_stopped": stopped} if cfg.stop else {},
+    )
+    extra = (
+        {"instruction": e.original_prompt or e.prompt[-1]["content"]}
+        if cfg.mode == "alpacaeval"
+        else {}
+    )
+    return (
+        dict(
+            prompt_id=e.prompt_id,
+            sample_id=row.sample_id,
+            prompt=e.prompt,
+            output=text,
+            generator=model_name(cfg.model),
+            dataset=f"{e.dataset_name or 'prompts'}_{cfg.split}",
+            split=cfg.split,
+            type="sample",
+            finished=finished or stopped,
+        )
+        | extra
+    )
 
 
-def to_record(row: Row, ids: list[int], tokenizer, ends: list[int], cfg: SampleConfig, counts: Counter) -> dict:
+def to_record(
+    row: Row, ids: list[int], tokenizer, ends: list[int], cfg: SampleConfig, counts: Counter
+) -> dict:
     "A sample of which we have the tokens."
     finished, special = ids[-1:] != [] and ids[-1] in ends, set(tokenizer.all_special_ids)
     body = ids[:-1] if finished else ids
     counts.update(tokens=len(ids), outputs_with_special_tokens=not special.isdisjoint(body))
-    return as_record(row, tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False), finished, cfg, counts)
+    return as_record(
+        row,
+        tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        finished,
+        cfg,
+        counts,
+    )
 
 # %% ../nbs/08_sample.ipynb #d7765092
 def sample_batch(
     rows: list[Row],
-    model, tokenizer,
+    model,
+    tokenizer,
     cfg: SampleConfig,
-    counts: Counter, # what `counted` names is added here
-    scorers: dict, # name of a log-prob field -> (model, layout)
-) -> list[dict]: # sample records
+    counts: Counter,  # what `counted` names is added here
+    scorers: dict,  # name of a log-prob field -> (model, layout)
+) -> list[dict]:  # sample records
     "Draw a batch and write it down."
-    answers, ends, done = generate(rows, model, tokenizer, cfg, counts), end_tokens(model, tokenizer), {}
+    answers, ends, done = (
+        generate(rows, model, tokenizer, cfg, counts),
+        end_tokens(model, tokenizer),
+        {},
+    )
     for name, (scorer, layout) in scorers.items():
-        done[name] = next((done[n] for n in done if scorers[n][0] is scorer), None) or answer_logps(rows, answers, scorer, layout)
+        done[name] = next(
+            (done[n] for n in done if scorers[n][0] is scorer), None
+        ) or answer_logps(rows, answers, scorer, layout)
     records = [to_record(r, a, tokenizer, ends, cfg, counts) for r, a in zip(rows, answers)]
     return [rec | {name: done[name][i] for name in done} for i, rec in enumerate(records)]
 
 # %% ../nbs/08_sample.ipynb #3ec5a68b
-def make_scorers(model, reference, cfg: SampleConfig) -> dict: # reference: a model or None
+def make_scorers(model, reference, cfg: SampleConfig) -> dict:  # reference: a model or None
     "Under which models, and in which layout, the answers' log-probabilities are computed."
     named = {} if reference is None else {"policy_logps": model, "reference_logps": reference}
-    return {name: (m, choose_layout(m, max_length=cfg.max_prompt_length + cfg.max_new_tokens).name) for name, m in named.items()}
+    return {
+        name: (m, choose_layout(m, max_length=cfg.max_prompt_length + cfg.max_new_tokens).name)
+        for name, m in named.items()
+    }
 
 # %% ../nbs/08_sample.ipynb #bf032ab6
 def sample(
-    prompts: list, # each a text or a list of turns
-    model, tokenizer,
-    reference=None, # a model to score the samples under, too
-    counts: Counter | None = None, # what was cut, shortened or empty is added here
-    **settings, # fields of SampleConfig: num_samples_per_prompt, temperature, seed, ...
-) -> list[dict]: # sample records, in the order of the prompts
+    prompts: list,  # each a text or a list of turns
+    model,
+    tokenizer,
+    reference=None,  # a model to score the samples under, too
+    counts: Counter | None = None,  # what was cut, shortened or empty is added here
+    **settings,  # fields of SampleConfig: num_samples_per_prompt, temperature, seed, ...
+) -> list[dict]:  # sample records, in the order of the prompts
     "Sample in this process."
-    cfg, counts = make_config(SampleConfig, model=model.name_or_path or "policy", **settings), Counter() if counts is None else counts
-    if cfg.backend != "transformers": raise ValueError(f"backend: `sample` uses the model it is given; `main` samples with {cfg.backend}")
+    cfg, counts = (
+        make_config(SampleConfig, model=model.name_or_path or "policy", **settings),
+        Counter() if counts is None else counts,
+    )
+    if cfg.backend != "transformers":
+        raise ValueError(
+            f"backend: `sample` uses the model it is given; `main` samples with {cfg.backend}"
+        )
     turns = [as_turns(p, "user") for p in prompts]
     batches = plan([Example(t, prompt_id(t)) for t in turns], tokenizer, cfg, counts)
     scorers, out = make_scorers(model, reference, cfg), {}
-    for b in batches: out |= zip((r.number for r in b), sample_batch(b, model, tokenizer, cfg, counts, scorers))
+    for b in batches:
+        out |= zip(
+            (r.number for r in b), sample_batch(b, model, tokenizer, cfg, counts, scorers)
+        )
     return [out[i] for i in sorted(out)]
 
 # %% ../nbs/08_sample.ipynb #4e7f5e6d
@@ -166,26 +235,51 @@ def write_samples(path: Path, rows: list[dict], mode: str = "train"):
 # %% ../nbs/08_sample.ipynb #63e0ed93
 def merge(path: str | Path, world: int, expected: int, mode: str = "train"):
     "The shards' samples in order, as one file; each must be there exactly once."
-    rows = sorted((r for k in range(world) for r in read_jsonl(shard(path, k))), key=lambda r: r["number"])
-    if [r.pop("number") for r in rows] != list(range(expected)): raise RuntimeError(f"{path}: {len(rows)} samples came together, {expected} were asked for; sample again")
+    rows = sorted(
+        (r for k in range(world) for r in read_jsonl(shard(path, k))), key=lambda r: r["number"]
+    )
+    if [r.pop("number") for r in rows] != list(range(expected)):
+        raise RuntimeError(
+            f"{path}: {len(rows)} samples came together, {expected} were asked for; "
+            "sample again"
+        )
     write_samples(Path(path), rows, mode)
-    for k in range(world): shard(path, k).unlink()
+    for k in range(world):
+        shard(path, k).unlink()
 
 # %% ../nbs/08_sample.ipynb #54ec21a6
-def sample_share(batches: list[list[Row]], rank: int, world: int, path: Path, draw) -> Counter: # draw(rows, counts) -> records
+def sample_share(
+    batches: list[list[Row]], rank: int, world: int, path: Path, draw
+) -> Counter:  # draw(rows, counts) -> records
     "This process's batches, into its shard; the main process reports for all."
     counts, start = Counter(dict.fromkeys(COUNTED, 0)), time.monotonic()
     total = sum(map(len, batches))
     progress = Progress(total, "samples", "sample") if rank == 0 else None
     shard(path, rank).write_bytes(b"")
-    for first in range(0, len(batches), world): # one round: a batch for each process
-        mine, everyone = batches[first:first + world][rank:rank + 1], sum(map(len, batches[first:first + world]))
+    for first in range(0, len(batches), world):  # one round: a batch for each process
+        mine, everyone = (
+            batches[first : first + world][rank : rank + 1],
+            sum(map(len, batches[first : first + world])),
+        )
         for b in mine:
-            for row, record in zip(b, draw(b, counts)): append_jsonl(shard(path, rank), record | {"number": row.number})
+            for row, record in zip(b, draw(b, counts)):
+                append_jsonl(shard(path, rank), record | {"number": row.number})
         if progress:
-            rate = counts["tokens"] / counts["samples"] * (progress.done + everyone) / (time.monotonic() - start) # others' answers taken to be as long
-            progress.update(everyone, tokens_per_second=round(rate), outputs_cut=counts["outputs_cut"], empty_outputs=counts["empty_outputs"])
-    if progress: progress.close()
+            # others' answers taken to be as long
+            rate = (
+                counts["tokens"]
+                / counts["samples"]
+                * (progress.done + everyone)
+                / (time.monotonic() - start)
+            )
+            progress.update(
+                everyone,
+                tokens_per_second=round(rate),
+                outputs_cut=counts["outputs_cut"],
+                empty_outputs=counts["empty_outputs"],
+            )
+    if progress:
+        progress.close()
     return counts
 
 # %% ../nbs/08_sample.ipynb #aab0580f
@@ -197,10 +291,17 @@ def choose_prompts(cfg: SampleConfig) -> tuple[Dataset, list[Example]]:
 
 def all_counts(cfg: SampleConfig, data: Dataset, examples: list[Example], counts: dict) -> dict:
     "What was asked and what is left of the data, and what was counted."
-    return dict(prompts_asked=cfg.num_prompts, prompts=len(examples), prompts_left=len(distinct_prompts(data)) - cfg.num_skip - len(examples), **counts)
+    return dict(
+        prompts_asked=cfg.num_prompts,
+        prompts=len(examples),
+        prompts_left=len(distinct_prompts(data)) - cfg.num_skip - len(examples),
+        **counts,
+    )
 
 
-def write_counts(path: Path, counts: dict, start: float) -> dict: # path: of the samples; start: time.monotonic() when it began
+def write_counts(
+    path: Path, counts: dict, start: float
+) -> dict:  # path: of the samples; start: time.monotonic() when it began
     counts["seconds"] = round(time.monotonic() - start, 3)
     write_json(path.with_name(f"{path.stem}.counts.json"), counts)
     return counts
@@ -208,26 +309,50 @@ def write_counts(path: Path, counts: dict, start: float) -> dict: # path: of the
 # %% ../nbs/08_sample.ipynb #239b703e
 def load_models(cfg: SampleConfig, tokenizer, device):
     "Policy and reference (None without one; the same object if it is the same model)."
-    set_seed(cfg.seed) # rows for tokens that a base model has not
-    load = lambda path: fit_vocabulary(load_reference(path, cfg.precision, cfg.trust_remote_code), tokenizer).to(device)
+    set_seed(cfg.seed)  # rows for tokens that a base model has not
+    load = lambda path: fit_vocabulary(
+        load_reference(path, cfg.precision, cfg.trust_remote_code), tokenizer
+    ).to(device)
     policy = load(cfg.model)
-    return policy, policy if cfg.reference == cfg.model else load(cfg.reference) if cfg.reference else None
+    return policy, policy if cfg.reference == cfg.model else load(
+        cfg.reference
+    ) if cfg.reference else None
 
 # %% ../nbs/08_sample.ipynb #b72c0fac
-def sample_here(cfg: SampleConfig) -> dict: # the counts, as in the counts file
+def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     "Sample with transformers, on all processes that Accelerate started."
     from accelerate.utils import gather_object
-    accelerator, start, path = start_processes(cfg.num_processes), time.monotonic(), Path(cfg.output_file)
+
+    accelerator, start, path = (
+        start_processes(cfg.num_processes),
+        time.monotonic(),
+        Path(cfg.output_file),
+    )
     data, examples = choose_prompts(cfg)
-    tokenizer, counts = load_tokenizer(cfg.model, cfg.trust_remote_code), Counter(prompts_shortened=0, prompts_cut=0)
+    tokenizer, counts = (
+        load_tokenizer(cfg.model, cfg.trust_remote_code),
+        Counter(prompts_shortened=0, prompts_cut=0),
+    )
     batches = plan(examples, tokenizer, cfg, counts)
     policy, reference = load_models(cfg, tokenizer, accelerator.device)
-    scorers, rank, world = make_scorers(policy, reference, cfg), accelerator.process_index, accelerator.num_processes
+    scorers, rank, world = (
+        make_scorers(policy, reference, cfg),
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = sample_share(batches, rank, world, path, lambda rows, c: sample_batch(rows, policy, tokenizer, cfg, c, scorers))
-    drawn = sum(gather_object([own]), Counter()) # all shards are complete once this returns
+    own = sample_share(
+        batches,
+        rank,
+        world,
+        path,
+        lambda rows, c: sample_batch(rows, policy, tokenizer, cfg, c, scorers),
+    )
+    drawn = sum(gather_object([own]), Counter())  # all shards are complete once this returns
     idle = {"idle_processes": world - len(batches)} if world > len(batches) else {}
-    counts = all_counts(cfg, data, examples, dict(counts) | {k: drawn[k] for k in counted(cfg)} | idle)
+    counts = all_counts(
+        cfg, data, examples, dict(counts) | {k: drawn[k] for k in counted(cfg)} | idle
+    )
     if accelerator.is_main_process:
         merge(path, world, sum(map(len, batches)), cfg.mode)
         write_counts(path, counts, start)
@@ -235,165 +360,357 @@ def sample_here(cfg: SampleConfig) -> dict: # the counts, as in the counts file
     return counts
 
 # %% ../nbs/08_sample.ipynb #455add40
-def sample_seed(seed: int, prompt: str, sample: int) -> int: # prompt: its id; sample: number within the prompt
+def sample_seed(
+    seed: int, prompt: str, sample: int
+) -> int:  # prompt: its id; sample: number within the prompt
     "The seed under which another program draws one sample."
-    return (int.from_bytes(hashlib.sha256(f"{seed}/{prompt}".encode()).digest()[:4], "little") + sample) % 2**31
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed}/{prompt}".encode()).digest()[:4], "little")
+        + sample
+    ) % 2**31
 
 
 def load_engine(cfg: SampleConfig):
     "The vLLM engine of this process."
-    try: from vllm import LLM
-    except ImportError as e: raise ImportError(f"backend: vllm cannot be imported ({e}); it is an extra: pip install 'halos_nb[vllm]', in an environment of its own, for it pins its own torch") from e
-    return LLM(model=cfg.model, tensor_parallel_size=cfg.tensor_parallel_size, dtype=cfg.precision, seed=cfg.seed % 2**31, trust_remote_code=cfg.trust_remote_code,
-               gpu_memory_utilization=cfg.gpu_memory_utilization, max_model_len=cfg.max_prompt_length + cfg.max_new_tokens, generation_config="vllm")
+    try:
+        from vllm import LLM
+    except ImportError as e:
+        raise ImportError(
+            f"backend: vllm cannot be imported ({e}); it is an extra: pip install "
+            "'halos_nb[vllm]', in an environment of its own, for it pins its own torch"
+        ) from e
+    return LLM(
+        model=cfg.model,
+        tensor_parallel_size=cfg.tensor_parallel_size,
+        dtype=cfg.precision,
+        seed=cfg.seed % 2**31,
+        trust_remote_code=cfg.trust_remote_code,
+        gpu_memory_utilization=cfg.gpu_memory_utilization,
+        max_model_len=cfg.max_prompt_length + cfg.max_new_tokens,
+        generation_config="vllm",
+    )
 
 # %% ../nbs/08_sample.ipynb #5c39388e
-def generate_with_engine(rows: list[Row], engine, ends: list[int], cfg: SampleConfig) -> list[list[int]]: # ends: `end_tokens`
+def generate_with_engine(
+    rows: list[Row], engine, ends: list[int], cfg: SampleConfig
+) -> list[list[int]]:  # ends: `end_tokens`
     "`generate`, by vLLM."
     from vllm import SamplingParams
-    params = [SamplingParams(n=1, seed=sample_seed(cfg.seed, r.example.prompt_id, r.sample_id), temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_new_tokens,
-                             stop=cfg.stop or None, stop_token_ids=ends) for r in rows]
-    replies = engine.generate([dict(prompt_token_ids=r.ids) for r in rows], params, use_tqdm=False)
-    if [list(a.prompt_token_ids) for a in replies] != [r.ids for r in rows]: raise RuntimeError("backend: vLLM's answers are not those to the prompts it got, in their order; is this version newer than the one this was written for (0.9 and later)?")
+
+    params = [
+        SamplingParams(
+            n=1,
+            seed=sample_seed(cfg.seed, r.example.prompt_id, r.sample_id),
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            max_tokens=cfg.max_new_tokens,
+            stop=cfg.stop or None,
+            stop_token_ids=ends,
+        )
+        for r in rows
+    ]
+    replies = engine.generate(
+        [dict(prompt_token_ids=r.ids) for r in rows], params, use_tqdm=False
+    )
+    if [list(a.prompt_token_ids) for a in replies] != [r.ids for r in rows]:
+        raise RuntimeError(
+            "backend: vLLM's answers are not those to the prompts it got, in their "
+            "order; is this version newer than the one this was written for (0.9 and "
+            "later)?"
+        )
     return [list(a.outputs[0].token_ids) for a in replies]
 
 # %% ../nbs/08_sample.ipynb #3976f642
-def gpu_groups(cfg: SampleConfig) -> list[str | None]: # None: all that there are
+def gpu_groups(cfg: SampleConfig) -> list[str | None]:  # None: all that there are
     "CUDA_VISIBLE_DEVICES of each engine."
-    named, n, k = os.environ.get("CUDA_VISIBLE_DEVICES"), cfg.data_parallel_size, cfg.tensor_parallel_size
-    if n == 1: return [None]
-    gpus = list(map(str, range(torch.cuda.device_count()))) if named is None else [g for g in named.split(",") if g]
-    if len(gpus) < n * k: raise ValueError(f"data_parallel_size: {n} engines on {k} GPUs each need {n * k}, there are {len(gpus)}")
-    return [",".join(gpus[i * k:(i + 1) * k]) for i in range(n)]
+    named, n, k = (
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        cfg.data_parallel_size,
+        cfg.tensor_parallel_size,
+    )
+    if n == 1:
+        return [None]
+    gpus = (
+        list(map(str, range(torch.cuda.device_count())))
+        if named is None
+        else [g for g in named.split(",") if g]
+    )
+    if len(gpus) < n * k:
+        raise ValueError(
+            f"data_parallel_size: {n} engines on {k} GPUs each need {n * k}, there are "
+            f"{len(gpus)}"
+        )
+    return [",".join(gpus[i * k : (i + 1) * k]) for i in range(n)]
 
 
 def own_end_tokens(path: str, tokenizer, trust_remote_code: bool = False) -> list[int]:
     "`end_tokens` of a model that is not loaded here."
-    try: own = GenerationConfig.from_pretrained(path)
-    except OSError: own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    try:
+        own = GenerationConfig.from_pretrained(path)
+    except OSError:
+        own = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        )
     return end_tokens(SimpleNamespace(generation_config=own), tokenizer)
 
 # %% ../nbs/08_sample.ipynb #c77bd3fb
 def run_engine(rank: int, cfg: SampleConfig, batches: list[list[Row]], gpus: list[str | None]):
     "One engine's share of the batches, into its shard."
-    if gpus[rank] is not None: os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]
-    tokenizer, engine, path = load_tokenizer(cfg.model, cfg.trust_remote_code), load_engine(cfg), Path(cfg.output_file)
+    if gpus[rank] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]
+    tokenizer, engine, path = (
+        load_tokenizer(cfg.model, cfg.trust_remote_code),
+        load_engine(cfg),
+        Path(cfg.output_file),
+    )
     ends = own_end_tokens(cfg.model, tokenizer, cfg.trust_remote_code)
-    def draw(rows, counts): return [to_record(r, ids, tokenizer, ends, cfg, counts) for r, ids in zip(rows, generate_with_engine(rows, engine, ends, cfg))]
-    write_json(shard(path, rank).with_suffix(".counts"), sample_share(batches, rank, len(gpus), path, draw))
+
+    def draw(rows, counts):
+        return [
+            to_record(r, ids, tokenizer, ends, cfg, counts)
+            for r, ids in zip(rows, generate_with_engine(rows, engine, ends, cfg))
+        ]
+
+    write_json(
+        shard(path, rank).with_suffix(".counts"),
+        sample_share(batches, rank, len(gpus), path, draw),
+    )
 
 
-def sample_with_vllm(cfg: SampleConfig) -> dict: # the counts
+def sample_with_vllm(cfg: SampleConfig) -> dict:  # the counts
     "Sample with vLLM, on one engine or several."
     import importlib.util
-    if importlib.util.find_spec("vllm") is None: load_engine(cfg) # says what is missing, before anything is read
-    start, path, gpus, counts = time.monotonic(), Path(cfg.output_file), gpu_groups(cfg), Counter(prompts_shortened=0, prompts_cut=0)
+
+    # says what is missing, before anything is read
+    if importlib.util.find_spec("vllm") is None:
+        load_engine(cfg)
+    start, path, gpus, counts = (
+        time.monotonic(),
+        Path(cfg.output_file),
+        gpu_groups(cfg),
+        Counter(prompts_shortened=0, prompts_cut=0),
+    )
     data, examples = choose_prompts(cfg)
     batches = plan(examples, load_tokenizer(cfg.model, cfg.trust_remote_code), cfg, counts)
-    gpus = gpus[:len(batches)] # no engine without work
+    gpus = gpus[: len(batches)]  # no engine without work
     path.parent.mkdir(parents=True, exist_ok=True)
-    if len(gpus) == 1: run_engine(0, cfg, batches, gpus)
-    else: torch.multiprocessing.spawn(run_engine, (cfg, batches, gpus), nprocs=len(gpus))
+    if len(gpus) == 1:
+        run_engine(0, cfg, batches, gpus)
+    else:
+        torch.multiprocessing.spawn(run_engine, (cfg, batches, gpus), nprocs=len(gpus))
     files = [shard(path, k).with_suffix(".counts") for k in range(len(gpus))]
     drawn = sum((Counter(json.loads(f.read_text())) for f in files), Counter())
     merge(path, len(gpus), sum(map(len, batches)), cfg.mode)
-    for f in files: f.unlink()
-    return write_counts(path, all_counts(cfg, data, examples, dict(counts) | {k: drawn[k] for k in counted(cfg)}), start)
+    for f in files:
+        f.unlink()
+    return write_counts(
+        path,
+        all_counts(cfg, data, examples, dict(counts) | {k: drawn[k] for k in counted(cfg)}),
+        start,
+    )
 
 # %% ../nbs/08_sample.ipynb #40aa6577
-def read_reply(reply) -> dict: # reply: what the client returned, of whatever kind
+def read_reply(reply) -> dict:  # reply: what the client returned, of whatever kind
     "The answer in a reply, or the reason why there is none."
     choices = getattr(reply, "choices", None)
-    if not choices: return dict(reason="no choices", detail=show(reply, 200))
-    text, end, usage = choices[0].message.content, choices[0].finish_reason, getattr(reply, "usage", None)
-    if end == "content_filter" or not isinstance(text, str): return dict(reason="filtered" if end == "content_filter" else "no text", detail=show(choices[0], 200))
-    text.encode() # half a character cannot be written
-    return dict(output=text, finished=end == "stop", tokens=getattr(usage, "completion_tokens", None) or 0, input_tokens=getattr(usage, "prompt_tokens", None) or 0)
+    if not choices:
+        return dict(reason="no choices", detail=show(reply, 200))
+    text, end, usage = (
+        choices[0].message.content,
+        choices[0].finish_reason,
+        getattr(reply, "usage", None),
+    )
+    if end == "content_filter" or not isinstance(text, str):
+        return dict(
+            reason="filtered" if end == "content_filter" else "no text",
+            detail=show(choices[0], 200),
+        )
+    text.encode()  # half a character cannot be written
+    return dict(
+        output=text,
+        finished=end == "stop",
+        tokens=getattr(usage, "completion_tokens", None) or 0,
+        input_tokens=getattr(usage, "prompt_tokens", None) or 0,
+    )
 
 # %% ../nbs/08_sample.ipynb #5d8c40b1
 class ServerError(RuntimeError):
     "The server will not answer, whatever is asked."
 
 
-async def ask(client, row: Row, cfg: SampleConfig) -> dict: # client: an openai.AsyncOpenAI
+async def ask(client, row: Row, cfg: SampleConfig) -> dict:  # client: an openai.AsyncOpenAI
     "One sample from a server: `output`, or `reason` why there is none."
-    most = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens" # the older name is known everywhere else
-    settings = dict(temperature=cfg.temperature, top_p=cfg.top_p, seed=sample_seed(cfg.seed, row.example.prompt_id, row.sample_id)) | ({"stop": cfg.stop} if cfg.stop else {})
+    # the older name is known everywhere else
+    most = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
+    settings = dict(
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        seed=sample_seed(cfg.seed, row.example.prompt_id, row.sample_id),
+    ) | ({"stop": cfg.stop} if cfg.stop else {})
     try:
         async with asyncio.timeout(cfg.timeout * (cfg.max_retries + 1)):
-            return read_reply(await client.chat.completions.create(model=cfg.model, messages=row.example.prompt, extra_body=json.loads(cfg.extra_body or "{}"), **settings, **{most: cfg.max_new_tokens}))
+            return read_reply(
+                await client.chat.completions.create(
+                    model=cfg.model,
+                    messages=row.example.prompt,
+                    extra_body=json.loads(cfg.extra_body or "{}"),
+                    **settings,
+                    **{most: cfg.max_new_tokens},
+                )
+            )
     except Exception as e:
         status = getattr(e, "status_code", None)
-        if status in (401, 402, 403, 404) or getattr(e, "code", None) == "insufficient_quota": raise ServerError(f"{client.base_url}: {e}") from None
-        return dict(reason=f"http {status}" if status else type(e).__name__, detail=show(str(e), 200), down=status is None or status == 429 or status >= 500)
+        if status in (401, 402, 403, 404) or getattr(e, "code", None) == "insufficient_quota":
+            raise ServerError(f"{client.base_url}: {e}") from None
+        return dict(
+            reason=f"http {status}" if status else type(e).__name__,
+            detail=show(str(e), 200),
+            down=status is None or status == 429 or status >= 500,
+        )
 
 # %% ../nbs/08_sample.ipynb #8122fa0c
-async def ask_all(rows: list[Row], cfg: SampleConfig, keep): # keep(row, answer) is called as each arrives
+async def ask_all(
+    rows: list[Row], cfg: SampleConfig, keep
+):  # keep(row, answer) is called as each arrives
     "Ask for every row, `concurrency` at a time."
     from openai import AsyncOpenAI
+
     todo, failed = iter(rows), 0
-    async with AsyncOpenAI(base_url=cfg.base_url, timeout=cfg.timeout, max_retries=cfg.max_retries) as client:
+    async with AsyncOpenAI(
+        base_url=cfg.base_url, timeout=cfg.timeout, max_retries=cfg.max_retries
+    ) as client:
+
         async def work():
             nonlocal failed
             for row in todo:
                 answer = await ask(client, row, cfg)
                 failed = failed + 1 if answer.pop("down", False) else 0
                 keep(row, answer)
-                if failed >= 4 * cfg.concurrency: raise ServerError(f"{client.base_url}: {failed} requests in a row failed, the last one with {answer['reason']}: {answer['detail']}")
+                if failed >= 4 * cfg.concurrency:
+                    raise ServerError(
+                        f"{client.base_url}: {failed} requests in a row failed, the last "
+                        f"one with {answer['reason']}: {answer['detail']}"
+                    )
+
         await asyncio.gather(*(work() for _ in range(cfg.concurrency)))
 
 
 def run_async(coroutine):
     "The result of a coroutine, also where a notebook's own loop is running."
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(coroutine)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
     from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 # %% ../nbs/08_sample.ipynb #c6bbc6a6
 def asked_with(cfg: SampleConfig) -> str:
     "A hash of what an answer depends on, besides the prompt and the sample's number."
     names = ("model", "temperature", "top_p", "stop", "max_new_tokens", "seed", "extra_body")
-    return hashlib.sha256(json.dumps([cfg.base_url or os.environ.get("OPENAI_BASE_URL"), *(getattr(cfg, n) for n in names)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(
+            [
+                cfg.base_url or os.environ.get("OPENAI_BASE_URL"),
+                *(getattr(cfg, n) for n in names),
+            ]
+        ).encode()
+    ).hexdigest()[:16]
 
 
-def read_answers(journal: Path, settings: str) -> dict[tuple, dict]: # settings: `asked_with`
+def read_answers(journal: Path, settings: str) -> dict[tuple, dict]:  # settings: `asked_with`
     "The answers there are already, by prompt and sample."
-    return {(a["prompt_id"], a["sample_id"]): a for a in (read_jsonl(journal) if journal.exists() else []) if a["settings"] == settings and "output" in a}
+    return {
+        (a["prompt_id"], a["sample_id"]): a
+        for a in (read_jsonl(journal) if journal.exists() else [])
+        if a["settings"] == settings and "output" in a
+    }
 
 # %% ../nbs/08_sample.ipynb #23266fc7
-def sample_with_server(cfg: SampleConfig) -> dict: # the counts
+def sample_with_server(cfg: SampleConfig) -> dict:  # the counts
     "Sample from a server, asking only what its journal has no answer to."
-    if not os.environ.get("OPENAI_API_KEY"): raise ValueError("backend: OPENAI_API_KEY is not set; the key is read from the environment and from nowhere else (any text, for a server that wants none)")
-    start, path, settings, reasons, last, counts = time.monotonic(), Path(cfg.output_file), asked_with(cfg), Counter(), {}, Counter(dict.fromkeys(("samples", "tokens", "outputs_cut", "empty_outputs"), 0))
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError(
+            "backend: OPENAI_API_KEY is not set; the key is read from the environment "
+            "and from nowhere else (any text, for a server that wants none)"
+        )
+    start, path, settings, reasons, last, counts = (
+        time.monotonic(),
+        Path(cfg.output_file),
+        asked_with(cfg),
+        Counter(),
+        {},
+        Counter(dict.fromkeys(("samples", "tokens", "outputs_cut", "empty_outputs"), 0)),
+    )
     data, examples = choose_prompts(cfg)
-    rows = [Row(i * cfg.num_samples_per_prompt + k, e, k, []) for i, e in enumerate(examples) for k in range(cfg.num_samples_per_prompt)]
-    journal, key = path.with_name(f"{path.stem}.answers.jsonl"), lambda r: (r.example.prompt_id, r.sample_id)
+    rows = [
+        Row(i * cfg.num_samples_per_prompt + k, e, k, [])
+        for i, e in enumerate(examples)
+        for k in range(cfg.num_samples_per_prompt)
+    ]
+    journal, key = (
+        path.with_name(f"{path.stem}.answers.jsonl"),
+        lambda r: (r.example.prompt_id, r.sample_id),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = read_answers(journal, settings)
     missing = [r for r in rows if key(r) not in answers]
     with Progress(len(rows), "samples", "sample") as progress:
         progress.update(len(rows) - len(missing))
+
         def keep(row, answer):
-            append_jsonl(journal, dict(settings=settings, prompt_id=row.example.prompt_id, sample_id=row.sample_id, time=time.time()) | answer, sync=True)
-            if "output" in answer: answers[key(row)] = answer
-            else: reasons[answer["reason"]] += 1; last.update(answer)
+            append_jsonl(
+                journal,
+                dict(
+                    settings=settings,
+                    prompt_id=row.example.prompt_id,
+                    sample_id=row.sample_id,
+                    time=time.time(),
+                )
+                | answer,
+                sync=True,
+            )
+            if "output" in answer:
+                answers[key(row)] = answer
+            else:
+                reasons[answer["reason"]] += 1
+                last.update(answer)
             progress.update(1, unanswered=reasons.total())
+
         run_async(ask_all(missing, cfg, keep))
     answered = [r for r in rows if key(r) in answers]
-    if not answered: raise ServerError(f"{journal}: none of {len(rows)} samples was answered: {dict(reasons)}; the last reply: {last['detail']}")
+    if not answered:
+        raise ServerError(
+            f"{journal}: none of {len(rows)} samples was answered: {dict(reasons)}; the "
+            f"last reply: {last['detail']}"
+        )
     counts["tokens"] = sum(answers[key(r)]["tokens"] for r in answered)
-    records = [as_record(r, answers[key(r)]["output"], answers[key(r)]["finished"], cfg, counts) for r in answered]
+    records = [
+        as_record(r, answers[key(r)]["output"], answers[key(r)]["finished"], cfg, counts)
+        for r in answered
+    ]
     write_samples(path, records, cfg.mode)
-    counts["repeated_outputs"] = len(records) - len({(r["prompt_id"], r["output"]) for r in records})
-    told = dict(from_journal=len(rows) - len(missing), unanswered=reasons.total()) | {f"unanswered ({why})": n for why, n in reasons.items()}
+    counts["repeated_outputs"] = len(records) - len(
+        {(r["prompt_id"], r["output"]) for r in records}
+    )
+    told = dict(from_journal=len(rows) - len(missing), unanswered=reasons.total()) | {
+        f"unanswered ({why})": n for why, n in reasons.items()
+    }
     return write_counts(path, all_counts(cfg, data, examples, dict(counts) | told), start)
 
 # %% ../nbs/08_sample.ipynb #d667f277
-def main(cfg: SampleConfig) -> dict: # the counts, as in the counts file
+def main(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     "Sample as the config says."
-    if cfg.backend != "transformers" and int(os.environ.get("WORLD_SIZE", 1)) > 1: raise RuntimeError(f"backend: {cfg.backend} is started in one process: python -m halos_nb.sample, not accelerate launch")
-    return dict(transformers=sample_here, vllm=sample_with_vllm, openai=sample_with_server)[cfg.backend](cfg)
+    if cfg.backend != "transformers" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError(
+            f"backend: {cfg.backend} is started in one process: python -m "
+            "halos_nb.sample, not accelerate launch"
+        )
+    return dict(transformers=sample_here, vllm=sample_with_vllm, openai=sample_with_server)[
+        cfg.backend
+    ](cfg)
 
 # %% ../nbs/08_sample.ipynb #871ffe49
 if __name__ == "__main__" and "__file__" in globals():

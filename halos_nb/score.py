@@ -24,37 +24,64 @@ from .models import BranchScores, TreeScorer, choose_layout, mix_in
 from .records import Progress, as_turns
 
 # %% ../nbs/08_score.ipynb #6e94df03
-def reads_at_most(model, tokenizer, max_length: int) -> int: # tokens
+def reads_at_most(model, tokenizer, max_length: int) -> int:  # tokens
     "`max_length`, or less where the model's positions end sooner."
-    first = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", -1) + 1 # RoBERTa's number of its first position
+    # RoBERTa's number of its first position
+    first = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", -1) + 1
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(max_length, tokenizer.model_max_length, positions - first if positions else max_length)
+    return min(
+        max_length, tokenizer.model_max_length, positions - first if positions else max_length
+    )
 
 
-def take(tree: Tree, branches: list[int]) -> Tree: # numbers of branches
+def take(tree: Tree, branches: list[int]) -> Tree:  # numbers of branches
     "The tree with some of its branches."
     of = lambda values: [values[k] for k in branches]
-    return replace(tree, branches=of(tree.branches), meanings=of(tree.meanings), skip=of(tree.skip), index=of(tree.index))
+    return replace(
+        tree,
+        branches=of(tree.branches),
+        meanings=of(tree.meanings),
+        skip=of(tree.skip),
+        index=of(tree.index),
+    )
 
 
 def sample_trees(
     samples: list[dict],
     tokenizer,
-    max_length: int, # most tokens of prompt + output
-    counts: Counter, # outputs_cut, prompts_shortened, prompts_cut and prefix_mismatch are added here
-) -> tuple[list[Tree], list[bool]]: # trees; per sample whether its end is cut off
+    max_length: int,  # most tokens of prompt + output
+    # outputs_cut, prompts_shortened, prompts_cut and prefix_mismatch are added here
+    counts: Counter,
+) -> tuple[list[Tree], list[bool]]:  # trees; per sample whether its end is cut off
     "The samples as trees; `index` says which samples the branches are."
-    whole, truncated = trees_from_samples(samples, tokenizer, sys.maxsize, sys.maxsize, counts), [False] * len(samples)
-    size = {i: len(b) - skip for t in whole for i, b, skip in zip(t.index, t.branches, t.skip)} # tokens of each output
-    trees = [take(t, ks) for t in whole if (ks := [k for k, b in enumerate(t.branches) if len(t.prompt_ids) + len(b) <= max_length])]
+    whole, truncated = (
+        trees_from_samples(samples, tokenizer, sys.maxsize, sys.maxsize, counts),
+        [False] * len(samples),
+    )
+    # tokens of each output
+    size = {i: len(b) - skip for t in whole for i, b, skip in zip(t.index, t.branches, t.skip)}
+    trees = [
+        take(t, ks)
+        for t in whole
+        if (
+            ks := [
+                k for k, b in enumerate(t.branches) if len(t.prompt_ids) + len(b) <= max_length
+            ]
+        )
+    ]
     long = sorted(size.keys() - {i for t in trees for i in t.index})
-    for t in trees_from_samples([samples[i] for i in long], tokenizer, max_length, max_length // 2, counts):
+    for t in trees_from_samples(
+        [samples[i] for i in long], tokenizer, max_length, max_length // 2, counts
+    ):
         trees.append(replace(t, index=[long[k] for k in t.index]))
-        for i, skip in zip(trees[-1].index, t.skip): truncated[i] = len(t.prompt_ids) + skip + size[i] > max_length
+        for i, skip in zip(trees[-1].index, t.skip):
+            truncated[i] = len(t.prompt_ids) + skip + size[i] > max_length
     return trees, truncated
 
 # %% ../nbs/08_score.ipynb #19bcd8e8
-def split_tree(tree: Tree, token_budget: int, layout: str, most: float = math.inf) -> list[Tree]:
+def split_tree(
+    tree: Tree, token_budget: int, layout: str, most: float = math.inf
+) -> list[Tree]:
     "The tree; if it costs more than the budget or has too many branches, several with some of its branches each."
     parts, used, prompt = [], 0, len(tree.prompt_ids)
     for k, b in enumerate(tree.branches):
@@ -67,135 +94,262 @@ def split_tree(tree: Tree, token_budget: int, layout: str, most: float = math.in
     return [take(tree, ks) for ks in parts]
 
 # %% ../nbs/08_score.ipynb #08a0e9a7
-def micro_batches(trees: list[Tree], token_budget: int, layout: str, most: float | None = None) -> list[list[Tree]]:
+def micro_batches(
+    trees: list[Tree], token_budget: int, layout: str, most: float | None = None
+) -> list[list[Tree]]:
     "What is scored together, most tokens first; `most` bounds the samples in a batch."
     most, out = most or math.inf, []
-    for batch in cut([part for t in trees for part in split_tree(t, token_budget, layout, most)], token_budget, layout):
+    for batch in cut(
+        [part for t in trees for part in split_tree(t, token_budget, layout, most)],
+        token_budget,
+        layout,
+    ):
         for k, t in enumerate(batch):
-            if k == 0 or sum(len(x.index) for x in out[-1]) + len(t.index) > most: out.append([])
+            if k == 0 or sum(len(x.index) for x in out[-1]) + len(t.index) > most:
+                out.append([])
             out[-1].append(t)
     return out
 
 # %% ../nbs/08_score.ipynb #39b2efec
 class Head(NamedTuple):
     "Which of a reward model's numbers are the score."
-    weights: tuple[float, ...] | None # of each logit; None: the model's own `score`
-    meaning: str # in words, for the counts
+
+    weights: tuple[float, ...] | None  # of each logit; None: the model's own `score`
+    meaning: str  # in words, for the counts
 
 
-def read_weights(text: str, config, name: str) -> Head: # text: "helpful=0.7,safe=0.3"
+def read_weights(text: str, config, name: str) -> Head:  # text: "helpful=0.7,safe=0.3"
     "The head of a model with several objectives."
     names, given = [config.id2label[i] for i in range(config.num_labels)], {}
     for part in text.split(","):
         key, _, value = (x.strip() for x in part.partition("="))
-        if key not in names or key in given: raise ValueError(f"objective_weights: {key!r} is {'given twice' if key in given else 'no objective'} of {name}; it has {', '.join(names)}")
-        try: given[key] = float(value)
-        except ValueError: raise ValueError(f"objective_weights: {key} has no number, got {value!r}; write name=number, set apart by commas") from None
-    if not any(given.values()) or not all(map(math.isfinite, given.values())): raise ValueError(f"objective_weights: {text!r} weighs nothing")
-    return Head(tuple(given.get(n, 0.0) for n in names), " + ".join(f"{w:g} {n}" for n, w in given.items()))
+        if key not in names or key in given:
+            raise ValueError(
+                f"objective_weights: {key!r} is "
+                f"{'given twice' if key in given else 'no objective'} of {name}; it has "
+                f"{', '.join(names)}"
+            )
+        try:
+            given[key] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"objective_weights: {key} has no number, got {value!r}; write "
+                "name=number, set apart by commas"
+            ) from None
+    if not any(given.values()) or not all(map(math.isfinite, given.values())):
+        raise ValueError(f"objective_weights: {text!r} weighs nothing")
+    return Head(
+        tuple(given.get(n, 0.0) for n in names),
+        " + ".join(f"{w:g} {n}" for n, w in given.items()),
+    )
 
 # %% ../nbs/08_score.ipynb #ef5c2684
-def head_of(config, objective_weights: str = "", trust_remote_code: bool = False, name: str = "the reward model", kind: str | None = None) -> Head: # kind: class of a model that is loaded already, its code with it (None: as the config says)
+def head_of(
+    config,
+    objective_weights: str = "",
+    trust_remote_code: bool = False,
+    name: str = "the reward model",
+    kind: str | None = None,
+) -> (
+    Head
+):  # kind: class of a model that is loaded already, its code with it (None: as the config says)
     "How a model with this config is read; an error if it is no reward model."
-    loaded, own = kind is not None, "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    loaded, own = (
+        kind is not None,
+        "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}),
+    )
     kind = kind or (config.architectures or ["model without a named architecture"])[0]
-    if own and not (trust_remote_code or loaded): raise ValueError(f"trust_remote_code: {name} is a {kind} with code of its own; read that code, then allow it")
-    if own and not objective_weights: return Head(None, f"the `score` of {kind}")
-    if not own and "SequenceClassification" not in kind: raise ValueError(f"reward_model_path: {name} is a {kind}, not a reward model; train one with `halos_nb.train --loss bradley-terry`")
-    if objective_weights: return read_weights(objective_weights, config, name)
-    if config.num_labels > 2: raise ValueError(f"objective_weights: {name} has {config.num_labels} logits, {', '.join(config.id2label[i] for i in range(config.num_labels))}; weigh them by name, as in 'helpful=0.7,safe=0.3'")
-    return Head((0.0, 1.0), "second of two logits (Bradley-Terry)") if config.num_labels == 2 else Head((1.0,), "its one logit")
+    if own and not (trust_remote_code or loaded):
+        raise ValueError(
+            f"trust_remote_code: {name} is a {kind} with code of its own; read that "
+            "code, then allow it"
+        )
+    if own and not objective_weights:
+        return Head(None, f"the `score` of {kind}")
+    if not own and "SequenceClassification" not in kind:
+        raise ValueError(
+            f"reward_model_path: {name} is a {kind}, not a reward model; train one with "
+            "`halos_nb.train --loss bradley-terry`"
+        )
+    if objective_weights:
+        return read_weights(objective_weights, config, name)
+    if config.num_labels > 2:
+        raise ValueError(
+            f"objective_weights: {name} has {config.num_labels} logits, "
+            f"{', '.join(config.id2label[i] for i in range(config.num_labels))}; weigh "
+            "them by name, as in 'helpful=0.7,safe=0.3'"
+        )
+    return (
+        Head((0.0, 1.0), "second of two logits (Bradley-Terry)")
+        if config.num_labels == 2
+        else Head((1.0,), "its one logit")
+    )
 
 # %% ../nbs/08_score.ipynb #4eac8989
-def head_at(path: str | Path, objective_weights: str = "", trust_remote_code: bool = False) -> Head: # path: a folder or a name on the hub
+def head_at(
+    path: str | Path, objective_weights: str = "", trust_remote_code: bool = False
+) -> Head:  # path: a folder or a name on the hub
     "How the model there is read; nothing but its config is loaded."
-    return head_of(AutoConfig.from_pretrained(there(path, "reward_model_path"), trust_remote_code=trust_remote_code), objective_weights, trust_remote_code, str(path))
+    return head_of(
+        AutoConfig.from_pretrained(
+            there(path, "reward_model_path"), trust_remote_code=trust_remote_code
+        ),
+        objective_weights,
+        trust_remote_code,
+        str(path),
+    )
 
 
 class OwnScore:
     "Mixed into a model with code of its own: branch scores are what it calls `score`."
+
     def forward(self, input_ids=None, attention_mask=None, tree=None, **kwargs):
-        if tree is None: return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if tree is None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         out = super().forward(input_ids=tree.input_ids, attention_mask=tree.attention_mask)
-        if getattr(out, "score", None) is None: raise ValueError(f"{type(self).__name__}: its output has no `score`, only {', '.join(out)}; give objective_weights to use its logits")
+        if getattr(out, "score", None) is None:
+            raise ValueError(
+                f"{type(self).__name__}: its output has no `score`, only "
+                f"{', '.join(out)}; give objective_weights to use its logits"
+            )
         return BranchScores(out.score.reshape(-1, 1))
 
 
-def load_scorer(path: str, head: Head, precision: str = "float32", trust_remote_code: bool = False):
+def load_scorer(
+    path: str, head: Head, precision: str = "float32", trust_remote_code: bool = False
+):
     "A reward model ready for `model(tree=batch)`."
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
+    )
     return mix_in(model, TreeScorer if head.weights else OwnScore)
 
 # %% ../nbs/08_score.ipynb #028ac502
 class Scored(NamedTuple):
     "What a labeller says of one sample."
-    score: float | None # higher is better; None: unscored
-    reason: str # why it is unscored; empty if scored
-    truncated: bool # its end was not read
+
+    score: float | None  # higher is better; None: unscored
+    reason: str  # why it is unscored; empty if scored
+    truncated: bool  # its end was not read
 
 
 def to_scored(x: float, truncated: bool) -> Scored:
     "A reward model's number as a score, if it is one."
-    return Scored(x, "", truncated) if math.isfinite(x) else Scored(None, f"the reward model gave {x}", truncated)
+    return (
+        Scored(x, "", truncated)
+        if math.isfinite(x)
+        else Scored(None, f"the reward model gave {x}", truncated)
+    )
 
 # %% ../nbs/08_score.ipynb #a8da74e1
 @contextmanager
 def evaluating(model):
     "No dropout in this block; afterwards the model is in the mode that it was in."
     was = model.training
-    try: yield model.eval()
-    finally: model.train(was)
+    try:
+        yield model.eval()
+    finally:
+        model.train(was)
 
 
 @torch.inference_mode()
-def score_batch(trees: list[Tree], reward_model, layout: str, pad_id: int = 0, weights: tuple = (0.0, 1.0)) -> list[tuple[int, float]]: # (number of the sample, score)
+def score_batch(
+    trees: list[Tree], reward_model, layout: str, pad_id: int = 0, weights: tuple = (0.0, 1.0)
+) -> list[tuple[int, float]]:  # (number of the sample, score)
     "One forward pass; the score is the weighted sum of the logits at the branch's last token."
-    scores = sum(w * x for w, x in zip(weights, reward_model(tree=make_batch(trees, layout, pad_id).to(reward_model.device)).scores.double().unbind(1)) if w)
-    pairs, lone = list(zip((i for t in trees for i in t.index), scores.tolist())), [one for t in trees for one in split_tree(t, 0, layout)]
-    if len(pairs) == 1: return pairs
-    return [(i, x) if math.isfinite(x) else score_batch([one], reward_model, layout, pad_id, weights)[0] for (i, x), one in zip(pairs, lone)]
+    scores = sum(
+        w * x
+        for w, x in zip(
+            weights,
+            reward_model(tree=make_batch(trees, layout, pad_id).to(reward_model.device))
+            .scores.double()
+            .unbind(1),
+        )
+        if w
+    )
+    pairs, lone = (
+        list(zip((i for t in trees for i in t.index), scores.tolist())),
+        [one for t in trees for one in split_tree(t, 0, layout)],
+    )
+    if len(pairs) == 1:
+        return pairs
+    return [
+        (i, x)
+        if math.isfinite(x)
+        else score_batch([one], reward_model, layout, pad_id, weights)[0]
+        for (i, x), one in zip(pairs, lone)
+    ]
 
 # %% ../nbs/08_score.ipynb #9525b54f
 def score_samples(
-    samples: list[dict], # on every process the same
-    reward_model, tokenizer,
-    accelerator=None, # share the work among its processes (None: all of it here, without communication)
-    max_length: int = 1024, # most tokens of prompt + output
-    token_budget: int = 4096, # tokens in one forward pass
-    counts: Counter | None = None, # what was cut is added here
-    progress: Progress | None = None, # the main process's
-    head: Head | None = None, # how the model is read (None: as its config says)
-    batch_size: int | None = None, # most samples in one forward pass
-) -> list[Scored]: # one per sample, in order, on every process
+    samples: list[dict],  # on every process the same
+    reward_model,
+    tokenizer,
+    # share the work among its processes (None: all of it here, without communication)
+    accelerator=None,
+    max_length: int = 1024,  # most tokens of prompt + output
+    token_budget: int = 4096,  # tokens in one forward pass
+    counts: Counter | None = None,  # what was cut is added here
+    progress: Progress | None = None,  # the main process's
+    head: Head | None = None,  # how the model is read (None: as its config says)
+    batch_size: int | None = None,  # most samples in one forward pass
+) -> list[Scored]:  # one per sample, in order, on every process
     "Score every sample exactly once."
-    head, counts = head or head_of(reward_model.config, kind=type(reward_model).__name__), Counter() if counts is None else counts
-    if not isinstance(reward_model, TreeScorer | OwnScore): mix_in(reward_model, TreeScorer if head.weights else OwnScore)
-    if (limit := reads_at_most(reward_model, tokenizer, max_length)) < max_length: max_length = counts["read_at_most"] = limit
+    head, counts = (
+        head or head_of(reward_model.config, kind=type(reward_model).__name__),
+        Counter() if counts is None else counts,
+    )
+    if not isinstance(reward_model, TreeScorer | OwnScore):
+        mix_in(reward_model, TreeScorer if head.weights else OwnScore)
+    if (limit := reads_at_most(reward_model, tokenizer, max_length)) < max_length:
+        max_length = counts["read_at_most"] = limit
     layout = choose_layout(reward_model, "auto" if head.weights else "plain", max_length).name
     trees, truncated = sample_trees(samples, tokenizer, max_length, counts)
-    batches, table = micro_batches(trees, token_budget if head.weights else 1, layout, batch_size), torch.zeros(2, len(samples), dtype=torch.float64)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    batches, table = (
+        micro_batches(trees, token_budget if head.weights else 1, layout, batch_size),
+        torch.zeros(2, len(samples), dtype=torch.float64),
+    )
+    rank, world = (
+        (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    )
     with evaluating(reward_model):
-        for first in range(0, len(batches), world): # one round: a batch for each process
-            everyone = batches[first:first + world]
-            for b in everyone[rank:rank + 1]:
-                for i, x in score_batch(b, reward_model, layout, tokenizer.pad_token_id or 0, head.weights or (1.0,)): table[:, i] += torch.tensor([x, 1.0], dtype=torch.float64)
-            if progress: progress.update(sum(len(t.index) for b in everyone for t in b))
-    if accelerator: table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
-    if (table[1] != 1).any(): raise RuntimeError(f"{int((table[1] != 1).sum())} of {len(samples)} samples were not scored exactly once")
+        for first in range(0, len(batches), world):  # one round: a batch for each process
+            everyone = batches[first : first + world]
+            for b in everyone[rank : rank + 1]:
+                for i, x in score_batch(
+                    b, reward_model, layout, tokenizer.pad_token_id or 0, head.weights or (1.0,)
+                ):
+                    table[:, i] += torch.tensor([x, 1.0], dtype=torch.float64)
+            if progress:
+                progress.update(sum(len(t.index) for b in everyone for t in b))
+    if accelerator:
+        table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+    if (table[1] != 1).any():
+        raise RuntimeError(
+            f"{int((table[1] != 1).sum())} of {len(samples)} samples were not scored "
+            "exactly once"
+        )
     return [to_scored(x, t) for x, t in zip(table[0].tolist(), truncated)]
 
 # %% ../nbs/08_score.ipynb #9000b9c8
 def with_rewards(samples: list[dict], scored: list[Scored]) -> list[dict]:
     "The samples with their scores, ready for the converters of `halos_nb.feedback`."
-    return [s | dict(output=as_turns(s["output"]), reward=x.score) for s, x in zip(samples, scored)]
+    return [
+        s | dict(output=as_turns(s["output"]), reward=x.score) for s, x in zip(samples, scored)
+    ]
 
 
 def process_batch_with_reward_model(
-    samples: list[dict], # sample records
-    reward_model, tokenizer,
-    accelerator=None, # kept for callers; the work stays on this process
-    **settings, # max_length, token_budget, counts, head, batch_size
-) -> list[dict]: # copies with `reward` (None: unscored) and `output` as turns
+    samples: list[dict],  # sample records
+    reward_model,
+    tokenizer,
+    accelerator=None,  # kept for callers; the work stays on this process
+    **settings,  # max_length, token_budget, counts, head, batch_size
+) -> list[dict]:  # copies with `reward` (None: unscored) and `output` as turns
     "Score this process's samples."
-    return with_rewards(samples, score_samples(samples, getattr(reward_model, "module", reward_model), tokenizer, **settings))
+    return with_rewards(
+        samples,
+        score_samples(
+            samples, getattr(reward_model, "module", reward_model), tokenizer, **settings
+        ),
+    )

@@ -17,11 +17,15 @@ def descendants() -> set[int]:
     parents = {}
     for pid in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else []):
         try:
-            with open(f"/proc/{pid}/stat") as f: state, parent = f.read().rpartition(")")[2].split()[:2]
-        except OSError: continue # it ended meanwhile
-        if state != "Z": parents[int(pid)] = int(parent)
+            with open(f"/proc/{pid}/stat") as f:
+                state, parent = f.read().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it ended meanwhile
+        if state != "Z":
+            parents[int(pid)] = int(parent)
     family = {os.getpid()}
-    while new := {p for p, parent in parents.items() if parent in family} - family: family |= new
+    while new := {p for p, parent in parents.items() if parent in family} - family:
+        family |= new
     return family - {os.getpid()}
 
 # %% ../nbs/10_supervise.ipynb #6b61c70e
@@ -29,19 +33,23 @@ def reap() -> dict[int, int]:
     "Exit codes of the children that ended since the last call, by pid; -9 is killed by signal 9."
     ended = {}
     try:
-        while (got := os.waitpid(-1, os.WNOHANG))[0]: ended[got[0]] = os.waitstatus_to_exitcode(got[1])
-    except ChildProcessError: pass # there are no children at all
+        while (got := os.waitpid(-1, os.WNOHANG))[0]:
+            ended[got[0]] = os.waitstatus_to_exitcode(got[1])
+    except ChildProcessError:
+        pass  # there are no children at all
     return ended
 
 # %% ../nbs/10_supervise.ipynb #6d12eab6
-def end_all(grace: float = 1.0): # seconds between TERM and KILL
+def end_all(grace: float = 1.0):  # seconds between TERM and KILL
     "Leave no descendant alive."
     told, late = set(), time.monotonic() + grace
     while left := descendants():
         hard = time.monotonic() > late
         for pid in left if hard else left - told:
-            try: os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
-            except ProcessLookupError: pass
+            try:
+                os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
+            except ProcessLookupError:
+                pass
         told |= left
         reap()
         time.sleep(0.02)
@@ -49,46 +57,75 @@ def end_all(grace: float = 1.0): # seconds between TERM and KILL
 # %% ../nbs/10_supervise.ipynb #91c1f0fa
 def whole(path: str, text: str):
     "Write a file of which nobody sees a half."
-    with open(f"{path}.tmp", "w") as f: f.write(text)
+    with open(f"{path}.tmp", "w") as f:
+        f.write(text)
     os.replace(f"{path}.tmp", path)
 
 
 def spawn(*command: str) -> int:
     "Start a command, which has no stdin; its pid."
-    return os.posix_spawn(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)])
+    return os.posix_spawn(
+        command[0],
+        command,
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+    )
 
 
-def supervise(status: str, # file for the exit code, written last
-              start: Callable[[], int]): # begins the job, which writes to our stdout and stderr; gives its pid, and 0 in a job that is a copy of us
+def supervise(
+    status: str,  # file for the exit code, written last
+    start: Callable[[], int],
+):  # begins the job, which writes to our stdout and stderr; gives its pid, and 0 in a job that is a copy of us
     "Wait until the job ends or our stdin does; then leave nothing of it alive. True in the job, if that is a copy."
     told, parent, code = [], os.getppid(), None
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(s, lambda *_: told.append(1))
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) # PR_SET_CHILD_SUBREAPER
-    if not (child := start()): return True
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(s, lambda *_: told.append(1))
+    # PR_SET_CHILD_SUBREAPER
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    if not (child := start()):
+        return True
     whole(f"{status}.pid", str(os.getpid()))
     while code is None and not told and os.getppid() == parent:
-        if select.select([0], [], [], 0.05)[0] and not os.read(0, 1): break
+        if select.select([0], [], [], 0.05)[0] and not os.read(0, 1):
+            break
         code = reap().get(child)
-    if code is None and sys.platform != "linux": os.kill(child, signal.SIGTERM)
+    if code is None and sys.platform != "linux":
+        os.kill(child, signal.SIGTERM)
     end_all()
-    whole(status, json.dumps({"exit": -signal.SIGTERM if code is None else code, "stopped": code is None}))
+    whole(
+        status,
+        json.dumps(
+            {"exit": -signal.SIGTERM if code is None else code, "stopped": code is None}
+        ),
+    )
     os.unlink(f"{status}.pid")
 
 # %% ../nbs/10_supervise.ipynb #1d54b4fe
-OWN = ("HALOS_NB_PROGRESS", "HALOS_NB_AHEAD", "HALOS_NB_TIMEOUT_MINUTES") # what may differ between the stages of a nursery
+# what may differ between the stages of a nursery
+OWN = ("HALOS_NB_PROGRESS", "HALOS_NB_AHEAD", "HALOS_NB_TIMEOUT_MINUTES")
 
 
 def stamps() -> dict[str, int]:
     "When each file was changed that is imported here; 0 if it is gone."
+
     def changed(f):
-        try: return os.stat(f).st_mtime_ns
-        except OSError: return 0
-    return {f: changed(f) for m in list(sys.modules.values()) if isinstance(f := getattr(m, "__file__", None), str)}
+        try:
+            return os.stat(f).st_mtime_ns
+        except OSError:
+            return 0
+
+    return {
+        f: changed(f)
+        for m in list(sys.modules.values())
+        if isinstance(f := getattr(m, "__file__", None), str)
+    }
 
 # %% ../nbs/10_supervise.ipynb #b949e0b8
 def point(source: int, *targets: int):
     "Make these descriptors the same as `source`."
-    for t in targets: os.dup2(source, t)
+    for t in targets:
+        os.dup2(source, t)
 
 
 def copy(line: socket.socket, request: dict, leash: int, log: int):
@@ -98,107 +135,195 @@ def copy(line: socket.socket, request: dict, leash: int, log: int):
         socket.send_fds(line, [str(pid).encode()], [life])
         return os.close(life)
     os.setsid()
-    point(leash, line.detach()) # its stdin, and with it the line is closed
+    point(leash, line.detach())  # its stdin, and with it the line is closed
     point(log, 1, 2)
-    for fd in (leash, log): os.close(fd)
+    for fd in (leash, log):
+        os.close(fd)
     os.environ.update(request["env"])
-    if not supervise(request["status"], os.fork): os._exit(0)
-    for s in (signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)
+    if not supervise(request["status"], os.fork):
+        os._exit(0)
+    for s in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     point(os.open(os.devnull, os.O_RDONLY), 0)
     return [request["module"], *request["args"]]
 
 # %% ../nbs/10_supervise.ipynb #8e993836
-def nursery(*modules: str, # to import
-            patience: float = 600): # seconds without work
+def nursery(
+    *modules: str,  # to import
+    patience: float = 600,
+):  # seconds without work
     "Answer every request for a job with a copy of this process; what to run, in such a copy, and None at the end."
-    line, parent, born, used, jobs = socket.socket(fileno=0), os.getppid(), time.time_ns() - 10**7, time.monotonic(), 0 # the clock of files lags by some milliseconds
+    # the clock of files lags by some milliseconds
+    line, parent, born, used, jobs = (
+        socket.socket(fileno=0),
+        os.getppid(),
+        time.time_ns() - 10**7,
+        time.monotonic(),
+        0,
+    )
     for m in modules:
-        if os.getppid() != parent: return
-        with suppress(Exception): importlib.import_module(m) # the stage itself will say what is wrong
-    os.close(os.pidfd_open(os.getpid())) # a system that has none must do without a nursery
-    if max((known := stamps()).values()) > born: return # changed while it was read: nobody knows what is imported here
-    gc.collect(); gc.freeze() # what is here stays, and copies need not look at it
+        if os.getppid() != parent:
+            return
+        # the stage itself will say what is wrong
+        with suppress(Exception):
+            importlib.import_module(m)
+    os.close(os.pidfd_open(os.getpid()))  # a system that has none must do without a nursery
+    # changed while it was read: nobody knows what is imported here
+    if max((known := stamps()).values()) > born:
+        return
+    gc.collect()
+    gc.freeze()  # what is here stays, and copies need not look at it
     line.send(b"ready")
     while os.getppid() == parent and time.monotonic() - used < patience:
         jobs -= len(reap())
-        if jobs: used = time.monotonic()
-        if not select.select([line], [], [], 0.1)[0]: continue
+        if jobs:
+            used = time.monotonic()
+        if not select.select([line], [], [], 0.1)[0]:
+            continue
         message, fds, *_ = socket.recv_fds(line, 1 << 16, 2)
-        if not message: break
-        if stamps() != known: line.send(b"stale"); break
-        if select.select(fds[:1], [], [], 0)[0]: break # who asked has let go of the leash: nobody waits for this job
-        if job := copy(line, json.loads(message), *fds): return job
-        for fd in fds: os.close(fd)
+        if not message:
+            break
+        if stamps() != known:
+            line.send(b"stale")
+            break
+        # who asked has let go of the leash: nobody waits for this job
+        if select.select(fds[:1], [], [], 0)[0]:
+            break
+        if job := copy(line, json.loads(message), *fds):
+            return job
+        for fd in fds:
+            os.close(fd)
         jobs += 1
-    while os.getppid() == parent and jobs: jobs -= len(reap()); time.sleep(0.1)
+    while os.getppid() == parent and jobs:
+        jobs -= len(reap())
+        time.sleep(0.1)
 
 # %% ../nbs/10_supervise.ipynb #d837e9e6
-NEEDED = ("torch", "transformers", "tyro", "halos_nb.models", "halos_nb.sample", "halos_nb.label", "halos_nb.train")
+NEEDED = (
+    "torch",
+    "transformers",
+    "tyro",
+    "halos_nb.models",
+    "halos_nb.sample",
+    "halos_nb.label",
+    "halos_nb.train",
+)
 
 
 def main(status: str = "", *command: str):
     "Supervise a command; without one, be a nursery."
-    if status: return supervise(status, lambda: spawn(*command))
+    if status:
+        return supervise(status, lambda: spawn(*command))
     if job := nursery(*NEEDED):
         module, *sys.argv[1:] = job
-        sys.modules.pop(module, None) # its place is `__main__`
+        sys.modules.pop(module, None)  # its place is `__main__`
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(*sys.argv[1:]))
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main(*sys.argv[1:]))
 
 # %% ../nbs/10_supervise.ipynb #b7ee9a74
 class Forked:
     "The supervisor of a job that a nursery started, with what we use of `subprocess.Popen`."
-    def __init__(self, pid: int, life: int, stdin: int): # life: its pidfd
-        self.pid, self.life, self.stdin, self.returncode = pid, os.fdopen(life, "rb", buffering=0), os.fdopen(stdin, "wb"), None
+
+    def __init__(self, pid: int, life: int, stdin: int):  # life: its pidfd
+        self.pid, self.life, self.stdin, self.returncode = (
+            pid,
+            os.fdopen(life, "rb", buffering=0),
+            os.fdopen(stdin, "wb"),
+            None,
+        )
 
     def poll(self) -> int | None:
         "None while it lives; how the job ended is in its status file."
-        with suppress(subprocess.TimeoutExpired): return self.wait(0)
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
 
     def wait(self, timeout: float | None = None) -> int:
         "Return when it has ended; TimeoutExpired if it has not within so many seconds."
         ended = select.poll()
         ended.register(self.life, select.POLLIN)
-        if self.returncode is None and not ended.poll(None if timeout is None else timeout * 1000): raise subprocess.TimeoutExpired("a forked stage", timeout)
+        if self.returncode is None and not ended.poll(
+            None if timeout is None else timeout * 1000
+        ):
+            raise subprocess.TimeoutExpired("a forked stage", timeout)
         self.returncode = 0
         return 0
 
-    def kill(self): signal.pidfd_send_signal(self.life.fileno(), signal.SIGKILL)
+    def kill(self):
+        signal.pidfd_send_signal(self.life.fileno(), signal.SIGKILL)
 
 # %% ../nbs/10_supervise.ipynb #8a8ea045
 class Nursery:
     "A process that imports, waits, and forks."
+
     def __init__(self, env: dict[str, str]):
-        self.env, self.cwd, self.ready = {k: v for k, v in env.items() if k not in OWN}, os.getcwd(), False # ready: it has said so
+        # ready: it has said so
+        self.env, self.cwd, self.ready = (
+            {k: v for k, v in env.items() if k not in OWN},
+            os.getcwd(),
+            False,
+        )
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.line.settimeout(60)
-        with theirs: self.process = subprocess.Popen([sys.executable, "-m", "halos_nb.supervise"], env=self.env, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "halos_nb.supervise"],
+                env=self.env,
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def fits(self, env: dict[str, str]) -> bool:
         "Whether it lives and was made for this environment."
-        return self.line.fileno() >= 0 and self.process.poll() is None and (self.env, self.cwd) == ({k: v for k, v in env.items() if k not in OWN}, os.getcwd())
+        return (
+            self.line.fileno() >= 0
+            and self.process.poll() is None
+            and (self.env, self.cwd)
+            == ({k: v for k, v in env.items() if k not in OWN}, os.getcwd())
+        )
 
     def waits(self, timeout: float = 0) -> bool:
         "Whether it has imported everything and waits for requests; looks for so many seconds."
-        if not self.ready and select.select([self.line], [], [], timeout)[0]: self.ready = self.line.recv(16) == b"ready"
+        if not self.ready and select.select([self.line], [], [], timeout)[0]:
+            self.ready = self.line.recv(16) == b"ready"
         return self.ready
 
-    def fork(self, status: str, module: str, args: list[str], env: dict[str, str], log: int) -> Forked | None: # status: file for the exit code; log: descriptor
+    def fork(
+        self, status: str, module: str, args: list[str], env: dict[str, str], log: int
+    ) -> Forked | None:  # status: file for the exit code; log: descriptor
         "A copy that runs the module, or None if it is not ready, or knows code that was changed."
-        if not self.waits(): return None
+        if not self.waits():
+            return None
         theirs, ours = os.pipe()
         try:
-            socket.send_fds(self.line, [json.dumps(dict(status=status, module=module, args=args, env={k: env[k] for k in OWN if k in env})).encode()], [theirs, log])
+            socket.send_fds(
+                self.line,
+                [
+                    json.dumps(
+                        dict(
+                            status=status,
+                            module=module,
+                            args=args,
+                            env={k: env[k] for k in OWN if k in env},
+                        )
+                    ).encode()
+                ],
+                [theirs, log],
+            )
             answer, (life,), *_ = socket.recv_fds(self.line, 16, 1)
         except BaseException as e:
             os.close(ours)
             self.close()
-            if not isinstance(e, OSError | ValueError): raise
-            return None # it has ended, or ends now
-        finally: os.close(theirs)
+            if not isinstance(e, OSError | ValueError):
+                raise
+            return None  # it has ended, or ends now
+        finally:
+            os.close(theirs)
         return Forked(int(answer), life, ours)
 
     def close(self):
@@ -217,11 +342,18 @@ def forks(cpu: bool, num_processes: int) -> bool:
 def expect(env: dict[str, str]):
     "Have a nursery made for stages with this environment, if there is none."
     with ONE:
-        if KEPT and KEPT[0].fits(env): return
-        if KEPT: KEPT.pop().close()
+        if KEPT and KEPT[0].fits(env):
+            return
+        if KEPT:
+            KEPT.pop().close()
         KEPT.append(Nursery(env))
 
 
-def fork(status: str, module: str, args: list[str], env: dict[str, str], log: int) -> Forked | None:
+def fork(
+    status: str, module: str, args: list[str], env: dict[str, str], log: int
+) -> Forked | None:
     "A job that is a copy of the nursery; None if there is no nursery that fits and is ready."
-    with ONE: return KEPT[0].fork(status, module, args, env, log) if KEPT and KEPT[0].fits(env) else None
+    with ONE:
+        return (
+            KEPT[0].fork(status, module, args, env, log) if KEPT and KEPT[0].fits(env) else None
+        )

@@ -43,109 +43,252 @@ from halos_nb.trainers import (
 )
 
 # %% ../nbs/10_train.ipynb #60ab17d7
-METHODS = {"sft": SFTTrainer, "csft": ConditionalSFTTrainer, "dpo": DPOTrainer, "cdpo": CDPOTrainer, "ipo": IPOTrainer, "simpo": SimPOTrainer, "slic": SLiCTrainer,
-           "kto": KTOTrainer, "grpo": GRPOTrainer, "ppo": PPOTrainer, "bradley-terry": BradleyTerryTrainer}
+METHODS = {
+    "sft": SFTTrainer,
+    "csft": ConditionalSFTTrainer,
+    "dpo": DPOTrainer,
+    "cdpo": CDPOTrainer,
+    "ipo": IPOTrainer,
+    "simpo": SimPOTrainer,
+    "slic": SLiCTrainer,
+    "kto": KTOTrainer,
+    "grpo": GRPOTrainer,
+    "ppo": PPOTrainer,
+    "bradley-terry": BradleyTerryTrainer,
+}
 
 
 class TrainResult(NamedTuple):
     "What a training run leaves behind."
-    model: str # folder of the finished model
-    metrics_file: str # one JSON line per log
-    counts: dict # trees trained on; what was cut, shortened or refused
-    evaluation: dict # metrics on held-out data after training, empty without such data
+
+    model: str  # folder of the finished model
+    metrics_file: str  # one JSON line per log
+    counts: dict  # trees trained on; what was cut, shortened or refused
+    evaluation: dict  # metrics on held-out data after training, empty without such data
 
 # %% ../nbs/10_train.ipynb #a3b102a4
 def check_checkpoint(folder: str, lora: bool = False):
     "An error if something is missing from the checkpoint a round continues from."
-    files = ("adapter/adapter_config.json" if lora else "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    files = (
+        "adapter/adapter_config.json" if lora else "config.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+    )
     if missing := [f for f in files if not (Path(folder) / f).is_file()]:
-        raise FileNotFoundError(f"from_checkpoint: {folder} has no {', '.join(missing)}; continue from a checkpoint that halos_nb.train finished{' with use_peft' if lora else ''}")
-    if not lora and (Path(folder) / "adapter").is_dir(): raise ValueError(f"from_checkpoint: {folder} was trained with LoRA; continue it with use_peft, or start anew from it with `model`")
+        raise FileNotFoundError(
+            f"from_checkpoint: {folder} has no {', '.join(missing)}; continue from a "
+            f"checkpoint that halos_nb.train finished{' with use_peft' if lora else ''}"
+        )
+    if not lora and (Path(folder) / "adapter").is_dir():
+        raise ValueError(
+            f"from_checkpoint: {folder} was trained with LoRA; continue it with "
+            "use_peft, or start anew from it with `model`"
+        )
 
 
 def load_model(cfg: TrainConfig, tokenizer):
     "The model to be trained, in float32 master weights, with LoRA adapters if asked."
-    load = load_reward_model if cfg.loss == "bradley-terry" else load_actor_critic if cfg.loss == "ppo" else load_policy
+    load = (
+        load_reward_model
+        if cfg.loss == "bradley-terry"
+        else load_actor_critic
+        if cfg.loss == "ppo"
+        else load_policy
+    )
     start = cfg.model if cfg.use_peft else cfg.from_checkpoint or cfg.model
     return fit_vocabulary(load(start, trust_remote_code=cfg.trust_remote_code), tokenizer)
 
 
 def with_adapters(cfg: TrainConfig, model):
     "The model with fresh LoRA adapters, or with those of the checkpoint."
-    targets = cfg.lora_targets if cfg.lora_targets == "all-linear" else [t.strip() for t in cfg.lora_targets.split(",")]
-    return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.seed, cfg.from_checkpoint and str(Path(cfg.from_checkpoint) / "adapter"))
+    targets = (
+        cfg.lora_targets
+        if cfg.lora_targets == "all-linear"
+        else [t.strip() for t in cfg.lora_targets.split(",")]
+    )
+    return add_lora(
+        model,
+        cfg.lora_r,
+        cfg.lora_alpha,
+        cfg.lora_dropout,
+        targets,
+        cfg.seed,
+        cfg.from_checkpoint and str(Path(cfg.from_checkpoint) / "adapter"),
+    )
 
 # %% ../nbs/10_train.ipynb #ef4278c1
 def loader_options(cfg: TrainConfig) -> dict:
     "What the method's own loader takes beside the common options."
-    tokens = dict(control_tokens=dict(chosen=cfg.control_chosen, rejected=cfg.control_rejected)) if cfg.loss == "csft" else {}
-    shares = dict(frac_unique_desirable=cfg.frac_unique_desirable, frac_unique_undesirable=cfg.frac_unique_undesirable)
-    return METHODS[cfg.loss].loader_options | tokens | (shares if cfg.loss in ("csft", "kto", "ppo", "grpo") else {})
+    tokens = (
+        dict(control_tokens=dict(chosen=cfg.control_chosen, rejected=cfg.control_rejected))
+        if cfg.loss == "csft"
+        else {}
+    )
+    shares = dict(
+        frac_unique_desirable=cfg.frac_unique_desirable,
+        frac_unique_undesirable=cfg.frac_unique_undesirable,
+    )
+    return (
+        METHODS[cfg.loss].loader_options
+        | tokens
+        | (shares if cfg.loss in ("csft", "kto", "ppo", "grpo") else {})
+    )
 
 
-def make_loader(cfg: TrainConfig, names: list[str], split: str, tokenizer, layout: str, accelerator, **more):
+def make_loader(
+    cfg: TrainConfig, names: list[str], split: str, tokenizer, layout: str, accelerator, **more
+):
     "The method's loader over named data sets or files."
-    common = dict(batch_size=cfg.batch_size, token_budget=cfg.token_budget, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length, seed=cfg.seed,
-                  drop=cfg.drop, microbatch_size=cfg.microbatch_size, rank=accelerator.process_index, world=accelerator.num_processes, layout=layout)
-    return METHODS[cfg.loss].loader_class(load_data(names, split), tokenizer, **common | loader_options(cfg) | more)
+    common = dict(
+        batch_size=cfg.batch_size,
+        token_budget=cfg.token_budget,
+        max_length=cfg.max_length,
+        max_prompt_length=cfg.max_prompt_length,
+        seed=cfg.seed,
+        drop=cfg.drop,
+        microbatch_size=cfg.microbatch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        layout=layout,
+    )
+    return METHODS[cfg.loss].loader_class(
+        load_data(names, split), tokenizer, **common | loader_options(cfg) | more
+    )
 
 # %% ../nbs/10_train.ipynb #6e895ffb
 class OnDemand:
     "A reference that is made when it is first asked: never, if the log-probs of all trees are known."
-    def __init__(self, make): self.make, self.made = make, None
-    def __call__(self, batch): self.made = self.made or self.make(); return self.made(batch)
-    def to(self, device): return self
+
+    def __init__(self, make):
+        self.make, self.made = make, None
+
+    def __call__(self, batch):
+        self.made = self.made or self.make()
+        return self.made(batch)
+
+    def to(self, device):
+        return self
 
 
-def the_reference(cfg: TrainConfig, model, tokenizer, trees: list, layout: str, accelerator, counts: Counter):
+def the_reference(
+    cfg: TrainConfig, model, tokenizer, trees: list, layout: str, accelerator, counts: Counter
+):
     "The reference of the method, or None; the log-probs of `trees` under it are looked up if there is a cache."
-    if not METHODS[cfg.loss].use_reference_model: return None
-    load = lambda: fit_vocabulary(load_reference(cfg.load_from, cfg.precision, cfg.trust_remote_code), tokenizer)
-    make = lambda: make_reference(model, load, lora=cfg.use_peft, sync=bool(cfg.sync_reference)).to(accelerator.device)
-    if not cfg.reference_cache: return make()
-    precision = "float32" if cfg.use_peft else cfg.precision # without its adapters the policy is the reference, in its own weights
-    with Progress(len(trees), "trees", "reference") if accelerator.is_main_process else nullcontext() as progress:
-        counts.update(cache_reference_logps(trees, make, cfg.reference_cache, cfg.load_from, precision, layout, cfg.token_budget, accelerator,
-                                            vocabulary=len(tokenizer), progress=progress and progress.update))
+    if not METHODS[cfg.loss].use_reference_model:
+        return None
+    load = lambda: fit_vocabulary(
+        load_reference(cfg.load_from, cfg.precision, cfg.trust_remote_code), tokenizer
+    )
+    make = lambda: make_reference(
+        model, load, lora=cfg.use_peft, sync=bool(cfg.sync_reference)
+    ).to(accelerator.device)
+    if not cfg.reference_cache:
+        return make()
+    # without its adapters the policy is the reference, in its own weights
+    precision = "float32" if cfg.use_peft else cfg.precision
+    with (
+        Progress(len(trees), "trees", "reference")
+        if accelerator.is_main_process
+        else nullcontext() as progress
+    ):
+        counts.update(
+            cache_reference_logps(
+                trees,
+                make,
+                cfg.reference_cache,
+                cfg.load_from,
+                precision,
+                layout,
+                cfg.token_budget,
+                accelerator,
+                vocabulary=len(tokenizer),
+                progress=progress and progress.update,
+            )
+        )
     return OnDemand(make)
 
 # %% ../nbs/10_train.ipynb #d50aa51d
 def make_trainer(cfg: TrainConfig):
     "Load model, reference and data; returns (trainer, tokenizer)."
     from transformers import set_seed
+
     accelerator = start_processes(cfg.num_processes)
-    if not cfg.train_datasets: raise ValueError("train_datasets: name at least one data set or file")
-    if cfg.from_checkpoint: check_checkpoint(cfg.from_checkpoint, cfg.use_peft)
+    if not cfg.train_datasets:
+        raise ValueError("train_datasets: name at least one data set or file")
+    if cfg.from_checkpoint:
+        check_checkpoint(cfg.from_checkpoint, cfg.use_peft)
     set_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.from_checkpoint or cfg.model, cfg.trust_remote_code)
-    if cfg.loss == "csft": add_control_tokens(tokenizer, loader_options(cfg)["control_tokens"])
+    if cfg.loss == "csft":
+        add_control_tokens(tokenizer, loader_options(cfg)["control_tokens"])
     model = load_model(cfg, tokenizer)
     layout = choose_layout(model, cfg.layout, cfg.max_length)
-    loader = make_loader(cfg, cfg.train_datasets, "train", tokenizer, layout.name, accelerator, max_prompt_count=cfg.max_prompt_count, n_examples=cfg.n_examples)
-    held_out = make_loader(cfg, cfg.test_datasets, "test", tokenizer, layout.name, accelerator, shuffle=False, n_examples=cfg.n_eval_examples) if cfg.test_datasets else None
-    if cfg.use_peft: model = with_adapters(cfg, model)
-    trees = loader.keep(cfg.epochs) + (held_out.keep(1) if held_out else []) if cfg.reference_cache else []
-    reference = the_reference(cfg, model, tokenizer, trees, layout.name, accelerator, loader.counts)
-    return METHODS[cfg.loss](model, cfg, loader, held_out, reference, layout, metrics_path(cfg), tokenizer), tokenizer
+    loader = make_loader(
+        cfg,
+        cfg.train_datasets,
+        "train",
+        tokenizer,
+        layout.name,
+        accelerator,
+        max_prompt_count=cfg.max_prompt_count,
+        n_examples=cfg.n_examples,
+    )
+    held_out = (
+        make_loader(
+            cfg,
+            cfg.test_datasets,
+            "test",
+            tokenizer,
+            layout.name,
+            accelerator,
+            shuffle=False,
+            n_examples=cfg.n_eval_examples,
+        )
+        if cfg.test_datasets
+        else None
+    )
+    if cfg.use_peft:
+        model = with_adapters(cfg, model)
+    trees = (
+        loader.keep(cfg.epochs) + (held_out.keep(1) if held_out else [])
+        if cfg.reference_cache
+        else []
+    )
+    reference = the_reference(
+        cfg, model, tokenizer, trees, layout.name, accelerator, loader.counts
+    )
+    return METHODS[cfg.loss](
+        model, cfg, loader, held_out, reference, layout, metrics_path(cfg), tokenizer
+    ), tokenizer
 
 
-def metrics_path(cfg: TrainConfig) -> Path: return Path(cfg.metrics_file or Path(cfg.cache_dir) / cfg.exp_name / "metrics.jsonl")
+def metrics_path(cfg: TrainConfig) -> Path:
+    return Path(cfg.metrics_file or Path(cfg.cache_dir) / cfg.exp_name / "metrics.jsonl")
 
 # %% ../nbs/10_train.ipynb #d1498f1e
 def train(cfg: TrainConfig) -> TrainResult:
     "Train as the config says; returns where everything is."
     folder, metrics = Path(cfg.cache_dir) / cfg.exp_name, metrics_path(cfg)
-    folder.mkdir(parents=True, exist_ok=True); metrics.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics.parent.mkdir(parents=True, exist_ok=True)
     trainer, tokenizer = make_trainer(cfg)
     main = trainer.is_world_process_zero()
-    if main: metrics.unlink(missing_ok=True)
-    if trainer.eval_loader and cfg.eval_at_start: trainer.evaluate()
+    if main:
+        metrics.unlink(missing_ok=True)
+    if trainer.eval_loader and cfg.eval_at_start:
+        trainer.evaluate()
     trainer.train()
     evaluation = trainer.evaluate() if trainer.eval_loader else {}
-    counts = {**trainer.loader.counts, "layout": trainer.layout.name, "layout_reason": trainer.layout.reason}
+    counts = {
+        **trainer.loader.counts,
+        "layout": trainer.layout.name,
+        "layout_reason": trainer.layout.reason,
+    }
     if main:
         write_json(folder / "counts.json", counts)
-        if evaluation and trainer.pair_scores: write_scores(folder / "eval_scores.jsonl", trainer.pair_scores)
+        if evaluation and trainer.pair_scores:
+            write_scores(folder / "eval_scores.jsonl", trainer.pair_scores)
     model = trainer.save_final(folder / "FINAL", tokenizer)
     return TrainResult(str(model), str(metrics), counts, evaluation)
 
@@ -153,10 +296,13 @@ def train(cfg: TrainConfig) -> TrainResult:
 def write_scores(path: Path, rows):
     "One line per held-out pair: its number, chosen and rejected score."
     import json
-    with atomic_write(path) as f: f.writelines(json.dumps(dict(index=i, chosen=c, rejected=r)) + "\n" for i, c, r in rows)
+
+    with atomic_write(path) as f:
+        f.writelines(json.dumps(dict(index=i, chosen=c, rejected=r)) + "\n" for i, c, r in rows)
 
 # %% ../nbs/10_train.ipynb #bcf902eb
-def main(cfg: TrainConfig): return train(cfg)
+def main(cfg: TrainConfig):
+    return train(cfg)
 
 # %% ../nbs/10_train.ipynb #e045d666
 if __name__ == "__main__" and "__file__" in globals():

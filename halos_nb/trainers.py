@@ -58,54 +58,105 @@ from .reference import merge_lora, save_adapter
 @dataclass
 class Sums:
     "Running sums of named metrics over micro-batches and processes."
+
     totals: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, metrics: dict[str, torch.Tensor | Share], weight: int = 1):
         "Add the values of each metric; weight 0 adds nothing but keeps its name."
         for name, values in metrics.items():
-            part, whole = values if isinstance(values, Share) else (values.double().sum(), values.numel())
+            part, whole = (
+                values if isinstance(values, Share) else (values.double().sum(), values.numel())
+            )
             total = self.totals.setdefault(name, [0.0, 0])
-            if weight: total[0] += float(part); total[1] += float(whole)
+            if weight:
+                total[0] += float(part)
+                total[1] += float(whole)
 
     def means(self, accelerator) -> dict[str, float]:
         "Mean of each metric over all processes; afterwards the sums are empty."
         names = sorted(self.totals)
-        sums = torch.tensor([self.totals[n] for n in names], dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32, device=accelerator.device)
+        sums = torch.tensor(
+            [self.totals[n] for n in names],
+            dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32,
+            device=accelerator.device,
+        )
         self.totals = {}
-        if not names: return {}
-        return {n: (s / c).item() if c > 1e-6 else float("nan") for n, (s, c) in zip(names, accelerator.reduce(sums, "sum"))}
+        if not names:
+            return {}
+        return {
+            n: (s / c).item() if c > 1e-6 else float("nan")
+            for n, (s, c) in zip(names, accelerator.reduce(sums, "sum"))
+        }
 
 # %% ../nbs/07_trainers.ipynb #945e0de8
 class TreeTrainer(Trainer):
     "transformers' Trainer over steps of tree batches."
+
     use_reference_model, loader_options = False, {}
 
     def __init__(
         self,
-        model, # the policy or reward model, of 05_models
+        model,  # the policy or reward model, of 05_models
         config: TrainConfig,
-        loader: TreeDataLoader, # training steps
-        eval_loader: TreeDataLoader | None = None, # held-out steps
-        reference=None, # of 05_reference, for methods that need one
-        layout: Layout | None = None, # as chosen for this model; goes into the metrics
-        metrics_file: str | Path | None = None, # a JSON line per log
-        tokenizer=None, # saved with intermediate checkpoints
+        loader: TreeDataLoader,  # training steps
+        eval_loader: TreeDataLoader | None = None,  # held-out steps
+        reference=None,  # of 05_reference, for methods that need one
+        layout: Layout | None = None,  # as chosen for this model; goes into the metrics
+        metrics_file: str | Path | None = None,  # a JSON line per log
+        tokenizer=None,  # saved with intermediate checkpoints
     ):
-        super().__init__(model=model, args=training_arguments(config, loader), callbacks=[MetricsFile(metrics_file, config.loss, layout), Timetable(self)])
+        super().__init__(
+            model=model,
+            args=training_arguments(config, loader),
+            callbacks=[MetricsFile(metrics_file, config.loss, layout), Timetable(self)],
+        )
         self.remove_callback(PrinterCallback)
-        self.config, self.loader, self.eval_loader, self.layout, self.tokenizer, self.sums = config, loader, eval_loader, layout, tokenizer, Sums()
-        self.tokens, self.clock, self.counters = [0, 0, 0], time.monotonic(), read_counters(config.from_checkpoint)
-        if self.use_reference_model and reference is None: raise ValueError(f"{type(self).__name__} needs a reference model")
+        self.config, self.loader, self.eval_loader, self.layout, self.tokenizer, self.sums = (
+            config,
+            loader,
+            eval_loader,
+            layout,
+            tokenizer,
+            Sums(),
+        )
+        self.tokens, self.clock, self.counters = (
+            [0, 0, 0],
+            time.monotonic(),
+            read_counters(config.from_checkpoint),
+        )
+        if self.use_reference_model and reference is None:
+            raise ValueError(f"{type(self).__name__} needs a reference model")
         self.reference = reference.to(self.args.device) if self.use_reference_model else None
 
-    def get_train_dataloader(self): return self.loader
-    def get_batch_samples(self, epoch_iterator, num_batches, device): return list(islice(epoch_iterator, num_batches)), None # steps are not dicts with labels
-    def floating_point_ops(self, step: Step) -> int: return 6 * sum(b.input_ids.numel() for b in step.batches) * self.model.num_parameters(exclude_embeddings=True)
-    def step_size(self, step: Step) -> int: return step.examples # what the loss of a step is averaged over ...
-    def batch_size(self, batch: TreeBatch) -> int: return len(batch.trees) # ... and how much of that a batch holds
+    def get_train_dataloader(self):
+        return self.loader
+
+    # steps are not dicts with labels
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, step: Step) -> int:
+        return (
+            6
+            * sum(b.input_ids.numel() for b in step.batches)
+            * self.model.num_parameters(exclude_embeddings=True)
+        )
+
+    # what the loss of a step is averaged over ...
+    def step_size(self, step: Step) -> int:
+        return step.examples
+
+    # ... and how much of that a batch holds
+    def batch_size(self, batch: TreeBatch) -> int:
+        return len(batch.trees)
 
     @property
-    def clamp(self) -> tuple[float, float] | None: return (self.config.log_epsilon_P, self.config.log_epsilon_R) if self.config.humanline else None
+    def clamp(self) -> tuple[float, float] | None:
+        return (
+            (self.config.log_epsilon_P, self.config.log_epsilon_R)
+            if self.config.humanline
+            else None
+        )
 
 # %% ../nbs/07_trainers.ipynb #2c5b4319
 @patch
@@ -141,8 +192,11 @@ def training_step(self: TreeTrainer, model, step: Step, num_items_in_batch=None)
             self.accelerator.backward(loss)
         total += loss.detach()
         self.sums.add(metrics, weight)
-    for batch in () if step.idle else step.batches: self.count_tokens(batch)
-    self.counters = {k: v + n for (k, v), n in zip(self.counters.items(), (1, step.examples, step.targets))}
+    for batch in () if step.idle else step.batches:
+        self.count_tokens(batch)
+    self.counters = {
+        k: v + n for (k, v), n in zip(self.counters.items(), (1, step.examples, step.targets))
+    }
     return total
 
 
@@ -160,13 +214,24 @@ def work_done(self: TreeTrainer) -> dict[str, float]:
     now, tokens = time.monotonic(), torch.tensor(self.tokens, device=self.args.device)
     done, needed, plain = self.accelerator.reduce(tokens, "sum").tolist()
     seconds, self.clock, self.tokens = now - self.clock, now, [0, 0, 0]
-    return dict(tokens=done, tokens_per_second=round(done / max(seconds, 1e-9), 1), padding=1 - needed / max(done, 1), shared=1 - needed / max(plain, 1))
+    return dict(
+        tokens=done,
+        tokens_per_second=round(done / max(seconds, 1e-9), 1),
+        padding=1 - needed / max(done, 1),
+        shared=1 - needed / max(plain, 1),
+    )
 
 
 @patch
 def log(self: TreeTrainer, logs, start_time=None):
     "Trainer's log, with this house's metrics beside `loss`."
-    if "loss" in logs: logs = {**logs, **self.derive(self.sums.means(self.accelerator)), **self.work_done(), **self.counters}
+    if "loss" in logs:
+        logs = {
+            **logs,
+            **self.derive(self.sums.means(self.accelerator)),
+            **self.work_done(),
+            **self.counters,
+        }
     Trainer.log(self, logs, start_time)
 
 
@@ -179,54 +244,101 @@ def derive(self: TreeTrainer, means: dict[str, float]) -> dict[str, float]:
 @patch
 def _get_grad_norm(self: TreeTrainer, model, grad_norm=None):
     norm = Trainer._get_grad_norm(self, model, grad_norm)
-    if math.isfinite(norm): return norm
-    raise FloatingPointError(f"step {self.state.global_step + 1}: the gradient of {self.config.loss} is {float(norm)}, weights are those of the step before; "
-                             "a smaller lr, precision float32 or the data of this step (metrics.jsonl has the last good one) is where to look")
+    if math.isfinite(norm):
+        return norm
+    raise FloatingPointError(
+        f"step {self.state.global_step + 1}: the gradient of {self.config.loss} is {float(norm)}, weights are those of the step before; "
+        "a smaller lr, precision float32 or the data of this step (metrics.jsonl has the last good one) is where to look"
+    )
 
 # %% ../nbs/07_trainers.ipynb #d6dfa61b
 class Timetable(TrainerCallback):
     "What happens every so many steps."
-    def __init__(self, trainer): self.trainer = trainer
+
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kw):
-        trainer, cfg, due = self.trainer, self.trainer.config, lambda every: bool(every) and state.global_step % every == 0
-        if due(cfg.sync_reference) and trainer.reference is not None: trainer.reference.sync()
-        control.should_evaluate = due(cfg.eval_every) and trainer.eval_loader is not None and state.global_step < state.max_steps
-        if due(cfg.save_every): trainer.save_checkpoint(Path(args.output_dir) / f"step-{state.global_step}", trainer.tokenizer)
+        trainer, cfg, due = (
+            self.trainer,
+            self.trainer.config,
+            lambda every: bool(every) and state.global_step % every == 0,
+        )
+        if due(cfg.sync_reference) and trainer.reference is not None:
+            trainer.reference.sync()
+        control.should_evaluate = (
+            due(cfg.eval_every)
+            and trainer.eval_loader is not None
+            and state.global_step < state.max_steps
+        )
+        if due(cfg.save_every):
+            trainer.save_checkpoint(
+                Path(args.output_dir) / f"step-{state.global_step}", trainer.tokenizer
+            )
         return control
 
 # %% ../nbs/07_trainers.ipynb #216608cd
 class MetricsFile(TrainerCallback):
     "Writes every log as a line of `metrics.jsonl` and reports progress; the main process only."
-    def __init__(self, path, name, layout=None): self.path, self.name, self.layout, self.progress = path, name, layout, None
+
+    def __init__(self, path, name, layout=None):
+        self.path, self.name, self.layout, self.progress = path, name, layout, None
 
     def on_train_begin(self, args, state, control, **kw):
-        if state.is_world_process_zero: self.progress = Progress(state.max_steps, "steps", self.name)
+        if state.is_world_process_zero:
+            self.progress = Progress(state.max_steps, "steps", self.name)
 
     def on_log(self, args, state, control, logs=None, **kw):
-        if not state.is_world_process_zero: return
-        if self.path: append_jsonl(self.path, {"step": state.global_step, **logs, **({"layout": self.layout.name} if self.layout else {})})
-        if self.progress and "loss" in logs: self.progress.update(0, loss=round(logs["loss"], 4), tokens_per_second=logs["tokens_per_second"])
+        if not state.is_world_process_zero:
+            return
+        if self.path:
+            append_jsonl(
+                self.path,
+                {
+                    "step": state.global_step,
+                    **logs,
+                    **({"layout": self.layout.name} if self.layout else {}),
+                },
+            )
+        if self.progress and "loss" in logs:
+            self.progress.update(
+                0, loss=round(logs["loss"], 4), tokens_per_second=logs["tokens_per_second"]
+            )
 
     def on_step_end(self, args, state, control, **kw):
-        if self.progress: self.progress.update(1)
+        if self.progress:
+            self.progress.update(1)
 
     def on_train_end(self, args, state, control, **kw):
-        if self.progress: self.progress.close()
+        if self.progress:
+            self.progress.close()
 
 # %% ../nbs/07_trainers.ipynb #c3f7e779
 @patch
-def evaluate(self: TreeTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+def evaluate(
+    self: TreeTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
+) -> dict[str, float]:
     "Mean metrics over the held-out loader, all processes; `self.pair_scores` holds (index, chosen, rejected) of each pair."
     sums, rows = Sums(), []
     for step in self.eval_loader:
         batches = self.prepare(step, "eval")
         self.model.eval()
         for batch in batches:
-            with torch.no_grad(): losses, metrics = self.get_batch_metrics(batch, "eval", self.model)
-            sums.add({**metrics, "eval_loss": Share(losses.sum(), torch.tensor(self.batch_size(batch)))}, 0 if step.idle else 1)
+            with torch.no_grad():
+                losses, metrics = self.get_batch_metrics(batch, "eval", self.model)
+            sums.add(
+                {
+                    **metrics,
+                    "eval_loss": Share(losses.sum(), torch.tensor(self.batch_size(batch))),
+                },
+                0 if step.idle else 1,
+            )
             if isinstance(self, PairedPreferenceTrainer) and not step.idle:
-                rows += zip([t.index[0] for t in batch.trees], metrics["rewards_eval/chosen"].tolist(), metrics["rewards_eval/rejected"].tolist())
+                rows += zip(
+                    [t.index[0] for t in batch.trees],
+                    metrics["rewards_eval/chosen"].tolist(),
+                    metrics["rewards_eval/rejected"].tolist(),
+                )
     self.pair_scores = self.gather_rows(rows)
     means = self.derive(sums.means(self.accelerator))
     self.log(means)
@@ -237,36 +349,52 @@ def evaluate(self: TreeTrainer, eval_dataset=None, ignore_keys=None, metric_key_
 def gather_rows(self: TreeTrainer, rows: list[tuple]) -> list[tuple]:
     "Rows of three numbers from all processes, in order of the first."
     mine = torch.tensor(rows, dtype=torch.float64, device=self.args.device).reshape(-1, 3)
-    everyone = self.accelerator.gather(self.accelerator.pad_across_processes(mine, dim=0, pad_index=float("nan")))
+    everyone = self.accelerator.gather(
+        self.accelerator.pad_across_processes(mine, dim=0, pad_index=float("nan"))
+    )
     return sorted((int(i), c, r) for i, c, r in everyone[~everyone[:, 0].isnan()].tolist())
 
 # %% ../nbs/07_trainers.ipynb #37e47e4c
 @patch
-def _prepare_for_training(self: TreeTrainer, max_steps, train_dataloader, resume_from_checkpoint):
-    prepared = Trainer._prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint)
-    if self.config.from_checkpoint: self._load_optimizer_and_scheduler(self.config.from_checkpoint)
+def _prepare_for_training(
+    self: TreeTrainer, max_steps, train_dataloader, resume_from_checkpoint
+):
+    prepared = Trainer._prepare_for_training(
+        self, max_steps, train_dataloader, resume_from_checkpoint
+    )
+    if self.config.from_checkpoint:
+        self._load_optimizer_and_scheduler(self.config.from_checkpoint)
     return prepared
 
 
 def read_counters(checkpoint: str | Path | None) -> dict[str, int]:
     "Optimiser steps, examples and predicted tokens so far: the checkpoint's, or zeros."
     file = Path(checkpoint or "") / "counters.json"
-    return json.loads(file.read_text()) if checkpoint and file.exists() else dict(total_steps=0, total_examples=0, total_targets=0)
+    return (
+        json.loads(file.read_text())
+        if checkpoint and file.exists()
+        else dict(total_steps=0, total_examples=0, total_targets=0)
+    )
 
 # %% ../nbs/07_trainers.ipynb #44be332e
 @patch
-def save_checkpoint(self: TreeTrainer, folder: str | Path, tokenizer, final: bool = False) -> Path: # final: LoRA weights are merged
+def save_checkpoint(
+    self: TreeTrainer, folder: str | Path, tokenizer, final: bool = False
+) -> Path:  # final: LoRA weights are merged
     "Model, tokenizer, optimiser, scheduler and trainer state in `folder`, complete or not at all."
     folder, partial = Path(folder), Path(f"{folder}.partial")
-    if self.is_world_process_zero() and partial.exists(): shutil.rmtree(partial)
+    if self.is_world_process_zero() and partial.exists():
+        shutil.rmtree(partial)
     self.accelerator.wait_for_everyone()
     partial.mkdir(parents=True, exist_ok=True)
     self._save_optimizer_and_scheduler(str(partial))
     self.save_weights(partial, final)
-    if self.is_world_process_zero(): self.save_state(partial, tokenizer)
+    if self.is_world_process_zero():
+        self.save_state(partial, tokenizer)
     self.accelerator.wait_for_everyone()
     if self.is_world_process_zero():
-        if folder.exists(): shutil.rmtree(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
         partial.rename(folder)
     self.accelerator.wait_for_everyone()
     return folder
@@ -276,18 +404,22 @@ def save_checkpoint(self: TreeTrainer, folder: str | Path, tokenizer, final: boo
 def save_weights(self: TreeTrainer, folder: Path, final: bool):
     "The model; of a LoRA run the adapter, and in the end the merged model too."
     lora = hasattr(self.model, "peft_config")
-    if lora and self.is_world_process_zero(): save_adapter(self.model, folder / "adapter")
-    if lora and not final: return
-    if lora: self.model = merge_lora(self.model)
+    if lora and self.is_world_process_zero():
+        save_adapter(self.model, folder / "adapter")
+    if lora and not final:
+        return
+    if lora:
+        self.model = merge_lora(self.model)
     self.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True) # a pickle that nothing here reads
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
 
 
 @patch
 def save_state(self: TreeTrainer, folder: Path, tokenizer):
     "What else the next round needs."
     tokenizer.save_pretrained(folder)
-    self.state.log_history = [] # its times would make the same checkpoint another one; the logs are in metrics.jsonl
+    # its times would make the same checkpoint another one; the logs are in metrics.jsonl
+    self.state.log_history = []
     self.state.save_to_json(str(folder / "trainer_state.json"))
     write_json(folder / "counters.json", self.counters)
 
@@ -301,23 +433,47 @@ def save_final(self: TreeTrainer, folder: str | Path, tokenizer) -> Path:
 def training_arguments(cfg: TrainConfig, loader: TreeDataLoader) -> TrainingArguments:
     "Our config in transformers' words."
     return TrainingArguments(
-        output_dir=str(Path(cfg.cache_dir) / cfg.exp_name), per_device_train_batch_size=1, num_train_epochs=cfg.epochs, learning_rate=cfg.lr,
-        max_steps=loader.num_training_steps(cfg.epochs) * updates_per_step(cfg) if cfg.n_examples else -1,
-        lr_scheduler_type=cfg.lr_scheduler, warmup_steps=cfg.warmup, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm,
-        logging_steps=cfg.log_every, logging_nan_inf_filter=False, save_strategy="no", eval_strategy="no", seed=cfg.seed, optim="adamw_torch",
-        bf16=cfg.precision == "bfloat16", use_cpu=PartialState().device.type == "cpu", report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, ddp_find_unused_parameters=False, ignore_data_skip=True)
+        output_dir=str(Path(cfg.cache_dir) / cfg.exp_name),
+        per_device_train_batch_size=1,
+        num_train_epochs=cfg.epochs,
+        learning_rate=cfg.lr,
+        max_steps=loader.num_training_steps(cfg.epochs) * updates_per_step(cfg)
+        if cfg.n_examples
+        else -1,
+        lr_scheduler_type=cfg.lr_scheduler,
+        warmup_steps=cfg.warmup,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        logging_steps=cfg.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        seed=cfg.seed,
+        optim="adamw_torch",
+        bf16=cfg.precision == "bfloat16",
+        use_cpu=PartialState().device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=True,
+    )
 
 
-def updates_per_step(cfg: TrainConfig) -> int: return cfg.ppo_epochs if cfg.loss == "ppo" else 1
+def updates_per_step(cfg: TrainConfig) -> int:
+    return cfg.ppo_epochs if cfg.loss == "ppo" else 1
 
 # %% ../nbs/07_trainers.ipynb #ec90d4fe
 class SFTTrainer(TreeTrainer):
     "Supervised fine-tuning: likelihood of the completion, averaged over tokens. Conditional SFT is the same on data with control tokens."
+
     loader_class = SFTDataLoader
 
-    def step_size(self, step): return step.targets
-    def batch_size(self, batch): return len(batch.target)
+    def step_size(self, step):
+        return step.targets
+
+    def batch_size(self, batch):
+        return len(batch.target)
 
     def forward(self, model, batch: TreeBatch) -> torch.Tensor:
         "(n, S) token log-probs of the completions."
@@ -326,16 +482,21 @@ class SFTTrainer(TreeTrainer):
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
         logps = self.forward(model or self.model, batch)
         losses, tokens = sft_loss(logps), batch.mask.sum()
-        return losses, {f"loss/{mode}": Share(losses.detach().sum(), tokens), f"logps/{mode}": Share(-losses.detach().sum(), tokens)}
+        return losses, {
+            f"loss/{mode}": Share(losses.detach().sum(), tokens),
+            f"logps/{mode}": Share(-losses.detach().sum(), tokens),
+        }
 
 
 class ConditionalSFTTrainer(SFTTrainer):
     "Supervised fine-tuning on good and bad answers, told apart by a control token (Korbak et al. 2023; Lu et al. 2022)."
+
     loader_class = ConditionalSFTDataLoader
 
 # %% ../nbs/07_trainers.ipynb #45439506
 class PairedPreferenceTrainer(TreeTrainer):
     "Methods that compare a chosen with a rejected continuation."
+
     loader_class = PairedPreferenceDataLoader
 
     def sides(self, table: torch.Tensor, batch: TreeBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -348,44 +509,89 @@ class PairedPreferenceTrainer(TreeTrainer):
 
     def pair_metrics(self, mode, losses, chosen, rejected) -> dict[str, torch.Tensor]:
         "Rewards, accuracy and margin of each pair."
-        return {f"loss/{mode}": losses.detach(), f"rewards_{mode}/chosen": chosen, f"rewards_{mode}/rejected": rejected,
-                f"rewards_{mode}/accuracies": (chosen > rejected).float(), f"rewards_{mode}/margins": chosen - rejected}
+        return {
+            f"loss/{mode}": losses.detach(),
+            f"rewards_{mode}/chosen": chosen,
+            f"rewards_{mode}/rejected": rejected,
+            f"rewards_{mode}/accuracies": (chosen > rejected).float(),
+            f"rewards_{mode}/margins": chosen - rejected,
+        }
 
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
-        reference = self.sides(self.reference_logps(batch), batch) if self.use_reference_model else () # first: the policy's graph is not held meanwhile
+        # first: the policy's graph is not held meanwhile
+        reference = (
+            self.sides(self.reference_logps(batch), batch) if self.use_reference_model else ()
+        )
         policy = self.forward(model or self.model, batch)
-        out, (chosen, rejected) = self.loss(batch, *policy, *reference), (x.detach().sum(-1) for x in policy)
-        return out.losses, {**self.pair_metrics(mode, out.losses, out.chosen_rewards, out.rejected_rewards), f"logps_{mode}/chosen": chosen, f"logps_{mode}/rejected": rejected,
-                            f"rewards_{mode}/chosen_unclamped": out.chosen_unclamped, f"rewards_{mode}/rejected_unclamped": out.rejected_unclamped}
+        out, (chosen, rejected) = (
+            self.loss(batch, *policy, *reference),
+            (x.detach().sum(-1) for x in policy),
+        )
+        return out.losses, {
+            **self.pair_metrics(mode, out.losses, out.chosen_rewards, out.rejected_rewards),
+            f"logps_{mode}/chosen": chosen,
+            f"logps_{mode}/rejected": rejected,
+            f"rewards_{mode}/chosen_unclamped": out.chosen_unclamped,
+            f"rewards_{mode}/rejected_unclamped": out.rejected_unclamped,
+        }
 
 # %% ../nbs/07_trainers.ipynb #1b043d1a
 class DPOTrainer(PairedPreferenceTrainer):
     "Direct Preference Optimization (Rafailov et al. 2023)."
+
     use_reference_model = True
 
-    def loss(self, batch, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    def loss(
+        self,
+        batch,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    ):
         "Losses and rewards, one per pair."
-        return dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, self.config.beta, self.clamp)
+        return dpo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            self.config.beta,
+            self.clamp,
+        )
 
 
 class CDPOTrainer(DPOTrainer):
     "Conservative DPO: a share epsilon of the labels is wrong (Mitchell 2023)."
-    def loss(self, batch, *logps): return cdpo_loss(*logps, self.config.beta, self.config.epsilon, self.clamp)
+
+    def loss(self, batch, *logps):
+        return cdpo_loss(*logps, self.config.beta, self.config.epsilon, self.clamp)
 
 
 class IPOTrainer(DPOTrainer):
     "Identity preference optimisation: a margin of 1 / (2 tau), no more (Azar et al. 2023)."
-    def loss(self, batch, *logps): return ipo_loss(*logps, self.config.tau, self.clamp, *self.sides(batch.mask, batch))
+
+    def loss(self, batch, *logps):
+        return ipo_loss(*logps, self.config.tau, self.clamp, *self.sides(batch.mask, batch))
 
 
 class SimPOTrainer(PairedPreferenceTrainer):
     "Simple preference optimisation: average log-probs, no reference (Meng et al. 2024)."
-    def loss(self, batch, *logps): return simpo_loss(*logps, self.config.beta, self.config.gamma_beta_ratio, self.clamp, *self.sides(batch.mask, batch))
+
+    def loss(self, batch, *logps):
+        return simpo_loss(
+            *logps,
+            self.config.beta,
+            self.config.gamma_beta_ratio,
+            self.clamp,
+            *self.sides(batch.mask, batch),
+        )
 
 
 class SLiCTrainer(PairedPreferenceTrainer):
     "Sequence likelihood calibration: a hinge on the log-probs, and the chosen answer's likelihood (Zhao et al. 2023)."
-    def loss(self, batch, *logps): return slic_loss(*logps, self.config.beta, self.config.lambda_coef, self.clamp)
+
+    def loss(self, batch, *logps):
+        return slic_loss(*logps, self.config.beta, self.config.lambda_coef, self.clamp)
 
 # %% ../nbs/07_trainers.ipynb #56186f7f
 class BradleyTerryTrainer(PairedPreferenceTrainer):
@@ -397,8 +603,12 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
 
     def loss(self, batch, policy_chosen_logits, policy_rejected_logits):
         "(losses, chosen_scores, rejected_scores), each (n,)."
-        margin = batch.fact("margin")[batch.rows_of("chosen")] if self.config.use_margin else None
-        return bradley_terry_loss(policy_chosen_logits, policy_rejected_logits, margin, self.config.centring)
+        margin = (
+            batch.fact("margin")[batch.rows_of("chosen")] if self.config.use_margin else None
+        )
+        return bradley_terry_loss(
+            policy_chosen_logits, policy_rejected_logits, margin, self.config.centring
+        )
 
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
         losses, chosen, rejected = self.loss(batch, *self.forward(model or self.model, batch))
@@ -407,6 +617,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
 # %% ../nbs/07_trainers.ipynb #bea44121
 class UnpairedPreferenceTrainer(TreeTrainer):
     "Methods that learn from single answers, good or bad."
+
     loader_class, use_reference_model = UnpairedPreferenceDataLoader, True
 
     def forward(self, model, batch: TreeBatch) -> torch.Tensor:
@@ -416,80 +627,170 @@ class UnpairedPreferenceTrainer(TreeTrainer):
 # %% ../nbs/07_trainers.ipynb #c171b819
 class KTOTrainer(UnpairedPreferenceTrainer):
     "Kahneman-Tversky optimisation (Ethayarajh et al. 2024)."
+
     loader_options = dict(mismatched=True)
 
     def prepare(self, step, mode="train"):
         "Estimates `self.KL` over the step; returns the batches without the mismatched answers."
-        batches, share = super().prepare(step, mode), torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        batches, share = (
+            super().prepare(step, mode),
+            torch.zeros(2, dtype=torch.float64, device=self.args.device),
+        )
         self.model.eval()
         for b in filter(None, [b.only("KL") for b in batches]):
-            with torch.no_grad(): share += torch.stack(tuple(kto_kl(self.forward(self.model, b), self.reference_logps(b), self.clamp))).double()
+            with torch.no_grad():
+                share += torch.stack(
+                    tuple(
+                        kto_kl(self.forward(self.model, b), self.reference_logps(b), self.clamp)
+                    )
+                ).double()
         part, whole = self.over_step(share, step)
         self.KL = (part / whole.clamp(min=1)).clamp(min=0).float()
         return [b.only("chosen", "rejected") for b in batches]
 
-    def loss(self, batch, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    def loss(
+        self,
+        batch,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    ):
         c = self.config
-        return kto_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, self.KL, c.beta, c.desirable_weight, c.undesirable_weight, self.clamp)
+        return kto_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            self.KL,
+            c.beta,
+            c.desirable_weight,
+            c.undesirable_weight,
+            self.clamp,
+        )
 
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
         rows = [batch.rows_of(side) for side in ("chosen", "rejected")]
-        out = self.loss(batch, *(table[r] for table in (self.forward(model or self.model, batch), self.reference_logps(batch)) for r in rows))
+        out = self.loss(
+            batch,
+            *(
+                table[r]
+                for table in (
+                    self.forward(model or self.model, batch),
+                    self.reference_logps(batch),
+                )
+                for r in rows
+            ),
+        )
         count, name = torch.tensor(len(out.losses)), f"rewards_{mode}"
-        return out.losses, {f"loss/{mode}": out.losses.detach(), f"{name}/chosen": out.chosen_rewards, f"{name}/rejected": out.rejected_rewards, f"{name}/KL_estimate": Share(self.KL * count, count),
-                            f"{name}/chosen_unclamped": out.chosen_unclamped, f"{name}/rejected_unclamped": out.rejected_unclamped}
+        return out.losses, {
+            f"loss/{mode}": out.losses.detach(),
+            f"{name}/chosen": out.chosen_rewards,
+            f"{name}/rejected": out.rejected_rewards,
+            f"{name}/KL_estimate": Share(self.KL * count, count),
+            f"{name}/chosen_unclamped": out.chosen_unclamped,
+            f"{name}/rejected_unclamped": out.rejected_unclamped,
+        }
 
     def derive(self, means):
         "The margin between good and bad answers; a step without one side counts it as 0, and as unclamped."
-        absent = {f"{k}_unclamped": 1.0 for k, v in means.items() if k.endswith(("/chosen", "/rejected")) and math.isnan(v)}
+        absent = {
+            f"{k}_unclamped": 1.0
+            for k, v in means.items()
+            if k.endswith(("/chosen", "/rejected")) and math.isnan(v)
+        }
         means = super().derive(means) | absent
         side = lambda mode, s: 0.0 if math.isnan(x := means[f"rewards_{mode}/{s}"]) else x
-        return means | {f"rewards_{m}/margins": side(m, "chosen") - side(m, "rejected") for m in ("train", "eval") if f"rewards_{m}/chosen" in means}
+        return means | {
+            f"rewards_{m}/margins": side(m, "chosen") - side(m, "rejected")
+            for m in ("train", "eval")
+            if f"rewards_{m}/chosen" in means
+        }
 
 # %% ../nbs/07_trainers.ipynb #5bf0c9f4
 class GRPOTrainer(TreeTrainer):
     "Group relative policy optimisation, the ratio taken to the reference (Shao et al. 2024)."
+
     loader_class, use_reference_model = GroupUnpairedPreferenceDataLoader, True
 
-    def step_size(self, step): return step.targets
-    def batch_size(self, batch): return len(batch.target)
+    def step_size(self, step):
+        return step.targets
+
+    def batch_size(self, batch):
+        return len(batch.target)
 
     def forward(self, model, batch: TreeBatch) -> torch.Tensor:
         "(K, S) token log-probs of every sample."
         return model(tree=batch).logps
 
     def loss(self, batch, policy_logps, reference_logps):
-        return grpo_loss(policy_logps, reference_logps, batch.fact("advantage"), batch.mask, self.config.beta, self.config.epsilon, self.clamp)
+        return grpo_loss(
+            policy_logps,
+            reference_logps,
+            batch.fact("advantage"),
+            batch.mask,
+            self.config.beta,
+            self.config.epsilon,
+            self.clamp,
+        )
 
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
-        out, tokens, name = self.loss(batch, self.forward(model or self.model, batch), self.reference_logps(batch)), batch.mask.sum(), f"rewards_{mode}"
+        out, tokens, name = (
+            self.loss(
+                batch, self.forward(model or self.model, batch), self.reference_logps(batch)
+            ),
+            batch.mask.sum(),
+            f"rewards_{mode}",
+        )
         sizes = torch.bincount(batch.tree_of)[batch.tree_of]
-        return out.losses, {f"loss/{mode}": Share(out.losses.detach().sum(), tokens), f"{name}/groupsize": sizes, f"{name}/rewards": batch.fact("score"), f"{name}/unclamped": out.unclamped,
-                            f"{name}/weighted_advantage": out.weighted_advantage, f"{name}/advantage": batch.fact("advantage").abs(), f"{name}/KL": out.KL}
+        return out.losses, {
+            f"loss/{mode}": Share(out.losses.detach().sum(), tokens),
+            f"{name}/groupsize": sizes,
+            f"{name}/rewards": batch.fact("score"),
+            f"{name}/unclamped": out.unclamped,
+            f"{name}/weighted_advantage": out.weighted_advantage,
+            f"{name}/advantage": batch.fact("advantage").abs(),
+            f"{name}/KL": out.KL,
+        }
 
 # %% ../nbs/07_trainers.ipynb #f4200ca9
 class Rollout(NamedTuple):
     "What PPO knows of a batch before its first update, each (K, S)."
-    old_logps: torch.Tensor # log-probs under the reference
-    values: torch.Tensor # what the value head expected
-    advantages: torch.Tensor # normalised over the whole step
+
+    old_logps: torch.Tensor  # log-probs under the reference
+    values: torch.Tensor  # what the value head expected
+    advantages: torch.Tensor  # normalised over the whole step
     returns: torch.Tensor
-    discounted_future_rewards: torch.Tensor # what the value head should have expected
+    discounted_future_rewards: torch.Tensor  # what the value head should have expected
 
 
 class Repeated:
     "A loader whose every step is given out several times."
-    def __init__(self, loader, times: int): self.loader, self.times = loader, times
-    def __len__(self): return len(self.loader) * self.times
-    def __iter__(self): return (step for step in self.loader for _ in range(self.times))
-    def set_epoch(self, epoch): self.loader.set_epoch(epoch)
+
+    def __init__(self, loader, times: int):
+        self.loader, self.times = loader, times
+
+    def __len__(self):
+        return len(self.loader) * self.times
+
+    def __iter__(self):
+        return (step for step in self.loader for _ in range(self.times))
+
+    def set_epoch(self, epoch):
+        self.loader.set_epoch(epoch)
 
 # %% ../nbs/07_trainers.ipynb #ebf6112a
 class PPOTrainer(UnpairedPreferenceTrainer):
     "Proximal policy optimisation on given answers (Schulman et al. 2017)."
-    def step_size(self, step): return step.targets
-    def batch_size(self, batch): return len(batch.target)
-    def get_train_dataloader(self): return Repeated(self.loader, self.config.ppo_epochs)
+
+    def step_size(self, step):
+        return step.targets
+
+    def batch_size(self, batch):
+        return len(batch.target)
+
+    def get_train_dataloader(self):
+        return Repeated(self.loader, self.config.ppo_epochs)
 
     def forward(self, model, batch: TreeBatch):
         "Log-probs, values and entropies, each (K, S)."
@@ -497,20 +798,46 @@ class PPOTrainer(UnpairedPreferenceTrainer):
 
     def loss(self, batch, now, before: Rollout):
         c = self.config
-        return ppo_loss(*now, before.old_logps, before.advantages, before.discounted_future_rewards, batch.mask, c.cliprange, c.critic_coef, c.KL_coef, self.clamp)
+        return ppo_loss(
+            *now,
+            before.old_logps,
+            before.advantages,
+            before.discounted_future_rewards,
+            batch.mask,
+            c.cliprange,
+            c.critic_coef,
+            c.KL_coef,
+            self.clamp,
+        )
 
     def get_batch_metrics(self, batch: TreeBatch, mode="train", model=None):
         before, tokens = self.rollouts[id(batch)], batch.mask.sum()
         out = self.loss(batch, self.forward(model or self.model, batch), before)
-        stats = {"loss/total": Share(out.losses.detach().sum(), tokens), "loss/unclamped": out.unclamped, "loss/critic": out.critic, "loss/policy": out.policy, "clipfrac/policy": out.clipped,
-                 "loss/entropy": out.entropy, "loss/policykl": out.policy_kl, "loss/seqratio": out.sequence_ratio, "rewards": self.rewards(batch)}
-        for name, table in dict(returns=before.returns, val=before.values * batch.mask).items(): stats |= {f"{name}/mean": Share(table.sum(), tokens), f"{name}/square": Share(table.square().sum(), tokens)}
-        return out.losses, stats if mode == "train" else {f"{mode}_{k}": v for k, v in stats.items()}
+        stats = {
+            "loss/total": Share(out.losses.detach().sum(), tokens),
+            "loss/unclamped": out.unclamped,
+            "loss/critic": out.critic,
+            "loss/policy": out.policy,
+            "clipfrac/policy": out.clipped,
+            "loss/entropy": out.entropy,
+            "loss/policykl": out.policy_kl,
+            "loss/seqratio": out.sequence_ratio,
+            "rewards": self.rewards(batch),
+        }
+        for name, table in dict(returns=before.returns, val=before.values * batch.mask).items():
+            stats |= {
+                f"{name}/mean": Share(table.sum(), tokens),
+                f"{name}/square": Share(table.square().sum(), tokens),
+            }
+        return out.losses, stats if mode == "train" else {
+            f"{mode}_{k}": v for k, v in stats.items()
+        }
 
     def prepare(self, step, mode="train"):
         "The step's batches with their rollouts; those of the update before, if it is the same step again."
         held = self.__dict__.setdefault("held", {})
-        if mode == "train" and held.get(mode, (None,))[0] is step: return held[mode][1]
+        if mode == "train" and held.get(mode, (None,))[0] is step:
+            return held[mode][1]
         batches = super().prepare(step, mode)
         held[mode] = step, batches, self.roll_out(batches, step)
         self.rollouts = {k: v for *_, rollouts in held.values() for k, v in rollouts.items()}
@@ -519,28 +846,65 @@ class PPOTrainer(UnpairedPreferenceTrainer):
     def derive(self, means):
         "Variances from means of squares."
         means = super().derive(means)
-        var = {k.removesuffix("square") + "var": v - means[k.removesuffix("square") + "mean"] ** 2 for k, v in means.items() if k.endswith("/square")}
+        var = {
+            k.removesuffix("square") + "var": v - means[k.removesuffix("square") + "mean"] ** 2
+            for k, v in means.items()
+            if k.endswith("/square")
+        }
         return {k: v for k, v in means.items() if not k.endswith("/square")} | var
 
     def rewards(self, batch: TreeBatch) -> torch.Tensor:
         "(K,) +1 for a good answer, -1 for a bad one."
-        return torch.tensor([1.0 if m == "chosen" else -1.0 for m in batch.meanings], device=batch.target.device)
+        return torch.tensor(
+            [1.0 if m == "chosen" else -1.0 for m in batch.meanings], device=batch.target.device
+        )
 
 # %% ../nbs/07_trainers.ipynb #d067c330
 @patch
-def roll_out(self: PPOTrainer, batches: list[TreeBatch], step: Step) -> dict[int, Rollout]: # by `id` of the batch
+def roll_out(
+    self: PPOTrainer, batches: list[TreeBatch], step: Step
+) -> dict[int, Rollout]:  # by `id` of the batch
     "Values, advantages and returns of a step's batches."
     tables, c = [], self.config
     self.model.eval()
     for b in batches:
-        with torch.no_grad(): values, old = self.forward(self.model, b).values, self.reference_logps(b)
-        tables.append((old, values, generalized_advantages(values, at_the_end(self.rewards(b), b.mask), b.mask, c.gamma, c.lam)))
-    own = torch.stack([torch.stack(tuple(moments(a.raw, b.mask))) for b, (_, _, a) in zip(batches, tables)]).double().sum(0)
+        with torch.no_grad():
+            values, old = self.forward(self.model, b).values, self.reference_logps(b)
+        tables.append(
+            (
+                old,
+                values,
+                generalized_advantages(
+                    values, at_the_end(self.rewards(b), b.mask), b.mask, c.gamma, c.lam
+                ),
+            )
+        )
+    own = (
+        torch.stack(
+            [
+                torch.stack(tuple(moments(a.raw, b.mask)))
+                for b, (_, _, a) in zip(batches, tables)
+            ]
+        )
+        .double()
+        .sum(0)
+    )
     m = Moments(*self.over_step(own, step))
-    return {id(b): Rollout(old, values, whiten(a.raw, b.mask, m.mean, m.variance), a.returns, a.discounted_future_rewards) for b, (old, values, a) in zip(batches, tables)}
+    return {
+        id(b): Rollout(
+            old,
+            values,
+            whiten(a.raw, b.mask, m.mean, m.variance),
+            a.returns,
+            a.discounted_future_rewards,
+        )
+        for b, (old, values, a) in zip(batches, tables)
+    }
 
 
 def at_the_end(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "(K,) rewards and (K, S) mask -> (K, S), each reward at its row's last token."
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    return torch.zeros(mask.shape, device=mask.device).scatter(1, last[:, None], rewards[:, None])
+    return torch.zeros(mask.shape, device=mask.device).scatter(
+        1, last[:, None], rewards[:, None]
+    )

@@ -55,171 +55,329 @@ from halos_nb.records import (
 )
 
 # %% ../nbs/14_widgets.ipynb #aa4cc834
-def feedback_files(source: str | Path) -> dict[str, Path]: # a run's folder or a feedback file
+def feedback_files(source: str | Path) -> dict[str, Path]:  # a run's folder or a feedback file
     "Feedback file of each round, in order."
-    source, number = Path(source), lambda p: (int(m[0]) if (m := re.search(r"\d+$", p.parent.name)) else math.inf, p.parent.name)
-    if source.is_file(): return {source.stem: source}
-    found = {p.parent.name: p for p in [*source.glob("feedback.json"), *sorted(source.glob("*/feedback.json"), key=number)]}
-    if not found: raise FileNotFoundError(f"{source}: no feedback.json in it or in a folder below it; give a run's folder or a feedback file")
+    source, number = (
+        Path(source),
+        lambda p: (
+            int(m[0]) if (m := re.search(r"\d+$", p.parent.name)) else math.inf,
+            p.parent.name,
+        ),
+    )
+    if source.is_file():
+        return {source.stem: source}
+    found = {
+        p.parent.name: p
+        for p in [
+            *source.glob("feedback.json"),
+            *sorted(source.glob("*/feedback.json"), key=number),
+        ]
+    }
+    if not found:
+        raise FileNotFoundError(
+            f"{source}: no feedback.json in it or in a folder below it; give a run's "
+            "folder or a feedback file"
+        )
     return found
 
 
-def as_pairs(rows: list[dict]) -> list[dict]: # feedback of any type
+def as_pairs(rows: list[dict]) -> list[dict]:  # feedback of any type
     "Pairs as they are; of other feedback, the best and the worst answer of each prompt."
-    return rows if rows[0]["type"] == "pairwise_feedback" else convert_to_pairwise_feedback(rows, seed=0, mode="max")
+    return (
+        rows
+        if rows[0]["type"] == "pairwise_feedback"
+        else convert_to_pairwise_feedback(rows, seed=0, mode="max")
+    )
 
 # %% ../nbs/14_widgets.ipynb #776e2f38
-def said_beside(file: Path, # feedback
-                pairs: list[dict], # its pairs
-                samples: Path | None = None, # where their texts are from (None: samples.json beside the feedback)
-                ) -> list[dict | None]:
+def said_beside(
+    file: Path,  # feedback
+    pairs: list[dict],  # its pairs
+    # where their texts are from (None: samples.json beside the feedback)
+    samples: Path | None = None,
+) -> list[dict | None]:
     "For each pair: labeller -> how much better A is; None where a sample is unknown."
-    journals, samples = sorted(file.parent.glob("*.labels.jsonl")), samples or file.with_name("samples.json")
-    if not journals or not samples.exists(): return [{} for _ in pairs]
+    journals, samples = (
+        sorted(file.parent.glob("*.labels.jsonl")),
+        samples or file.with_name("samples.json"),
+    )
+    if not journals or not samples.exists():
+        return [{} for _ in pairs]
     ids = {(s["prompt_id"], as_text(s["output"])): s["sample_id"] for s in read_rows(samples)}
-    found = [[ids.get((p["prompt_id"], as_text(p[k]))) for k in ("output_A", "output_B")] for p in pairs]
-    named = [pair_of(p["prompt_id"], *ab) if None not in ab else None for p, ab in zip(pairs, found)]
+    found = [
+        [ids.get((p["prompt_id"], as_text(p[k]))) for k in ("output_A", "output_B")]
+        for p in pairs
+    ]
+    named = [
+        pair_of(p["prompt_id"], *ab) if None not in ab else None for p, ab in zip(pairs, found)
+    ]
     rows = [r for j in journals for r in read_jsonl(j)]
-    table = pair_table([r for r in rows if "winner" in r], [r for r in rows if "winner" not in r], dict.fromkeys(n[0] for n in named if n))
-    return [n and {who: said[n[0]] * n[1] for who, said in table.items() if n[0] in said} for n in named]
+    table = pair_table(
+        [r for r in rows if "winner" in r],
+        [r for r in rows if "winner" not in r],
+        dict.fromkeys(n[0] for n in named if n),
+    )
+    return [
+        n and {who: said[n[0]] * n[1] for who, said in table.items() if n[0] in said}
+        for n in named
+    ]
 
 # %% ../nbs/14_widgets.ipynb #213e5bcd
 @dataclass
 class Pairs:
     "Pairs of all rounds, with what is known of each."
-    records: list[dict] # pairwise feedback
-    rounds: list[str] # round of each
-    said: list[dict | None] # of each, see `said_beside`
-    folder: Path # flags and selections are written here
-    unknown: int = 0 # pairs whose samples were not found
-    flags: set[int] = field(default_factory=set) # numbers of flagged pairs
+
+    records: list[dict]  # pairwise feedback
+    rounds: list[str]  # round of each
+    said: list[dict | None]  # of each, see `said_beside`
+    folder: Path  # flags and selections are written here
+    unknown: int = 0  # pairs whose samples were not found
+    flags: set[int] = field(default_factory=set)  # numbers of flagged pairs
 
     def __post_init__(self):
-        texts = [[as_text(r[k]) for k in ("prompt", "output_A", "output_B")] for r in self.records]
-        self.names, self.texts = list(dict.fromkeys(self.rounds)), ["\n".join(t).casefold() for t in texts]
+        texts = [
+            [as_text(r[k]) for k in ("prompt", "output_A", "output_B")] for r in self.records
+        ]
+        self.names, self.texts = (
+            list(dict.fromkeys(self.rounds)),
+            ["\n".join(t).casefold() for t in texts],
+        )
         self.same = {}
-        for i, r in enumerate(self.records): self.same.setdefault(r["prompt_id"], []).append(i)
-        self.columns = columns_of(self.records, self.said) | dict(round=np.array([self.names.index(r) for r in self.rounds], float))
+        for i, r in enumerate(self.records):
+            self.same.setdefault(r["prompt_id"], []).append(i)
+        self.columns = columns_of(self.records, self.said) | dict(
+            round=np.array([self.names.index(r) for r in self.rounds], float)
+        )
 
-    def __len__(self): return len(self.records)
+    def __len__(self):
+        return len(self.records)
 
     @cached_property
-    def keys(self) -> list[str]: return [hashlib.sha256(repr([r[k] for k in ("prompt", "output_A", "output_B")]).encode()).hexdigest()[:16] for r in self.records]
+    def keys(self) -> list[str]:
+        return [
+            hashlib.sha256(
+                repr([r[k] for k in ("prompt", "output_A", "output_B")]).encode()
+            ).hexdigest()[:16]
+            for r in self.records
+        ]
 
 # %% ../nbs/14_widgets.ipynb #0b7e5e1f
-def depth_of_dispute(said: list[dict | None]) -> np.ndarray: # one per pair
+def depth_of_dispute(said: list[dict | None]) -> np.ndarray:  # one per pair
     "0 where no two labellers contradict each other; more where they do so more surely."
     table = {}
     for i, by in enumerate(said):
-        for who, margin in (by or {}).items(): table.setdefault(who, {})[i] = margin
+        for who, margin in (by or {}).items():
+            table.setdefault(who, {})[i] = margin
     depth, order = np.zeros(len(said)), most_disputed(table)
     depth[order] = np.arange(len(order), 0, -1)
     return depth
 
 # %% ../nbs/14_widgets.ipynb #040cbb2b
-def columns_of(records: list[dict], said: list[dict | None]) -> dict[str, np.ndarray]: # one float64 per pair
+def columns_of(
+    records: list[dict], said: list[dict | None]
+) -> dict[str, np.ndarray]:  # one float64 per pair
     "What pairs are filtered and sorted by; lengths in characters."
-    long, won = (np.array([len(as_text(r[k])) for r in records], float) for k in ("output_A", "output_B")), 2 * floats(records, "label") - 1
+    long, won = (
+        (
+            np.array([len(as_text(r[k])) for r in records], float)
+            for k in ("output_A", "output_B")
+        ),
+        2 * floats(records, "label") - 1,
+    )
     long_a, long_b = long
     a, b, margin = floats(records, "reward_A"), floats(records, "reward_B"), margins(records)
-    return dict(margin=margin, near=np.abs(margin), length=(long_a - long_b) * won, chosen=np.where(won > 0, a, b), rejected=np.where(won > 0, b, a), disputed=depth_of_dispute(said))
+    return dict(
+        margin=margin,
+        near=np.abs(margin),
+        length=(long_a - long_b) * won,
+        chosen=np.where(won > 0, a, b),
+        rejected=np.where(won > 0, b, a),
+        disputed=depth_of_dispute(said),
+    )
 
 # %% ../nbs/14_widgets.ipynb #140ce014
-def read_pairs(source: str | Path, # a run's folder or a feedback file
-               samples: str | Path | None = None, # where a file's texts are from (None: samples.json beside it)
-               ) -> Pairs:
+def read_pairs(
+    source: str | Path,  # a run's folder or a feedback file
+    # where a file's texts are from (None: samples.json beside it)
+    samples: str | Path | None = None,
+) -> Pairs:
     "Everything that lies on disk about the pairs of a run."
     records, rounds, said = [], [], []
     for name, file in feedback_files(source).items():
         pairs = as_pairs(read_records(file))
-        records, rounds, said = records + pairs, rounds + [name] * len(pairs), said + said_beside(file, pairs, samples and Path(samples))
+        records, rounds, said = (
+            records + pairs,
+            rounds + [name] * len(pairs),
+            said + said_beside(file, pairs, samples and Path(samples)),
+        )
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    pairs = Pairs(records, rounds, [s or {} for s in said], folder, unknown=sum(s is None for s in said))
+    pairs = Pairs(
+        records, rounds, [s or {} for s in said], folder, unknown=sum(s is None for s in said)
+    )
     return read_flags(pairs)
 
 # %% ../nbs/14_widgets.ipynb #df517118
 @checked
 class Filter:
     "Which pairs are kept, and in which order."
-    text: str = "" # prompt or an answer contains it; case does not count
-    round: str = "" # empty: all
-    margin: tuple[float | None, float | None] = (None, None) # least and greatest score of chosen - score of rejected
-    length: tuple[float | None, float | None] = (None, None) # likewise, characters of chosen - characters of rejected
-    disputed: bool = False # only where labellers contradict each other
-    flagged: bool = False # only flagged ones
-    sort: str = "" # a column; empty: as in the files
-    down: bool = False # largest first
+
+    text: str = ""  # prompt or an answer contains it; case does not count
+    round: str = ""  # empty: all
+    # least and greatest score of chosen - score of rejected
+    margin: tuple[float | None, float | None] = (None, None)
+    # likewise, characters of chosen - characters of rejected
+    length: tuple[float | None, float | None] = (None, None)
+    disputed: bool = False  # only where labellers contradict each other
+    flagged: bool = False  # only flagged ones
+    sort: str = ""  # a column; empty: as in the files
+    down: bool = False  # largest first
 
 # %% ../nbs/14_widgets.ipynb #6ab70ab1
-def pick(pairs: Pairs, **filter) -> np.ndarray: # int32; filter: see Filter
+def pick(pairs: Pairs, **filter) -> np.ndarray:  # int32; filter: see Filter
     "Numbers of the pairs kept, in order."
     f, c, keep = make_config(Filter, **filter), pairs.columns, np.ones(len(pairs), bool)
     for x, (low, high) in ((c["margin"], f.margin), (c["length"], f.length)):
-        if low is not None: keep &= x >= low
-        if high is not None: keep &= x <= high
-    if f.round: keep &= np.array([r == f.round for r in pairs.rounds], bool)
-    if f.disputed: keep &= c["disputed"] > 0
-    if f.flagged: keep &= np.isin(np.arange(len(pairs)), list(pairs.flags))
-    if f.text: keep &= np.array([f.text.casefold() in t for t in pairs.texts], bool)
+        if low is not None:
+            keep &= x >= low
+        if high is not None:
+            keep &= x <= high
+    if f.round:
+        keep &= np.array([r == f.round for r in pairs.rounds], bool)
+    if f.disputed:
+        keep &= c["disputed"] > 0
+    if f.flagged:
+        keep &= np.isin(np.arange(len(pairs)), list(pairs.flags))
+    if f.text:
+        keep &= np.array([f.text.casefold() in t for t in pairs.texts], bool)
     at = np.flatnonzero(keep).astype(np.int32)
-    if f.sort and f.sort not in c: raise ValueError(f"sort: {f.sort!r} is not one of {', '.join(c)}")
-    return at[np.argsort(c[f.sort][at] * (-1 if f.down else 1), kind="stable")] if f.sort else at
+    if f.sort and f.sort not in c:
+        raise ValueError(f"sort: {f.sort!r} is not one of {', '.join(c)}")
+    return (
+        at[np.argsort(c[f.sort][at] * (-1 if f.down else 1), kind="stable")] if f.sort else at
+    )
 
 # %% ../nbs/14_widgets.ipynb #078184b5
 def read_flags(pairs: Pairs) -> Pairs:
     "The pairs with the flags of earlier sessions."
     path = pairs.folder / "flags.jsonl"
-    if not path.exists(): return pairs
-    held, number = {e["pair"]: e["on"] for e in read_jsonl(path)}, {k: i for i, k in enumerate(pairs.keys)}
+    if not path.exists():
+        return pairs
+    held, number = (
+        {e["pair"]: e["on"] for e in read_jsonl(path)},
+        {k: i for i, k in enumerate(pairs.keys)},
+    )
     pairs.flags = {number[k] for k, on in held.items() if on and k in number}
     return pairs
 
 
 def flag(pairs: Pairs, i: int, on: bool = True):
     "Flag a pair, or take the flag off; written first."
-    append_jsonl(pairs.folder / "flags.jsonl", dict(pair=pairs.keys[i], prompt_id=pairs.records[i]["prompt_id"], round=pairs.rounds[i], on=on, time=time.time()), sync=True)
+    append_jsonl(
+        pairs.folder / "flags.jsonl",
+        dict(
+            pair=pairs.keys[i],
+            prompt_id=pairs.records[i]["prompt_id"],
+            round=pairs.rounds[i],
+            on=on,
+            time=time.time(),
+        ),
+        sync=True,
+    )
     (pairs.flags.add if on else pairs.flags.discard)(i)
 
 # %% ../nbs/14_widgets.ipynb #e376469d
-def export(pairs: Pairs, at, # numbers of pairs, in order
-           name: str = "selection") -> Path:
+def export(
+    pairs: Pairs,
+    at,  # numbers of pairs, in order
+    name: str = "selection",
+) -> Path:
     "A feedback file of these pairs, as `train` reads it."
-    if not len(at): raise ValueError("there is no pair to export; loosen a filter")
+    if not len(at):
+        raise ValueError("there is no pair to export; loosen a filter")
     taken = {p.name for p in pairs.folder.glob(f"{name}*.json")}
-    path = pairs.folder / next(n for k in range(1, len(taken) + 2) if (n := f"{name}.json" if k == 1 else f"{name}-{k}.json") not in taken)
+    path = pairs.folder / next(
+        n
+        for k in range(1, len(taken) + 2)
+        if (n := f"{name}.json" if k == 1 else f"{name}-{k}.json") not in taken
+    )
     write_records(path, [pairs.records[i] for i in at])
     return path
 
 # %% ../nbs/14_widgets.ipynb #906785a6
-def some(x) -> float | None: return None if x is None or x != x else float(x) # JSON has no NaN
+def some(x) -> float | None:
+    return None if x is None or x != x else float(x)  # JSON has no NaN
 
 
 def detail(pairs: Pairs, i: int) -> dict:
     "One pair for the page."
     r, c = pairs.records[i], pairs.columns
-    side = lambda s: dict(text=words(r[f"output_{s}"]), reward=some(r.get(f"reward_{s}")), chosen=r["label"] == (s == "A"), length=len(as_text(r[f"output_{s}"])))
-    said = [dict(labeller=known_as(who), winner="AB"[x < 0] if x else "tie", margin=some(x)) for who, x in pairs.said[i].items()]
-    same = [dict(i=j, round=visible(pairs.rounds[j]), margin=some(c["margin"][j])) for j in pairs.same[r["prompt_id"]][:50]]
+    side = lambda s: dict(
+        text=words(r[f"output_{s}"]),
+        reward=some(r.get(f"reward_{s}")),
+        chosen=r["label"] == (s == "A"),
+        length=len(as_text(r[f"output_{s}"])),
+    )
+    said = [
+        dict(labeller=known_as(who), winner="AB"[x < 0] if x else "tie", margin=some(x))
+        for who, x in pairs.said[i].items()
+    ]
+    same = [
+        dict(i=j, round=visible(pairs.rounds[j]), margin=some(c["margin"][j]))
+        for j in pairs.same[r["prompt_id"]][:50]
+    ]
     prompt = [dict(role=visible(t["role"]), content=visible(t["content"])) for t in r["prompt"]]
-    return dict(i=i, round=visible(pairs.rounds[i]), prompt=prompt, margin=some(c["margin"][i]), length=some(c["length"][i]), A=side("A"), B=side("B"), said=said, same=same, same_total=len(pairs.same[r["prompt_id"]]))
+    return dict(
+        i=i,
+        round=visible(pairs.rounds[i]),
+        prompt=prompt,
+        margin=some(c["margin"][i]),
+        length=some(c["length"][i]),
+        A=side("A"),
+        B=side("B"),
+        said=said,
+        same=same,
+        same_total=len(pairs.same[r["prompt_id"]]),
+    )
 
 # %% ../nbs/14_widgets.ipynb #3ecc020f
-def pair_scatter(pairs: Pairs, most: int = 2000, seed: int = 0) -> go.Figure: # most: points drawn
+def pair_scatter(
+    pairs: Pairs, most: int = 2000, seed: int = 0
+) -> go.Figure:  # most: points drawn
     "Margin against difference in length, for every pair or a draw of them."
     at = np.random.default_rng(seed).permutation(len(pairs))[:most]
     x, y = (pairs.columns[k][at].astype(np.float32) for k in ("length", "margin"))
     text = [f"pair {i + 1}, {inert(pairs.rounds[i])}" for i in at]
-    fig = go.Figure(go.Scatter(x=x, y=y, text=text, mode="markers", marker=dict(size=6, color=CHOSEN, opacity=0.4), hovertemplate=hover("%{text}", "margin %{y:.4g}", "length difference %{x:,}")))
-    notes = [f"{len(pairs):,} pairs" + f", {most:,} of them drawn" * (len(pairs) > most), "above 0: the chosen answer scores higher; right of 0: it is longer"]
-    return dressed(fig, "Margin and length of chosen against rejected", notes, xaxis_title_text="length difference (characters)", yaxis_title_text="margin")
+    fig = go.Figure(
+        go.Scatter(
+            x=x,
+            y=y,
+            text=text,
+            mode="markers",
+            marker=dict(size=6, color=CHOSEN, opacity=0.4),
+            hovertemplate=hover("%{text}", "margin %{y:.4g}", "length difference %{x:,}"),
+        )
+    )
+    notes = [
+        f"{len(pairs):,} pairs" + f", {most:,} of them drawn" * (len(pairs) > most),
+        "above 0: the chosen answer scores higher; right of 0: it is longer",
+    ]
+    return dressed(
+        fig,
+        "Margin and length of chosen against rejected",
+        notes,
+        xaxis_title_text="length difference (characters)",
+        yaxis_title_text="margin",
+    )
 
 # %% ../nbs/14_widgets.ipynb #7649fdc0
 class Still(NamedTuple):
     "Several things, one below the other, that need no kernel."
-    parts: list # of figures and `Shown`
+
+    parts: list  # of figures and `Shown`
 
     def _ipython_display_(self):
         from IPython.display import display
+
         display(*self.parts)
 
 # %% ../nbs/14_widgets.ipynb #4431818b
@@ -227,40 +385,72 @@ def round_row(pairs: Pairs, name: str) -> dict:
     "Counts of a round."
     at = pick(pairs, round=name)
     m, long = pairs.columns["margin"][at], pairs.columns["length"][at]
-    return {"round": name, "pairs": len(at), "median margin": some(np.median(m)), "chosen is longer": float((long > 0).mean()), "disputed": int((pairs.columns["disputed"][at] > 0).sum())}
+    return {
+        "round": name,
+        "pairs": len(at),
+        "median margin": some(np.median(m)),
+        "chosen is longer": float((long > 0).mean()),
+        "disputed": int((pairs.columns["disputed"][at] > 0).sum()),
+    }
 
 # %% ../nbs/14_widgets.ipynb #86a91b8c
-def still(pairs: Pairs, n: int = 3) -> Still: # n: pairs of each kind
+def still(pairs: Pairs, n: int = 3) -> Still:  # n: pairs of each kind
     "The pair browser without a kernel."
-    kinds = {"Widest margins": pick(pairs, sort="near", down=True), "Closest": pick(pairs, sort="near"), "Labellers disagree most": pick(pairs, disputed=True, sort="disputed", down=True)}
-    if not np.ptp(pairs.columns["near"]): del kinds["Closest"] # all margins are one, as those of a person's choices
-    lost = f" ({pairs.unknown:,} without labels: their samples were not found)" * bool(pairs.unknown)
-    table = summary_table([round_row(pairs, r) for r in pairs.names], formats={"chosen is longer": ".0%"}, title=f"{len(pairs):,} pairs{lost}")
-    shown = [pairs_table([pairs.records[i] for i in at], n, title) for title, at in kinds.items() if len(at)]
+    kinds = {
+        "Widest margins": pick(pairs, sort="near", down=True),
+        "Closest": pick(pairs, sort="near"),
+        "Labellers disagree most": pick(pairs, disputed=True, sort="disputed", down=True),
+    }
+    # all margins are one, as those of a person's choices
+    if not np.ptp(pairs.columns["near"]):
+        del kinds["Closest"]
+    lost = f" ({pairs.unknown:,} without labels: their samples were not found)" * bool(
+        pairs.unknown
+    )
+    table = summary_table(
+        [round_row(pairs, r) for r in pairs.names],
+        formats={"chosen is longer": ".0%"},
+        title=f"{len(pairs):,} pairs{lost}",
+    )
+    shown = [
+        pairs_table([pairs.records[i] for i in at], n, title)
+        for title, at in kinds.items()
+        if len(at)
+    ]
     return Still([table, pair_scatter(pairs), *shown])
 
 # %% ../nbs/14_widgets.ipynb #c5a0be37
-STATIC = Path(__file__).parent / "static" if "__file__" in globals() else Path(sys.modules["halos_nb"].__file__).parent / "static"
+STATIC = (
+    Path(__file__).parent / "static"
+    if "__file__" in globals()
+    else Path(sys.modules["halos_nb"].__file__).parent / "static"
+)
 
 
-def page_code(name: str) -> str: return "".join((STATIC / f"{n}.js").read_text() for n in ("common", name))
+def page_code(name: str) -> str:
+    return "".join((STATIC / f"{n}.js").read_text() for n in ("common", name))
 
 # %% ../nbs/14_widgets.ipynb #ab1e9322
 class Talk(anywidget.AnyWidget):
     "A widget that answers messages from its page."
+
     _css = (STATIC / "widgets.css").read_text()
 
-    def __init__(self, fallback: Shown): # fallback: for readers of the saved notebook
+    def __init__(self, fallback: Shown):  # fallback: for readers of the saved notebook
         super().__init__()
         self.fallback, self.one_at_a_time = fallback, threading.Lock()
         self.on_msg(lambda _, message, buffers: self.send(*self.answer(message)))
 
-    def answer(self, message: dict) -> tuple[dict, list]: # reply and its buffers
+    def answer(self, message: dict) -> tuple[dict, list]:  # reply and its buffers
         "Call the method that the message names."
         try:
-            with self.one_at_a_time: reply = getattr(self, "do_" + message["do"])(**{k: v for k, v in message.items() if k != "do"})
+            with self.one_at_a_time:
+                reply = getattr(self, "do_" + message["do"])(
+                    **{k: v for k, v in message.items() if k != "do"}
+                )
             return reply if isinstance(reply, tuple) else (reply, [])
-        except Exception as e: return dict(error=visible(f"{type(e).__name__}: {e}")), []
+        except Exception as e:
+            return dict(error=visible(f"{type(e).__name__}: {e}")), []
 
     def _repr_mimebundle_(self, **kwargs):
         data, meta = super()._repr_mimebundle_(**kwargs)
@@ -269,6 +459,7 @@ class Talk(anywidget.AnyWidget):
 # %% ../nbs/14_widgets.ipynb #aaf44405
 class PairBrowser(Talk):
     "All pairs of a run: filters, a picture to click on, a list, one pair at a time."
+
     _esm = page_code("pairs")
 
     def __init__(self, pairs: Pairs):
@@ -276,84 +467,142 @@ class PairBrowser(Talk):
         self.pairs, self.kept = pairs, pick(pairs)
 
     def do_open(self):
-        said = f"{self.pairs.unknown:,} pairs without labels: their samples were not found" if self.pairs.unknown else ""
+        said = (
+            f"{self.pairs.unknown:,} pairs without labels: their samples were not found"
+            if self.pairs.unknown
+            else ""
+        )
         columns = {k: v.astype(np.float32).tobytes() for k, v in self.pairs.columns.items()}
-        return dict(columns=list(columns), rounds=[visible(r) for r in self.pairs.names], total=len(self.pairs), flags=sorted(self.pairs.flags), said=said), list(columns.values())
+        return dict(
+            columns=list(columns),
+            rounds=[visible(r) for r in self.pairs.names],
+            total=len(self.pairs),
+            flags=sorted(self.pairs.flags),
+            said=said,
+        ), list(columns.values())
 
     def do_filter(self, **filter):
         self.kept = pick(self.pairs, **filter)
         return dict(kept=len(self.kept)), [self.kept.tobytes()]
 
-    def do_show(self, i: int, rows: list[int] | None = None): # rows: numbers for the list, where it changes
-        line = lambda j: dict(i=j, margin=some(self.pairs.columns["margin"][j]), text=visible(as_text(self.pairs.records[j]["prompt"]).replace("\n", " ")[:90]))
+    def do_show(
+        self, i: int, rows: list[int] | None = None
+    ):  # rows: numbers for the list, where it changes
+        line = lambda j: dict(
+            i=j,
+            margin=some(self.pairs.columns["margin"][j]),
+            text=visible(as_text(self.pairs.records[j]["prompt"]).replace("\n", " ")[:90]),
+        )
         return dict(pair=detail(self.pairs, i), rows=rows and [line(j) for j in rows])
 
     def do_flag(self, i: int, on: bool):
         flag(self.pairs, i, on)
         return dict(flags=sorted(self.pairs.flags))
 
-    def do_export(self): return dict(said=f"{len(self.kept):,} pairs written to {visible(export(self.pairs, self.kept))}")
+    def do_export(self):
+        return dict(
+            said=f"{len(self.kept):,} pairs written to {visible(export(self.pairs, self.kept))}"
+        )
 
 # %% ../nbs/14_widgets.ipynb #19b3f326
-def browse_pairs(source: str | Path | Pairs, mode: str = "auto"): # source: see read_pairs
+def browse_pairs(source: str | Path | Pairs, mode: str = "auto"):  # source: see read_pairs
     "The pair browser, or its static form."
     pairs = source if isinstance(source, Pairs) else read_pairs(source)
     return PairBrowser(pairs) if display_mode(mode) == "widget" else still(pairs)
 
 # %% ../nbs/14_widgets.ipynb #5bea84a2
-def save_feedback(session: Session, file: Path, # where the feedback goes; comparisons and counts beside it
-                  seed: int = 0, # decides which of a pair comes first
-                  more: list[dict] = (), # comparisons of others, on pairs that nobody answered
-                  ) -> dict[str, int]: # see feedback.convert_comparisons
+def save_feedback(
+    session: Session,
+    file: Path,  # where the feedback goes; comparisons and counts beside it
+    seed: int = 0,  # decides which of a pair comes first
+    more: list[dict] = (),  # comparisons of others, on pairs that nobody answered
+) -> dict[str, int]:  # see feedback.convert_comparisons
     "The answers as ordinary pairwise feedback, and as comparison records; whole or not at all."
     rows = [*comparisons(session), *more]
     made = convert_comparisons(rows, list(session.known.values()), seed)
-    with atomic_write(file.with_suffix(".labels.jsonl")) as f: f.writelines(json.dumps(r) + "\n" for r in rows)
+    with atomic_write(file.with_suffix(".labels.jsonl")) as f:
+        f.writelines(json.dumps(r) + "\n" for r in rows)
     write_records(file, made.records)
     write_json(file.with_suffix(".counts.json"), made.counts)
     return made.counts
 
 # %% ../nbs/14_widgets.ipynb #56580774
-def share(x) -> str: return "–" if math.isnan(x.value) else f"{x.value:.0%} [{x.low:.0%}, {x.high:.0%}]" # of an Interval
+# of an Interval
+def share(x) -> str:
+    return "–" if math.isnan(x.value) else f"{x.value:.0%} [{x.low:.0%}, {x.high:.0%}]"
 
 
-def report_rows(session: Session, others: dict | None = None) -> list[dict]: # others: labeller -> pair -> margin
+def report_rows(
+    session: Session, others: dict | None = None
+) -> list[dict]:  # others: labeller -> pair -> margin
     "How the labelling went, for a table."
     r = report(session, others)
     seconds = r["median_seconds"]
-    lines = {"labeller": r["labeller"], "answered": f"{r['answered']} of {r['items']}", "skipped": r["skip"], "ties": r["tie"], "both bad": r["bad"], "taken back": r["undone"],
-             "left chosen, of left and right": share(r["left_rate"]), "same verdict at the second look": share(r["self_agreement"]), "median seconds": "–" if seconds is None else f"{seconds:.1f}"}
-    for a in r["agreement"]: lines[f"agrees with {known_as(a.second)}"] = f"{share(a.rate)} of {a.items}, kappa {a.kappa.value:.2f} [{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
+    lines = {
+        "labeller": r["labeller"],
+        "answered": f"{r['answered']} of {r['items']}",
+        "skipped": r["skip"],
+        "ties": r["tie"],
+        "both bad": r["bad"],
+        "taken back": r["undone"],
+        "left chosen, of left and right": share(r["left_rate"]),
+        "same verdict at the second look": share(r["self_agreement"]),
+        "median seconds": "–" if seconds is None else f"{seconds:.1f}",
+    }
+    for a in r["agreement"]:
+        lines[f"agrees with {known_as(a.second)}"] = (
+            f"{share(a.rate)} of {a.items}, kappa {a.kappa.value:.2f} "
+            f"[{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
+        )
     return [{"": k, "value": str(v)} for k, v in lines.items()]
 
 # %% ../nbs/14_widgets.ipynb #6e28833a
 class Desk:
     "One item at a time: what is shown, and what each key does."
-    def __init__(self, session: Session, feedback: str | Path, # the file to write
-                 guidelines: str = "", # shown above the pairs
-                 seed: int = 0, # of the feedback file
-                 others: dict | None = None): # labeller -> pair -> margin, for the report at the end
-        self.session, self.file, self.guidelines, self.seed, self.others = session, Path(feedback), guidelines, seed, others
+
+    def __init__(
+        self,
+        session: Session,
+        feedback: str | Path,  # the file to write
+        guidelines: str = "",  # shown above the pairs
+        seed: int = 0,  # of the feedback file
+        others: dict | None = None,
+    ):  # labeller -> pair -> margin, for the report at the end
+        self.session, self.file, self.guidelines, self.seed, self.others = (
+            session,
+            Path(feedback),
+            guidelines,
+            seed,
+            others,
+        )
         self.numbers = {item.name: k for k, item in enumerate(session.items)}
         self.place = self.first_open()
 
-    def first_open(self) -> int: # the number of items when there is none
-        return self.numbers[self.session.current.name] if self.session.current else len(self.session.items)
+    def first_open(self) -> int:  # the number of items when there is none
+        return (
+            self.numbers[self.session.current.name]
+            if self.session.current
+            else len(self.session.items)
+        )
 
-    def choose(self, item: str, value: str, seconds: float | None = None): # item: its name; seconds: it was looked at
+    def choose(
+        self, item: str, value: str, seconds: float | None = None
+    ):  # item: its name; seconds: it was looked at
         self.session.choose(value, item, seconds)
         self.saved(self.first_open())
 
-    def undo(self) -> bool: # False: there was nothing
+    def undo(self) -> bool:  # False: there was nothing
         name = self.session.undo()
-        if name is not None: self.saved(self.numbers[name])
+        if name is not None:
+            self.saved(self.numbers[name])
         return name is not None
 
     def note(self, item: str, text: str):
         self.session.note(text, item)
         self.saved(self.place)
 
-    def look(self, place: int): self.place = max(0, min(place, len(self.session.items) - bool(self.session.current)))
+    def look(self, place: int):
+        self.place = max(0, min(place, len(self.session.items) - bool(self.session.current)))
 
     def saved(self, place: int):
         self.place = place
@@ -364,27 +613,59 @@ def desk_page(desk: Desk) -> dict:
     "What the labeller sees; `item` is None when all are answered."
     s, r = desk.session, report(desk.session)
     item = s.show(s.items[desk.place]) if desk.place < len(s.items) else None
-    if item: item |= dict(prompt=[dict(role=visible(t["role"]), content=visible(t["content"])) for t in item["prompt"]], left=visible(item["left"]), right=visible(item["right"]))
-    speed = f"{r['median_seconds']:.1f} s each, about {clock(r['seconds_left'])} left, tied {r['tie'] + r['bad']}" if r["answered"] else ""
-    rows = [] if item else [[visible(row[""]), visible(row["value"])] for row in report_rows(s, desk.others)]
-    return dict(item=item, place=desk.place, total=len(s.items), answered=r["answered"], speed=speed, report=rows, guidelines=visible(desk.guidelines))
+    if item:
+        item |= dict(
+            prompt=[
+                dict(role=visible(t["role"]), content=visible(t["content"]))
+                for t in item["prompt"]
+            ],
+            left=visible(item["left"]),
+            right=visible(item["right"]),
+        )
+    speed = (
+        (
+            f"{r['median_seconds']:.1f} s each, about {clock(r['seconds_left'])} left, tied "
+            f"{r['tie'] + r['bad']}"
+        )
+        if r["answered"]
+        else ""
+    )
+    rows = (
+        []
+        if item
+        else [[visible(row[""]), visible(row["value"])] for row in report_rows(s, desk.others)]
+    )
+    return dict(
+        item=item,
+        place=desk.place,
+        total=len(s.items),
+        answered=r["answered"],
+        speed=speed,
+        report=rows,
+        guidelines=visible(desk.guidelines),
+    )
 
 # %% ../nbs/14_widgets.ipynb #7d806131
 class HumanLabeler(Talk):
     "Blind pairs, labelled by keyboard."
+
     _esm = page_code("label")
 
     def __init__(self, desk: Desk):
         super().__init__(labelled_so_far(desk))
         self.desk = desk
 
-    def do_open(self): return desk_page(self.desk)
+    def do_open(self):
+        return desk_page(self.desk)
 
     def do_choose(self, item: str, value: str, seconds: float):
         self.desk.choose(item, value, seconds)
         return desk_page(self.desk)
 
-    def do_undo(self): return (dict() if self.desk.undo() else dict(said="There is nothing to take back.")) | desk_page(self.desk)
+    def do_undo(self):
+        return (
+            dict() if self.desk.undo() else dict(said="There is nothing to take back.")
+        ) | desk_page(self.desk)
 
     def do_note(self, item: str, text: str):
         self.desk.note(item, text)
@@ -395,41 +676,82 @@ class HumanLabeler(Talk):
         return desk_page(self.desk)
 
 # %% ../nbs/14_widgets.ipynb #7212d6f0
-def labelled_so_far(desk: Desk) -> Shown: return summary_table(report_rows(desk.session, desk.others), title="Labelled by hand")
+def labelled_so_far(desk: Desk) -> Shown:
+    return summary_table(report_rows(desk.session, desk.others), title="Labelled by hand")
 
 
-def label_pairs(desk: Desk, mode: str = "auto"): # mode: see plots.display_mode
+def label_pairs(desk: Desk, mode: str = "auto"):  # mode: see plots.display_mode
     "The labelling widget, or how far it is."
     return HumanLabeler(desk) if display_mode(mode) == "widget" else labelled_so_far(desk)
 
 # %% ../nbs/14_widgets.ipynb #3234c318
 class Waiting(Exception):
     "Somebody should label first; shown as one line, without a traceback."
-    def _render_traceback_(self): return [str(self)]
+
+    def _render_traceback_(self):
+        return [str(self)]
 
 # %% ../nbs/14_widgets.ipynb #2b98ff57
-def judged(session: Session, judge: str, # its name
-           margins: dict[tuple, float]) -> list[dict]: # comparison records; margins: of pairs, by the judge
+def judged(
+    session: Session,
+    judge: str,  # its name
+    margins: dict[tuple, float],
+) -> list[dict]:  # comparison records; margins: of pairs, by the judge
     "The judge's verdicts on the pairs that nobody answered."
     done, rows = {i[1:4] for i in session.items if i.name in session.state.choose}, {}
     for _, p, a, b, *_ in session.open:
         pair, way = pair_of(p, a, b)
-        if (p, a, b) in done: continue
+        if (p, a, b) in done:
+            continue
         x = margins.get(pair, math.nan) * way
         winner = None if math.isnan(x) else "tie" if x == 0 else "AB"[x < 0]
-        rows[pair] = dict(prompt_id=p, sample_id_A=a, sample_id_B=b, labeller=judge, winner=winner, reason="" if winner else "not judged", order="AB", time=time.time(), type="comparison")
+        rows[pair] = dict(
+            prompt_id=p,
+            sample_id_A=a,
+            sample_id_B=b,
+            labeller=judge,
+            winner=winner,
+            reason="" if winner else "not judged",
+            order="AB",
+            time=time.time(),
+            type="comparison",
+        )
     return list(rows.values())
 
 # %% ../nbs/14_widgets.ipynb #4a1475d6
-def finish(desk: Desk, pending: str, # what is done about open pairs where nobody is there: judge, skip or stop
-           judge: str = "", # whose verdicts `desk.others` are taken
-           mode: str = "auto") -> dict[str, int]: # counts of the feedback file
+def finish(
+    # what is done about open pairs where nobody is there: judge, skip or stop
+    desk: Desk,
+    pending: str,
+    judge: str = "",  # whose verdicts `desk.others` are taken
+    mode: str = "auto",
+) -> dict[str, int]:  # counts of the feedback file
     "Write the feedback that is to be trained on; says what came of the open pairs."
     more, left = [], len(desk.session.open)
-    if left and display_mode(mode) == "widget": raise Waiting(f"{left} of {len(desk.session.items)} pairs are open: label them above, then run this cell and those below it.")
-    if left and pending == "stop": raise RuntimeError(f"{desk.session.path}: {left} of {len(desk.session.items)} pairs are not labelled. Label them in JupyterLab, or run this with pending=judge or pending=skip")
-    if left and pending == "judge": more = judged(desk.session, judge, (desk.others or {})[judge])
+    if left and display_mode(mode) == "widget":
+        raise Waiting(
+            f"{left} of {len(desk.session.items)} pairs are open: label them above, then "
+            "run this cell and those below it."
+        )
+    if left and pending == "stop":
+        raise RuntimeError(
+            f"{desk.session.path}: {left} of {len(desk.session.items)} pairs are not "
+            "labelled. Label them in JupyterLab, or run this with pending=judge or "
+            "pending=skip"
+        )
+    if left and pending == "judge":
+        more = judged(desk.session, judge, (desk.others or {})[judge])
     counts = save_feedback(desk.session, desk.file, desk.seed, more)
-    print(f"{len(desk.session.items) - left} of {len(desk.session.items)} labelled by {desk.session.labeller}; " + (f"{len(more)} pairs by {judge}; " if more else f"{left} left out; " if left else "") + f"{counts['records']} pairs in {desk.file}")
-    if not counts["records"]: raise RuntimeError(f"{desk.file}: no pair with a preference, so there is nothing to train on")
+    print(
+        (
+            f"{len(desk.session.items) - left} of {len(desk.session.items)} labelled by "
+            f"{desk.session.labeller}; "
+        )
+        + (f"{len(more)} pairs by {judge}; " if more else f"{left} left out; " if left else "")
+        + f"{counts['records']} pairs in {desk.file}"
+    )
+    if not counts["records"]:
+        raise RuntimeError(
+            f"{desk.file}: no pair with a preference, so there is nothing to train on"
+        )
     return counts

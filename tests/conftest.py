@@ -1,4 +1,5 @@
 "What the tests share: a runs folder of their own, and a browser with a JupyterLab in it."
+
 import os
 import secrets
 import shutil
@@ -14,10 +15,12 @@ import pytest
 from halos_nb import supervise
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs")) # a user's runs are never touched
+# a user's runs are never touched
+os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-supervise.OWN += ("PYTEST_CURRENT_TEST",) # it changes from test to test, and no stage reads it
-os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"] # papermill, accelerate, jupyter of this environment
+supervise.OWN += ("PYTEST_CURRENT_TEST",)  # it changes from test to test, and no stage reads it
+# papermill, accelerate, jupyter of this environment
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
 
 
 def missing(what):
@@ -27,9 +30,18 @@ def missing(what):
 
 # ---- a browser with a JupyterLab in it
 
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                  "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
-LAB_SETTINGS = { # no look-ups on the network; every cell in the page, also those that are scrolled away
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+# no look-ups on the network; every cell in the page, also those that are scrolled away
+LAB_SETTINGS = {
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
     "notebook-extension/tracker": '{"windowingMode": "none"}',
 }
@@ -43,6 +55,7 @@ def free_port():
 
 class Lab:
     "A JupyterLab server over `folder` that knows nothing of the user's own Jupyter; `kernels=False` gives it none to start."
+
     def __init__(self, folder: Path, kernels=True):
         self.folder, self.token, self.port = folder, secrets.token_hex(16), free_port()
         state = folder / f".lab-{self.port}"
@@ -50,33 +63,70 @@ class Lab:
             file = state / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(state / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(state / "workspaces"),
-                            "JUPYTER_CONFIG_DIR": str(state / "config"), "JUPYTER_DATA_DIR": str(state / "data"),
-                            "JUPYTER_RUNTIME_DIR": str(state / "runtime"), "IPYTHONDIR": str(state / "ipython")}
-        no_kernels = [] if kernels else ["--KernelSpecManager.allowed_kernelspecs=none", "--KernelSpecManager.ensure_native_kernel=False"]
+        env = os.environ | {
+            "JUPYTERLAB_SETTINGS_DIR": str(state / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(state / "workspaces"),
+            "JUPYTER_CONFIG_DIR": str(state / "config"),
+            "JUPYTER_DATA_DIR": str(state / "data"),
+            "JUPYTER_RUNTIME_DIR": str(state / "runtime"),
+            "IPYTHONDIR": str(state / "ipython"),
+        }
+        no_kernels = (
+            []
+            if kernels
+            else [
+                "--KernelSpecManager.allowed_kernelspecs=none",
+                "--KernelSpecManager.ensure_native_kernel=False",
+            ]
+        )
         self.log = open(state / "server.log", "w+")
-        self.process = subprocess.Popen([
-            sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}", "--ServerApp.port_retries=0",
-            f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=",
-            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *no_kernels], env=env, cwd=folder, stdin=subprocess.DEVNULL,
-            stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--allow-root",
+                "--no-browser",
+                "--ip=127.0.0.1",
+                f"--port={self.port}",
+                "--ServerApp.port_retries=0",
+                f"--IdentityProvider.token={self.token}",
+                f"--ServerApp.root_dir={folder}",
+                "--LabApp.news_url=",
+                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+                *no_kernels,
+            ],
+            env=env,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
         self.wait_ready()
 
     def wait_ready(self, seconds=60):
         for _ in range(seconds * 5):
-            if self.process.poll() is not None: break
-            try: return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api?token={self.token}", timeout=2).close()
-            except OSError: time.sleep(0.2)
+            if self.process.poll() is not None:
+                break
+            try:
+                return urllib.request.urlopen(
+                    f"http://127.0.0.1:{self.port}/api?token={self.token}", timeout=2
+                ).close()
+            except OSError:
+                time.sleep(0.2)
         self.close()
         self.log.seek(0)
         raise RuntimeError(f"JupyterLab did not start:\n{self.log.read()[-3000:]}")
 
-    def url(self, name): return f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset"
+    def url(self, name):
+        return f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset"
 
     def close(self):
         self.process.terminate()
-        try: self.process.wait(15)
-        except subprocess.TimeoutExpired: self.process.kill()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +134,11 @@ def chromium():
     "Path of the browser."
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, names)), None)
-    if path is None: missing(f"no browser: none of {', '.join(names)} is installed (as root on Debian or Ubuntu, `make chromium` installs one)")
+    if path is None:
+        missing(
+            f"no browser: none of {', '.join(names)} is installed (as root on Debian or "
+            "Ubuntu, `make chromium` installs one)"
+        )
     return path
 
 
@@ -92,9 +146,15 @@ def chromium():
 def page(chromium, tmp_path_factory):
     "A blank page of a headless browser."
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(str(tmp_path_factory.mktemp("chromium")), executable_path=chromium, headless=True,
-                                                       args=CHROMIUM_FLAGS, viewport={"width": 1400, "height": 1600})
+        context = p.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("chromium")),
+            executable_path=chromium,
+            headless=True,
+            args=CHROMIUM_FLAGS,
+            viewport={"width": 1400, "height": 1600},
+        )
         yield context.pages[0]
         context.close()
 
@@ -104,8 +164,11 @@ def lab(chromium, tmp_path):
     "`lab(kernels=True)`: a JupyterLab over the test's folder, with this checkout's settings; ended after the test."
     shutil.copy(ROOT / "settings.ini", tmp_path)
     servers = []
+
     def start(**kw):
         servers.append(Lab(tmp_path, **kw))
         return servers[-1]
+
     yield start
-    for s in servers: s.close()
+    for s in servers:
+        s.close()

@@ -1,4 +1,5 @@
 "Trees, batches and loaders: against the reference's tokens and items, and what must hold for any data, process count and cut."
+
 import copy
 import math
 import random
@@ -18,37 +19,71 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from halos_nb import batching
-from halos_nb.batching import (ConditionalSFTDataLoader, GroupUnpairedPreferenceDataLoader, PairedPreferenceDataLoader, SFTDataLoader, UnpairedPreferenceDataLoader,
-                               add_control_tokens, byte_tokenizer, encode, encode_prompt, make_batch, make_tree, trees_from_samples)
+from halos_nb.batching import (
+    ConditionalSFTDataLoader,
+    GroupUnpairedPreferenceDataLoader,
+    PairedPreferenceDataLoader,
+    SFTDataLoader,
+    UnpairedPreferenceDataLoader,
+    add_control_tokens,
+    byte_tokenizer,
+    encode,
+    encode_prompt,
+    make_batch,
+    make_tree,
+    trees_from_samples,
+)
 from halos_nb.data import Dataset, Example, load_data
 
 TOK = byte_tokenizer()
 add_control_tokens(TOK)
-MERGING = byte_tokenizer() # merges the newline that ends a prompt with what follows
+MERGING = byte_tokenizer()  # merges the newline that ends a prompt with what follows
 add_control_tokens(MERGING)
-MERGING.add_tokens([AddedToken("\nYes", normalized=False), AddedToken("\n<|good|>", normalized=False)])
-LOADERS = [SFTDataLoader, ConditionalSFTDataLoader, PairedPreferenceDataLoader, UnpairedPreferenceDataLoader, GroupUnpairedPreferenceDataLoader]
+MERGING.add_tokens(
+    [AddedToken("\nYes", normalized=False), AddedToken("\n<|good|>", normalized=False)]
+)
+LOADERS = [
+    SFTDataLoader,
+    ConditionalSFTDataLoader,
+    PairedPreferenceDataLoader,
+    UnpairedPreferenceDataLoader,
+    GroupUnpairedPreferenceDataLoader,
+]
 
 
 @lru_cache
-def told(name): return load(name)
+def told(name):
+    return load(name)
 
 
 # ---- tokens
 
+
 class Plain:
     "The template and the tokenizer by themselves: jinja2 and `tokenizers`, nothing of ours."
+
     def __init__(self, name):
         self.tok = Tokenizer.from_file(str(FOLDER / f"tokenizer_{name}.json"))
         self.template = jinja2.Environment().from_string(told("tokenization")["chat_template"])
 
-    def text(self, turns, ask=False): return self.template.render(messages=turns, add_generation_prompt=ask)
-    def ids(self, turns, ask=False): return self.tok.encode(self.text(turns, ask), add_special_tokens=False).ids
+    def text(self, turns, ask=False):
+        return self.template.render(messages=turns, add_generation_prompt=ask)
+
+    def ids(self, turns, ask=False):
+        return self.tok.encode(self.text(turns, ask), add_special_tokens=False).ids
 
 
 def golden_tokenizer(name):
-    special = {k: v for k, v in told("tokenization")["tokenizers"][name].items() if k in ("bos_token", "eos_token", "pad_token") and v}
-    return PreTrainedTokenizerFast(tokenizer_file=str(FOLDER / f"tokenizer_{name}.json"), chat_template=told("tokenization")["chat_template"], **special)
+    special = {
+        k: v
+        for k, v in told("tokenization")["tokenizers"][name].items()
+        if k in ("bos_token", "eos_token", "pad_token") and v
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(FOLDER / f"tokenizer_{name}.json"),
+        chat_template=told("tokenization")["chat_template"],
+        **special,
+    )
 
 
 def going(turns, drop="oldest"):
@@ -63,11 +98,18 @@ def left(plain, turns, limit, drop="oldest"):
     order = going(turns, drop)
     for gone in range(len(order) + 1):
         kept = [t for i, t in enumerate(turns) if i not in order[:gone]]
-        if len(plain.ids(kept, True)) <= limit: return kept
+        if len(plain.ids(kept, True)) <= limit:
+            return kept
     tokens = plain.tok.encode(turns[-1]["content"], add_special_tokens=False).ids
     for n in range(len(tokens), -1, -1):
-        kept = [turns[-1] | dict(content=plain.tok.decode(tokens[:n], skip_special_tokens=False).rstrip("\ufffd"))]
-        if len(plain.ids(kept, True)) <= limit: return kept
+        kept = [
+            turns[-1]
+            | dict(
+                content=plain.tok.decode(tokens[:n], skip_special_tokens=False).rstrip("\ufffd")
+            )
+        ]
+        if len(plain.ids(kept, True)) <= limit:
+            return kept
 
 
 def labelled(tree):
@@ -79,13 +121,28 @@ def labelled(tree):
 
 def built(case):
     "Our tree of a case; what it must hold, computed from template and tokenizer alone; which parts the reference left whole."
-    tok, plain, n = golden_tokenizer(case["tokenizer"]), Plain(case["tokenizer"]), case["max_length"]
+    tok, plain, n = (
+        golden_tokenizer(case["tokenizer"]),
+        Plain(case["tokenizer"]),
+        case["max_length"],
+    )
     counts = Counter()
-    tree = make_tree(tok, case["conversation"], [case["generation"]], ["completion"], n, case["max_prompt_length"], counts)
+    tree = make_tree(
+        tok,
+        case["conversation"],
+        [case["generation"]],
+        ["completion"],
+        n,
+        case["max_prompt_length"],
+        counts,
+    )
     kept = left(plain, case["conversation"], min(case["max_prompt_length"], n - 1))
     prompt, whole = plain.ids(kept, True), plain.ids(kept + case["generation"])
-    want = whole[:n], ([-100] * len(prompt) + whole[len(prompt):])[:n]
-    same = case["outputs"]["prompt"] == case["conversation"], case["outputs"]["target"] == case["generation"]
+    want = whole[:n], ([-100] * len(prompt) + whole[len(prompt) :])[:n]
+    same = (
+        case["outputs"]["prompt"] == case["conversation"],
+        case["outputs"]["target"] == case["generation"],
+    )
     return tok, tree, counts, kept, want, same
 
 
@@ -99,122 +156,233 @@ def test_tokenization_golden(case):
     assert labelled(tree) == want
     limit = min(case["max_prompt_length"], n - 1)
     turns, ids = encode_prompt(tok, case["conversation"], limit, Counter())
-    assert (turns, ids) == (kept, Plain(case["tokenizer"]).ids(kept, True)) and len(ids) <= limit
-    assert counts["prompts_shortened"] == (len(kept) < len(case["conversation"])) and counts["prompts_cut"] == (kept[-1] != case["conversation"][-1])
+    assert (turns, ids) == (kept, Plain(case["tokenizer"]).ids(kept, True)) and len(
+        ids
+    ) <= limit
+    assert counts["prompts_shortened"] == (len(kept) < len(case["conversation"])) and counts[
+        "prompts_cut"
+    ] == (kept[-1] != case["conversation"][-1])
     assert counts["outputs_cut"] == (len(encode(tok, kept + case["generation"])) > n)
-    assert kept[-1]["role"] == case["conversation"][-1]["role"] and case["conversation"][-1]["content"].startswith(kept[-1]["content"])
+    assert kept[-1]["role"] == case["conversation"][-1]["role"] and case["conversation"][-1][
+        "content"
+    ].startswith(kept[-1]["content"])
     if same_prompt:
         assert kept == case["conversation"] and ids == out["prompt_input_ids"]
-        assert tok.apply_chat_template(kept, tokenize=False, add_generation_prompt=True) == out["prompt_text"]
+        assert (
+            tok.apply_chat_template(kept, tokenize=False, add_generation_prompt=True)
+            == out["prompt_text"]
+        )
     if same_prompt and same_target:
-        assert labelled(tree) == (out["target_combined_input_ids"][:n], out["target_labels"][:n])
-        assert tok.apply_chat_template(kept + case["generation"], tokenize=False) == out["target_combined_text"]
-    elif same_prompt: # the reference cut the text and encoded it anew, with an end of turn; both are beginnings of the same completion
-        assert len(tree.branches[0]) + len(tree.prompt_ids) == n and out["target_combined_text"].startswith(tok.decode(labelled(tree)[0]).rstrip("\ufffd")[:-8 * len("<|im_end|>")])
+        assert labelled(tree) == (
+            out["target_combined_input_ids"][:n],
+            out["target_labels"][:n],
+        )
+        assert (
+            tok.apply_chat_template(kept + case["generation"], tokenize=False)
+            == out["target_combined_text"]
+        )
+    elif same_prompt:
+        # the reference cut the text and encoded it anew, with an end of turn; both are
+        # beginnings of the same completion
+        assert len(tree.branches[0]) + len(tree.prompt_ids) == n and out[
+            "target_combined_text"
+        ].startswith(tok.decode(labelled(tree)[0]).rstrip("\ufffd")[: -8 * len("<|im_end|>")])
 
 
 @cases("tokenization")
 def test_newest_turns_can_go_first(case):
     limit = min(case["max_prompt_length"], case["max_length"] - 1)
-    turns, ids = encode_prompt(golden_tokenizer(case["tokenizer"]), case["conversation"], limit, Counter(), drop="newest")
-    assert turns == left(Plain(case["tokenizer"]), case["conversation"], limit, "newest") and len(ids) <= limit
+    turns, ids = encode_prompt(
+        golden_tokenizer(case["tokenizer"]),
+        case["conversation"],
+        limit,
+        Counter(),
+        drop="newest",
+    )
+    assert (
+        turns == left(Plain(case["tokenizer"]), case["conversation"], limit, "newest")
+        and len(ids) <= limit
+    )
 
 
 def collate_cases():
-    if not (FOLDER / "tokenization.json").is_file(): return cases("tokenization")
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c["id"]) for c in told("tokenization")["collate_cases"]])
+    if not (FOLDER / "tokenization.json").is_file():
+        return cases("tokenization")
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, id=c["id"]) for c in told("tokenization")["collate_cases"]]
+    )
 
 
 @collate_cases()
 def test_collation_golden(case):
     "Unpadded, our rows are the reference's where it cut nothing; padding reaches the longest row, not `max_length`."
-    elements = [built(next(c for c in told("tokenization")["cases"] if c["id"] == name)) for name in case["elements"]]
-    batch, out = make_batch([tree for _, tree, *_ in elements], "plain", case["pad_token_id"]), case["outputs"]
+    elements = [
+        built(next(c for c in told("tokenization")["cases"] if c["id"] == name))
+        for name in case["elements"]
+    ]
+    batch, out = (
+        make_batch([tree for _, tree, *_ in elements], "plain", case["pad_token_id"]),
+        case["outputs"],
+    )
     width = batch.input_ids.shape[1]
     labels = torch.full((len(elements), width), -100)
     labels[batch.predict // width, batch.predict % width + 1] = batch.target
     assert width == max(len(want[0]) for *_, want, _ in elements)
     for i, (*_, kept, want, same) in enumerate(elements):
         n = len(want[0])
-        assert (batch.input_ids[i].tolist(), labels[i].tolist(), batch.attention_mask[i].tolist()) == (
-            want[0] + [case["pad_token_id"]] * (width - n), want[1] + [-100] * (width - n), [1] * n + [0] * (width - n))
+        assert (
+            batch.input_ids[i].tolist(),
+            labels[i].tolist(),
+            batch.attention_mask[i].tolist(),
+        ) == (
+            want[0] + [case["pad_token_id"]] * (width - n),
+            want[1] + [-100] * (width - n),
+            [1] * n + [0] * (width - n),
+        )
         if all(same):
             real = sum(out["target_combined_attention_mask"][i])
-            assert (want[0], want[1]) == (out["target_combined_input_ids"][i][:real], out["target_labels"][i][:real])
-        if same[0]: assert [t for t, m in zip(out["prompt_input_ids"][i], out["prompt_attention_mask"][i]) if m] == Plain(case["tokenizer"]).ids(kept, True)
+            assert (want[0], want[1]) == (
+                out["target_combined_input_ids"][i][:real],
+                out["target_labels"][i][:real],
+            )
+        if same[0]:
+            assert [
+                t
+                for t, m in zip(out["prompt_input_ids"][i], out["prompt_attention_mask"][i])
+                if m
+            ] == Plain(case["tokenizer"]).ids(kept, True)
 
 
-STRICT = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.mark.parametrize("drop", ["oldest", "newest"])
 def test_a_template_that_wants_roles_to_alternate(drop):
     "What it refuses is dropped on; what is refused from the start is an error."
-    tok = byte_tokenizer(); tok.chat_template = STRICT
-    talk = [dict(role=("user", "assistant")[i % 2], content=f"Turn number {i}") for i in range(5)]
+    tok = byte_tokenizer()
+    tok.chat_template = STRICT
+    talk = [
+        dict(role=("user", "assistant")[i % 2], content=f"Turn number {i}") for i in range(5)
+    ]
     turns, ids = encode_prompt(tok, talk, 120, Counter(), drop)
-    assert [t["content"][-1] for t in turns] == dict(oldest=["2", "3", "4"], newest=["0", "1", "4"])[drop] and len(ids) <= 120
-    with pytest.raises(jinja2.TemplateError): encode_prompt(tok, talk[1:], 120, Counter(), drop)
+    assert [t["content"][-1] for t in turns] == dict(
+        oldest=["2", "3", "4"], newest=["0", "1", "4"]
+    )[drop] and len(ids) <= 120
+    with pytest.raises(jinja2.TemplateError):
+        encode_prompt(tok, talk[1:], 120, Counter(), drop)
 
 
 # ---- loaders against the reference
 
-FORGETS = (UnpairedPreferenceDataLoader, GroupUnpairedPreferenceDataLoader) # the reference's drop an epoch's last partial batch
+# the reference's drop an epoch's last partial batch
+FORGETS = (UnpairedPreferenceDataLoader, GroupUnpairedPreferenceDataLoader)
 
 
-def is_group(case): return case["loader"].startswith("Group")
-def is_share(case): return any(k.startswith("frac_unique") for k in case["options"])
-def is_loaded(case): return "pool" in case
-def pool_of(case): return told("dataloaders")["pools"][case["pool"]]
-def refused(e, cls): return not e["prompt"] or cls is SFTDataLoader and e["sft_index"] < 0
-def plainly(items): return sorted(repr([float(x) if isinstance(x, (int, float)) else x for x in i]) for i in items)
+def is_group(case):
+    return case["loader"].startswith("Group")
+
+
+def is_share(case):
+    return any(k.startswith("frac_unique") for k in case["options"])
+
+
+def is_loaded(case):
+    return "pool" in case
+
+
+def pool_of(case):
+    return told("dataloaders")["pools"][case["pool"]]
+
+
+def refused(e, cls):
+    return not e["prompt"] or cls is SFTDataLoader and e["sft_index"] < 0
+
+
+def plainly(items):
+    return sorted(
+        repr([float(x) if isinstance(x, (int, float)) else x for x in i]) for i in items
+    )
 
 
 def dataset(examples):
     data = Dataset("golden")
-    for i, e in enumerate(examples): data.data[i] = Example(**{k: copy.deepcopy(v) for k, v in e.items() if k != "key"})
-    for e in data: e.pairs = [tuple(p) for p in e.pairs]
+    for i, e in enumerate(examples):
+        data.data[i] = Example(**{k: copy.deepcopy(v) for k, v in e.items() if k != "key"})
+    for e in data:
+        e.pairs = [tuple(p) for p in e.pairs]
     return data
 
 
 def golden_loader(case, *without, **more):
     "Our loader for a case, with long enough lengths for a tokenizer of bytes; n_epochs belongs to the trainer."
-    options = {k.replace("global_", ""): v for k, v in case["options"].items() if k not in ("n_epochs", *without)}
-    return getattr(batching, case["loader"])(dataset(pool_of(case)), TOK, **(dict(max_length=4096, max_prompt_length=2048) | options | more))
+    options = {
+        k.replace("global_", ""): v
+        for k, v in case["options"].items()
+        if k not in ("n_epochs", *without)
+    }
+    return getattr(batching, case["loader"])(
+        dataset(pool_of(case)),
+        TOK,
+        **(dict(max_length=4096, max_prompt_length=2048) | options | more),
+    )
 
 
-def run_of(case): # the reference's run in one process; of some cases there is none
+def run_of(case):  # the reference's run in one process; of some cases there is none
     return next((r for r in case.get("runs") or [] if r["num_processes"] == 1), {})
 
 
-def dealt(case): # the reference's flat list, put together from its two processes
-    runs = sorted((r for r in case["runs"] if r["num_processes"] == 2), key=lambda r: r["process_index"])
-    return [x for pair in zip_longest(*(r["process_data"] for r in runs)) for x in pair if x is not None]
+def dealt(case):  # the reference's flat list, put together from its two processes
+    runs = sorted(
+        (r for r in case["runs"] if r["num_processes"] == 2), key=lambda r: r["process_index"]
+    )
+    return [
+        x
+        for pair in zip_longest(*(r["process_data"] for r in runs))
+        for x in pair
+        if x is not None
+    ]
 
 
 def item(loader, tree):
     "A tree in the reference's words: [example, answers ..., what is known]."
     i = loader.items[tree.index[0]]
-    if isinstance(loader, SFTDataLoader): return [i.prompt]
-    if isinstance(loader, ConditionalSFTDataLoader): return [i.prompt, *i.answers, "chosen" if i.facts["desirable"][0] else "rejected"]
-    return [i.prompt, *i.answers, i.meanings[0], tree.facts["score"][0]] if isinstance(loader, UnpairedPreferenceDataLoader) else [i.prompt, *i.answers]
+    if isinstance(loader, SFTDataLoader):
+        return [i.prompt]
+    if isinstance(loader, ConditionalSFTDataLoader):
+        return [i.prompt, *i.answers, "chosen" if i.facts["desirable"][0] else "rejected"]
+    return (
+        [i.prompt, *i.answers, i.meanings[0], tree.facts["score"][0]]
+        if isinstance(loader, UnpairedPreferenceDataLoader)
+        else [i.prompt, *i.answers]
+    )
 
 
 def words(tree, meaning):
     "The texts of the turns of the completion with this meaning, decoded from its ids."
     text = TOK.decode(tree.branches[tree.meanings.index(meaning)])
     assert text.endswith("<|im_end|>\n")
-    return re.split(r"<\|im_end\|>\n<\|im_start\|>(?:user|assistant|system)\n", text.removesuffix("<|im_end|>\n"))
+    return re.split(
+        r"<\|im_end\|>\n<\|im_start\|>(?:user|assistant|system)\n",
+        text.removesuffix("<|im_end|>\n"),
+    )
 
 
 def said(loader, tree):
     "A tree as the reference's batch element, texts decoded from our ids."
     i = loader.items[tree.index[0]]
     e = loader.data[i.prompt]
-    if isinstance(loader, PairedPreferenceDataLoader): return dict(prompt_id=e.prompt_id, chosen=words(tree, "chosen"), rejected=words(tree, "rejected"))
+    if isinstance(loader, PairedPreferenceDataLoader):
+        return dict(
+            prompt_id=e.prompt_id,
+            chosen=words(tree, "chosen"),
+            rejected=words(tree, "rejected"),
+        )
     out = dict(prompt_id=e.prompt_id, target=words(tree, i.meanings[0]))
-    if isinstance(loader, SFTDataLoader): return out | dict(dataset_name=e.dataset_name)
+    if isinstance(loader, SFTDataLoader):
+        return out | dict(dataset_name=e.dataset_name)
     return out | dict(zip(("status", "score"), item(loader, tree)[2:]))
 
 
@@ -222,17 +390,27 @@ def without_piles(element, tokens):
     "The reference's element with a control token that has piled up written once, and without its mismatched completion."
     element = {k: v for k, v in element.items() if k != "KL"}
     for token in tokens:
-        if "target" in element: element["target"] = [re.sub(f"^({re.escape(token)})+", lambda m: m[1], t) for t in element["target"]]
+        if "target" in element:
+            element["target"] = [
+                re.sub(f"^({re.escape(token)})+", lambda m: m[1], t) for t in element["target"]
+            ]
     return element
 
 
 def units(e, cls):
     "What `max_prompt_count` counts, in the README's words; nothing of a prompt that is refused."
-    if refused(e, cls): return []
-    if cls is SFTDataLoader: return [[()]]
-    if cls is PairedPreferenceDataLoader: return [[tuple(p)] for p in e["pairs"]]
+    if refused(e, cls):
+        return []
+    if cls is SFTDataLoader:
+        return [[()]]
+    if cls is PairedPreferenceDataLoader:
+        return [[tuple(p)] for p in e["pairs"]]
     paired = set(chain(*e["pairs"]))
-    return [[(i, "chosen"), (j, "rejected")] for i, j in e["pairs"]] + [[(k, "chosen" if d else "rejected")] for k, d in enumerate(e["desirable"]) if d is not None and k not in paired]
+    return [[(i, "chosen"), (j, "rejected")] for i, j in e["pairs"]] + [
+        [(k, "chosen" if d else "rejected")]
+        for k, d in enumerate(e["desirable"])
+        if d is not None and k not in paired
+    ]
 
 
 def orders(case, cls):
@@ -242,12 +420,23 @@ def orders(case, cls):
         flat = []
         for n, e in enumerate(pool_of(case)):
             us = units(e, cls)
-            flat += [[n, *i] for unit in (us if most is None or cls is SFTDataLoader else rng.sample(us, min(most, len(us)))) for i in unit]
+            flat += [
+                [n, *i]
+                for unit in (
+                    us
+                    if most is None or cls is SFTDataLoader
+                    else rng.sample(us, min(most, len(us)))
+                )
+                for i in unit
+            ]
         rng.shuffle(flat)
         yield flat
 
 
-def has_items(case): return is_group(case) or any(units(e, getattr(batching, case["loader"])) for e in pool_of(case))
+def has_items(case):
+    return is_group(case) or any(
+        units(e, getattr(batching, case["loader"])) for e in pool_of(case)
+    )
 
 
 def epochs_of(loader, n):
@@ -262,110 +451,252 @@ def test_cases_that_the_reference_cannot_load(case):
     "A data set that is not there is an error that says so; a conditional loader without tokens has default ones, where the reference knows none."
     pool = "+".join(case["datasets"]) + "|" + case["split"]
     if pool not in told("dataloaders")["pools"]:
-        with pytest.raises(ValueError, match=case["datasets"][0]): load_data(case["datasets"], case["split"])
+        with pytest.raises(ValueError, match=case["datasets"][0]):
+            load_data(case["datasets"], case["split"])
         return
-    assert case["loader"] == "ConditionalSFTDataLoader" and "control_tokens" not in case["options"]
+    assert (
+        case["loader"] == "ConditionalSFTDataLoader" and "control_tokens" not in case["options"]
+    )
     loader = golden_loader(case | dict(pool=pool))
-    assert loader.trees and all(words(t, "completion")[-1].startswith(("<|good|>", "<|bad|>")) for t in loader.trees)
+    assert loader.trees and all(
+        words(t, "completion")[-1].startswith(("<|good|>", "<|bad|>")) for t in loader.trees
+    )
 
 
 @cases("dataloaders", lambda c: is_loaded(c) and not has_items(c))
 def test_nothing_to_train_on_is_an_error(case):
     "Where the reference fails with another error, or is silent and yields nothing."
-    with pytest.raises(ValueError, match="no trainable example.*(no_pair|unlabelled|no_sft_target)"): golden_loader(case)
+    with pytest.raises(
+        ValueError, match="no trainable example.*(no_pair|unlabelled|no_sft_target)"
+    ):
+        golden_loader(case)
 
 
-@cases("dataloaders", lambda c: is_loaded(c) and not is_group(c) and not is_share(c) and has_items(c))
+@cases(
+    "dataloaders",
+    lambda c: is_loaded(c) and not is_group(c) and not is_share(c) and has_items(c),
+)
 def test_items_in_the_reference_order(case):
     """One process, steps of the reference's microbatch: the same items, the same texts, in its order, in every epoch.
     Normalised: piled-up control tokens; its forgotten last batches; later epochs under max_prompt_count, which it draws from what the first left. Where a prompt is refused (it
     names no SFT target, or is empty), the order cannot be the reference's; then the items are."""
-    cls, o, pool, run = getattr(batching, case["loader"]), case["options"], pool_of(case), run_of(case)
-    micro, golden = o["microbatch_size"], [without_piles(x, o.get("control_tokens", {}).values()) for b in run.get("batches", []) for x in b]
-    first, skip, total = run.get("process_data") or dealt(case), o.get("num_skip", 0), o["n_epochs"] or 1 + len(golden)
+    cls, o, pool, run = (
+        getattr(batching, case["loader"]),
+        case["options"],
+        pool_of(case),
+        run_of(case),
+    )
+    micro, golden = (
+        o["microbatch_size"],
+        [
+            without_piles(x, o.get("control_tokens", {}).values())
+            for b in run.get("batches", [])
+            for x in b
+        ],
+    )
+    first, skip, total = (
+        run.get("process_data") or dealt(case),
+        o.get("num_skip", 0),
+        o["n_epochs"] or 1 + len(golden),
+    )
     loader, ours = golden_loader(case, "n_examples", batch_size=micro), []
     for steps, flat in zip(epochs_of(loader, total), orders(case, cls)):
-        assert [item(loader, t)[:len(flat[0])] for t in chain(*steps)] == flat[skip:], "every item once, in the order of the drawing"
+        assert [item(loader, t)[: len(flat[0])] for t in chain(*steps)] == flat[skip:], (
+            "every item once, in the order of the drawing"
+        )
         assert [len(s) for s in steps[:-1]] == [micro] * (len(steps) - 1)
-        ours.append([said(loader, t) for s in steps for t in s if cls not in FORGETS or len(s) == micro])
+        ours.append(
+            [said(loader, t) for s in steps for t in s if cls not in FORGETS or len(s) == micro]
+        )
         skip = max(0, skip - len(flat))
     if any(refused(e, cls) for e in pool):
         everything = chain(*next(epochs_of(golden_loader(case, "n_examples", "num_skip"), 1)))
-        assert plainly(item(loader, t) for t in everything) == plainly(x for x in first if not refused(pool[x[0]], cls)) != []
+        assert (
+            plainly(item(loader, t) for t in everything)
+            == plainly(x for x in first if not refused(pool[x[0]], cls))
+            != []
+        )
         return
-    assert [item(loader, t) for t in chain(*next(epochs_of(loader, 1)))] == first[o.get("num_skip", 0):]
+    assert [item(loader, t) for t in chain(*next(epochs_of(loader, 1)))] == first[
+        o.get("num_skip", 0) :
+    ]
     assert golden or run.get("error"), "its one process gave nothing"
-    compared = golden[:len(ours[0])] if "max_prompt_count" in o else golden
-    assert compared == list(chain(*ours))[:len(compared)]
-    if "max_prompt_count" not in o and not o.get("n_examples") and golden: assert len(golden) == len(list(chain(*ours)))
+    compared = golden[: len(ours[0])] if "max_prompt_count" in o else golden
+    assert compared == list(chain(*ours))[: len(compared)]
+    if "max_prompt_count" not in o and not o.get("n_examples") and golden:
+        assert len(golden) == len(list(chain(*ours)))
 
 
-@cases("dataloaders", lambda c: is_loaded(c) and not is_group(c) and not is_share(c) and has_items(c))
+@cases(
+    "dataloaders",
+    lambda c: is_loaded(c) and not is_group(c) and not is_share(c) and has_items(c),
+)
 def test_steps_of_two_processes(case):
     "Two processes of ours share the steps that one process takes; they are the reference's global batches, whose items it deals alternately, and more where it cuts the end off."
-    size, cls, pool = case["options"]["global_batch_size"], getattr(batching, case["loader"]), pool_of(case)
+    size, cls, pool = (
+        case["options"]["global_batch_size"],
+        getattr(batching, case["loader"]),
+        pool_of(case),
+    )
     two = [golden_loader(case, "n_examples", "num_skip", rank=r, world=2) for r in range(2)]
-    shared = [[item(two[r], t) for r, s in enumerate(pair) if not s.idle for b in s.batches for t in b.trees] for pair in zip(*two, strict=True)]
-    assert [plainly(s) for s in shared] == [plainly(item(two[0], t) for t in step) for step in golden_loader(case, "n_examples", "num_skip").plan()]
+    shared = [
+        [
+            item(two[r], t)
+            for r, s in enumerate(pair)
+            if not s.idle
+            for b in s.batches
+            for t in b.trees
+        ]
+        for pair in zip(*two, strict=True)
+    ]
+    assert [plainly(s) for s in shared] == [
+        plainly(item(two[0], t) for t in step)
+        for step in golden_loader(case, "n_examples", "num_skip").plan()
+    ]
     theirs = dealt(case)
-    assert len(theirs) % size == 0 and all(next(iter(loader)).batches for loader in two), "every process has its steps, also where the reference waits for ever or stops with an error"
-    if any(refused(e, cls) for e in pool): assert {*plainly(x for x in theirs if not refused(pool[x[0]], cls))} <= {*plainly(chain(*shared))}
-    else: assert [plainly(s) for s in shared[:len(theirs) // size]] == [plainly(theirs[k:k + size]) for k in range(0, len(theirs), size)]
+    assert len(theirs) % size == 0 and all(next(iter(loader)).batches for loader in two), (
+        "every process has its steps, also where the reference waits for ever or stops with an error"
+    )
+    if any(refused(e, cls) for e in pool):
+        assert {*plainly(x for x in theirs if not refused(pool[x[0]], cls))} <= {
+            *plainly(chain(*shared))
+        }
+    else:
+        assert [plainly(s) for s in shared[: len(theirs) // size]] == [
+            plainly(theirs[k : k + size]) for k in range(0, len(theirs), size)
+        ]
 
 
 @cases("dataloaders", is_share)
 def test_shares_are_random_parts_of_each_class(case):
     "Deliberate: the reference takes the first so many of all. Ours are parts of each class, drawn from the seed, of the items the reference knows; order and steps are tested with any data below."
-    whole, part = golden_loader(case, "frac_unique_desirable", "frac_unique_undesirable"), golden_loader(case)
+    whole, part = (
+        golden_loader(case, "frac_unique_desirable", "frac_unique_undesirable"),
+        golden_loader(case),
+    )
     parts = [golden_loader(case, seed=s) for s in range(20)]
-    for status, name in (("chosen", "frac_unique_desirable"), ("rejected", "frac_unique_undesirable")):
-        unique = {(n, k) for n, e in enumerate(pool_of(case)) for u in units(e, UnpairedPreferenceDataLoader) for k, s in u if s == status}
+    for status, name in (
+        ("chosen", "frac_unique_desirable"),
+        ("rejected", "frac_unique_undesirable"),
+    ):
+        unique = {
+            (n, k)
+            for n, e in enumerate(pool_of(case))
+            for u in units(e, UnpairedPreferenceDataLoader)
+            for k, s in u
+            if s == status
+        }
         want = round(case["options"].get(name, 1) * len(unique))
-        assert {len(p.used[status]) for p in [part, *parts]} == {want} and part.counts[f"{status}_left_out"] == len(unique) - want and part.used[status] <= unique
-        if 0 < want < len(unique): assert len({frozenset(p.used[status]) for p in parts}) > 1, "another seed, another share"
-    if is_group(case): kept, known = ([(i.prompt, k) for i in x.items for k in i.answers] for x in (part, whole))
-    else: kept, known = ([(i.prompt, *i.answers, *i.meanings) for i in x.items] for x in (part, whole))
-    assert kept and set(kept) <= set(known) and (len(kept) < len(known)) == any(part.counts[f"{s}_left_out"] for s in ("chosen", "rejected"))
-    if is_group(case): # advantages are from all scored samples nevertheless
-        facts = {(i.prompt, k): a for i in whole.items for k, a in zip(i.answers, i.facts["advantage"])}
-        assert all(facts[i.prompt, k] == a for i in part.items for k, a in zip(i.answers, i.facts["advantage"]))
+        assert (
+            {len(p.used[status]) for p in [part, *parts]} == {want}
+            and part.counts[f"{status}_left_out"] == len(unique) - want
+            and part.used[status] <= unique
+        )
+        if 0 < want < len(unique):
+            assert len({frozenset(p.used[status]) for p in parts}) > 1, (
+                "another seed, another share"
+            )
+    if is_group(case):
+        kept, known = (
+            [(i.prompt, k) for i in x.items for k in i.answers] for x in (part, whole)
+        )
+    else:
+        kept, known = (
+            [(i.prompt, *i.answers, *i.meanings) for i in x.items] for x in (part, whole)
+        )
+    assert (
+        kept
+        and set(kept) <= set(known)
+        and (len(kept) < len(known))
+        == any(part.counts[f"{s}_left_out"] for s in ("chosen", "rejected"))
+    )
+    if is_group(case):  # advantages are from all scored samples nevertheless
+        facts = {
+            (i.prompt, k): a
+            for i in whole.items
+            for k, a in zip(i.answers, i.facts["advantage"])
+        }
+        assert all(
+            facts[i.prompt, k] == a
+            for i in part.items
+            for k, a in zip(i.answers, i.facts["advantage"])
+        )
 
 
-@cases("dataloaders", lambda c: c["loader"].startswith("Unpaired") and not is_share(c) and has_items(c))
+@cases(
+    "dataloaders",
+    lambda c: c["loader"].startswith("Unpaired") and not is_share(c) and has_items(c),
+)
 def test_mismatched_completions(case):
     "The reference's own wherever its next item has another prompt; otherwise what the rule says, worked out here item by item."
-    micro, pool, skip = case["options"]["microbatch_size"], pool_of(case), case["options"].get("num_skip", 0)
-    loader, flat = golden_loader(case, "n_examples", batch_size=micro, mismatched=True), next(orders(case, UnpairedPreferenceDataLoader))
+    micro, pool, skip = (
+        case["options"]["microbatch_size"],
+        pool_of(case),
+        case["options"].get("num_skip", 0),
+    )
+    loader, flat = (
+        golden_loader(case, "n_examples", batch_size=micro, mismatched=True),
+        next(orders(case, UnpairedPreferenceDataLoader)),
+    )
     ours, size = [t for s in next(epochs_of(loader, 1)) for t in s], len(flat)
-    def prompt(at): return pool[flat[at][0]]["prompt_id"]
+
+    def prompt(at):
+        return pool[flat[at][0]]["prompt_id"]
+
     for n, tree in enumerate(ours):
         at, start = skip + n, skip + n - n % micro
         stop = min(start + micro, size)
-        candidates = [*range(at + 1, stop), *range(start, at), *range(stop, size), *range(start)]
+        candidates = [
+            *range(at + 1, stop),
+            *range(start, at),
+            *range(stop, size),
+            *range(start),
+        ]
         other = next((j for j in candidates if prompt(j) != prompt(at)), candidates[0])
-        assert words(tree, "KL") == [t["content"] for t in pool[flat[other][0]]["generations"][flat[other][1]]]
-        assert math.isnan(tree.facts["score"][tree.meanings.index("KL")]) and not math.isnan(tree.facts["score"][0])
-    batches = run_of(case).get("batches", [])[:len(ours) // micro] # of the first epoch
+        assert words(tree, "KL") == [
+            t["content"] for t in pool[flat[other][0]]["generations"][flat[other][1]]
+        ]
+        assert math.isnan(tree.facts["score"][tree.meanings.index("KL")]) and not math.isnan(
+            tree.facts["score"][0]
+        )
+    batches = run_of(case).get("batches", [])[: len(ours) // micro]  # of the first epoch
     compared = 0
     for b, batch in enumerate(batches):
         for n, x in enumerate(batch):
-            if x["prompt_id"] == batch[(n + 1) % len(batch)]["prompt_id"]: continue
-            assert words(ours[b * micro + n], "KL") == x["KL"]; compared += 1
-    assert compared or not batches or all(len({x["prompt_id"] for x in batch}) == 1 for batch in batches)
-    assert loader.counts["mismatch_same_prompt"] == (size if len({e["prompt_id"] for e in pool}) == 1 else 0)
+            if x["prompt_id"] == batch[(n + 1) % len(batch)]["prompt_id"]:
+                continue
+            assert words(ours[b * micro + n], "KL") == x["KL"]
+            compared += 1
+    assert (
+        compared
+        or not batches
+        or all(len({x["prompt_id"] for x in batch}) == 1 for batch in batches)
+    )
+    assert loader.counts["mismatch_same_prompt"] == (
+        size if len({e["prompt_id"] for e in pool}) == 1 else 0
+    )
 
 
 def samples_of(case):
     "prompt_id -> {(example, answer): score} of the scored samples, +1 and -1 by status where a prompt has no scores."
     pool, out = pool_of(case), {}
     for n, e in enumerate(pool):
-        for k in range(len(e["generations"])): out.setdefault(e["prompt_id"], {})[n, k] = e["scores"][k] if k < len(e["scores"]) else None
+        for k in range(len(e["generations"])):
+            out.setdefault(e["prompt_id"], {})[n, k] = (
+                e["scores"][k] if k < len(e["scores"]) else None
+            )
     signs = {}
     for n, e in enumerate(pool):
-        for k, s in chain(*units(e, UnpairedPreferenceDataLoader)): signs.setdefault((n, k), []).append(1 if s == "chosen" else -1)
+        for k, s in chain(*units(e, UnpairedPreferenceDataLoader)):
+            signs.setdefault((n, k), []).append(1 if s == "chosen" else -1)
     for samples in out.values():
-        if all(s is None for s in samples.values()): samples.update({x: fmean(signs[x]) for x in samples if x in signs})
-    return {p: known for p, samples in out.items() if (known := {x: s for x, s in samples.items() if s is not None})}
+        if all(s is None for s in samples.values()):
+            samples.update({x: fmean(signs[x]) for x in samples if x in signs})
+    return {
+        p: known
+        for p, samples in out.items()
+        if (known := {x: s for x, s in samples.items() if s is not None})
+    }
 
 
 @cases("dataloaders", lambda c: is_group(c) and not is_share(c))
@@ -376,32 +707,80 @@ def test_groups_in_the_reference_order(case):
     loader = golden_loader(case, "n_examples", "num_skip", batch_size=1)
     trees, seen = [t for s in next(epochs_of(loader, 1)) for t in s], {}
     theirs = run_of(case).get("process_data") or (dealt(case) if case.get("runs") else [])
-    for n, k, _, score in theirs: seen.setdefault(pool[n]["prompt_id"], {}).setdefault((n, k), []).append(score)
+    for n, k, _, score in theirs:
+        seen.setdefault(pool[n]["prompt_id"], {}).setdefault((n, k), []).append(score)
     prompts = [loader.data[loader.items[t.index[0]].prompt].prompt_id for t in trees]
-    assert sorted(prompts) == sorted(known) and prompts[:len(seen)] == list(seen)
-    if theirs: assert len(case["flat_data"]) - len(theirs) < max(o["microbatch_size"], o["global_batch_size"])
+    assert sorted(prompts) == sorted(known) and prompts[: len(seen)] == list(seen)
+    if theirs:
+        assert len(case["flat_data"]) - len(theirs) < max(
+            o["microbatch_size"], o["global_batch_size"]
+        )
     for p, tree in zip(prompts, trees):
-        mine, everything = [words(tree.pick([n]), "sample") for n in range(len(tree.branches))], [(n, k) for n, e in enumerate(pool) if e["prompt_id"] == p for k in range(len(e["generations"]))]
+        mine, everything = (
+            [words(tree.pick([n]), "sample") for n in range(len(tree.branches))],
+            [
+                (n, k)
+                for n, e in enumerate(pool)
+                if e["prompt_id"] == p
+                for k in range(len(e["generations"]))
+            ],
+        )
         keys = iter(everything)
-        found = [next(x for x in keys if [t["content"] for t in pool[x[0]]["generations"][x[1]]] == text) for text in mine] # in the data's order
-        if "max_prompt_count" in o: assert set(found) == set(seen[p]) or p == list(seen)[-1] and set(found) >= set(seen[p])
-        else: assert set(found) == set(known[p]) >= set(seen.get(p, []))
+        # in the data's order
+        found = [
+            next(
+                x
+                for x in keys
+                if [t["content"] for t in pool[x[0]]["generations"][x[1]]] == text
+            )
+            for text in mine
+        ]
+        if "max_prompt_count" in o:
+            assert (
+                set(found) == set(seen[p]) or p == list(seen)[-1] and set(found) >= set(seen[p])
+            )
+        else:
+            assert set(found) == set(known[p]) >= set(seen.get(p, []))
         assert tree.facts["score"] == pytest.approx([known[p][x] for x in found])
         mean, std = fmean(known[p].values()), pstdev(known[p].values())
-        assert tree.facts["advantage"] == pytest.approx([(known[p][x] - mean) / (std + 0.01) for x in found], rel=1e-6, abs=1e-9)
-        for x, scores in seen.get(p, {}).items(): assert len(set(scores)) > 1 or scores[0] == pytest.approx(known[p][x])
+        assert tree.facts["advantage"] == pytest.approx(
+            [(known[p][x] - mean) / (std + 0.01) for x in found], rel=1e-6, abs=1e-9
+        )
+        for x, scores in seen.get(p, {}).items():
+            assert len(set(scores)) > 1 or scores[0] == pytest.approx(known[p][x])
     for step in (1, o["global_batch_size"]):
-        two = [golden_loader(case, "n_examples", "num_skip", rank=r, world=2, batch_size=step) for r in range(2)]
-        shared = [[t.index[0] for s in pair if not s.idle for b in s.batches for t in b.trees] for pair in zip(*two, strict=True)]
-        assert [sorted(s) for s in shared] == [sorted(t.index[0] for t in trees[k:k + step]) for k in range(0, len(trees), step)]
-    for r in case.get("runs") or []: # what a process of the reference holds is among what we hold
-        for n, k, *_ in r.get("process_data", []): assert (n, k) in known[pool[n]["prompt_id"]]
-    if "max_prompt_count" in o or o.get("num_skip") or o.get("n_examples") or not run_of(case).get("batches"): return
-    golden, whole = [x["prompt_id"] for b in run_of(case)["batches"] for x in b], len(run_of(case)["process_data"])
+        two = [
+            golden_loader(case, "n_examples", "num_skip", rank=r, world=2, batch_size=step)
+            for r in range(2)
+        ]
+        shared = [
+            [t.index[0] for s in pair if not s.idle for b in s.batches for t in b.trees]
+            for pair in zip(*two, strict=True)
+        ]
+        assert [sorted(s) for s in shared] == [
+            sorted(t.index[0] for t in trees[k : k + step]) for k in range(0, len(trees), step)
+        ]
+    # what a process of the reference holds is among what we hold
+    for r in case.get("runs") or []:
+        for n, k, *_ in r.get("process_data", []):
+            assert (n, k) in known[pool[n]["prompt_id"]]
+    if (
+        "max_prompt_count" in o
+        or o.get("num_skip")
+        or o.get("n_examples")
+        or not run_of(case).get("batches")
+    ):
+        return
+    golden, whole = (
+        [x["prompt_id"] for b in run_of(case)["batches"] for x in b],
+        len(run_of(case)["process_data"]),
+    )
     assert len(golden) == whole * o["n_epochs"]
     for e, steps in enumerate(epochs_of(loader, o["n_epochs"])):
-        ids = list(dict.fromkeys(golden[e * whole:(e + 1) * whole]))
-        assert [loader.data[loader.items[t.index[0]].prompt].prompt_id for s in steps for t in s][:len(ids)] == ids
+        ids = list(dict.fromkeys(golden[e * whole : (e + 1) * whole]))
+        assert [
+            loader.data[loader.items[t.index[0]].prompt].prompt_id for s in steps for t in s
+        ][: len(ids)] == ids
 
 
 @cases("dataloaders", lambda c: is_loaded(c) and has_items(c))
@@ -409,24 +788,45 @@ def test_number_of_steps(case):
     """As many steps as are announced, by `len`, by `num_training_steps` and by counting.
     The reference's number, which counts full steps only and answers in pairs only, wherever there are no others."""
     o, loader, cls = case["options"], golden_loader(case), getattr(batching, case["loader"])
-    epochs, limit, skip, size = o["n_epochs"], o.get("n_examples"), o.get("num_skip", 0), o["global_batch_size"]
+    epochs, limit, skip, size = (
+        o["n_epochs"],
+        o.get("n_examples"),
+        o.get("num_skip", 0),
+        o["global_batch_size"],
+    )
     before, steps, n = 0, 0, 0
     for e in range(1000 if epochs is None else epochs):
         loader.set_epoch(e)
         n, this = len(loader.this_epoch()[0]), list(loader)
         want = max(0, min(before + n, math.inf if limit is None else limit) - max(before, skip))
-        assert sum(s.examples for s in this) == want and len(this) == len(loader) == math.ceil(want / size)
+        assert sum(s.examples for s in this) == want and len(this) == len(loader) == math.ceil(
+            want / size
+        )
         before, steps = before + n, steps + len(this)
-        if limit is not None and before >= limit: break
+        if limit is not None and before >= limit:
+            break
     assert loader.num_training_steps(epochs) == steps
-    if is_group(case) or is_share(case) or skip or any(refused(e, cls) or cls is not SFTDataLoader and not e["pairs"] for e in pool_of(case)): return
-    if n % size == 0 if limit is None else limit % size == 0 and limit <= n: assert steps == case["num_training_steps"]
-    else: assert steps > case["num_training_steps"] or limit is not None
+    if (
+        is_group(case)
+        or is_share(case)
+        or skip
+        or any(
+            refused(e, cls) or cls is not SFTDataLoader and not e["pairs"]
+            for e in pool_of(case)
+        )
+    ):
+        return
+    if n % size == 0 if limit is None else limit % size == 0 and limit <= n:
+        assert steps == case["num_training_steps"]
+    else:
+        assert steps > case["num_training_steps"] or limit is not None
 
 
 # ---- any data
 
-answers = st.sampled_from(["Yes.", "No, never.", "It depends on the weather.", "é" * 9, " ", "", "Forty-two"])
+answers = st.sampled_from(
+    ["Yes.", "No, never.", "It depends on the weather.", "é" * 9, " ", "", "Forty-two"]
+)
 
 
 @st.composite
@@ -436,51 +836,99 @@ def examples(draw):
     for p in range(draw(st.integers(1, 6))):
         texts = draw(st.lists(answers, min_size=2, max_size=5))
         n = len(texts)
-        name = draw(st.sampled_from([f"id {p}", "shared"])) # the same id is the same prompt
-        prompt = [dict(role="system", content="Be kind.")] * (name == "shared") + [dict(role="user", content=name if name == "shared" else "x" * draw(st.integers(0, 40)))]
-        pair = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda x: x[0] != x[1])
-        data.data[p] = Example(prompt, name, [[dict(role="assistant", content=t)] for t in texts], draw(st.integers(-1, n - 1)),
-                               draw(st.lists(st.none() | st.integers(-3, 3).map(float), min_size=n, max_size=n) | st.just([])), draw(st.lists(pair, max_size=3)),
-                               draw(st.lists(st.none() | st.booleans(), min_size=n, max_size=n) | st.just([])))
+        name = draw(st.sampled_from([f"id {p}", "shared"]))  # the same id is the same prompt
+        prompt = [dict(role="system", content="Be kind.")] * (name == "shared") + [
+            dict(
+                role="user",
+                content=name if name == "shared" else "x" * draw(st.integers(0, 40)),
+            )
+        ]
+        pair = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(
+            lambda x: x[0] != x[1]
+        )
+        data.data[p] = Example(
+            prompt,
+            name,
+            [[dict(role="assistant", content=t)] for t in texts],
+            draw(st.integers(-1, n - 1)),
+            draw(
+                st.lists(st.none() | st.integers(-3, 3).map(float), min_size=n, max_size=n)
+                | st.just([])
+            ),
+            draw(st.lists(pair, max_size=3)),
+            draw(st.lists(st.none() | st.booleans(), min_size=n, max_size=n) | st.just([])),
+        )
     return data
 
 
-cuts = st.fixed_dictionaries(dict(world=st.integers(1, 4), token_budget=st.sampled_from([1, 60, 150, 4096]), microbatch_size=st.sampled_from([None, 1, 2, 3]), layout=st.sampled_from(["tree", "plain"])))
-common = st.fixed_dictionaries(dict(batch_size=st.integers(1, 5), seed=st.integers(0, 99), shuffle=st.booleans(), max_length=st.sampled_from([64, 200]), drop=st.sampled_from(["oldest", "newest"]),
-                                    max_prompt_count=st.sampled_from([None, 1, 2]), n_examples=st.sampled_from([None, 3, 7]), num_skip=st.sampled_from([0, 2])))
+cuts = st.fixed_dictionaries(
+    dict(
+        world=st.integers(1, 4),
+        token_budget=st.sampled_from([1, 60, 150, 4096]),
+        microbatch_size=st.sampled_from([None, 1, 2, 3]),
+        layout=st.sampled_from(["tree", "plain"]),
+    )
+)
+common = st.fixed_dictionaries(
+    dict(
+        batch_size=st.integers(1, 5),
+        seed=st.integers(0, 99),
+        shuffle=st.booleans(),
+        max_length=st.sampled_from([64, 200]),
+        drop=st.sampled_from(["oldest", "newest"]),
+        max_prompt_count=st.sampled_from([None, 1, 2]),
+        n_examples=st.sampled_from([None, 3, 7]),
+        num_skip=st.sampled_from([0, 2]),
+    )
+)
 many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def made(cls, data, options, tok=TOK):
     "The loader, or None where nothing in the data can be trained on, which it must say."
-    try: return cls(data, tok, **options)
+    try:
+        return cls(data, tok, **options)
     except ValueError as e:
         assert "no trainable example" in str(e)
         return None
 
 
-def contents(trees): # NaN is not equal to itself, its text is
-    return sorted(repr((t.prompt_ids, t.branches, t.meanings, t.skip, t.index, t.facts)) for t in trees)
+def contents(trees):  # NaN is not equal to itself, its text is
+    return sorted(
+        repr((t.prompt_ids, t.branches, t.meanings, t.skip, t.index, t.facts)) for t in trees
+    )
 
 
 @many
 @given(st.sampled_from(LOADERS), examples(), common, cuts, st.booleans(), st.integers(0, 2))
-def test_steps_do_not_depend_on_processes_budget_or_layout(cls, data, options, how, mismatched, epoch):
+def test_steps_do_not_depend_on_processes_budget_or_layout(
+    cls, data, options, how, mismatched, epoch
+):
     before = copy.deepcopy(data.data)
-    if cls is UnpairedPreferenceDataLoader: options = options | dict(mismatched=mismatched)
+    if cls is UnpairedPreferenceDataLoader:
+        options = options | dict(mismatched=mismatched)
     whole = made(cls, data, options | dict(token_budget=10**9))
-    if whole is None: return
+    if whole is None:
+        return
     ranks = [made(cls, data, options | how | dict(rank=r)) for r in range(how["world"])]
-    for loader in [whole, *ranks]: loader.set_epoch(epoch)
+    for loader in [whole, *ranks]:
+        loader.set_epoch(epoch)
     planned = [list(trees) for trees in whole.plan()]
     for trees, shares in zip(planned, zip(*ranks, strict=True), strict=True):
-        assert contents(trees) == contents(t for s in shares if not s.idle for b in s.batches for t in b.trees)
-        assert {(s.examples, s.targets) for s in shares} == {(len(trees), sum(t.targets for t in trees))}
+        assert contents(trees) == contents(
+            t for s in shares if not s.idle for b in s.batches for t in b.trees
+        )
+        assert {(s.examples, s.targets) for s in shares} == {
+            (len(trees), sum(t.targets for t in trees))
+        }
         for s in shares:
             assert s.branches == Counter(m for t in trees for m in t.meanings)
             for b in s.batches:
                 assert len(b.trees) <= (how["microbatch_size"] or math.inf)
-                assert sum(t.cost(how["layout"]) for t in b.trees) <= how["token_budget"] or len(b.trees) == 1
+                assert (
+                    sum(t.cost(how["layout"]) for t in b.trees) <= how["token_budget"]
+                    or len(b.trees) == 1
+                )
     assert data.data == before, "nothing of the data set is edited"
 
 
@@ -488,43 +936,68 @@ def test_steps_do_not_depend_on_processes_budget_or_layout(cls, data, options, h
 @given(st.sampled_from(LOADERS), examples(), common)
 def test_every_example_once_per_epoch(cls, data, options):
     loader = made(cls, data, options)
-    if loader is None: return
+    if loader is None:
+        return
     sizes = [len(trees) for trees, _ in islice(loader.epochs(), 4)]
     for epoch, (trees, _) in enumerate(islice(loader.epochs(), 4)):
         seen = Counter(t.index[0] for t in trees)
         assert set(seen.values()) == {1}
-        if options["max_prompt_count"] is None: assert set(seen) == set(range(len(loader.items)))
+        if options["max_prompt_count"] is None:
+            assert set(seen) == set(range(len(loader.items)))
         elif cls is not GroupUnpairedPreferenceDataLoader:
             for us in loader.units:
                 taken = [u for u in us if any(i in seen for i in u)]
-                assert len(taken) == min(len(us), options["max_prompt_count"]) and all(i in seen for u in taken for i in u)
+                assert len(taken) == min(len(us), options["max_prompt_count"]) and all(
+                    i in seen for u in taken for i in u
+                )
         loader.set_epoch(epoch)
         steps = list(loader)
-        assert len(steps) == len(loader) and all(s.examples == options["batch_size"] for s in steps[:-1])
+        assert len(steps) == len(loader) and all(
+            s.examples == options["batch_size"] for s in steps[:-1]
+        )
         here = sum(s.examples for s in steps)
         last = options["n_examples"] if options["n_examples"] is not None else math.inf
-        assert here == max(0, min(sum(sizes[:epoch + 1]), last) - max(sum(sizes[:epoch]), options["num_skip"]))
+        assert here == max(
+            0, min(sum(sizes[: epoch + 1]), last) - max(sum(sizes[:epoch]), options["num_skip"])
+        )
     assert loader.num_training_steps(4) == sum(map(len, epochs_of(loader, 4)))
 
 
 @many
 @given(examples(), common, st.integers(1, 3), st.booleans())
 def test_groups_are_whole(data, options, world, trimmed):
-    options = options | dict(num_skip=0, n_examples=None) | ({} if trimmed else dict(max_prompt_count=None))
-    ranks = [made(GroupUnpairedPreferenceDataLoader, data, options | dict(rank=r, world=world)) for r in range(world)]
-    if ranks[0] is None: return
-    trees = [t for loader in ranks for s in loader if not s.idle for b in s.batches for t in b.trees]
+    options = (
+        options
+        | dict(num_skip=0, n_examples=None)
+        | ({} if trimmed else dict(max_prompt_count=None))
+    )
+    ranks = [
+        made(GroupUnpairedPreferenceDataLoader, data, options | dict(rank=r, world=world))
+        for r in range(world)
+    ]
+    if ranks[0] is None:
+        return
+    trees = [
+        t for loader in ranks for s in loader if not s.idle for b in s.batches for t in b.trees
+    ]
     where = [ranks[0].items[t.index[0]].prompt for t in trees]
     assert len(where) == len(set(where)), "a prompt is in one step of one process"
     for p, t in zip(where, trees):
         e = ranks[0].data[p]
         known = [k for k in range(len(e.generations)) if e.known(k)[0] is not None]
-        if not known: continue # then scores are from status, see the golden cases
+        if not known:
+            continue  # then scores are from status, see the golden cases
         filled = [k for k in known if e.generations[k][0]["content"].strip()]
-        assert len(t.branches) == len(filled) if options["max_prompt_count"] is None else 1 <= len(t.branches) <= len(filled)
+        assert (
+            len(t.branches) == len(filled)
+            if options["max_prompt_count"] is None
+            else 1 <= len(t.branches) <= len(filled)
+        )
         scores = [e.scores[k] for k in known]
         want = {(s - fmean(scores)) / (pstdev(scores) + 0.01) for s in scores}
-        assert all(min(abs(a - w) for w in want) < 1e-9 for a in t.facts["advantage"]), "from all scored samples, the empty ones too"
+        assert all(min(abs(a - w) for w in want) < 1e-9 for a in t.facts["advantage"]), (
+            "from all scored samples, the empty ones too"
+        )
 
 
 @many
@@ -532,8 +1005,10 @@ def test_groups_are_whole(data, options, world, trimmed):
 def test_both_layouts_predict_the_same(cls, data, options, merging):
     "Also where the tokenizer merges the end of the prompt with the beginning of an answer, which is then seen but not predicted."
     loader = made(cls, data, options, MERGING if merging else TOK)
-    if loader is None: return
-    if not merging: assert loader.counts["prefix_mismatch"] == 0
+    if loader is None:
+        return
+    if not merging:
+        assert loader.counts["prefix_mismatch"] == 0
     tree, plain = (make_batch(loader.trees, layout, 7) for layout in ("tree", "plain"))
     for b in (tree, plain):
         flat, pos = b.input_ids.flatten(), b.position_ids.flatten()
@@ -541,32 +1016,69 @@ def test_both_layouts_predict_the_same(cls, data, options, merging):
         for t in loader.trees:
             for ids, skip in zip(t.branches, t.skip):
                 mine, whole = b.branch == k, t.prompt_ids + ids
-                assert b.target[mine].tolist() == ids[skip:] and b.column[mine].tolist() == list(range(len(ids) - skip))
-                assert flat[b.predict[mine]].tolist() == whole[len(t.prompt_ids) + skip - 1:-1] and flat[b.last[k]] == whole[-1]
-                assert pos[b.predict[mine]].tolist() == list(range(len(t.prompt_ids) + skip - 1, len(whole) - 1))
+                assert b.target[mine].tolist() == ids[skip:] and b.column[
+                    mine
+                ].tolist() == list(range(len(ids) - skip))
+                assert (
+                    flat[b.predict[mine]].tolist() == whole[len(t.prompt_ids) + skip - 1 : -1]
+                    and flat[b.last[k]] == whole[-1]
+                )
+                assert pos[b.predict[mine]].tolist() == list(
+                    range(len(t.prompt_ids) + skip - 1, len(whole) - 1)
+                )
                 k += 1
-        assert b.mask.sum() == len(b.target) and torch.equal(b.mask.sum(1), torch.tensor([len(i) - s for t in loader.trees for i, s in zip(t.branches, t.skip)]))
-        for name in loader.trees[0].facts: assert len(b.fact(name)) == k == len(b.tree_of)
+        assert b.mask.sum() == len(b.target) and torch.equal(
+            b.mask.sum(1),
+            torch.tensor(
+                [len(i) - s for t in loader.trees for i, s in zip(t.branches, t.skip)]
+            ),
+        )
+        for name in loader.trees[0].facts:
+            assert len(b.fact(name)) == k == len(b.tree_of)
         for m in set(b.meanings):
             part = b.only(m)
-            assert part.layout == b.layout and set(part.meanings) == {m} and len(part.last) == len(b.rows_of(m))
+            assert (
+                part.layout == b.layout
+                and set(part.meanings) == {m}
+                and len(part.last) == len(b.rows_of(m))
+            )
             assert torch.equal(part.target, b.target[torch.isin(b.branch, b.rows_of(m))])
-    assert torch.equal(tree.table(tree.target), plain.table(plain.target)) and torch.equal(tree.tree_of, plain.tree_of)
+    assert torch.equal(tree.table(tree.target), plain.table(plain.target)) and torch.equal(
+        tree.tree_of, plain.tree_of
+    )
 
 
 @many
 @given(examples(), st.floats(0, 1), st.floats(0, 1), st.integers(0, 9))
 def test_shares_of_good_and_bad(data, good, bad, seed):
-    whole, part = (made(UnpairedPreferenceDataLoader, data, dict(seed=seed) | more) for more in ({}, dict(frac_unique_desirable=good, frac_unique_undesirable=bad)))
-    if part is None: return
-    again = made(UnpairedPreferenceDataLoader, data, dict(seed=seed, frac_unique_desirable=good, frac_unique_undesirable=bad, rank=1, world=2))
+    whole, part = (
+        made(UnpairedPreferenceDataLoader, data, dict(seed=seed) | more)
+        for more in ({}, dict(frac_unique_desirable=good, frac_unique_undesirable=bad))
+    )
+    if part is None:
+        return
+    again = made(
+        UnpairedPreferenceDataLoader,
+        data,
+        dict(
+            seed=seed, frac_unique_desirable=good, frac_unique_undesirable=bad, rank=1, world=2
+        ),
+    )
     assert part.items == again.items, "drawn from the seed alone"
     for status, share in (("chosen", good), ("rejected", bad)):
-        unique = {(p, k) for p, e in enumerate(part.data) for u in batching.status_units(e) for k, s in u if s == status}
+        unique = {
+            (p, k)
+            for p, e in enumerate(part.data)
+            for u in batching.status_units(e)
+            for k, s in u
+            if s == status
+        }
         assert len(unique) - part.counts[f"{status}_left_out"] == round(share * len(unique))
         kept = {(i.prompt, *i.answers) for i in part.items if i.meanings == [status]}
         assert len(kept) <= round(share * len(unique))
-        assert [i for i in part.items if i.meanings == [status]] == [i for i in whole.items if i.meanings == [status] and (i.prompt, *i.answers) in kept], "all places of an answer stay or go together"
+        assert [i for i in part.items if i.meanings == [status]] == [
+            i for i in whole.items if i.meanings == [status] and (i.prompt, *i.answers) in kept
+        ], "all places of an answer stay or go together"
 
 
 @many
@@ -574,25 +1086,44 @@ def test_shares_of_good_and_bad(data, good, bad, seed):
 def test_nothing_goes_uncounted(data, options):
     "Every answer, or pair, is trained on, or in a count."
     options = options | dict(max_prompt_count=None)
-    if paired := made(PairedPreferenceDataLoader, data, options): assert len(paired.items) + paired.counts["empty_completions"] == sum(len(e.pairs) for e in data)
-    if sft := made(SFTDataLoader, data, options): assert len(sft.items) + sft.counts["empty_completions"] + sft.counts["no_sft_target"] == len(data)
+    if paired := made(PairedPreferenceDataLoader, data, options):
+        assert len(paired.items) + paired.counts["empty_completions"] == sum(
+            len(e.pairs) for e in data
+        )
+    if sft := made(SFTDataLoader, data, options):
+        assert len(sft.items) + sft.counts["empty_completions"] + sft.counts[
+            "no_sft_target"
+        ] == len(data)
     if group := made(GroupUnpairedPreferenceDataLoader, data, options):
-        assert sum(len(i.answers) for i in group.items) + group.counts["empty_completions"] + group.counts["unscored"] == sum(len(e.generations) for e in data)
+        assert sum(len(i.answers) for i in group.items) + group.counts[
+            "empty_completions"
+        ] + group.counts["unscored"] == sum(len(e.generations) for e in data)
     for cls in (UnpairedPreferenceDataLoader, ConditionalSFTDataLoader):
-        if not (loader := made(cls, data, options)): continue
+        if not (loader := made(cls, data, options)):
+            continue
         labelled = sum(len({k for u in batching.status_units(e) for k, _ in u}) for e in data)
         assert loader.counts["unlabelled"] + labelled == sum(len(e.generations) for e in data)
-        assert len(loader.items) + loader.counts["empty_completions"] == sum(len(u) for e in data for u in batching.status_units(e))
+        assert len(loader.items) + loader.counts["empty_completions"] == sum(
+            len(u) for e in data for u in batching.status_units(e)
+        )
 
 
 @many
 @given(examples(), st.integers(0, 9), st.integers(1, 4))
 def test_mismatched_answers_answer_another_prompt(data, seed, batch_size):
-    loader = made(UnpairedPreferenceDataLoader, data, dict(seed=seed, batch_size=batch_size, mismatched=True))
-    if loader is None: return
+    loader = made(
+        UnpairedPreferenceDataLoader,
+        data,
+        dict(seed=seed, batch_size=batch_size, mismatched=True),
+    )
+    if loader is None:
+        return
     ids = {loader.data[i.prompt].prompt_id for i in loader.items}
     texts = {}
-    for i in loader.items: texts.setdefault(loader.data[i.prompt].prompt_id, set()).add(loader.words(i)[0][0]["content"])
+    for i in loader.items:
+        texts.setdefault(loader.data[i.prompt].prompt_id, set()).add(
+            loader.words(i)[0][0]["content"]
+        )
     for t in chain(*loader.plan()):
         own = loader.data[loader.items[t.index[0]].prompt].prompt_id
         (kl,) = words(t, "KL")
@@ -604,36 +1135,75 @@ def test_mismatched_answers_answer_another_prompt(data, seed, batch_size):
 @given(st.sampled_from(LOADERS), examples(), common, st.booleans(), st.integers(1, 3))
 def test_kept_trees_are_the_planned_ones(cls, data, options, mismatched, epochs):
     "What is written on a kept tree is there in every epoch that uses it; the plan is the same as without."
-    if cls is UnpairedPreferenceDataLoader: options = options | dict(mismatched=mismatched)
+    if cls is UnpairedPreferenceDataLoader:
+        options = options | dict(mismatched=mismatched)
     loader, other = made(cls, data, options), made(cls, data, options)
-    if loader is None: return
+    if loader is None:
+        return
     kept = loader.keep(epochs)
     assert loader.epoch == 0 and len({id(t) for t in kept}) == len(kept)
-    for mine, theirs in zip(epochs_of(loader, epochs + 1), epochs_of(other, epochs + 1), strict=True): assert [contents(s) for s in mine] == [contents(s) for s in theirs]
-    for t in kept: t.reference = [[float(-x) for x in b[s:]] for b, s in zip(t.branches, t.skip)]
+    for mine, theirs in zip(
+        epochs_of(loader, epochs + 1), epochs_of(other, epochs + 1), strict=True
+    ):
+        assert [contents(s) for s in mine] == [contents(s) for s in theirs]
+    for t in kept:
+        t.reference = [[float(-x) for x in b[s:]] for b, s in zip(t.branches, t.skip)]
     for e in range(epochs):
         loader.set_epoch(e)
-        for b in (b for s in loader for b in s.batches): assert torch.equal(b.reference, -b.table(b.target.float()))
+        for b in (b for s in loader for b in s.batches):
+            assert torch.equal(b.reference, -b.table(b.target.float()))
 
 
 @pytest.mark.parametrize("layout", ["tree", "plain"])
 def test_tokens_merged_over_the_end_of_the_prompt_are_not_predicted(layout):
-    tree = make_tree(MERGING, [dict(role="user", content="Q")], ["Yes.", "No."], ["chosen", "rejected"], 99, 50, counts := Counter())
-    whole = [encode(MERGING, [dict(role="user", content="Q"), dict(role="assistant", content=x)]) for x in ("Yes.", "No.")]
-    prompt, b = encode(MERGING, [dict(role="user", content="Q")], generation_prompt=True), make_batch([tree], layout)
-    assert counts["prefix_mismatch"] == 1 and tree.skip == [1, 1] and [tree.prompt_ids + x for x in tree.branches] == whole
+    tree = make_tree(
+        MERGING,
+        [dict(role="user", content="Q")],
+        ["Yes.", "No."],
+        ["chosen", "rejected"],
+        99,
+        50,
+        counts := Counter(),
+    )
+    whole = [
+        encode(MERGING, [dict(role="user", content="Q"), dict(role="assistant", content=x)])
+        for x in ("Yes.", "No.")
+    ]
+    prompt, b = (
+        encode(MERGING, [dict(role="user", content="Q")], generation_prompt=True),
+        make_batch([tree], layout),
+    )
+    assert (
+        counts["prefix_mismatch"] == 1
+        and tree.skip == [1, 1]
+        and [tree.prompt_ids + x for x in tree.branches] == whole
+    )
     for k, ids in enumerate(whole):
         mine = b.branch == k
-        assert b.target[mine].tolist() == ids[len(prompt):] and b.input_ids.flatten()[b.predict[mine]].tolist() == ids[len(prompt) - 1:-1]
-        assert b.position_ids.flatten()[b.predict[mine]].tolist() == list(range(len(prompt) - 1, len(ids) - 1)), "positions go on from the prompt's"
+        assert (
+            b.target[mine].tolist() == ids[len(prompt) :]
+            and b.input_ids.flatten()[b.predict[mine]].tolist() == ids[len(prompt) - 1 : -1]
+        )
+        assert b.position_ids.flatten()[b.predict[mine]].tolist() == list(
+            range(len(prompt) - 1, len(ids) - 1)
+        ), "positions go on from the prompt's"
 
 
 def test_a_run_that_goes_on_takes_the_same_steps():
     data = Dataset("pairs")
-    for i in range(11): data.data[i] = Example([dict(role="user", content=f"Q{i}")], str(i), [[dict(role="assistant", content=x)] for x in ("yes", "no")], pairs=[(0, 1)])
+    for i in range(11):
+        data.data[i] = Example(
+            [dict(role="user", content=f"Q{i}")],
+            str(i),
+            [[dict(role="assistant", content=x)] for x in ("yes", "no")],
+            pairs=[(0, 1)],
+        )
+
     def steps(epoch, **more):
-        loader = PairedPreferenceDataLoader(data, TOK, batch_size=4, seed=3, **more); loader.set_epoch(epoch)
+        loader = PairedPreferenceDataLoader(data, TOK, batch_size=4, seed=3, **more)
+        loader.set_epoch(epoch)
         return [[t.index[0] for t in s] for s in loader.plan()]
+
     whole = steps(0) + steps(1)
     assert [len(s) for s in whole] == [4, 4, 3, 4, 4, 3]
     for done in range(6):
@@ -645,23 +1215,59 @@ def test_a_run_that_goes_on_takes_the_same_steps():
 def test_margins():
     data = Dataset("scored")
     for i, scores in enumerate(([2.0, -1.0], [None, 1.0], [])):
-        data.data[i] = Example([dict(role="user", content=f"Q{i}")], str(i), [[dict(role="assistant", content=x)] for x in ("yes", "no")], scores=scores, pairs=[(0, 1)])
+        data.data[i] = Example(
+            [dict(role="user", content=f"Q{i}")],
+            str(i),
+            [[dict(role="assistant", content=x)] for x in ("yes", "no")],
+            scores=scores,
+            pairs=[(0, 1)],
+        )
     margins = [t.facts["margin"] for t in PairedPreferenceDataLoader(data, TOK).trees]
     assert margins[0] == [3.0, 3.0] and all(math.isnan(m) for m in chain(*margins[1:]))
     del data.data[0]
-    with pytest.raises(ValueError, match="fact 'margin'"): next(iter(PairedPreferenceDataLoader(data, TOK))).batches[0].fact("margin")
+    with pytest.raises(ValueError, match="fact 'margin'"):
+        next(iter(PairedPreferenceDataLoader(data, TOK))).batches[0].fact("margin")
 
 
 def test_options_that_make_no_sense():
-    data = dataset([dict(prompt=[dict(role="user", content="Q")], prompt_id="q", generations=[[dict(role="assistant", content="A")]] * 2, pairs=[(0, 1)])])
-    for cls, options, said in ((PairedPreferenceDataLoader, dict(max_prompt_count=0), "max_prompt_count: 0"), (PairedPreferenceDataLoader, dict(drop="middle", max_prompt_length=5), "drop: 'middle'"),
-                               (UnpairedPreferenceDataLoader, dict(frac_unique_undesirable=-0.1), "frac_unique_undesirable: -0.1"), (SFTDataLoader, {}, "1 no_sft_target")):
-        with pytest.raises(ValueError, match=said): cls(data, TOK, **options)
+    data = dataset(
+        [
+            dict(
+                prompt=[dict(role="user", content="Q")],
+                prompt_id="q",
+                generations=[[dict(role="assistant", content="A")]] * 2,
+                pairs=[(0, 1)],
+            )
+        ]
+    )
+    for cls, options, said in (
+        (PairedPreferenceDataLoader, dict(max_prompt_count=0), "max_prompt_count: 0"),
+        (
+            PairedPreferenceDataLoader,
+            dict(drop="middle", max_prompt_length=5),
+            "drop: 'middle'",
+        ),
+        (
+            UnpairedPreferenceDataLoader,
+            dict(frac_unique_undesirable=-0.1),
+            "frac_unique_undesirable: -0.1",
+        ),
+        (SFTDataLoader, {}, "1 no_sft_target"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cls(data, TOK, **options)
 
 
 def test_samples_of_a_prompt_are_one_tree():
-    samples = [dict(prompt=[dict(role="user", content=f"Q{i % 2}")], output=f"answer {i}") for i in range(5)]
+    samples = [
+        dict(prompt=[dict(role="user", content=f"Q{i % 2}")], output=f"answer {i}")
+        for i in range(5)
+    ]
     trees = trees_from_samples(samples, TOK, 100, 50, Counter())
     assert [t.index for t in trees] == [[0, 2, 4], [1, 3]]
     for t in trees:
-        for i, b in zip(t.index, t.branches): assert t.prompt_ids + b == encode(TOK, samples[i]["prompt"] + [dict(role="assistant", content=samples[i]["output"])])
+        for i, b in zip(t.index, t.branches):
+            assert t.prompt_ids + b == encode(
+                TOK,
+                samples[i]["prompt"] + [dict(role="assistant", content=samples[i]["output"])],
+            )

@@ -1,4 +1,5 @@
 "What a person sees: a real JupyterLab in headless Chromium, notebooks run and opened in it."
+
 import json
 import os
 import re
@@ -11,56 +12,120 @@ from test_notebooks import code_cells, tags
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.browser
 
-FIGURE = ".js-plotly-plot .main-svg" # a plotly figure that is drawn, not only loaded
+FIGURE = ".js-plotly-plot .main-svg"  # a plotly figure that is drawn, not only loaded
 FAILED = "[data-mime-type='application/vnd.jupyter.error']"
 PICTURE = "img[src^='data:image/png']"
 ANSWER = "<b>bold</b> is text, <img src=x onerror='document.title=1'> too"
-PAIR = dict(type="pairwise_feedback", prompt_id="p0", prompt=[dict(role="user", content="Name a warm colour.")], label=1, reward_A=1.5, reward_B=-0.5,
-            reward_difference=2.0, output_A=[dict(role="assistant", content="Red is warm.")], output_B=[dict(role="assistant", content=ANSWER)])
-DONE = "print('all' + 'done')" # so that the text is found in the output, not in the source
+PAIR = dict(
+    type="pairwise_feedback",
+    prompt_id="p0",
+    prompt=[dict(role="user", content="Name a warm colour.")],
+    label=1,
+    reward_A=1.5,
+    reward_B=-0.5,
+    reward_difference=2.0,
+    output_A=[dict(role="assistant", content="Red is warm.")],
+    output_B=[dict(role="assistant", content=ANSWER)],
+)
+DONE = "print('all' + 'done')"  # so that the text is found in the output, not in the source
 
 
 def write_notebook(path, *sources):
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s.splitlines(True), execution_count=None, outputs=[]) for i, s in enumerate(sources)]
-    path.write_text(json.dumps(dict(cells=cells, metadata={"kernelspec": dict(name="python3", display_name="python3", language="python")}, nbformat=4, nbformat_minor=5)))
+    cells = [
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            metadata={},
+            source=s.splitlines(True),
+            execution_count=None,
+            outputs=[],
+        )
+        for i, s in enumerate(sources)
+    ]
+    path.write_text(
+        json.dumps(
+            dict(
+                cells=cells,
+                metadata={
+                    "kernelspec": dict(
+                        name="python3", display_name="python3", language="python"
+                    )
+                },
+                nbformat=4,
+                nbformat_minor=5,
+            )
+        )
+    )
 
 
 def with_parameters(source, target, **values):
     "A copy of a driver with other values in its parameters cell."
     nb = json.loads(source.read_text())
-    nb["cells"].append(dict(cell_type="code", id="last", metadata={}, source=DONE, execution_count=None, outputs=[]))
+    nb["cells"].append(
+        dict(
+            cell_type="code",
+            id="last",
+            metadata={},
+            source=DONE,
+            execution_count=None,
+            outputs=[],
+        )
+    )
     cell = next(c for c in nb["cells"] if "parameters" in tags(c))
     cell["source"] = ["".join(cell["source"]), *(f"\n{k} = {v!r}" for k, v in values.items())]
     target.write_text(json.dumps(nb))
 
 
 def figure_notebook(path):
-    write_notebook(path, "from halos_nb.plots import pairs_table, reward_distributions, setup_display\nsetup_display()",
-                   "reward_distributions({'round 1': [0.1, 0.4, 0.5, 0.7], 'round 2': [0.3, 0.6, 0.8, 0.9]})",
-                   f"pairs_table([{PAIR!r}], 1)", DONE)
+    write_notebook(
+        path,
+        (
+            "from halos_nb.plots import pairs_table, reward_distributions, "
+            "setup_display\nsetup_display()"
+        ),
+        (
+            "reward_distributions({'round 1': [0.1, 0.4, 0.5, 0.7], 'round 2': [0.3, 0.6, "
+            "0.8, 0.9]})"
+        ),
+        f"pairs_table([{PAIR!r}], 1)",
+        DONE,
+    )
 
 
 def open_notebook(page, server, name, idle=True):
     page.goto(server.url(name))
     page.wait_for_selector(".jp-NotebookPanel", timeout=60_000)
-    if idle: wait_idle(page, 60)
+    if idle:
+        wait_idle(page, 60)
 
 
-def wait_idle(page, seconds): # the execution indicator says idle too early; the status bar does not
-    page.wait_for_function("() => /\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.textContent ?? '')", timeout=seconds * 1000)
+def wait_idle(
+    page, seconds
+):  # the execution indicator says idle too early; the status bar does not
+    page.wait_for_function(
+        (
+            "() => /\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.textContent "
+            "?? '')"
+        ),
+        timeout=seconds * 1000,
+    )
 
 
 def run_all(page, seconds=60):
     "Run menu, Run All Cells; until the last cell prints `alldone`, or a cell fails."
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-    failed, done = outputs(page).locator(FAILED), outputs(page).locator(".jp-OutputArea-output", has_text="alldone")
+    failed, done = (
+        outputs(page).locator(FAILED),
+        outputs(page).locator(".jp-OutputArea-output", has_text="alldone"),
+    )
     done.or_(failed).first.wait_for(timeout=seconds * 1000)
     assert failed.count() == 0, "\n".join(failed.all_inner_texts())[-3000:]
     wait_idle(page, seconds)
 
 
-def outputs(page): return page.locator(".jp-NotebookPanel .jp-Cell-outputArea")
+def outputs(page):
+    return page.locator(".jp-NotebookPanel .jp-Cell-outputArea")
 
 
 def box(locator):
@@ -85,19 +150,37 @@ def test_figures_and_pairs_in_a_running_notebook(lab, page, tmp_path):
     figure_notebook(tmp_path / "figures.ipynb")
     open_notebook(page, lab(), "figures.ipynb")
     run_all(page)
-    noise = outputs(page).locator("[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+    noise = (
+        outputs(page)
+        .locator("[data-mime-type='application/vnd.jupyter.stderr']")
+        .all_inner_texts()
+    )
     assert not noise, "\n".join(noise)
     assert_shows_figure_and_pairs(page)
-    outputs(page).locator(f"{FIGURE}, {PICTURE}").first.hover(force=True) # JupyterLab shows the picture until the pointer comes: then the figure is live
+    # JupyterLab shows the picture until the pointer comes: then the figure is live
+    outputs(page).locator(f"{FIGURE}, {PICTURE}").first.hover(force=True)
     width, height = box(outputs(page).locator(FIGURE).first)
     assert width > 300 and height > 150
 
 
 def test_executed_notebook_opens_without_a_kernel(lab, page, tmp_path):
     figure_notebook(tmp_path / "in.ipynb")
-    subprocess.run(["papermill", "in.ipynb", "executed.ipynb", "--no-progress-bar"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    data = [d for c in code_cells(tmp_path / "executed.ipynb") for o in c["outputs"] if "application/vnd.plotly.v1+json" in (d := o.get("data", {}))]
-    assert len(data) == 1 and "image/png" in data[0], "the figure is saved for JupyterLab, and as a picture for everything else"
+    subprocess.run(
+        ["papermill", "in.ipynb", "executed.ipynb", "--no-progress-bar"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    data = [
+        d
+        for c in code_cells(tmp_path / "executed.ipynb")
+        for o in c["outputs"]
+        if "application/vnd.plotly.v1+json" in (d := o.get("data", {}))
+    ]
+    assert len(data) == 1 and "image/png" in data[0], (
+        "the figure is saved for JupyterLab, and as a picture for everything else"
+    )
     assert (tmp_path / "executed.ipynb").stat().st_size < 500_000
     open_notebook(page, lab(kernels=False), "executed.ipynb", idle=False)
     dialog = page.locator(".jp-Dialog button", has_text=re.compile("^No Kernel$"))
@@ -105,7 +188,7 @@ def test_executed_notebook_opens_without_a_kernel(lab, page, tmp_path):
     assert_shows_figure_and_pairs(page)
 
 
-DRIVERS = { # small enough for a test: two rounds of eight prompts
+DRIVERS = {  # small enough for a test: two rounds of eight prompts
     "online_loop": dict(run_name="lab", total_prompts=16, prompts_per_round=8),
 }
 

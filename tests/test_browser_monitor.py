@@ -1,4 +1,5 @@
 "The monitor, the comparer and the report page, as a person sees them: real JupyterLab, real Chromium, real jobs."
+
 import json
 import re
 import subprocess
@@ -12,21 +13,41 @@ from test_launch import alive
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.browser
-XSS = ["<script>window.hit=1</script>", "<img src=x onerror='window.hit=1'>", "<details open ontoggle='window.hit=1'><summary>s</summary></details>", "![x](http://203.0.113.7/a.png)",
-       "<iframe srcdoc='<script>parent.hit=1</script>'></iframe>", "</textarea><script>window.hit=1</script>", "<svg/onload=window.hit=1>", "[x](javascript:window.hit=1)", "</script><script>window.hit=1</script>"]
+XSS = [
+    "<script>window.hit=1</script>",
+    "<img src=x onerror='window.hit=1'>",
+    "<details open ontoggle='window.hit=1'><summary>s</summary></details>",
+    "![x](http://203.0.113.7/a.png)",
+    "<iframe srcdoc='<script>parent.hit=1</script>'></iframe>",
+    "</textarea><script>window.hit=1</script>",
+    "<svg/onload=window.hit=1>",
+    "[x](javascript:window.hit=1)",
+    "</script><script>window.hit=1</script>",
+]
 
 
 @pytest.fixture
 def quiet(page):
     "The page; at the end of the test nothing of a run has been executed, nothing was asked of another machine and the console holds no error."
-    page.goto("about:blank") # an earlier test's page asks for its server, which is gone
+    page.goto("about:blank")  # an earlier test's page asks for its server, which is gone
     errors, asked = [], []
-    said = lambda m: errors.append(f"{m.text} ({m.location.get('url', '')})") if m.type == "error" else None
+    said = lambda m: (
+        errors.append(f"{m.text} ({m.location.get('url', '')})") if m.type == "error" else None
+    )
     failed, request = lambda e: errors.append(str(e)), lambda r: asked.append(r.url)
-    page.on("console", said); page.on("pageerror", failed); page.on("request", request)
+    page.on("console", said)
+    page.on("pageerror", failed)
+    page.on("request", request)
     yield page
-    for name, f in (("console", said), ("pageerror", failed), ("request", request)): page.remove_listener(name, f)
-    outside = [u for u in asked if not re.match(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|file:///|about:", u)]
+    for name, f in (("console", said), ("pageerror", failed), ("request", request)):
+        page.remove_listener(name, f)
+    outside = [
+        u
+        for u in asked
+        if not re.match(
+            r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|file:///|about:", u
+        )
+    ]
     assert not outside, outside
     assert page.evaluate("window.hit") is None, "something a model wrote was executed"
     assert not errors, "\n".join(errors)
@@ -69,15 +90,26 @@ def test_stop_a_real_job_in_its_own_notebook(lab, quiet, tmp_path, monkeypatch):
     open_notebook(page, lab(), "training.ipynb")
     press_run_all(page)
     panel = outputs(page).locator(".halos-monitor")
-    panel.locator(".text", has_text=re.compile(r"\d+/1000 steps .* left")).wait_for(timeout=120_000)
+    panel.locator(".text", has_text=re.compile(r"\d+/1000 steps .* left")).wait_for(
+        timeout=120_000
+    )
     assert panel.locator(".badge").inner_text() == "running"
     panel.locator("svg").nth(3).wait_for(timeout=30_000)
     before = panel.locator("svg").first.get_attribute("aria-label")
-    page.wait_for_function("b => document.querySelector('.halos-monitor svg').getAttribute('aria-label') !== b", arg=before, timeout=30_000) # the curve goes on
+    # the curve goes on
+    page.wait_for_function(
+        "b => document.querySelector('.halos-monitor svg').getAttribute('aria-label') !== b",
+        arg=before,
+        timeout=30_000,
+    )
     took = press_stop(panel, run)
     assert took < 2, f"{took:.2f} s"
-    outputs(page).locator(".jp-OutputArea-output", has_text="Stopped: monitored, training").wait_for(timeout=30_000)
-    assert "Traceback" not in " ".join(outputs(page).all_inner_texts()) and "alldone" not in " ".join(outputs(page).all_inner_texts())
+    outputs(page).locator(
+        ".jp-OutputArea-output", has_text="Stopped: monitored, training"
+    ).wait_for(timeout=30_000)
+    assert "Traceback" not in " ".join(
+        outputs(page).all_inner_texts()
+    ) and "alldone" not in " ".join(outputs(page).all_inner_texts())
     panel.locator(".badge", has_text="stopped").wait_for(timeout=10_000)
     assert json.loads((run / "dpo/train.status.json").read_text())["stopped"] is True
     assert panel.locator("button").is_disabled()
@@ -88,7 +120,8 @@ def press_stop(panel, run):
     assert alive(run)
     start = time.monotonic()
     panel.locator("button").click()
-    while alive(run) and time.monotonic() < start + 20: time.sleep(0.02)
+    while alive(run) and time.monotonic() < start + 20:
+        time.sleep(0.02)
     took = time.monotonic() - start
     print(f"no process of the run is left {took:.2f} s after Stop was pressed")
     return took
@@ -98,23 +131,46 @@ def test_attach_from_another_kernel(lab, quiet, tmp_path, monkeypatch):
     "The run goes on in a script; its monitor's kernel is restarted, attaches again, and stops it."
     monkeypatch.setenv("HALOS_NB_RUNS_DIR", str(tmp_path / "runs"))
     page, run = quiet, tmp_path / "runs/monitored"
-    script = subprocess.Popen([sys.executable, "-c", TRAINING + "with Ledger(run, Profile()) as ledger: ledger.run(stage, 'training')"], stderr=subprocess.PIPE, text=True)
+    script = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            TRAINING + "with Ledger(run, Profile()) as ledger: ledger.run(stage, 'training')",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
-        write_notebook(tmp_path / "watch.ipynb", "import os\nfrom halos_nb.monitor import RunMonitor\nRunMonitor(os.environ['HALOS_NB_RUNS_DIR'] + '/monitored').show()", DONE)
+        write_notebook(
+            tmp_path / "watch.ipynb",
+            (
+                "import os\nfrom halos_nb.monitor import "
+                "RunMonitor\nRunMonitor(os.environ['HALOS_NB_RUNS_DIR'] + "
+                "'/monitored').show()"
+            ),
+            DONE,
+        )
         open_notebook(page, lab(), "watch.ipynb")
         for _ in range(2):
             run_all(page)
             panel = outputs(page).locator(".halos-monitor")
-            panel.locator(".text", has_text=re.compile(r"\d+/1000 steps")).wait_for(timeout=120_000)
+            panel.locator(".text", has_text=re.compile(r"\d+/1000 steps")).wait_for(
+                timeout=120_000
+            )
             if _ == 0:
                 page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Kernel$")).click()
-                page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Restart Kernel and Clear Outputs")).click()
+                page.locator(
+                    ".lm-Menu-itemLabel",
+                    has_text=re.compile("^Restart Kernel and Clear Outputs"),
+                ).click()
                 page.locator(".jp-Dialog button.jp-mod-accept").click()
                 wait_idle(page, 60)
         assert press_stop(panel, run) < 2
         panel.locator(".badge", has_text="stopped").wait_for(timeout=10_000)
-        assert "killed by SIGTERM" in script.communicate(timeout=20)[1] # the script's own loop ended too
-    finally: script.kill()
+        # the script's own loop ended too
+        assert "killed by SIGTERM" in script.communicate(timeout=20)[1]
+    finally:
+        script.kill()
 
 
 def test_what_a_stage_says_is_text(lab, quiet, tmp_path):
@@ -123,11 +179,33 @@ def test_what_a_stage_says_is_text(lab, quiet, tmp_path):
     (run / "round-1").mkdir(parents=True)
     (run / "round-1/train.log").write_text("\n".join(XSS) + "\n")
     (run / "round-1/train.status.json").write_text(json.dumps(dict(exit=1, stopped=False)))
-    (run / "round-1/train.progress.jsonl").write_text(json.dumps(dict(label=XSS[0], done=1, total=2, unit=XSS[2], rate=1.0, seconds=1.0)) + "\n")
-    (run / "round-1/metrics.jsonl").write_text("".join(json.dumps(dict(step=i, loss=x)) + "\n" for i, x in enumerate([0.7, None, 0.6], 1)))
-    (run / "round-1/train.config.json").write_text(json.dumps(dict(metrics_file=str(run / "round-1/metrics.jsonl"))))
-    (run / "ledger.jsonl").write_text(json.dumps(dict(event="run", time=1.0)) + "\n" + json.dumps(dict(event="started", time=2.0, stage="train", round=1, folder="round-1")) + "\n")
-    write_notebook(tmp_path / "hostile.ipynb", f"from halos_nb.monitor import RunMonitor\nRunMonitor({str(run)!r}).show()\nRunMonitor({str(run)!r}, mode='static').show()", DONE)
+    (run / "round-1/train.progress.jsonl").write_text(
+        json.dumps(dict(label=XSS[0], done=1, total=2, unit=XSS[2], rate=1.0, seconds=1.0))
+        + "\n"
+    )
+    (run / "round-1/metrics.jsonl").write_text(
+        "".join(
+            json.dumps(dict(step=i, loss=x)) + "\n" for i, x in enumerate([0.7, None, 0.6], 1)
+        )
+    )
+    (run / "round-1/train.config.json").write_text(
+        json.dumps(dict(metrics_file=str(run / "round-1/metrics.jsonl")))
+    )
+    (run / "ledger.jsonl").write_text(
+        json.dumps(dict(event="run", time=1.0))
+        + "\n"
+        + json.dumps(dict(event="started", time=2.0, stage="train", round=1, folder="round-1"))
+        + "\n"
+    )
+    write_notebook(
+        tmp_path / "hostile.ipynb",
+        (
+            "from halos_nb.monitor import "
+            f"RunMonitor\nRunMonitor({str(run)!r}).show()\nRunMonitor({str(run)!r}, "
+            "mode='static').show()"
+        ),
+        DONE,
+    )
     open_notebook(page := quiet, lab(), "hostile.ipynb")
     run_all(page)
     panel = outputs(page).locator(".halos-monitor")
@@ -136,7 +214,8 @@ def test_what_a_stage_says_is_text(lab, quiet, tmp_path):
     static = outputs(page).locator("div.tex2jax_ignore")
     static.locator("summary").click()
     assert static.locator("pre").inner_text() == "\n".join(XSS)
-    for where in (panel, static): assert where.locator("script, img, iframe, textarea, svg[onload], a").count() == 0
+    for where in (panel, static):
+        assert where.locator("script, img, iframe, textarea, svg[onload], a").count() == 0
     page.wait_for_timeout(500)
 
 
@@ -150,25 +229,99 @@ def hostile_runs(tmp_path):
         for n, folder in enumerate(["round-1", "final"]):
             run = tmp_path / "runs" / name
             (run / folder).mkdir(parents=True)
-            samples = [dict(prompt_id=f"p{i}", sample_id=k, prompt=[dict(role="user", content=XSS[i])], output=XSS[(i + k + r) % len(XSS)], policy_logps=-3.0 + n, reference_logps=-3.0, type="sample") for i in range(len(XSS)) for k in (0, 1)]
+            samples = [
+                dict(
+                    prompt_id=f"p{i}",
+                    sample_id=k,
+                    prompt=[dict(role="user", content=XSS[i])],
+                    output=XSS[(i + k + r) % len(XSS)],
+                    policy_logps=-3.0 + n,
+                    reference_logps=-3.0,
+                    type="sample",
+                )
+                for i in range(len(XSS))
+                for k in (0, 1)
+            ]
             (run / folder / "samples.json").write_text(json.dumps(samples))
-            (run / folder / "feedback.labels.jsonl").write_text("".join(json.dumps(dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], score=n + 0.1 * s["sample_id"])) + "\n" for s in samples))
-            (run / folder / "feedback.counts.json").write_text(json.dumps(dict(prompts=9, samples=18, unscored=0)))
-            pairs = [dict(prompt_id=f"p{i}", prompt=samples[2 * i]["prompt"], output_A=[dict(role="assistant", content=XSS[i])], output_B=[dict(role="assistant", content=XSS[-i])], label=1, reward_A=1.0, reward_B=0.1 * i, reward_difference=1 - 0.1 * i) for i in range(len(XSS))]
+            (run / folder / "feedback.labels.jsonl").write_text(
+                "".join(
+                    json.dumps(
+                        dict(
+                            prompt_id=s["prompt_id"],
+                            sample_id=s["sample_id"],
+                            score=n + 0.1 * s["sample_id"],
+                        )
+                    )
+                    + "\n"
+                    for s in samples
+                )
+            )
+            (run / folder / "feedback.counts.json").write_text(
+                json.dumps(dict(prompts=9, samples=18, unscored=0))
+            )
+            pairs = [
+                dict(
+                    prompt_id=f"p{i}",
+                    prompt=samples[2 * i]["prompt"],
+                    output_A=[dict(role="assistant", content=XSS[i])],
+                    output_B=[dict(role="assistant", content=XSS[-i])],
+                    label=1,
+                    reward_A=1.0,
+                    reward_B=0.1 * i,
+                    reward_difference=1 - 0.1 * i,
+                )
+                for i in range(len(XSS))
+            ]
             (run / folder / "feedback.json").write_text(json.dumps(pairs if not n else []))
-            (run / folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n')
-            with open(run / "ledger.jsonl", "a") as f: f.writelines(json.dumps(dict(event="finished", time=1.0 + n, stage=s, folder=folder, seconds=1.0, why=XSS[1])) + "\n" for s in ("sample", "label", "train")[:3 - n])
-        (run / "params.json").write_text(json.dumps(dict(parameters=dict(run_name=name, note=XSS[r], total_prompts=9, prompts_per_round=9), ended=XSS[2])))
+            (run / folder / "metrics.jsonl").write_text(
+                '{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n'
+            )
+            with open(run / "ledger.jsonl", "a") as f:
+                f.writelines(
+                    json.dumps(
+                        dict(
+                            event="finished",
+                            time=1.0 + n,
+                            stage=s,
+                            folder=folder,
+                            seconds=1.0,
+                            why=XSS[1],
+                        )
+                    )
+                    + "\n"
+                    for s in ("sample", "label", "train")[: 3 - n]
+                )
+        (run / "params.json").write_text(
+            json.dumps(
+                dict(
+                    parameters=dict(
+                        run_name=name, note=XSS[r], total_prompts=9, prompts_per_round=9
+                    ),
+                    ended=XSS[2],
+                )
+            )
+        )
     return tmp_path / "runs"
 
 
 def everything_is_text(where):
-    assert where.locator("script, img:not([src^='data:image/png']), iframe, textarea, svg[onload], details[ontoggle], a[href^='javascript']").count() == 0
+    assert (
+        where.locator(
+            "script, img:not([src^='data:image/png']), iframe, textarea, svg[onload], "
+            "details[ontoggle], a[href^='javascript']"
+        ).count()
+        == 0
+    )
 
 
 def test_report_opens_offline_and_runs_nothing_it_was_not_given(quiet, hostile_runs):
     from halos_nb.page import report
-    quiet.goto(report(hostile_runs / "one", truth=lambda prompt, output: float(len(output) % 3), best=2.0).as_uri())
+
+    quiet.goto(
+        report(
+            hostile_runs / "one", truth=lambda prompt, output: float(len(output) % 3), best=2.0
+        ).as_uri()
+    )
     figures = quiet.locator("[data-figure]")
     assert figures.count() >= 10
     for i in range(figures.count()):
@@ -176,15 +329,34 @@ def test_report_opens_offline_and_runs_nothing_it_was_not_given(quiet, hostile_r
         figures.nth(i).locator(".main-svg").first.wait_for(timeout=30_000)
         assert figures.nth(i).get_attribute("aria-label")
     everything_is_text(quiet.locator("body > :not(script)"))
-    for d in quiet.locator("details").all(): d.evaluate("d => { d.open = false; d.open = true }") # ontoggle would fire now
+    # ontoggle would fire now
+    for d in quiet.locator("details").all():
+        d.evaluate("d => { d.open = false; d.open = true }")
     quiet.locator("input[data-filters=pairs]").fill("srcdoc")
     left = quiet.locator("#pairs details:visible").count()
-    assert 0 < left < len(XSS) and quiet.locator("#pairs details:visible").first.inner_text().count("srcdoc") and quiet.locator("output").first.inner_text() == f"{left} of {len(XSS)}"
-    assert quiet.locator(".modebar-btn[data-title*='hare'], .modebar-btn[data-title*='loud']").count() == 0
-    paper = lambda: quiet.locator("[data-figure] .main-svg").first.evaluate("s => getComputedStyle(s).backgroundColor")
+    assert (
+        0 < left < len(XSS)
+        and quiet.locator("#pairs details:visible").first.inner_text().count("srcdoc")
+        and quiet.locator("output").first.inner_text() == f"{left} of {len(XSS)}"
+    )
+    assert (
+        quiet.locator(
+            ".modebar-btn[data-title*='hare'], .modebar-btn[data-title*='loud']"
+        ).count()
+        == 0
+    )
+    paper = lambda: quiet.locator("[data-figure] .main-svg").first.evaluate(
+        "s => getComputedStyle(s).backgroundColor"
+    )
     light = paper()
     quiet.emulate_media(color_scheme="dark")
-    quiet.wait_for_function("c => getComputedStyle(document.querySelector('[data-figure] .main-svg')).backgroundColor !== c", arg=light)
+    quiet.wait_for_function(
+        (
+            "c => getComputedStyle(document.querySelector('[data-figure] "
+            ".main-svg')).backgroundColor !== c"
+        ),
+        arg=light,
+    )
     assert (light, paper()) == ("rgb(255, 255, 255)", "rgb(13, 17, 23)")
     quiet.emulate_media(color_scheme="light")
 
@@ -192,21 +364,43 @@ def test_report_opens_offline_and_runs_nothing_it_was_not_given(quiet, hostile_r
 def test_report_would_hold_even_if_a_text_came_through(page, hostile_runs):
     "The second lock: its policy lets nothing be asked of anybody, and no script run that it was not given."
     from halos_nb.page import report
+
     page.goto(report(hostile_runs / "one").as_uri())
-    assert page.evaluate("async () => { try { await fetch('http://127.0.0.1:9/x'); return 'sent' } catch { return 'refused' } }") == "refused"
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', `<img src=x onerror='window.hit=1'><details open ontoggle='window.hit=1'>x</details><iframe srcdoc='<script>parent.hit=1</script>'></iframe>`)")
-    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hit=1'}))")
+    assert (
+        page.evaluate(
+            "async () => { try { await fetch('http://127.0.0.1:9/x'); return 'sent' } "
+            "catch { return 'refused' } }"
+        )
+        == "refused"
+    )
+    page.evaluate(
+        "document.body.insertAdjacentHTML('beforeend', `<img src=x "
+        "onerror='window.hit=1'><details open ontoggle='window.hit=1'>x</details><iframe "
+        "srcdoc='<script>parent.hit=1</script>'></iframe>`)"
+    )
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), "
+        "{textContent: 'window.hit=1'}))"
+    )
     page.wait_for_timeout(500)
     assert page.evaluate("window.hit") is None
 
 
 def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
-    write_notebook(tmp_path / "compare.ipynb", f"from halos_nb.compare import RunComparer\nRunComparer({str(hostile_runs)!r}).show()", f"RunComparer({str(hostile_runs)!r}, mode='static').show()", DONE)
+    write_notebook(
+        tmp_path / "compare.ipynb",
+        f"from halos_nb.compare import RunComparer\nRunComparer({str(hostile_runs)!r}).show()",
+        f"RunComparer({str(hostile_runs)!r}, mode='static').show()",
+        DONE,
+    )
     open_notebook(page := quiet, lab(), "compare.ipynb")
     run_all(page)
     live = outputs(page).nth(0)
     live.locator("select").nth(1).wait_for(timeout=30_000)
-    assert "only parameters that differ" in live.inner_text() and "total_prompts" not in live.inner_text()
+    assert (
+        "only parameters that differ" in live.inner_text()
+        and "total_prompts" not in live.inner_text()
+    )
     live.locator("input[type=checkbox]").uncheck()
     live.locator("th", has_text="total_prompts").wait_for(timeout=10_000)
     for i in range(3):
@@ -214,6 +408,9 @@ def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
         live.locator("pre").first.wait_for()
         page.wait_for_timeout(300)
         shown = live.locator("pre").first.inner_text().strip()
-        assert shown in XSS and live.locator("select").nth(1).locator("option").nth(i).inner_text().replace("\xa0", " ").endswith(shown[:100])
+        assert shown in XSS and live.locator("select").nth(1).locator("option").nth(
+            i
+        ).inner_text().replace("\xa0", " ").endswith(shown[:100])
     assert live.locator("ins").count() > 0
-    for where in (live, outputs(page).nth(1)): everything_is_text(where)
+    for where in (live, outputs(page).nth(1)):
+        everything_is_text(where)

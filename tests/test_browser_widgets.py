@@ -1,4 +1,5 @@
 "What a person sees and does: pairs to look through and to label by hand, in a real JupyterLab in headless Chromium."
+
 import json
 import os
 import re
@@ -7,14 +8,23 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from test_browser import DONE, FAILED, ROOT, open_notebook, outputs, run_all, with_parameters, write_notebook
+from test_browser import (
+    DONE,
+    FAILED,
+    ROOT,
+    open_notebook,
+    outputs,
+    run_all,
+    with_parameters,
+    write_notebook,
+)
 from test_widgets import HOSTILE, make_round, make_run
 
 from halos_nb.plots import visible
 from halos_nb.records import as_text, read_records, write_records
 from halos_nb.widgets import pick, read_pairs
 
-shots = os.environ.get("SHOTS") # a folder for pictures of the widgets
+shots = os.environ.get("SHOTS")  # a folder for pictures of the widgets
 pytestmark = pytest.mark.browser
 BROWSE = "from halos_nb.widgets import browse_pairs\nbrowser = browse_pairs({!r})\nbrowser"
 
@@ -23,33 +33,65 @@ BROWSE = "from halos_nb.widgets import browse_pairs\nbrowser = browse_pairs({!r}
 def watched(page):
     "The page; a console error, an exception, a dialog or a request that leaves this machine fails the test."
     seen = []
+
     def request(r):
-        if urlparse(r.url).scheme in ("http", "https", "ws", "wss") and urlparse(r.url).hostname != "127.0.0.1": seen.append(f"request: {r.url}")
+        if (
+            urlparse(r.url).scheme in ("http", "https", "ws", "wss")
+            and urlparse(r.url).hostname != "127.0.0.1"
+        ):
+            seen.append(f"request: {r.url}")
+
     def console(m):
-        if m.type == "error": seen.append(f"console: {m.text} {m.location}")
+        if m.type == "error":
+            seen.append(f"console: {m.text} {m.location}")
+
     def dialog(d):
-        if d.type != "beforeunload": seen.append(f"dialog: {d.message}")
+        if d.type != "beforeunload":
+            seen.append(f"dialog: {d.message}")
         d.accept()
-    def error(e): seen.append(f"exception: {e}")
-    page.goto("about:blank") # the page of the test before would miss its server
+
+    def error(e):
+        seen.append(f"exception: {e}")
+
+    page.goto("about:blank")  # the page of the test before would miss its server
     handlers = dict(request=request, console=console, dialog=dialog, pageerror=error)
-    for name, handler in handlers.items(): page.on(name, handler)
+    for name, handler in handlers.items():
+        page.on(name, handler)
     yield page
     title = page.title()
     page.goto("about:blank")
-    for name, handler in handlers.items(): page.remove_listener(name, handler)
+    for name, handler in handlers.items():
+        page.remove_listener(name, handler)
     assert not seen, "\n".join(seen)
     assert title != "ran", "a text was run"
 
 
-def widget(page): return outputs(page).locator(".hnb")
-def cells(page): return page.locator(".jp-NotebookPanel .jp-Cell").count()
-def kept(page): return int(widget(page).get_attribute("data-kept"))
-def here(page): return int(page.locator(".hnb .detail").get_attribute("data-i"))
+def widget(page):
+    return outputs(page).locator(".hnb")
 
 
-def wait_kept(page, n): page.wait_for_function(f"document.querySelector('.hnb')?.dataset.kept === '{n}'", timeout=20_000)
-def wait_here(page, i): page.wait_for_function(f"document.querySelector('.hnb .detail')?.dataset.i === '{i}'", timeout=20_000)
+def cells(page):
+    return page.locator(".jp-NotebookPanel .jp-Cell").count()
+
+
+def kept(page):
+    return int(widget(page).get_attribute("data-kept"))
+
+
+def here(page):
+    return int(page.locator(".hnb .detail").get_attribute("data-i"))
+
+
+def wait_kept(page, n):
+    page.wait_for_function(
+        f"document.querySelector('.hnb')?.dataset.kept === '{n}'", timeout=20_000
+    )
+
+
+def wait_here(page, i):
+    page.wait_for_function(
+        f"document.querySelector('.hnb .detail')?.dataset.i === '{i}'", timeout=20_000
+    )
 
 
 def sides(page):
@@ -71,17 +113,23 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     assert kept(page) == len(pairs) == 32 and here(page) == 0
     assert sides(page) == {s: as_text(pairs.records[0][f"output_{s}"]) for s in "AB"}
 
-    canvas = page.locator(".hnb canvas") # a point of the scatter: the pair with the widest margin stands alone
+    # a point of the scatter: the pair with the widest margin stands alone
+    canvas = page.locator(".hnb canvas")
     far = int(pick(pairs, sort="margin", down=True)[0])
     x, y = canvas.evaluate(f"c => c.place({far})")
     canvas.click(position=dict(x=x, y=y))
     wait_here(page, far)
     assert sides(page) == {s: as_text(pairs.records[far][f"output_{s}"]) for s in "AB"}
 
-    before = cells(page) # the keyboard is the widget's: b and d d are JupyterLab's keys for a new cell and for deleting one
-    for key in ("b", "d"): page.keyboard.press(key)
+    # the keyboard is the widget's: b and d d are JupyterLab's keys for a new cell and for
+    # deleting one
+    before = cells(page)
+    for key in ("b", "d"):
+        page.keyboard.press(key)
     assert cells(page) == before
-    assert page.locator(".hnb del").count() and page.locator(".hnb ins").count(), "the words that differ are marked"
+    assert page.locator(".hnb del").count() and page.locator(".hnb ins").count(), (
+        "the words that differ are marked"
+    )
     page.keyboard.press("j")
     wait_here(page, far + 1)
     page.keyboard.press("f")
@@ -89,9 +137,13 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     page.keyboard.press("k")
     wait_here(page, far)
 
-    page.locator(".hnb .detail button", has_text="round-3").click() # the same prompt in another round
+    # the same prompt in another round
+    page.locator(".hnb .detail button", has_text="round-3").click()
     page.wait_for_function(f"document.querySelector('.hnb .detail').dataset.i !== '{far}'")
-    assert pairs.rounds[here(page)] == "round-3" and pairs.records[here(page)]["prompt_id"] == pairs.records[far]["prompt_id"]
+    assert (
+        pairs.rounds[here(page)] == "round-3"
+        and pairs.records[here(page)]["prompt_id"] == pairs.records[far]["prompt_id"]
+    )
 
     page.locator(".hnb select[name=round]").select_option("round-2")
     page.locator(".hnb input[name=low]").fill("1")
@@ -101,69 +153,123 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     wait_here(page, int(expected[0]))
     page.locator(".hnb button.export").click()
     page.locator(".hnb .status", has_text="written to").wait_for()
-    assert read_records(tmp_path / "run/selection.json", "pairwise_feedback") == [pairs.records[i] for i in expected]
+    assert read_records(tmp_path / "run/selection.json", "pairwise_feedback") == [
+        pairs.records[i] for i in expected
+    ]
 
-    page.locator(".hnb button", has_text="clear").click() # a bar of the histogram: its pairs
+    page.locator(".hnb button", has_text="clear").click()  # a bar of the histogram: its pairs
     wait_kept(page, 32)
     page.locator(".hnb select[name=picture]").select_option("margins")
     at = int(pick(pairs, sort="near", down=True)[0])
     x, y = canvas.evaluate(f"c => c.place({at})")
     canvas.click(position=dict(x=x - 1, y=y))
     page.wait_for_function("document.querySelector('.hnb').dataset.kept < 32", timeout=10_000)
-    low, high = (float(page.locator(f".hnb input[name={n}]").input_value()) for n in ("low", "high"))
-    assert kept(page) == len(pick(pairs, margin=(low, high))) > 0 and low <= pairs.columns["margin"][at] <= high + 1e-6
+    low, high = (
+        float(page.locator(f".hnb input[name={n}]").input_value()) for n in ("low", "high")
+    )
+    assert (
+        kept(page) == len(pick(pairs, margin=(low, high))) > 0
+        and low <= pairs.columns["margin"][at] <= high + 1e-6
+    )
 
     page.locator(".hnb button", has_text="clear").click()
     page.locator(".hnb input[name=text]").fill("prompt 3 of ROUND-1")
     wait_kept(page, 1)
     page.locator(".hnb input[name=mark]").fill("answer \\d")
     page.locator(".hnb mark").first.wait_for()
-    if shots: page.locator(".hnb").screenshot(path=f"{shots}/browser.png")
+    if shots:
+        page.locator(".hnb").screenshot(path=f"{shots}/browser.png")
     assert page.locator(".hnb mark").all_inner_texts()[0].startswith("Answer ")
-    assert {f.name for f in (tmp_path / "run").glob("flags.jsonl")} and read_pairs(tmp_path / "run").flags == {far + 1}
+    assert {f.name for f in (tmp_path / "run").glob("flags.jsonl")} and read_pairs(
+        tmp_path / "run"
+    ).flags == {far + 1}
 
 
 def test_hostile_text_is_text_in_the_pair_browser(lab, watched, tmp_path):
     page = watched
-    for k, text in enumerate(HOSTILE, 1): make_round(tmp_path / f"run/round-{k}", 1, prompt=text.replace("{", "").replace("}", ""), output=text)
+    for k, text in enumerate(HOSTILE, 1):
+        make_round(
+            tmp_path / f"run/round-{k}",
+            1,
+            prompt=text.replace("{", "").replace("}", ""),
+            output=text,
+        )
     labels = tmp_path / "run/round-1/feedback.labels.jsonl"
     labels.write_text(labels.read_text().replace("rm:small", "rm:" + HOSTILE[1]))
     open_browser(page, lab, tmp_path)
     pairs = read_pairs(tmp_path / "run")
     for i in range(len(pairs)):
         wait_here(page, i)
-        for key in "dd": page.keyboard.press(key) # drawn with differences, and plain again
+        for key in "dd":
+            page.keyboard.press(key)  # drawn with differences, and plain again
         page.locator(".hnb").evaluate("r => r.focus()")
         page.keyboard.press("j")
-    assert page.locator(".hnb .detail img, .hnb .detail script, .hnb .detail iframe, .hnb svg").count() == 0
+    assert (
+        page.locator(
+            ".hnb .detail img, .hnb .detail script, .hnb .detail iframe, .hnb svg"
+        ).count()
+        == 0
+    )
     assert page.title() != "ran"
 
 
-def wait_time(page, name): return page.evaluate(f"async () => {{ while (!window.times[{name!r}]) await new Promise(r => setTimeout(r, 5)); return window.times[{name!r}] }}")
+def wait_time(page, name):
+    return page.evaluate(
+        f"async () => {{ while (!window.times[{name!r}]) await new Promise(r => "
+        f"setTimeout(r, 5)); return window.times[{name!r}] }}"
+    )
 
 
 def test_many_pairs_are_quick(lab, watched, tmp_path):
     "20,000 pairs: open in 2 s after the import, a filter in 0.3 s, a notebook under 3 MB; longer where more than one process wants a core."
     page = watched
-    make_round(tmp_path / "run/round-1", 20_000, output="Answer {} to {}. " + "Some words that make it as long as answers are. " * 8, samples=2)
-    write_notebook(tmp_path / "browse.ipynb", "import halos_nb.widgets", "import time\nprint('began', time.time())\n" + BROWSE.format("run"), DONE)
+    make_round(
+        tmp_path / "run/round-1",
+        20_000,
+        output="Answer {} to {}. " + "Some words that make it as long as answers are. " * 8,
+        samples=2,
+    )
+    write_notebook(
+        tmp_path / "browse.ipynb",
+        "import halos_nb.widgets",
+        "import time\nprint('began', time.time())\n" + BROWSE.format("run"),
+        DONE,
+    )
     open_notebook(page, lab(), "browse.ipynb")
     page.evaluate("""() => { window.times = {}; new MutationObserver(() => { const w = document.querySelector('.hnb');
         if (w?.querySelector('.detail[data-i]')) window.times.open ??= Date.now() / 1000;
         if (w?.dataset.kept) window.times[w.dataset.kept] ??= Date.now() / 1000;
     }).observe(document.body, {subtree: true, childList: true, attributes: true}) }""")
     run_all(page)
-    opened = wait_time(page, "open") - float(outputs(page).locator(".jp-OutputArea-output", has_text="began").inner_text().split()[1])
+    opened = wait_time(page, "open") - float(
+        outputs(page).locator(".jp-OutputArea-output", has_text="began").inner_text().split()[1]
+    )
     pairs, filtered = read_pairs(tmp_path / "run"), []
-    for text in ("to 10.", "to 123", "word word"): # three searches that keep different numbers of pairs
-        start = page.evaluate("""text => { const box = document.querySelector('.hnb input[name=text]');
-            box.value = text; const t = Date.now() / 1000; box.dispatchEvent(new Event('input', {bubbles: true})); return t }""", text)
+    # three searches that keep different numbers of pairs
+    for text in ("to 10.", "to 123", "word word"):
+        start = page.evaluate(
+            """text => { const box = document.querySelector('.hnb input[name=text]');
+            box.value = text; const t = Date.now() / 1000; box.dispatchEvent(new Event('input', {bubbles: true})); return t }""",
+            text,
+        )
         filtered.append(wait_time(page, str(len(pick(pairs, text=text)))) - start)
     page.keyboard.press("Control+s")
     page.wait_for_timeout(2000)
-    saved, crowd = (tmp_path / "browse.ipynb").read_text(), max(1, os.getloadavg()[0] / os.cpu_count())
-    print(f"opened in {opened:.2f} s, filtered in {', '.join(f'{x:.3f}' for x in filtered)} s, notebook {len(saved):,} bytes; {crowd:.1f} processes per core")
-    assert opened < 2 * crowd and min(filtered) < 0.3 * crowd and len(saved) < 3e6 and "widget-view+json" in saved
+    saved, crowd = (
+        (tmp_path / "browse.ipynb").read_text(),
+        max(1, os.getloadavg()[0] / os.cpu_count()),
+    )
+    print(
+        f"opened in {opened:.2f} s, filtered in "
+        f"{', '.join(f'{x:.3f}' for x in filtered)} s, notebook {len(saved):,} bytes; "
+        f"{crowd:.1f} processes per core"
+    )
+    assert (
+        opened < 2 * crowd
+        and min(filtered) < 0.3 * crowd
+        and len(saved) < 3e6
+        and "widget-view+json" in saved
+    )
 
 
 # ---- labelling by hand
@@ -177,15 +283,23 @@ label_pairs(desk)"""
 CHOSEN = {"1": "left", "2": "right"}
 
 
-def item(page): return page.locator(".hnb").get_attribute("data-item")
-def shown(page): return tuple(page.locator(f".hnb .side[data-side='{s}'] pre").inner_text() for s in ("left", "right"))
+def item(page):
+    return page.locator(".hnb").get_attribute("data-item")
+
+
+def shown(page):
+    return tuple(
+        page.locator(f".hnb .side[data-side='{s}'] pre").inner_text() for s in ("left", "right")
+    )
 
 
 def press(page, key):
     "A key; until the answer to it is on the screen."
     was = item(page)
     page.keyboard.press(key)
-    page.wait_for_function(f"document.querySelector('.hnb').dataset.item !== '{was}'", timeout=20_000)
+    page.wait_for_function(
+        f"document.querySelector('.hnb').dataset.item !== '{was}'", timeout=20_000
+    )
     return was
 
 
@@ -217,44 +331,55 @@ def label(page, keys, pressed):
 
 def kernel_of(server):
     import psutil
-    return next(p for p in psutil.Process(server.process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline()))
+
+    return next(
+        p
+        for p in psutil.Process(server.process.pid).children(recursive=True)
+        if "ipykernel_launcher" in " ".join(p.cmdline())
+    )
 
 
 def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
     page, server, pressed = watched, lab(), {}
     make_round(tmp_path / "round", 10)
     open_labeller(page, server, tmp_path)
-    for text in ("reward", "rm:small", "api:judge"): assert text not in page.locator(".hnb").inner_text()
+    for text in ("reward", "rm:small", "api:judge"):
+        assert text not in page.locator(".hnb").inner_text()
     before = cells(page)
-    for key in "bad": page.keyboard.press(key) # a and b: new cells in JupyterLab; d: here the differences
+    # a and b: new cells in JupyterLab; d: here the differences
+    for key in "bad":
+        page.keyboard.press(key)
     assert cells(page) == before and page.locator(".hnb del").count() > 0
     label(page, "12", pressed)
-    page.keyboard.press("n") # a note; its text is no key
+    page.keyboard.press("n")  # a note; its text is no key
     page.keyboard.type("12340u <b>note</b>")
     page.keyboard.press("Enter")
     page.locator(".hnb", has_text="note: 12340u <b>note</b>").wait_for()
     label(page, "13u2u304", pressed)
-    page.keyboard.press("ArrowLeft") # back to an answered one, and there another answer
+    page.keyboard.press("ArrowLeft")  # back to an answered one, and there another answer
     page.locator(".hnb", has_text="answered: both bad").wait_for()
     texts, name = shown(page), item(page)
     pressed[press(page, "1")] = ("1", *texts)
     assert name in pressed and len(pressed) == 6
     label(page, "212", pressed)
-    if shots: page.locator(".hnb").screenshot(path=f"{shots}/label.png")
+    if shots:
+        page.locator(".hnb").screenshot(path=f"{shots}/label.png")
     n, journal = len(pressed), (tmp_path / "journal.jsonl").read_bytes()
     kernel_of(server).kill()
-    page.locator(".jp-Dialog", has_text="appears to have died").locator("button").click(timeout=30_000)
+    page.locator(".jp-Dialog", has_text="appears to have died").locator("button").click(
+        timeout=30_000
+    )
     page.locator(".hnb .side").first.click()
-    page.keyboard.press("1") # nobody hears it; it must not look saved
+    page.keyboard.press("1")  # nobody hears it; it must not look saved
     page.locator(".hnb .wrong", has_text="does not answer").wait_for(timeout=15_000)
     assert (tmp_path / "journal.jsonl").read_bytes() == journal and len(pressed) == n
 
     page.goto("about:blank")
-    open_notebook(page, server, "label.ipynb") # reopened: the journal says where it was
+    open_notebook(page, server, "label.ipynb")  # reopened: the journal says where it was
     run_all(page)
     take_keyboard(page)
     assert item(page) == f"{n + 1:04d}" and page.locator(".hnb", has_text=f"{n} of 21").count()
-    label(page, "1213012321124"[:21 - n], pressed)
+    label(page, "1213012321124"[: 21 - n], pressed)
     page.locator(".hnb", has_text="All pairs are answered").wait_for()
     assert len(pressed) == 21 and page.locator(".hnb th", has_text="second look").count() == 1
     check_feedback(tmp_path, pressed)
@@ -266,12 +391,23 @@ def check_feedback(folder, pressed):
     verdicts = {}
     for key, left, right in pressed.values():
         said = verdicts.setdefault(frozenset((left, right)), [])
-        if key in "1234": said.append(dict(zip("12", (left, right))).get(key, "tie"))
-    wanted = {pair: said[0] for pair, said in verdicts.items() if said and len(set(said)) == 1 and said[0] != "tie"}
+        if key in "1234":
+            said.append(dict(zip("12", (left, right))).get(key, "tie"))
+    wanted = {
+        pair: said[0]
+        for pair, said in verdicts.items()
+        if said and len(set(said)) == 1 and said[0] != "tie"
+    }
     records = read_records(folder / "feedback.json", "pairwise_feedback")
-    got = {frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(r["output_A" if r["label"] else "output_B"]) for r in records}
+    got = {
+        frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(
+            r["output_A" if r["label"] else "output_B"]
+        )
+        for r in records
+    }
     assert got == wanted and len(records) == len(wanted) > 8 and len(verdicts) == 20
-    for r in records: assert r["reward_A"] - r["reward_B"] == (1 if r["label"] else -1)
+    for r in records:
+        assert r["reward_A"] - r["reward_B"] == (1 if r["label"] else -1)
 
 
 def train_on(folder):
@@ -279,9 +415,22 @@ def train_on(folder):
     from halos_nb.config import Profile, TrainConfig
     from halos_nb.launch import launch
     from halos_nb.models import start_from_scratch
-    texts = [as_text(r[k]) for r in read_records(folder / "feedback.json") for k in ("prompt", "output_A", "output_B")]
+
+    texts = [
+        as_text(r[k])
+        for r in read_records(folder / "feedback.json")
+        for k in ("prompt", "output_A", "output_B")
+    ]
     start_from_scratch(folder / "tiny", texts, vocab_size=300, hidden_size=16, layers=1)
-    cfg = TrainConfig(loss="dpo", model=str(folder / "tiny"), train_datasets=[str(folder / "feedback.json")], cache_dir=str(folder / "models"), batch_size=32, max_length=128, max_prompt_length=64)
+    cfg = TrainConfig(
+        loss="dpo",
+        model=str(folder / "tiny"),
+        train_datasets=[str(folder / "feedback.json")],
+        cache_dir=str(folder / "models"),
+        batch_size=32,
+        max_length=128,
+        max_prompt_length=64,
+    )
     launch("train", cfg, Profile(), folder / "job").wait(show=False)
     assert (folder / "models/policy/FINAL/model.safetensors").exists()
     assert json.loads((folder / "models/policy/counts.json").read_text())
@@ -289,34 +438,65 @@ def train_on(folder):
 
 def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
     page = watched
-    write_records(tmp_path / "round/samples.json", [dict(prompt_id=f"p{i}", sample_id=k, prompt=[dict(role="user", content=t)], output=t + " end" * k, type="sample") for i, t in enumerate(HOSTILE) for k in range(2)])
+    write_records(
+        tmp_path / "round/samples.json",
+        [
+            dict(
+                prompt_id=f"p{i}",
+                sample_id=k,
+                prompt=[dict(role="user", content=t)],
+                output=t + " end" * k,
+                type="sample",
+            )
+            for i, t in enumerate(HOSTILE)
+            for k in range(2)
+        ],
+    )
     open_labeller(page, lab(), tmp_path)
     while page.locator(".hnb").get_attribute("data-item"):
         page.keyboard.press("d")
         assert {x.removesuffix(" end") for x in shown(page)} <= set(map(visible, HOSTILE))
         press(page, "3")
-        assert page.locator(".hnb img, .hnb script, .hnb iframe, .hnb svg, .hnb b b").count() == 0
+        assert (
+            page.locator(".hnb img, .hnb script, .hnb iframe, .hnb svg, .hnb b b").count() == 0
+        )
 
 
 def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
     "The driver as it stands, but for six pairs: it stops where somebody should label, and goes on when that is done."
     page, server = watched, lab()
-    with_parameters(ROOT / "nbs/label_by_hand.ipynb", tmp_path / "driver.ipynb", run_name="lab_by_hand", num_pairs=6)
+    with_parameters(
+        ROOT / "nbs/label_by_hand.ipynb",
+        tmp_path / "driver.ipynb",
+        run_name="lab_by_hand",
+        num_pairs=6,
+    )
     folder = Path(os.environ["HALOS_NB_RUNS_DIR"]) / "lab_by_hand"
     shutil.rmtree(folder, ignore_errors=True)
     open_notebook(page, server, "driver.ipynb")
     menu(page, "Run", "Run All Cells")
-    outputs(page).locator(".jp-OutputArea-output", has_text="6 of 6 pairs are open").or_(outputs(page).locator(FAILED)).wait_for(timeout=400_000)
+    outputs(page).locator(".jp-OutputArea-output", has_text="6 of 6 pairs are open").or_(
+        outputs(page).locator(FAILED)
+    ).wait_for(timeout=400_000)
     assert outputs(page).locator(FAILED).count() == 0, "one line, no traceback"
     take_keyboard(page)
-    for key in "121324": press(page, key)
+    for key in "121324":
+        press(page, key)
     page.locator(".hnb", has_text="All pairs are answered").wait_for()
     page.locator(".jp-CodeCell .jp-InputArea-editor", has_text="counts = finish").click()
     menu(page, "Run", "Run Selected Cell and All Below")
-    outputs(page).locator(".jp-OutputArea-output", has_text="alldone").or_(outputs(page).locator(FAILED)).wait_for(timeout=400_000)
+    outputs(page).locator(".jp-OutputArea-output", has_text="alldone").or_(
+        outputs(page).locator(FAILED)
+    ).wait_for(timeout=400_000)
     assert outputs(page).locator(FAILED).count() == 0
-    assert len(read_records(folder / "feedback.json")) == 4 and (folder / "policy/FINAL/model.safetensors").exists()
-    assert [json.loads(row)["answer"] for row in (folder / "feedback.labels.jsonl").read_text().splitlines()] == ["left", "right", "left", "tie", "right", "bad"]
+    assert (
+        len(read_records(folder / "feedback.json")) == 4
+        and (folder / "policy/FINAL/model.safetensors").exists()
+    )
+    assert [
+        json.loads(row)["answer"]
+        for row in (folder / "feedback.labels.jsonl").read_text().splitlines()
+    ] == ["left", "right", "left", "tie", "right", "bad"]
 
 
 def menu(page, name, entry):

@@ -1,4 +1,5 @@
 """Data: golden files and sets, TRL rows, joining files without loss."""
+
 import contextlib, gzip, json, random, re
 from collections import Counter
 
@@ -10,12 +11,22 @@ from halos_nb.records import RecordError, as_turns, prompt_id, write_records
 
 from golden import cases, load
 
+
 def as_golden(key, ex):
-    return dict(key=key, prompt=ex.prompt, generations=ex.generations, sft_index=ex.sft_index, scores=ex.scores, pairs=[list(p) for p in ex.pairs],
-                desirable=ex.desirable, dataset_name=ex.dataset_name, original_prompt=ex.original_prompt)
+    return dict(
+        key=key,
+        prompt=ex.prompt,
+        generations=ex.generations,
+        sft_index=ex.sft_index,
+        scores=ex.scores,
+        pairs=[list(p) for p in ex.pairs],
+        desirable=ex.desirable,
+        dataset_name=ex.dataset_name,
+        original_prompt=ex.original_prompt,
+    )
 
 
-def without_id(example): # deliberate: prompt_id is that of `records`, roles included
+def without_id(example):  # deliberate: prompt_id is that of `records`, roles included
     return {k: v for k, v in example.items() if k != "prompt_id"}
 
 
@@ -25,313 +36,681 @@ def test_local_files_golden(case, tmp_path):
     path.write_text(json.dumps(load("local_files")["files"][case["file"]]))
     read = d.get_sampled_data if case["file"] == "samples" else d.get_feedback
     if "error" in case:
-        with pytest.raises(ValueError, match=path.name): read(path, case["split"])
+        with pytest.raises(ValueError, match=path.name):
+            read(path, case["split"])
         return
     data = read(path, case["split"])
     assert data.name == case["outputs"]["name"]
-    assert [as_golden(k, e) for k, e in data.data.items()] == [without_id(e) for e in case["outputs"]["examples"]]
+    assert [as_golden(k, e) for k, e in data.data.items()] == [
+        without_id(e) for e in case["outputs"]["examples"]
+    ]
     assert all(e.prompt_id == prompt_id(e.prompt) for e in data)
-    assert [e.generations for e in d.load_data([str(path)], case["split"])] == [e.generations for e in data]
+    assert [e.generations for e in d.load_data([str(path)], case["split"])] == [
+        e.generations for e in data
+    ]
 
 
-def single_spaced(x): # deliberate: HALOs collapses runs of spaces and tabs in named sets, texts are not altered here
-    if isinstance(x, dict): return {k: single_spaced(v) if k != "key" else v for k, v in x.items()}
-    return [single_spaced(v) for v in x] if isinstance(x, list) else re.sub(r"[ \t]+", " ", x) if isinstance(x, str) else x
+def single_spaced(
+    x,
+):  # deliberate: HALOs collapses runs of spaces and tabs in named sets, texts are not altered here
+    if isinstance(x, dict):
+        return {k: single_spaced(v) if k != "key" else v for k, v in x.items()}
+    return (
+        [single_spaced(v) for v in x]
+        if isinstance(x, list)
+        else re.sub(r"[ \t]+", " ", x)
+        if isinstance(x, str)
+        else x
+    )
 
 
 HH = ("hh", "hh_helpful", "hh_harmless")
-REFUSED = re.compile(r"(\A|\n\n(Human|Assistant):)\s*\Z") # no words, or a transcript taken for an answer
+# no words, or a transcript taken for an answer
+REFUSED = re.compile(r"(\A|\n\n(Human|Assistant):)\s*\Z")
 
 
-def same_words_once(example): # deliberate: the same words are one answer; the first score of it stands
+def same_words_once(
+    example,
+):  # deliberate: the same words are one answer; the first score of it stands
     texts = [json.dumps(g) for g in example["generations"]]
     kept = list(dict.fromkeys(texts))
     number = [kept.index(t) for t in texts]
     pairs = [[number[a], number[b]] for a, b in example["pairs"] if number[a] != number[b]]
-    return example | dict(generations=[json.loads(t) for t in kept], pairs=pairs, scores=[example["scores"][texts.index(t)] for t in kept] if example["scores"] else [],
-                          sft_index=number[example["sft_index"]] if example["sft_index"] >= 0 else example["sft_index"])
+    return example | dict(
+        generations=[json.loads(t) for t in kept],
+        pairs=pairs,
+        scores=[example["scores"][texts.index(t)] for t in kept] if example["scores"] else [],
+        sft_index=number[example["sft_index"]]
+        if example["sft_index"] >= 0
+        else example["sft_index"],
+    )
 
 
-def answered(example): # an example of HH, in which every answer stands in one pair, without the pairs that lack one
-    pairs = [p for p in example["pairs"] if not any(REFUSED.search(t["content"]) for i in p for t in example["generations"][i])]
+def answered(
+    example,
+):  # an example of HH, in which every answer stands in one pair, without the pairs that lack one
+    pairs = [
+        p
+        for p in example["pairs"]
+        if not any(REFUSED.search(t["content"]) for i in p for t in example["generations"][i])
+    ]
     kept = sorted({i for p in pairs for i in p})
-    return example | dict(generations=[example["generations"][i] for i in kept], pairs=[[kept.index(i) for i in p] for p in pairs])
+    return example | dict(
+        generations=[example["generations"][i] for i in kept],
+        pairs=[[kept.index(i) for i in p] for p in pairs],
+    )
 
 
 def expected(case):
     "What is recorded, with our deliberate differences applied."
     examples = [without_id(e) for e in case["outputs"]["examples"]]
-    if case["function"] in HH: examples = [e for e in map(answered, examples) if e["pairs"]] # quirk: rows without an answer are passed over
-    if case["function"] == "oasst": # quirk: the answer to imitate as documented; deliberate: higher scores are better
-        examples = [e | dict(sft_index=e["pairs"][0][0], scores=[-x for x in e["scores"]]) for e in examples]
-    if case["function"] in (*HH, "oasst"): # deliberate: a conversation's key is its prompt_id, which the test below looks at
+    # quirk: rows without an answer are passed over
+    if case["function"] in HH:
+        examples = [e for e in map(answered, examples) if e["pairs"]]
+    # quirk: the answer to imitate as documented; deliberate: higher scores are better
+    if case["function"] == "oasst":
+        examples = [
+            e | dict(sft_index=e["pairs"][0][0], scores=[-x for x in e["scores"]])
+            for e in examples
+        ]
+    # deliberate: a conversation's key is its prompt_id, which the test below looks at
+    if case["function"] in (*HH, "oasst"):
         examples = [e | dict(key=None) for e in examples]
     return single_spaced([same_words_once(e) for e in examples])
 
 
 def as_expected(data, function):
-    return single_spaced([as_golden(None if function in (*HH, "oasst") else k, e) for k, e in data.data.items()])
+    return single_spaced(
+        [as_golden(None if function in (*HH, "oasst") else k, e) for k, e in data.data.items()]
+    )
 
 
 @cases("datasets")
 def test_hub_sets_golden(case, monkeypatch):
     import datasets
+
     rows, calls = load("datasets")["raw_rows"][case["rows"]], []
+
     def load_dataset(repository, config=None, split=None, data_dir=None):
-        calls.append(dict(repository=repository, config_name=config, split=split, data_dir=data_dir))
+        calls.append(
+            dict(repository=repository, config_name=config, split=split, data_dir=data_dir)
+        )
         return rows
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     get = getattr(d, f"get_{case['function']}")
     if "error" in case:
-        with pytest.raises(ValueError, match="split"): get(case["split"])
+        with pytest.raises(ValueError, match="split"):
+            get(case["split"])
         assert not calls
         return
     data, asked = get(case["split"]), dict(case["load_call"])
-    asked["split"] = asked.pop("split_taken_from_result", None) or asked["split"] # asked for at once here
+    # asked for at once here
+    asked["split"] = asked.pop("split_taken_from_result", None) or asked["split"]
     assert (calls, data.name) == ([asked], case["outputs"]["name"])
     assert as_expected(data, case["function"]) == expected(case)
     assert all(e.prompt_id == prompt_id(e.prompt) for e in data)
     assert asked["repository"] in get.__doc__
-    if case["function"] in HH: assert data.counts["no_answer"] == sum(any(REFUSED.search(r[side]) for side in ("chosen", "rejected")) for r in rows)
-    if case["function"] in (*HH, "oasst"): assert all(k == e.prompt_id for k, e in data.data.items())
+    if case["function"] in HH:
+        assert data.counts["no_answer"] == sum(
+            any(REFUSED.search(r[side]) for side in ("chosen", "rejected")) for r in rows
+        )
+    if case["function"] in (*HH, "oasst"):
+        assert all(k == e.prompt_id for k, e in data.data.items())
 
 
 @cases("datasets", lambda c: "error" not in c)
 def test_hub_sets_alter_no_text(case, monkeypatch):
     import datasets
+
     rows = load("datasets")["raw_rows"][case["rows"]]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     said = "\0".join(str(x) for r in rows for x in texts_in(r))
     for e in d.load_data(case["function"], case["split"]):
         for t in e.prompt + sum(e.generations, []):
-            parts = t["content"].split("<|im_start|>")[1:] if case["function"] == "s1k_11" and t["role"] == "assistant" else [t["content"]]
-            assert all(p.removeprefix("think\n").removeprefix("answer\n").removesuffix("\n") in said for p in parts)
+            parts = (
+                t["content"].split("<|im_start|>")[1:]
+                if case["function"] == "s1k_11" and t["role"] == "assistant"
+                else [t["content"]]
+            )
+            assert all(
+                p.removeprefix("think\n").removeprefix("answer\n").removesuffix("\n") in said
+                for p in parts
+            )
 
 
 def texts_in(x):
-    if isinstance(x, dict): return [t for v in x.values() for t in texts_in(v)]
-    if isinstance(x, list): return [t for v in x for t in texts_in(v)]
+    if isinstance(x, dict):
+        return [t for v in x.values() for t in texts_in(v)]
+    if isinstance(x, list):
+        return [t for v in x for t in texts_in(v)]
     return [x]
 
 
-OTHER_SPLIT = dict(train="test", test="train", validation="train", train_prefs="test_prefs", test_prefs="train_prefs", train_sft="test_sft", test_sft="train_sft")
+OTHER_SPLIT = dict(
+    train="test",
+    test="train",
+    validation="train",
+    train_prefs="test_prefs",
+    test_prefs="train_prefs",
+    train_sft="test_sft",
+    test_sft="train_sft",
+)
 
 
-def other_words(x): # rows of the same types, which were not asked for
-    if isinstance(x, dict): return {k: other_words(v) for k, v in x.items()}
-    return [other_words(v) for v in x] if isinstance(x, list) else "\n\nHuman: other\n\nAssistant: words" if isinstance(x, str) else x
+def other_words(x):  # rows of the same types, which were not asked for
+    if isinstance(x, dict):
+        return {k: other_words(v) for k, v in x.items()}
+    return (
+        [other_words(v) for v in x]
+        if isinstance(x, list)
+        else "\n\nHuman: other\n\nAssistant: words"
+        if isinstance(x, str)
+        else x
+    )
 
 
 @cases("datasets", lambda c: "error" not in c)
 def test_hub_sets_from_a_local_copy(case, tmp_path, monkeypatch):
     "The real load_dataset, which takes a folder of the repository's name before it asks the hub; laid out as on the hub, beside what was not asked for."
     import datasets
+
     call, rows = case["load_call"], load("datasets")["raw_rows"][case["rows"]]
-    split, folder, other = call["split"] or call["split_taken_from_result"], tmp_path / call["repository"], other_words(rows)
+    split, folder, other = (
+        call["split"] or call["split_taken_from_result"],
+        tmp_path / call["repository"],
+        other_words(rows),
+    )
+
     def parquet(path, rows):
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(rows).to_parquet(path)
         return f"  - split: {path.name.split('-')[0]}\n    path: {path.relative_to(folder)}\n"
+
     def lines(path, rows):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as f: f.writelines(json.dumps(r) + "\n" for r in rows)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
+
     card = "---\nconfigs:\n"
     if call["config_name"]:
-        for c, r in ((call["config_name"], rows), ("v1-legacy", other)): card += f"- config_name: {c}\n  data_files:\n" + parquet(folder / c / f"{split}-00000-of-00001.parquet", r)
+        for c, r in ((call["config_name"], rows), ("v1-legacy", other)):
+            card += f"- config_name: {c}\n  data_files:\n" + parquet(
+                folder / c / f"{split}-00000-of-00001.parquet", r
+            )
         (folder / "README.md").write_text(card + "---\n")
     elif case["function"] in HH:
         for place in ("helpful-base", "harmless-base"):
-            for s in ("train", "test"): lines(folder / place / f"{s}.jsonl.gz", rows if s == split and call["data_dir"] in (None, place) else other)
+            for s in ("train", "test"):
+                lines(
+                    folder / place / f"{s}.jsonl.gz",
+                    rows if s == split and call["data_dir"] in (None, place) else other,
+                )
     elif case["function"] in ("shp", "safe_rlhf"):
-        for s, r in ((split, rows), (OTHER_SPLIT[split], other)): lines(folder / "data/sub" / f"{s}.jsonl", r)
+        for s, r in ((split, rows), (OTHER_SPLIT[split], other)):
+            lines(folder / "data/sub" / f"{s}.jsonl", r)
     else:
-        card += "- config_name: default\n  data_files:\n" + parquet(folder / f"data/{split}-00000-of-00001.parquet", rows)
-        if split in OTHER_SPLIT and case["function"] != "s1k_11": card += parquet(folder / f"data/{OTHER_SPLIT[split]}-00000-of-00001.parquet", other)
+        card += "- config_name: default\n  data_files:\n" + parquet(
+            folder / f"data/{split}-00000-of-00001.parquet", rows
+        )
+        if split in OTHER_SPLIT and case["function"] != "s1k_11":
+            card += parquet(folder / f"data/{OTHER_SPLIT[split]}-00000-of-00001.parquet", other)
         (folder / "README.md").write_text(card + "---\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with contextlib.chdir(tmp_path): data = getattr(d, f"get_{case['function']}")(case["split"])
+    with contextlib.chdir(tmp_path):
+        data = getattr(d, f"get_{case['function']}")(case["split"])
     want = expected(case)
-    if case["function"] == "hh": want = [e | dict(pairs=e["pairs"] * 2) for e in want] # both folders hold the rows, so every pair is said twice
+    # both folders hold the rows, so every pair is said twice
+    if case["function"] == "hh":
+        want = [e | dict(pairs=e["pairs"] * 2) for e in want]
     assert as_expected(data, case["function"]) == want
 
 
 def test_every_named_set_is_public_and_says_what_it_is():
     for name, get in d.DATASETS.items():
-        assert getattr(d, f"get_{name}") is get and "\n" not in get.__doc__ and len(get.__doc__) > 30
-        with pytest.raises(ValueError, match="split: 'trian' is not one of"): get("trian")
+        assert (
+            getattr(d, f"get_{name}") is get
+            and "\n" not in get.__doc__
+            and len(get.__doc__) > 30
+        )
+        with pytest.raises(ValueError, match="split: 'trian' is not one of"):
+            get("trian")
 
 
 def stub(monkeypatch, rows):
     import datasets
+
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
 
 
 def test_alpacaeval_reads_the_file_where_scripts_are_refused(monkeypatch):
     import datasets
+
     calls = []
+
     def load_dataset(path, **where):
         calls.append((path, where))
-        if path != "json": raise RuntimeError("Dataset scripts are no longer supported, but found alpaca_eval.py")
+        if path != "json":
+            raise RuntimeError(
+                "Dataset scripts are no longer supported, but found alpaca_eval.py"
+            )
         return [dict(instruction="Hi.", output="Hello.", dataset="koala", generator="x")]
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    example, = d.get_alpacaeval("test")
-    assert (example.generations, example.dataset_name, calls[1][1]["split"]) == ([as_turns("Hello.")], "koala", "train")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("disk on fire")))
-    with pytest.raises(RuntimeError, match="on fire"): d.get_alpacaeval("test")
+    (example,) = d.get_alpacaeval("test")
+    assert (example.generations, example.dataset_name, calls[1][1]["split"]) == (
+        [as_turns("Hello.")],
+        "koala",
+        "train",
+    )
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("disk on fire")),
+    )
+    with pytest.raises(RuntimeError, match="on fire"):
+        d.get_alpacaeval("test")
 
 
 def test_passed_over_is_counted(monkeypatch):
-    def talk(*turns): return "".join(f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}:{' ' + t if t else ''}" for i, t in enumerate(turns))
-    stub(monkeypatch, [dict(chosen=talk("a", "b"), rejected=talk("a", "c")), dict(chosen=talk("a", ""), rejected=talk("a", "c")), dict(chosen=talk("a", "b"), rejected=talk("z", "c")),
-                       dict(chosen=talk("a", "b", "c"), rejected=talk("a", "b", "d")), dict(chosen="no marker", rejected=talk("a", "c")), dict(chosen=talk("a", "b"), rejected=talk("a", "b"))])
+    def talk(*turns):
+        return "".join(
+            f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}:{' ' + t if t else ''}"
+            for i, t in enumerate(turns)
+        )
+
+    stub(
+        monkeypatch,
+        [
+            dict(chosen=talk("a", "b"), rejected=talk("a", "c")),
+            dict(chosen=talk("a", ""), rejected=talk("a", "c")),
+            dict(chosen=talk("a", "b"), rejected=talk("z", "c")),
+            dict(chosen=talk("a", "b", "c"), rejected=talk("a", "b", "d")),
+            dict(chosen="no marker", rejected=talk("a", "c")),
+            dict(chosen=talk("a", "b"), rejected=talk("a", "b")),
+        ],
+    )
     data = d.get_hh("train")
-    assert [e.pairs for e in data] == [[(0, 1)]] and data.counts == dict(no_answer=3, two_prompts=1, equal_pairs=1)
-    stub(monkeypatch, [dict(conversation_input=[dict(role="user", content="a", toxic=False)] * n, references=None if n == 3 else {"gpt-4": "b"}) for n in (1, 3)])
+    assert [e.pairs for e in data] == [[(0, 1)]] and data.counts == dict(
+        no_answer=3, two_prompts=1, equal_pairs=1
+    )
+    stub(
+        monkeypatch,
+        [
+            dict(
+                conversation_input=[dict(role="user", content="a", toxic=False)] * n,
+                references=None if n == 3 else {"gpt-4": "b"},
+            )
+            for n in (1, 3)
+        ],
+    )
     data = d.get_wildbench("test")
-    assert data.counts == dict(later_turns=2, no_answer=1) and [e.generations for e in data] == [[as_turns("b")]]
-    stub(monkeypatch, [dict(session_id=1, conversation_input=[dict(role="user", content="a")])]) # v2-hard as it is now
+    assert data.counts == dict(later_turns=2, no_answer=1) and [
+        e.generations for e in data
+    ] == [[as_turns("b")]]
+    # v2-hard as it is now
+    stub(monkeypatch, [dict(session_id=1, conversation_input=[dict(role="user", content="a")])])
     assert [(e.generations, e.sft_index) for e in d.get_wildbench("v2-hard")] == [([], -1)]
     stub(monkeypatch, [dict(messages=as_turns("a", "user") + as_turns(x)) for x in "bcb"])
     data = d.get_ultrachat("train")
-    assert [(len(e.generations), e.sft_index) for e in data] == [(2, 0)] and data.counts == dict(not_imitated=1)
+    assert [(len(e.generations), e.sft_index) for e in data] == [
+        (2, 0)
+    ] and data.counts == dict(not_imitated=1)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abcdef"), st.sampled_from("abcdef"), st.integers(1, 20), st.integers(1, 20)), max_size=40), st.sampled_from(["train", "test"]))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from("abcdef"),
+            st.sampled_from("abcdef"),
+            st.integers(1, 20),
+            st.integers(1, 20),
+        ),
+        max_size=40,
+    ),
+    st.sampled_from(["train", "test"]),
+)
 @settings(max_examples=50, deadline=None)
 def test_shp_rule(rows, split):
-    rows = [dict(history=f"Post {p}", human_ref_A=f"A {a}", human_ref_B=f"B {b}", score_A=x, score_B=y, labels=int(x >= y), score_ratio=max(x, y) / min(x, y)) for p, a, b, x, y in rows]
+    rows = [
+        dict(
+            history=f"Post {p}",
+            human_ref_A=f"A {a}",
+            human_ref_B=f"B {b}",
+            score_A=x,
+            score_B=y,
+            labels=int(x >= y),
+            score_ratio=max(x, y) / min(x, y),
+        )
+        for p, a, b, x, y in rows
+    ]
     with pytest.MonkeyPatch.context() as m:
         stub(m, rows)
         data = d.get_shp(split)
     good = [r for r in rows if split == "test" or r["score_ratio"] >= 2]
-    assert list(data.data) == list(dict.fromkeys(r["history"] for r in good)) and data.counts["low_ratio"] == len(rows) - len(good)
+    assert list(data.data) == list(dict.fromkeys(r["history"] for r in good)) and data.counts[
+        "low_ratio"
+    ] == len(rows) - len(good)
     for ex in data:
-        said = [(r["human_ref_A"], r["human_ref_B"])[::1 if r["score_A"] >= r["score_B"] else -1] for r in good if r["history"] == ex.original_prompt]
-        if split == "train": said = random.Random(0).sample(said, min(5, len(said)))
+        said = [
+            (r["human_ref_A"], r["human_ref_B"])[:: 1 if r["score_A"] >= r["score_B"] else -1]
+            for r in good
+            if r["history"] == ex.original_prompt
+        ]
+        if split == "train":
+            said = random.Random(0).sample(said, min(5, len(said)))
         words = [g[0]["content"] for g in ex.generations]
-        assert [(words[a], words[b]) for a, b in ex.pairs] == said and ex.scores[ex.sft_index] == max(ex.scores)
+        assert [(words[a], words[b]) for a, b in ex.pairs] == said and ex.scores[
+            ex.sft_index
+        ] == max(ex.scores)
     assert sum(len(e.pairs) for e in data) + data.counts["pairs_left_out"] == len(good)
 
 
-@given(st.dictionaries(st.integers(0, 30), st.tuples(st.integers(0, 30), st.sampled_from(["en", "en", "de"]), st.one_of(st.none(), st.integers(0, 3)))))
+@given(
+    st.dictionaries(
+        st.integers(0, 30),
+        st.tuples(
+            st.integers(0, 30),
+            st.sampled_from(["en", "en", "de"]),
+            st.one_of(st.none(), st.integers(0, 3)),
+        ),
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_oasst_rule(tree):
-    rows = [dict(message_id=i, parent_id=p if p < i else None, lang=lang, rank=rank, text=f"t{i}") for i, (p, lang, rank) in tree.items()]
+    rows = [
+        dict(message_id=i, parent_id=p if p < i else None, lang=lang, rank=rank, text=f"t{i}")
+        for i, (p, lang, rank) in tree.items()
+    ]
     rows = [r for r in rows if r["parent_id"] is None or r["parent_id"] in tree]
     known = {r["message_id"]: r for r in rows}
-    def path(r): return [] if r is None else path(known.get(r["parent_id"])) + [r]
-    for r in rows: r["role"] = "assistant" if len(path(r)) % 2 == 0 else "prompter"
+
+    def path(r):
+        return [] if r is None else path(known.get(r["parent_id"])) + [r]
+
+    for r in rows:
+        r["role"] = "assistant" if len(path(r)) % 2 == 0 else "prompter"
     counts, said = Counter(), []
-    for better in rows: # every two siblings, looked at directly
+    for better in rows:  # every two siblings, looked at directly
         for worse in rows:
-            if better["parent_id"] == worse["parent_id"] is not None and None not in (better["rank"], worse["rank"]) and better["rank"] + 1 == worse["rank"]:
-                first = next(r for r in rows if r["parent_id"] == better["parent_id"] and r["rank"] == better["rank"] and r["lang"] == "en") if better["lang"] == "en" else None
-                if first is better and better["role"] == "assistant" and {r["lang"] for r in path(worse)} == {"en"}: said.append(([r["text"] for r in path(worse)[:-1]], better["text"], worse["text"]))
-    found = [([t["content"] for t in r["prompt"]], r["chosen"], r["rejected"]) for r in d.neighbours(iter(rows), counts)]
+            if (
+                better["parent_id"] == worse["parent_id"] is not None
+                and None not in (better["rank"], worse["rank"])
+                and better["rank"] + 1 == worse["rank"]
+            ):
+                first = (
+                    next(
+                        r
+                        for r in rows
+                        if r["parent_id"] == better["parent_id"]
+                        and r["rank"] == better["rank"]
+                        and r["lang"] == "en"
+                    )
+                    if better["lang"] == "en"
+                    else None
+                )
+                if (
+                    first is better
+                    and better["role"] == "assistant"
+                    and {r["lang"] for r in path(worse)} == {"en"}
+                ):
+                    said.append(
+                        ([r["text"] for r in path(worse)[:-1]], better["text"], worse["text"])
+                    )
+    found = [
+        ([t["content"] for t in r["prompt"]], r["chosen"], r["rejected"])
+        for r in d.neighbours(iter(rows), counts)
+    ]
     assert sorted(found) == sorted(said)
-    ranked = [r for r in rows if r["lang"] == "en" and r["role"] == "assistant" and r["parent_id"] is not None and r["rank"]]
+    ranked = [
+        r
+        for r in rows
+        if r["lang"] == "en"
+        and r["role"] == "assistant"
+        and r["parent_id"] is not None
+        and r["rank"]
+    ]
     assert len(found) + counts["rank_gaps"] + counts["other_language"] == len(ranked)
 
 
 def test_oasst_ties_take_the_first_sibling():
-    rows = [dict(message_id=i, parent_id=p, lang="en", rank=rank, text=f"t{i}", role=role) for i, p, rank, role in [(0, None, None, "prompter"), (1, 0, 0, "assistant"), (2, 0, 0, "assistant"), (3, 0, 1, "assistant")]]
-    assert [(r["chosen"], r["rejected"]) for r in d.neighbours(rows, Counter())] == [("t1", "t3")]
+    rows = [
+        dict(message_id=i, parent_id=p, lang="en", rank=rank, text=f"t{i}", role=role)
+        for i, p, rank, role in [
+            (0, None, None, "prompter"),
+            (1, 0, 0, "assistant"),
+            (2, 0, 0, "assistant"),
+            (3, 0, 1, "assistant"),
+        ]
+    ]
+    assert [(r["chosen"], r["rejected"]) for r in d.neighbours(rows, Counter())] == [
+        ("t1", "t3")
+    ]
 
 
-words = st.text(st.sampled_from("aB: \n\t"), max_size=12) | st.sampled_from(["Human:", "Assistant: x", "a\nHuman: b", "a\n\nHuman", "x\n\n Human: y", "x\n\nHuman:y", "a  b", "\n\n"])
+words = st.text(st.sampled_from("aB: \n\t"), max_size=12) | st.sampled_from(
+    [
+        "Human:",
+        "Assistant: x",
+        "a\nHuman: b",
+        "a\n\nHuman",
+        "x\n\n Human: y",
+        "x\n\nHuman:y",
+        "a  b",
+        "\n\n",
+    ]
+)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["Human", "Assistant"]), words | st.text()), max_size=6))
+@given(
+    st.lists(st.tuples(st.sampled_from(["Human", "Assistant"]), words | st.text()), max_size=6)
+)
 @settings(max_examples=300, deadline=None)
 def test_transcripts_keep_every_turn(turns):
     clean = [(who, said.strip()) for who, said in turns]
-    clean = [(who, said) for who, said in clean if not re.search(r"\n\n(Human|Assistant):(\s|\Z)", said)] # that would be a turn
+    # that would be a turn
+    clean = [
+        (who, said)
+        for who, said in clean
+        if not re.search(r"\n\n(Human|Assistant):(\s|\Z)", said)
+    ]
     roles = dict(Human="user", Assistant="assistant")
     wanted = [dict(role=roles[who], content=said) for who, said in clean]
     assert d.transcript("".join(f"\n\n{who}: {said}" for who, said in clean)) == wanted
-    assert d.transcript("".join(f"\n\n{who}: {said}" for who, said in clean).rstrip() + " ") == wanted # a bare marker at the end too
+    # a bare marker at the end too
+    assert (
+        d.transcript("".join(f"\n\n{who}: {said}" for who, said in clean).rstrip() + " ")
+        == wanted
+    )
 
 
-@given(st.text(st.sampled_from("HA:\n x")) | st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " ", "x", "\n", "Human: ", "Assistant:"])).map("".join))
+@given(
+    st.text(st.sampled_from("HA:\n x"))
+    | st.lists(
+        st.sampled_from(
+            ["\n\nHuman:", "\n\nAssistant:", " ", "x", "\n", "Human: ", "Assistant:"]
+        )
+    ).map("".join)
+)
 @settings(max_examples=300, deadline=None)
 def test_any_transcript_is_read_and_no_word_lost(text):
     turns = d.transcript(text)
-    if turns: assert re.sub(r"\s", "", "".join(dict(user="Human:", assistant="Assistant:")[t["role"]] + t["content"] for t in turns)) == re.sub(r"\s", "", text)
-    else: assert not re.match(r"\s*(Human|Assistant):(\s|\Z)", text)
-    pairs = list(d.transcript_pairs([(1, dict(chosen=text, rejected=text))], counts := Counter()))
-    assert len(pairs) + sum(counts.values()) == 1 and all(r["prompt"] and r["chosen"][0]["content"] for _, r in pairs)
+    if turns:
+        assert re.sub(
+            r"\s",
+            "",
+            "".join(
+                dict(user="Human:", assistant="Assistant:")[t["role"]] + t["content"]
+                for t in turns
+            ),
+        ) == re.sub(r"\s", "", text)
+    else:
+        assert not re.match(r"\s*(Human|Assistant):(\s|\Z)", text)
+    pairs = list(
+        d.transcript_pairs([(1, dict(chosen=text, rejected=text))], counts := Counter())
+    )
+    assert len(pairs) + sum(counts.values()) == 1 and all(
+        r["prompt"] and r["chosen"][0]["content"] for _, r in pairs
+    )
 
 
 ask, star, moon = as_turns("Name a star.", "user"), as_turns("Vega."), as_turns("Io.")
 
 
-@pytest.mark.parametrize("row", [
-    dict(prompt="Name a star.", chosen="Vega.", rejected="Io."), dict(prompt=ask, chosen=star, rejected=moon), dict(chosen=ask + star, rejected=ask + moon),
-    dict(prompt="Name a star.", chosen=ask + star, rejected=ask + moon, type="astronomy")])
+@pytest.mark.parametrize(
+    "row",
+    [
+        dict(prompt="Name a star.", chosen="Vega.", rejected="Io."),
+        dict(prompt=ask, chosen=star, rejected=moon),
+        dict(chosen=ask + star, rejected=ask + moon),
+        dict(prompt="Name a star.", chosen=ask + star, rejected=ask + moon, type="astronomy"),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_trl_rows(row, suffix, tmp_path):
     path = tmp_path / f"pairs{suffix}"
     path.write_text(json.dumps(row) if suffix == ".jsonl" else json.dumps([row]))
-    example, = d.load_data(str(path))
-    assert (example.prompt, example.generations, example.pairs, example.sft_index) == (ask, [star, moon], [(0, 1)], 0)
+    (example,) = d.load_data(str(path))
+    assert (example.prompt, example.generations, example.pairs, example.sft_index) == (
+        ask,
+        [star, moon],
+        [(0, 1)],
+        0,
+    )
 
 
 def test_long_conversations_share_all_they_can():
     talk = ask + star + as_turns("And a moon?", "user")
-    example, = d.get_preferences([dict(chosen=talk + moon, rejected=talk + as_turns("Mars."))])
+    (example,) = d.get_preferences(
+        [dict(chosen=talk + moon, rejected=talk + as_turns("Mars."))]
+    )
     assert (example.prompt, example.generations) == (talk, [moon, as_turns("Mars.")])
-    example, = d.get_preferences([dict(prompt=as_turns("Be brief.", "system") + ask, chosen="Vega.", rejected="Vega, in Lyra.")])
+    (example,) = d.get_preferences(
+        [
+            dict(
+                prompt=as_turns("Be brief.", "system") + ask,
+                chosen="Vega.",
+                rejected="Vega, in Lyra.",
+            )
+        ]
+    )
     assert example.prompt_id == prompt_id(as_turns("Be brief.", "system") + ask)
 
 
-@pytest.mark.parametrize("broken, told", [
-    (dict(prompt="?", chosen="!"), "`rejected` is missing"), (dict(chosen="!", rejected="."), "`prompt` is missing"), (dict(prompt="?", rejected="."), "`chosen` is missing"),
-    (dict(prompt=3, chosen="!", rejected="."), "`prompt` should be a text or a list of turns"), (dict(prompt="?", chosen=[], rejected="."), "`chosen` should be"),
-    (dict(prompt="?", chosen=[{"role": "assistant"}], rejected="."), "`chosen` should be"), (dict(prompt="?", chosen=None, rejected="."), "`chosen` should be"),
-    (dict(prompt="Other?", chosen=ask + star, rejected=ask + moon), "`chosen` answers with a user turn")])
+@pytest.mark.parametrize(
+    "broken, told",
+    [
+        (dict(prompt="?", chosen="!"), "`rejected` is missing"),
+        (dict(chosen="!", rejected="."), "`prompt` is missing"),
+        (dict(prompt="?", rejected="."), "`chosen` is missing"),
+        (
+            dict(prompt=3, chosen="!", rejected="."),
+            "`prompt` should be a text or a list of turns",
+        ),
+        (dict(prompt="?", chosen=[], rejected="."), "`chosen` should be"),
+        (dict(prompt="?", chosen=[{"role": "assistant"}], rejected="."), "`chosen` should be"),
+        (dict(prompt="?", chosen=None, rejected="."), "`chosen` should be"),
+        (
+            dict(prompt="Other?", chosen=ask + star, rejected=ask + moon),
+            "`chosen` answers with a user turn",
+        ),
+    ],
+)
 def test_broken_rows(broken, told, tmp_path):
     path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([dict(prompt="Name a star.", chosen="Vega.", rejected="Io."), broken]))
-    with pytest.raises(RecordError, match=rf"pairs\.json, record 2: field {told}"): d.load_data(str(path))
+    path.write_text(
+        json.dumps([dict(prompt="Name a star.", chosen="Vega.", rejected="Io."), broken])
+    )
+    with pytest.raises(RecordError, match=rf"pairs\.json, record 2: field {told}"):
+        d.load_data(str(path))
 
 
 def test_prompts_alone_keep_their_order_and_split(tmp_path):
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"Question {i % 7}?", split="train" if i % 2 else "test")) for i in range(10)))
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(
+            json.dumps(dict(prompt=f"Question {i % 7}?", split="train" if i % 2 else "test"))
+            for i in range(10)
+        )
+    )
     data = d.load_data(str(tmp_path / "p.jsonl"), "train")
     assert [e.prompt[0]["content"] for e in data] == [f"Question {i}?" for i in (1, 3, 5, 0, 2)]
     assert data.counts["other_split"] == 5 and all(e.generations == [] for e in data)
 
 
-@pytest.mark.parametrize("text, told", [("{", "not JSON"), ("[]", "empty list"), ('{"type": "sample"}', "should be a list"), ("[3]", "record 1: should be an object"),
-                                        ('[{"type": "binary"}]', "record 1: field `type` is 'binary'"), ('[{"prompt": "?", "output": "!"}]', "record 1: field `type` is missing"),
-                                        ('[{"instruction": "?"}]', "record 1: field `type` is missing"), ('[{"type": "label", "prompt_id": 1, "sample_id": 0, "labeller": "x", "score": 1, "reason": ""}]', "not feedback")])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("{", "not JSON"),
+        ("[]", "empty list"),
+        ('{"type": "sample"}', "should be a list"),
+        ("[3]", "record 1: should be an object"),
+        ('[{"type": "binary"}]', "record 1: field `type` is 'binary'"),
+        ('[{"prompt": "?", "output": "!"}]', "record 1: field `type` is missing"),
+        ('[{"instruction": "?"}]', "record 1: field `type` is missing"),
+        (
+            (
+                '[{"type": "label", "prompt_id": 1, "sample_id": 0, "labeller": "x", '
+                '"score": 1, "reason": ""}]'
+            ),
+            "not feedback",
+        ),
+    ],
+)
 def test_broken_files(text, told, tmp_path):
     (tmp_path / "f.json").write_text(text)
-    with pytest.raises(RecordError, match=rf"f\.json.*{told}"): d.load_data(str(tmp_path / "f.json"))
+    with pytest.raises(RecordError, match=rf"f\.json.*{told}"):
+        d.load_data(str(tmp_path / "f.json"))
 
 
 def test_names_are_helped():
-    with pytest.raises(ValueError, match="did you mean `ultrabin`"): d.load_data("ultrabon")
-    with pytest.raises(ValueError, match="no data set was named"): d.load_data([])
+    with pytest.raises(ValueError, match="did you mean `ultrabin`"):
+        d.load_data("ultrabon")
+    with pytest.raises(ValueError, match="no data set was named"):
+        d.load_data([])
 
 
 PROMPTS = [as_turns(f"Question {i}?", "user") for i in range(3)]
-outputs, rewards = st.sampled_from([as_turns(x) for x in "abcd"]), st.sampled_from([0.0, 0.5, 1.0])
+outputs, rewards = (
+    st.sampled_from([as_turns(x) for x in "abcd"]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
 
 
 @st.composite
 def feedback_file(draw):
-    def single(p): return dict(prompt_id=prompt_id(p), prompt=p, output=draw(outputs), reward=(reward := draw(rewards)), label=int(reward > 0.4), type="binary_feedback")
-    def pair(p): return dict(prompt_id=prompt_id(p), prompt=p, output_A=draw(outputs), output_B=draw(outputs), label=draw(st.integers(0, 1)), reward_A=(x := draw(rewards)),
-                             reward_B=(y := draw(rewards)), reward_difference=abs(x - y), type="pairwise_feedback")
+    def single(p):
+        return dict(
+            prompt_id=prompt_id(p),
+            prompt=p,
+            output=draw(outputs),
+            reward=(reward := draw(rewards)),
+            label=int(reward > 0.4),
+            type="binary_feedback",
+        )
+
+    def pair(p):
+        return dict(
+            prompt_id=prompt_id(p),
+            prompt=p,
+            output_A=draw(outputs),
+            output_B=draw(outputs),
+            label=draw(st.integers(0, 1)),
+            reward_A=(x := draw(rewards)),
+            reward_B=(y := draw(rewards)),
+            reward_difference=abs(x - y),
+            type="pairwise_feedback",
+        )
+
     one = draw(st.sampled_from([single, pair]))
     return [one(draw(st.sampled_from(PROMPTS))) for _ in range(draw(st.integers(1, 8)))]
 
 
-def facts(rows): # what each file says, independent of how it is stored
+def facts(rows):  # what each file says, independent of how it is stored
     said = Counter()
     for r in rows:
-        if "output" in r: said[r["prompt_id"], r["output"][0]["content"], r["reward"], bool(r["label"])] += 1
+        if "output" in r:
+            said[r["prompt_id"], r["output"][0]["content"], r["reward"], bool(r["label"])] += 1
         else:
             a, b = (r[f"output_{x}"][0]["content"] for x in ("AB" if r["label"] else "BA"))
             said[r["prompt_id"], a, b] += 1
@@ -346,150 +725,353 @@ def test_joining_files_loses_and_invents_nothing(tmp_path_factory, files):
         names.append(str(folder / f"{i}.json"))
         write_records(names[-1], rows)
     data, said = d.load_data(names), Counter()
-    for rows in files: said |= facts(rows) # in several files: as often as in the one that says it most
-    assert list(data.data) == list(dict.fromkeys(r["prompt_id"] for rows in files for r in rows))
+    # in several files: as often as in the one that says it most
+    for rows in files:
+        said |= facts(rows)
+    assert list(data.data) == list(
+        dict.fromkeys(r["prompt_id"] for rows in files for r in rows)
+    )
     stored = Counter()
     for ex in data:
         assert all(len(x) in (0, len(ex.generations)) for x in (ex.scores, ex.desirable))
         words = [(g[0]["content"], *ex.known(i)) for i, g in enumerate(ex.generations)]
         for text, score, good in words:
-            if good is not None: stored[ex.prompt_id, text, score, good] += 1
-        for a, b in ex.pairs: stored[ex.prompt_id, words[a][0], words[b][0]] += 1
+            if good is not None:
+                stored[ex.prompt_id, text, score, good] += 1
+        for a, b in ex.pairs:
+            stored[ex.prompt_id, words[a][0], words[b][0]] += 1
         assert max(x[1] for x in words) == words[ex.sft_index][1]
-        assert {x[:2] for x in words} <= {(o[0]["content"], s) for rows in files for r in rows if r["prompt_id"] == ex.prompt_id
-                                        for o, s in ([(r["output"], r["reward"])] if "output" in r else [(r["output_A"], r["reward_A"]), (r["output_B"], r["reward_B"])])}
+        assert {x[:2] for x in words} <= {
+            (o[0]["content"], s)
+            for rows in files
+            for r in rows
+            if r["prompt_id"] == ex.prompt_id
+            for o, s in (
+                [(r["output"], r["reward"])]
+                if "output" in r
+                else [(r["output_A"], r["reward_A"]), (r["output_B"], r["reward_B"])]
+            )
+        }
     assert stored == said
     again = d.load_data(names + names)
     assert list(again) == list(data)
 
 
 def test_samples_stay_apart_and_prompts_merge(tmp_path):
-    sample = dict(prompt_id=7, sample_id=0, prompt=ask, output="Vega.", type="sample", generator="a")
+    sample = dict(
+        prompt_id=7, sample_id=0, prompt=ask, output="Vega.", type="sample", generator="a"
+    )
     write_records(tmp_path / "s.json", [sample, sample | dict(output="Io.", generator="b")])
-    (tmp_path / "p.json").write_text(json.dumps([dict(prompt="Name a star.", chosen="Vega.", rejected="Io.")]))
+    (tmp_path / "p.json").write_text(
+        json.dumps([dict(prompt="Name a star.", chosen="Vega.", rejected="Io.")])
+    )
     data = d.load_data([tmp_path / "s.json", tmp_path / "p.json"])
-    assert [(e.generations, e.sft_index, e.pairs) for e in data] == [([star], 0, []), ([moon], 0, []), ([star, moon], 0, [(0, 1)])]
+    assert [(e.generations, e.sft_index, e.pairs) for e in data] == [
+        ([star], 0, []),
+        ([moon], 0, []),
+        ([star, moon], 0, [(0, 1)]),
+    ]
     assert len({e.prompt_id for e in data}) == 1
 
 
-FORMATS = [ # row, split of the file -> prompt, generations, pairs, desirable, sft_index; the examples are those of TRL's documentation
-    (dict(prompt="The sky is", chosen=" blue.", rejected=" green."), (as_turns("The sky is", "user"), [as_turns(" blue."), as_turns(" green.")], [(0, 1)], [], 0)),
-    (dict(chosen="The sky is blue.", rejected="The sky is green."), (as_turns("The sky is", "user"), [as_turns(" blue."), as_turns(" green.")], [(0, 1)], [], 0)),
+# row, split of the file -> prompt, generations, pairs, desirable, sft_index; the examples are
+# those of TRL's documentation
+FORMATS = [
+    (
+        dict(prompt="The sky is", chosen=" blue.", rejected=" green."),
+        (
+            as_turns("The sky is", "user"),
+            [as_turns(" blue."), as_turns(" green.")],
+            [(0, 1)],
+            [],
+            0,
+        ),
+    ),
+    (
+        dict(chosen="The sky is blue.", rejected="The sky is green."),
+        (
+            as_turns("The sky is", "user"),
+            [as_turns(" blue."), as_turns(" green.")],
+            [(0, 1)],
+            [],
+            0,
+        ),
+    ),
     (dict(prompt=ask, chosen=star, rejected=moon), (ask, [star, moon], [(0, 1)], [], 0)),
     (dict(chosen=ask + star, rejected=ask + moon), (ask, [star, moon], [(0, 1)], [], 0)),
-    (dict(prompt=None, chosen=ask + star, rejected=ask + moon), (ask, [star, moon], [(0, 1)], [], 0)),
-    (dict(chosen="\n\nHuman: Name a star.\n\nAssistant: Vega.", rejected="\n\nHuman: Name a star.\n\nAssistant: Io."), (ask, [star, moon], [(0, 1)], [], 0)),
-    (dict(prompt="The sky is", completion=" blue.", label=True), (as_turns("The sky is", "user"), [as_turns(" blue.")], [], [True], 0)),
+    (
+        dict(prompt=None, chosen=ask + star, rejected=ask + moon),
+        (ask, [star, moon], [(0, 1)], [], 0),
+    ),
+    (
+        dict(
+            chosen="\n\nHuman: Name a star.\n\nAssistant: Vega.",
+            rejected="\n\nHuman: Name a star.\n\nAssistant: Io.",
+        ),
+        (ask, [star, moon], [(0, 1)], [], 0),
+    ),
+    (
+        dict(prompt="The sky is", completion=" blue.", label=True),
+        (as_turns("The sky is", "user"), [as_turns(" blue.")], [], [True], 0),
+    ),
     (dict(prompt=ask, completion=moon, label=False), (ask, [moon], [], [False], -1)),
     (dict(prompt=ask, completion=star), (ask, [star], [], [], 0)),
     (dict(prompt="Name a star.", completion="Vega."), (ask, [star], [], [], 0)),
     (dict(messages=ask + star), (ask, [star], [], [], 0)),
-    (dict(messages=as_turns("Be brief.", "system") + ask + star + ask + moon), (as_turns("Be brief.", "system") + ask, [star + ask + moon], [], [], 0)),
+    (
+        dict(messages=as_turns("Be brief.", "system") + ask + star + ask + moon),
+        (as_turns("Be brief.", "system") + ask, [star + ask + moon], [], [], 0),
+    ),
     (dict(prompt="Name a star.", messages=ask + star, prompt_id="x"), (ask, [star], [], [], 0)),
     (dict(prompt=ask), (ask, [], [], [], -1)),
-    (dict(prompt="Name a star.", solution="Vega."), (ask, [], [], [], -1))]
+    (dict(prompt="Name a star.", solution="Vega."), (ask, [], [], [], -1)),
+]
 
 
 @pytest.mark.parametrize("row, want", FORMATS)
 @pytest.mark.parametrize("source", ["json", "jsonl", "parquet", "hub", "folder"])
 def test_every_format_from_every_source(row, want, source, tmp_path, monkeypatch):
     import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    if source in ("json", "jsonl"): (name := tmp_path / f"rows.{source}").write_text(json.dumps(row) if source == "jsonl" else json.dumps([row]))
-    elif source == "parquet": datasets.Dataset.from_list([row]).to_parquet(name := tmp_path / "rows.parquet")
+    if source in ("json", "jsonl"):
+        (name := tmp_path / f"rows.{source}").write_text(
+            json.dumps(row) if source == "jsonl" else json.dumps([row])
+        )
+    elif source == "parquet":
+        datasets.Dataset.from_list([row]).to_parquet(name := tmp_path / "rows.parquet")
     else:
         (tmp_path / "org/name/data").mkdir(parents=True)
-        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "org/name/data/train-00000-of-00001.parquet")
+        datasets.Dataset.from_list([row]).to_parquet(
+            tmp_path / "org/name/data/train-00000-of-00001.parquet"
+        )
         name = "org/name" if source == "hub" else tmp_path / "org/name"
-    with contextlib.chdir(tmp_path): example, = d.load_data(str(name), "train")
-    assert (example.prompt, example.generations, example.pairs, example.desirable, example.sft_index) == want
+    with contextlib.chdir(tmp_path):
+        (example,) = d.load_data(str(name), "train")
+    assert (
+        example.prompt,
+        example.generations,
+        example.pairs,
+        example.desirable,
+        example.sft_index,
+    ) == want
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("ab"), st.booleans()), min_size=1, max_size=10))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from("ab"), st.booleans()),
+        min_size=1,
+        max_size=10,
+    )
+)
 @settings(max_examples=50, deadline=None)
 def test_judged_rows_are_observations_and_rows_to_imitate_stay_apart(rows):
     judged = [dict(prompt=f"Question {p}?", completion=x, label=good) for p, x, good in rows]
-    found = [(e.prompt[0]["content"], g[0]["content"], good) for e in d.get_preferences(judged) for g, good in zip(e.generations, e.desirable, strict=True)]
-    assert sorted(found) == sorted((r["prompt"], r["completion"], r["label"]) for r in judged) # as often as said
-    for e in d.get_preferences(judged): assert e.sft_index == (e.desirable.index(True) if True in e.desirable else -1)
+    found = [
+        (e.prompt[0]["content"], g[0]["content"], good)
+        for e in d.get_preferences(judged)
+        for g, good in zip(e.generations, e.desirable, strict=True)
+    ]
+    # as often as said
+    assert sorted(found) == sorted((r["prompt"], r["completion"], r["label"]) for r in judged)
+    for e in d.get_preferences(judged):
+        assert e.sft_index == (e.desirable.index(True) if True in e.desirable else -1)
     with pytest.MonkeyPatch.context() as m:
         stub(m, dict(train=[{k: r[k] for k in ("prompt", "completion")} for r in judged]))
         apart = d.load_data("org/name")
-    assert [(e.prompt[0]["content"], e.generations, e.sft_index) for e in apart] == [(r["prompt"], [as_turns(r["completion"])], 0) for r in judged]
+    assert [(e.prompt[0]["content"], e.generations, e.sft_index) for e in apart] == [
+        (r["prompt"], [as_turns(r["completion"])], 0) for r in judged
+    ]
 
 
 def test_split_column_of_a_parquet_file(tmp_path, monkeypatch):
     import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.Dataset.from_list([dict(prompt=f"Question {i}?", split="train" if i else "test") for i in range(3)]).to_parquet(tmp_path / "p.parquet")
+    datasets.Dataset.from_list(
+        [dict(prompt=f"Question {i}?", split="train" if i else "test") for i in range(3)]
+    ).to_parquet(tmp_path / "p.parquet")
     data = d.load_data(str(tmp_path / "p.parquet"), "train")
     assert (len(data), data.counts) == (2, dict(other_split=1))
 
 
 def test_scores_of_pairs_are_kept():
     row = dict(prompt=ask, chosen=star, rejected=moon, score_chosen=8.5, score_rejected=3)
-    example, = d.get_preferences([row, row | dict(rejected=as_turns("Mars."), score_chosen=9, score_rejected=None)])
+    (example,) = d.get_preferences(
+        [row, row | dict(rejected=as_turns("Mars."), score_chosen=9, score_rejected=None)]
+    )
     assert (example.scores, example.pairs) == ([8.5, 3, None], [(0, 1), (0, 2)])
     assert d.get_preferences([row, row | dict(score_chosen=9)]).counts["rescored"] == 1
     for bad in ("8", float("nan")):
-        with pytest.raises(RecordError, match="preferences, record 1: field `score_chosen` should be a finite number"): d.get_preferences([row | dict(score_chosen=bad)])
+        with pytest.raises(
+            RecordError,
+            match="preferences, record 1: field `score_chosen` should be a finite number",
+        ):
+            d.get_preferences([row | dict(score_chosen=bad)])
 
 
 @given(st.text(), st.text(), st.text())
 @settings(max_examples=200, deadline=None)
 def test_implicit_prompts_lose_no_character(head, a, b):
     row = dict(chosen=head + a, rejected=head + b)
-    try: prompt, chosen, rejected = d.split_pair(row, "row")
-    except RecordError: return
+    try:
+        prompt, chosen, rejected = d.split_pair(row, "row")
+    except RecordError:
+        return
     assert prompt[0]["content"].strip() and chosen[0]["content"][0].isspace()
-    assert [prompt[0]["content"] + x[0]["content"] for x in (chosen, rejected)] == [row["chosen"], row["rejected"]]
+    assert [prompt[0]["content"] + x[0]["content"] for x in (chosen, rejected)] == [
+        row["chosen"],
+        row["rejected"],
+    ]
 
 
-@pytest.mark.parametrize("row, told", [
-    (dict(chosen=" \n a", rejected=" \n b"), "record 1: field `prompt` is missing, and chosen and rejected share no beginning"),
-    (dict(text="The sky is blue."), "columns text are in no known format"), (dict(question="?", chosen="I say a", rejected="I say b"), "columns question, chosen, rejected are in no"),
-    (dict(instruction="?", output="!"), "columns instruction, output are in no"), (dict(prompt="?", response="!"), "columns prompt, response are in no"),
-    (dict(prompt="?", completion="!", label="good"), "record 1: field `label` should be true or false"), (dict(messages=ask), "record 1: field `messages` should be a prompt and an answer"),
-    (dict(prompt="?", completion=3), "record 1: field `completion` should be a text"), (dict(messages="Hi."), "record 1: field `messages` should be a prompt and an answer"),
-    (dict(prompt="?", chosen="!"), "record 1: field `rejected` is missing")])
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        (
+            dict(chosen=" \n a", rejected=" \n b"),
+            "record 1: field `prompt` is missing, and chosen and rejected share no beginning",
+        ),
+        (dict(text="The sky is blue."), "columns text are in no known format"),
+        (
+            dict(question="?", chosen="I say a", rejected="I say b"),
+            "columns question, chosen, rejected are in no",
+        ),
+        (dict(instruction="?", output="!"), "columns instruction, output are in no"),
+        (dict(prompt="?", response="!"), "columns prompt, response are in no"),
+        (
+            dict(prompt="?", completion="!", label="good"),
+            "record 1: field `label` should be true or false",
+        ),
+        (dict(messages=ask), "record 1: field `messages` should be a prompt and an answer"),
+        (dict(prompt="?", completion=3), "record 1: field `completion` should be a text"),
+        (dict(messages="Hi."), "record 1: field `messages` should be a prompt and an answer"),
+        (dict(prompt="?", chosen="!"), "record 1: field `rejected` is missing"),
+    ],
+)
 def test_columns_that_are_not_understood(row, told, tmp_path, monkeypatch):
     import datasets
+
     monkeypatch.setattr(datasets, "load_dataset", lambda path: dict(train=[row]))
-    with pytest.raises(RecordError, match=f"org/name.*{told}"): d.load_data("org/name")
+    with pytest.raises(RecordError, match=f"org/name.*{told}"):
+        d.load_data("org/name")
     (tmp_path / "f.json").write_text(json.dumps([row]))
-    with pytest.raises(RecordError, match=rf"f\.json, record 1: {told.removeprefix('record 1: ')}|f\.json, record 1: field `type` is missing, and {told}"): d.load_data(str(tmp_path / "f.json"))
+    with pytest.raises(
+        RecordError,
+        match=(
+            rf"f\.json, record 1: {told.removeprefix('record 1: ')}|f\.json, record 1: field "
+            rf"`type` is missing, and {told}"
+        ),
+    ):
+        d.load_data(str(tmp_path / "f.json"))
     if "known format" in told:
-        with pytest.raises(RecordError, match="unpaired preference \\(prompt, completion, label\\)"): d.load_data("org/name")
+        with pytest.raises(
+            RecordError, match="unpaired preference \\(prompt, completion, label\\)"
+        ):
+            d.load_data("org/name")
 
 
 def test_names_of_the_hub(monkeypatch, tmp_path):
     import datasets
+
     calls = []
+
     def load_dataset(*asked):
         calls.append(asked)
-        if asked[0] == "org/gone": raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/gone' doesn't exist on the Hub or cannot be accessed.")
-        if asked[0] == "org/off": raise ConnectionError("Couldn't reach 'org/off' on the Hub")
-        if asked == ("org/many",): raise ValueError("Config name is missing. Please pick one among the available configs: ['a', 'b']")
-        return dict(train_prefs=[dict(prompt="a", split="whatever")], validation=[dict(prompt="b")], extra=[dict(prompt="c")])
+        if asked[0] == "org/gone":
+            raise datasets.exceptions.DatasetNotFoundError(
+                "Dataset 'org/gone' doesn't exist on the Hub or cannot be accessed."
+            )
+        if asked[0] == "org/off":
+            raise ConnectionError("Couldn't reach 'org/off' on the Hub")
+        if asked == ("org/many",):
+            raise ValueError(
+                "Config name is missing. Please pick one among the available configs: "
+                "['a', 'b']"
+            )
+        return dict(
+            train_prefs=[dict(prompt="a", split="whatever")],
+            validation=[dict(prompt="b")],
+            extra=[dict(prompt="c")],
+        )
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    def prompts(name, split): return [e.prompt[0]["content"] for e in d.load_data(name, split)]
-    assert (prompts("org/name:a", "train"), prompts("org/many:b", "test"), prompts("org/name", None), prompts("org/name", "extra")) == (["a"], ["b"], ["a", "b", "c"], ["c"])
+
+    def prompts(name, split):
+        return [e.prompt[0]["content"] for e in d.load_data(name, split)]
+
+    assert (
+        prompts("org/name:a", "train"),
+        prompts("org/many:b", "test"),
+        prompts("org/name", None),
+        prompts("org/name", "extra"),
+    ) == (["a"], ["b"], ["a", "b", "c"], ["c"])
     assert calls == [("org/name", "a"), ("org/many", "b"), ("org/name",), ("org/name",)]
     assert d.load_data("org/name", "test").counts == dict(rows_of_validation=1)
-    for name, split, told in [("org/gone", "train", "org/gone: neither a file, a folder nor a known data set.*doesn't exist"), ("org/off", "train", "org/off: .*Couldn't reach"),
-                              ("org/many", "train", "(?s)org/many: Config name is missing.*org/name:config"), ("org/name", "dev", "org/name: no split is clearly 'dev'; it has train_prefs, validation, extra")]:
-        with pytest.raises(ValueError, match=told): d.load_data(name, split)
+    for name, split, told in [
+        (
+            "org/gone",
+            "train",
+            "org/gone: neither a file, a folder nor a known data set.*doesn't exist",
+        ),
+        ("org/off", "train", "org/off: .*Couldn't reach"),
+        ("org/many", "train", "(?s)org/many: Config name is missing.*org/name:config"),
+        (
+            "org/name",
+            "dev",
+            "org/name: no split is clearly 'dev'; it has train_prefs, validation, extra",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            d.load_data(name, split)
     calls.clear()
-    for name in ("ultrabim", "shpp", "no-such-set", "runs/gone.json", "./gone.jsonl", str(tmp_path / "gone"), "a/b/c"): # these never ask the hub
-        with pytest.raises(ValueError, match="neither a file nor a known data set"): d.load_data(name)
+    # these never ask the hub
+    for name in (
+        "ultrabim",
+        "shpp",
+        "no-such-set",
+        "runs/gone.json",
+        "./gone.jsonl",
+        str(tmp_path / "gone"),
+        "a/b/c",
+    ):
+        with pytest.raises(ValueError, match="neither a file nor a known data set"):
+            d.load_data(name)
     assert calls == []
 
 
 def test_hub_sets_and_files_join(monkeypatch, tmp_path):
-    stub(monkeypatch, [dict(prompt="Name a star.", response_0="Io.", response_1="Vega.", better_response_id=1)])
-    write_records(tmp_path / "f.json", [dict(prompt_id=prompt_id(ask), sample_id=i, prompt=ask, output=x, reward=i, type="scalar_feedback") for i, x in enumerate([moon, star])])
-    example, = d.load_data(["safe_rlhf", str(tmp_path / "f.json")])
-    assert (example.generations, example.pairs, example.scores) == ([star, moon], [(0, 1)], [1, 0])
+    stub(
+        monkeypatch,
+        [
+            dict(
+                prompt="Name a star.",
+                response_0="Io.",
+                response_1="Vega.",
+                better_response_id=1,
+            )
+        ],
+    )
+    write_records(
+        tmp_path / "f.json",
+        [
+            dict(
+                prompt_id=prompt_id(ask),
+                sample_id=i,
+                prompt=ask,
+                output=x,
+                reward=i,
+                type="scalar_feedback",
+            )
+            for i, x in enumerate([moon, star])
+        ],
+    )
+    (example,) = d.load_data(["safe_rlhf", str(tmp_path / "f.json")])
+    assert (example.generations, example.pairs, example.scores) == (
+        [star, moon],
+        [(0, 1)],
+        [1, 0],
+    )
 
 
 @given(st.data())
@@ -500,41 +1082,96 @@ def test_rounds_join_in_any_order(tmp_path_factory, data):
     for i in range(data.draw(st.integers(1, 4))):
         rows, kind = [], data.draw(st.sampled_from(["scalar", "binary", "pairwise"]))
         for j in range(data.draw(st.integers(1, 6))):
-            p, scores = data.draw(st.sampled_from(PROMPTS)), data.draw(st.lists(st.integers(-3, 3), min_size=2, max_size=2, unique=True))
-            a, b = (as_turns(f"{i} {j} {x}") for x in "ab") # all answers differ
+            p, scores = (
+                data.draw(st.sampled_from(PROMPTS)),
+                data.draw(st.lists(st.integers(-3, 3), min_size=2, max_size=2, unique=True)),
+            )
+            a, b = (as_turns(f"{i} {j} {x}") for x in "ab")  # all answers differ
             known = [(prompt_id(p), x[0]["content"], s) for x, s in zip((a, b), scores)]
             for (pid, text, s), x in zip(known, (a, b)):
-                words[pid, text] = (s, s > 0 if kind == "binary" else None, None if kind != "pairwise" else known[1 if x is a else 0][1] if s == max(scores) else None)
+                words[pid, text] = (
+                    s,
+                    s > 0 if kind == "binary" else None,
+                    None
+                    if kind != "pairwise"
+                    else known[1 if x is a else 0][1]
+                    if s == max(scores)
+                    else None,
+                )
             if kind == "pairwise":
-                rows.append(dict(prompt_id=known[0][0], prompt=p, output_A=a, output_B=b, label=int(scores[0] > scores[1]), reward_A=scores[0], reward_B=scores[1], reward_difference=abs(scores[0] - scores[1]), type="pairwise_feedback"))
-            else: rows += [dict(prompt_id=known[0][0], sample_id=2 * j + n, prompt=p, output=x, reward=s, type=f"{kind}_feedback", **(dict(label=int(s > 0)) if kind == "binary" else {})) for n, (x, s) in enumerate(zip((a, b), scores))]
+                rows.append(
+                    dict(
+                        prompt_id=known[0][0],
+                        prompt=p,
+                        output_A=a,
+                        output_B=b,
+                        label=int(scores[0] > scores[1]),
+                        reward_A=scores[0],
+                        reward_B=scores[1],
+                        reward_difference=abs(scores[0] - scores[1]),
+                        type="pairwise_feedback",
+                    )
+                )
+            else:
+                rows += [
+                    dict(
+                        prompt_id=known[0][0],
+                        sample_id=2 * j + n,
+                        prompt=p,
+                        output=x,
+                        reward=s,
+                        type=f"{kind}_feedback",
+                        **(dict(label=int(s > 0)) if kind == "binary" else {}),
+                    )
+                    for n, (x, s) in enumerate(zip((a, b), scores))
+                ]
         names.append(str(folder / f"{i}.json"))
         write_records(names[-1], data.draw(st.permutations(rows)))
     joined = d.load_data(data.draw(st.permutations(names)))
     found = {}
     for ex in joined:
-        assert len(ex.scores) == len(ex.generations) and None not in ex.scores # so groups of GRPO and the converters have every score
+        # so groups of GRPO and the converters have every score
+        assert len(ex.scores) == len(ex.generations) and None not in ex.scores
         beats = {a: b for a, b in ex.pairs}
         assert len(beats) == len(ex.pairs)
-        for n, g in enumerate(ex.generations): found[ex.prompt_id, g[0]["content"]] = (*ex.known(n), ex.generations[beats[n]][0]["content"] if n in beats else None)
+        for n, g in enumerate(ex.generations):
+            found[ex.prompt_id, g[0]["content"]] = (
+                *ex.known(n),
+                ex.generations[beats[n]][0]["content"] if n in beats else None,
+            )
     assert found == words and not joined.counts
 
 
 def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch):
     from halos_nb.records import read_jsonl
+
     monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+
     class Rows:
         asked = 0
-        def __len__(self): return 30
+
+        def __len__(self):
+            return 30
+
         def __iter__(self):
             for i in range(30):
                 self.asked += 1
                 yield i
+
     rows = Rows()
-    for n, i in enumerate(d.watched(rows, "x", many=30), 1): assert rows.asked == n == i + 1
+    for n, i in enumerate(d.watched(rows, "x", many=30), 1):
+        assert rows.asked == n == i + 1
     lines = read_jsonl(tmp_path / "progress.jsonl")
-    assert (lines[0]["done"], lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (0, 30, 30, "rows")
+    assert (lines[0]["done"], lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (
+        0,
+        30,
+        30,
+        "rows",
+    )
     (tmp_path / "progress.jsonl").unlink()
     assert list(d.watched(Rows(), "x", many=31)) == list(range(30))
     monkeypatch.setenv("RANK", "1")
-    assert list(d.watched(Rows(), "x", many=30)) == list(range(30)) and not (tmp_path / "progress.jsonl").exists()
+    assert (
+        list(d.watched(Rows(), "x", many=30)) == list(range(30))
+        and not (tmp_path / "progress.jsonl").exists()
+    )

@@ -1,4 +1,5 @@
 "The house rules that a reader relies on: who imports whom, what stays light, what is never done."
+
 import ast
 import json
 import re
@@ -10,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Which of our own modules each module may import. The README's map says the same; change both together and say why.
+# Which of our own modules each module may import. The README's map says the same; change both
+# together and say why.
 BASE = ["records", "config", "data", "feedback", "batching", "models", "reference", "losses"]
 MAY_IMPORT = {
     "records": [],
@@ -41,21 +43,56 @@ MAY_IMPORT = {
     "widgets": ["records", "config", "feedback", "people", "launch", "plots"],
     "playground": [*BASE, "trainers", "sample", "label", "train", "launch", "loop", "plots"],
 }
-# These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory) has no place in them.
-LIGHT = ["records", "config", "feedback", "agreement", "people", "judge", "supervise", "launch", "loop", "plots", "rewards", "widgets", "monitor", "compare", "page"]
+# These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory)
+# has no place in them.
+LIGHT = [
+    "records",
+    "config",
+    "feedback",
+    "agreement",
+    "people",
+    "judge",
+    "supervise",
+    "launch",
+    "loop",
+    "plots",
+    "rewards",
+    "widgets",
+    "monitor",
+    "compare",
+    "page",
+]
 HEAVY = {"torch", "transformers", "accelerate", "datasets"}
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = {p.stem: p for p in sorted((ROOT / "halos_nb").glob("*.py")) if not p.stem.startswith("_")}
-SOURCES = [*MODULES.values(), *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
+MODULES = {
+    p.stem: p for p in sorted((ROOT / "halos_nb").glob("*.py")) if not p.stem.startswith("_")
+}
+SOURCES = [
+    *MODULES.values(),
+    *sorted((ROOT / "tests").glob("*.py")),
+    *sorted((ROOT / "bench").glob("*.py")),
+]
 
 
-def cells(path, kind): return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def cells(path, kind):
+    return [
+        "".join(c["source"])
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == kind
+    ]
 
 
 def default_exp(path):
     "The module that a notebook exports to, or None."
-    return next((m[1] for src in cells(path, "code") if (m := re.search(r"^#\|\s*default_exp:?\s+(\S+)", src, re.M))), None)
+    return next(
+        (
+            m[1]
+            for src in cells(path, "code")
+            if (m := re.search(r"^#\|\s*default_exp:?\s+(\S+)", src, re.M))
+        ),
+        None,
+    )
 
 
 def own_imports(tree):
@@ -63,14 +100,20 @@ def own_imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
-                if a.name.split(".")[0] == "halos_nb": yield (a.name.split(".") + [""])[1], [a.name]
+                if a.name.split(".")[0] == "halos_nb":
+                    yield (a.name.split(".") + [""])[1], [a.name]
         elif isinstance(node, ast.ImportFrom):
             module = (node.module or "").split(".")
-            if node.level: module = ["halos_nb", *filter(None, module)] # relative: nbdev writes these
-            if module[0] != "halos_nb": continue
+            # relative: nbdev writes these
+            if node.level:
+                module = ["halos_nb", *filter(None, module)]
+            if module[0] != "halos_nb":
+                continue
             names = [a.name for a in node.names]
-            if len(module) > 1: yield module[1], names
-            else: yield from ((n, names) for n in names)
+            if len(module) > 1:
+                yield module[1], names
+            else:
+                yield from ((n, names) for n in names)
 
 
 ids = dict(ids=lambda p: p.stem if isinstance(p, Path) else str(p))
@@ -78,70 +121,120 @@ ids = dict(ids=lambda p: p.stem if isinstance(p, Path) else str(p))
 
 @pytest.mark.parametrize("name", MODULES)
 def test_import_table(name):
-    assert name in MAY_IMPORT, f"{name}: a new room; give it a line in MAY_IMPORT and in the README's map"
+    assert name in MAY_IMPORT, (
+        f"{name}: a new room; give it a line in MAY_IMPORT and in the README's map"
+    )
     for module, names in own_imports(ast.parse(MODULES[name].read_text())):
-        if module in ("", "__version__"): continue
-        assert module in MAY_IMPORT[name], f"{name} imports {module}; it may import {MAY_IMPORT[name] or 'none of ours'}"
+        if module in ("", "__version__"):
+            continue
+        assert module in MAY_IMPORT[name], (
+            f"{name} imports {module}; it may import {MAY_IMPORT[name] or 'none of ours'}"
+        )
         assert "*" not in names, f"{name}: star import from {module}"
 
 
-@pytest.mark.parametrize("line, found", [
-    ("def f():\n    from halos_nb.loop import run", [("loop", ["run"])]), ("from .models import *", [("models", ["*"])]),
-    ("import halos_nb.plots as p", [("plots", ["halos_nb.plots"])]), ("from halos_nb import sample", [("sample", ["sample"])]),
-    ("from . import label", [("label", ["label"])]), ("import torch", [])])
-def test_import_table_sees(line, found): assert list(own_imports(ast.parse(line))) == found
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("def f():\n    from halos_nb.loop import run", [("loop", ["run"])]),
+        ("from .models import *", [("models", ["*"])]),
+        ("import halos_nb.plots as p", [("plots", ["halos_nb.plots"])]),
+        ("from halos_nb import sample", [("sample", ["sample"])]),
+        ("from . import label", [("label", ["label"])]),
+        ("import torch", []),
+    ],
+)
+def test_import_table_sees(line, found):
+    assert list(own_imports(ast.parse(line))) == found
 
 
 def test_table_points_down():
     order = list(MAY_IMPORT)
-    for name, allowed in MAY_IMPORT.items(): assert all(order.index(a) < order.index(name) for a in allowed), name
+    for name, allowed in MAY_IMPORT.items():
+        assert all(order.index(a) < order.index(name) for a in allowed), name
 
 
 def loaded(statement):
     "Top-level modules in memory after a statement in a fresh Python."
-    out = subprocess.run([sys.executable, "-c", f"import sys; {statement}; print(*{{m.split('.')[0] for m in sys.modules}})"], cwd=ROOT,
-                         capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; {statement}; print(*{{m.split('.')[0] for m in sys.modules}})",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     return set(out.stdout.split())
 
 
 @pytest.mark.parametrize("name", [n for n in LIGHT if n in MODULES])
-def test_light_rooms_do_not_load_torch(name): assert not loaded(f"import halos_nb.{name}") & HEAVY
+def test_light_rooms_do_not_load_torch(name):
+    assert not loaded(f"import halos_nb.{name}") & HEAVY
 
 
-def test_import_halos_nb_is_light(): assert not loaded("import halos_nb") & (HEAVY | {"pandas", "numpy", "plotly", "pydantic", "IPython"})
+def test_import_halos_nb_is_light():
+    assert not loaded("import halos_nb") & (
+        HEAVY | {"pandas", "numpy", "plotly", "pydantic", "IPython"}
+    )
 
 
 def test_every_notebook_has_its_module_and_the_reverse():
-    exported = {default_exp(p): p for p in NOTEBOOKS} # drivers export nothing and are None
+    exported = {default_exp(p): p for p in NOTEBOOKS}  # drivers export nothing and are None
     exported.pop(None, None)
-    assert set(exported) == set(MODULES), "a notebook without module (run nbdev-export) or a module whose notebook is gone (delete it)"
-    for name, p in exported.items(): assert re.fullmatch(r"\d\d_" + name, p.stem), f"{p.name} exports {name}"
+    assert set(exported) == set(MODULES), (
+        "a notebook without module (run nbdev-export) or a module whose notebook is gone "
+        "(delete it)"
+    )
+    for name, p in exported.items():
+        assert re.fullmatch(r"\d\d_" + name, p.stem), f"{p.name} exports {name}"
     order = [default_exp(p) for p in NOTEBOOKS if default_exp(p)]
-    assert order == [n for n in MAY_IMPORT if n in exported], "the notebooks' numbers are the reading order of MAY_IMPORT"
+    assert order == [n for n in MAY_IMPORT if n in exported], (
+        "the notebooks' numbers are the reading order of MAY_IMPORT"
+    )
 
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
     import shutil
-    for f in ("nbs", "halos_nb"): shutil.copytree(ROOT / f, tmp_path / f, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for f in ("pyproject.toml", "README.md"): shutil.copy(ROOT / f, tmp_path)
+
+    for f in ("nbs", "halos_nb"):
+        shutil.copytree(
+            ROOT / f,
+            tmp_path / f,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
+    for f in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / f, tmp_path)
     subprocess.run(["nbdev-export"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    for name, p in MODULES.items(): assert (tmp_path / "halos_nb" / p.name).read_text() == p.read_text(), f"{name}: run nbdev-export"
+    for name, p in MODULES.items():
+        assert (tmp_path / "halos_nb" / p.name).read_text() == p.read_text(), (
+            f"{name}: run nbdev-export"
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, **ids)
 def test_notebook_says_its_purpose_first(path):
     first = json.loads(path.read_text())["cells"][0]
     assert first["cell_type"] == "markdown"
-    assert re.match(r"# \S.*\n+> \S", "".join(first["source"])), f"{path.name}: begin with '# Title' and '> purpose'"
+    assert re.match(r"# \S.*\n+> \S", "".join(first["source"])), (
+        f"{path.name}: begin with '# Title' and '> purpose'"
+    )
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if default_exp(p) is None], **ids)
 def test_drivers_export_and_define_nothing(path):
     for src in cells(path, "code"):
         assert not re.search(r"^#\|\s*export", src, re.M)
-        plain = "\n".join(line for line in src.splitlines() if not line.lstrip().startswith(("%", "!")))
+        plain = "\n".join(
+            line for line in src.splitlines() if not line.lstrip().startswith(("%", "!"))
+        )
         for node in ast.walk(ast.parse(plain)):
-            assert not isinstance(node, ast.ClassDef | ast.AsyncFunctionDef), f"{path.name} defines {node.name}: it belongs in a room"
+            assert not isinstance(node, ast.ClassDef | ast.AsyncFunctionDef), (
+                f"{path.name} defines {node.name}: it belongs in a room"
+            )
 
 
 @pytest.mark.parametrize("path", SOURCES, **ids)
@@ -149,21 +242,40 @@ def test_nothing_dangerous(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
-            assert not {"pickle", "cPickle", "dill", "joblib", "marshal"} & {n.split(".")[0] for n in names}, f"line {node.lineno}: no pickle is loaded here"
-        if not isinstance(node, ast.Call): continue
-        given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
-        assert given.get("trust_remote_code") is not True, f"line {node.lineno}: trust_remote_code is the user's to turn on"
-        if ast.unparse(node.func) == "torch.load": assert given.get("weights_only") is True, f"line {node.lineno}: torch.load without weights_only=True"
+            assert not {"pickle", "cPickle", "dill", "joblib", "marshal"} & {
+                n.split(".")[0] for n in names
+            }, f"line {node.lineno}: no pickle is loaded here"
+        if not isinstance(node, ast.Call):
+            continue
+        given = {
+            k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
+        }
+        assert given.get("trust_remote_code") is not True, (
+            f"line {node.lineno}: trust_remote_code is the user's to turn on"
+        )
+        if ast.unparse(node.func) == "torch.load":
+            assert given.get("weights_only") is True, (
+                f"line {node.lineno}: torch.load without weights_only=True"
+            )
 
 
-SECRET = re.compile(r"sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|xox[bp]-[0-9A-Za-z-]{20,}")
-TEXTS = [p for p in ROOT.glob("*") if p.suffix in (".md", ".toml", ".ini", ".txt") or p.name == "Makefile"]
+SECRET = re.compile(
+    r"sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN "
+    r"[A-Z ]*PRIVATE KEY|xox[bp]-[0-9A-Za-z-]{20,}"
+)
+TEXTS = [
+    p
+    for p in ROOT.glob("*")
+    if p.suffix in (".md", ".toml", ".ini", ".txt") or p.name == "Makefile"
+]
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *SOURCES, *TEXTS], **ids)
-def test_no_secret_is_written_down(path): assert not SECRET.search(path.read_text())
+def test_no_secret_is_written_down(path):
+    assert not SECRET.search(path.read_text())
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), **ids)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", path.read_text()): assert (ROOT / target).exists(), f"{path.name} links to {target}"
+    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", path.read_text()):
+        assert (ROOT / target).exists(), f"{path.name} links to {target}"

@@ -1,4 +1,5 @@
 "An API judge over real HTTP: what replies mean, which faults it lives with, what a killed run has paid for, and where the key never appears."
+
 import asyncio
 import json
 import os
@@ -20,11 +21,25 @@ from hypothesis import given, strategies as st
 import golden
 from halos_nb import judge as j
 from halos_nb.config import LabelConfig
-from halos_nb.judge import Judge, JudgeStopped, interpret, process_samples_with_api, read_number, read_winner
+from halos_nb.judge import (
+    Judge,
+    JudgeStopped,
+    interpret,
+    process_samples_with_api,
+    read_number,
+    read_winner,
+)
 from halos_nb.label import main
-from halos_nb.records import RecordError, as_turns, prompt_id, read_jsonl, read_records, write_records
+from halos_nb.records import (
+    RecordError,
+    as_turns,
+    prompt_id,
+    read_jsonl,
+    read_records,
+    write_records,
+)
 
-KEY = "sk-" + "Zx9" * 10 # put together here, so that no secret is written down
+KEY = "sk-" + "Zx9" * 10  # put together here, so that no secret is written down
 
 # ---- what a reply means
 
@@ -36,100 +51,229 @@ def test_golden_replies(case):
     wanted = None if case.get("ambiguous") else case["intended"]
     assert reading.value == wanted and bool(reading.reason) == (wanted is None), reading
     row = interpret(dict(reply=case["reply"] or "", reason=""), Judge("m"))
-    assert row["score"] == (wanted if wanted is not None and 0 <= wanted <= 10 else None) and bool(row["reason"]) == (row["score"] is None)
+    assert row["score"] == (
+        wanted if wanted is not None and 0 <= wanted <= 10 else None
+    ) and bool(row["reason"]) == (row["score"] is None)
 
 
 class Pretend:
     "A client, asynchronous or not, that answers with a text, with nothing, or with an error."
+
     def __init__(self, reply, sync):
-        async def later(**kw): return self.create(**kw)
-        self.reply, self.chat = reply, SimpleNamespace(completions=SimpleNamespace(create=self.create if sync else later))
+        async def later(**kw):
+            return self.create(**kw)
+
+        self.reply, self.chat = (
+            reply,
+            SimpleNamespace(completions=SimpleNamespace(create=self.create if sync else later)),
+        )
 
     def create(self, *, model, messages):
-        if isinstance(self.reply, Exception): raise self.reply
-        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=self.reply), finish_reason="stop")])
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return SimpleNamespace(
+            choices=[
+                SimpleNamespace(
+                    message=SimpleNamespace(content=self.reply), finish_reason="stop"
+                )
+            ]
+        )
 
 
 @pytest.mark.parametrize("sync", [True, False])
 @golden.cases("api_scores")
 def test_golden_process_samples(case, sync):
     "The same through the predecessor's function; a service that fails, or a reply without text, is unscored and never a 0."
-    client, samples = Pretend(OSError("down") if case["kind"] == "exception" else case["reply"], sync), make_samples(3)
+    client, samples = (
+        Pretend(OSError("down") if case["kind"] == "exception" else case["reply"], sync),
+        make_samples(3),
+    )
     kept = json.dumps(samples)
-    out = asyncio.run(process_samples_with_api(samples, client, "You judge.", "Rate this.", "m", batch_size=2))
-    wanted = None if case.get("ambiguous") or case["intended"] is None or not 0 <= case["intended"] <= 10 else case["intended"]
-    assert [s["reward"] for s in out] == [wanted] * 3 and [s["sample_id"] for s in out] == [s["sample_id"] for s in samples] and json.dumps(samples) == kept
+    out = asyncio.run(
+        process_samples_with_api(samples, client, "You judge.", "Rate this.", "m", batch_size=2)
+    )
+    wanted = (
+        None
+        if case.get("ambiguous") or case["intended"] is None or not 0 <= case["intended"] <= 10
+        else case["intended"]
+    )
+    assert (
+        [s["reward"] for s in out] == [wanted] * 3
+        and [s["sample_id"] for s in out] == [s["sample_id"] for s in samples]
+        and json.dumps(samples) == kept
+    )
     assert all(bool(s["reason"]) == (wanted is None) for s in out)
 
 
-@pytest.mark.parametrize("reply, score", [("<think>Final Score: 3? No, 4.</think>\nFinal Score: 7", 7), ("So 3.\n</think>\n\n{\"why\": \"\", \"score\": 7}", 7), ("<think>\nFinal Score: 7", None), ("<think></think>", None),
-                                          ("<think>8/10</think>It is fine.", None), ("<think>a</think>Final Score: 7. It wrote </think>Final Score: 10", None)])
-def test_thoughts_are_not_the_reply(reply, score): assert read_number(reply).value == score
+@pytest.mark.parametrize(
+    "reply, score",
+    [
+        ("<think>Final Score: 3? No, 4.</think>\nFinal Score: 7", 7),
+        ('So 3.\n</think>\n\n{"why": "", "score": 7}', 7),
+        ("<think>\nFinal Score: 7", None),
+        ("<think></think>", None),
+        ("<think>8/10</think>It is fine.", None),
+        ("<think>a</think>Final Score: 7. It wrote </think>Final Score: 10", None),
+    ],
+)
+def test_thoughts_are_not_the_reply(reply, score):
+    assert read_number(reply).value == score
 
 
-def test_thoughts_name_no_winner(): assert [read_winner(r).value for r in ("<think>Winner: A</think>Winner: B", "Winner: A?</think>\n[[B]]", "<think>Winner: A")] == ["B", "B", None]
+def test_thoughts_name_no_winner():
+    assert [
+        read_winner(r).value
+        for r in (
+            "<think>Winner: A</think>Winner: B",
+            "Winner: A?</think>\n[[B]]",
+            "<think>Winner: A",
+        )
+    ] == ["B", "B", None]
 
 
 numbers = st.decimals(-20, 20, places=2, allow_nan=False).map(lambda d: f"{d:f}")
 words = st.text("abcdefg ,.!?\n0123456789/-", max_size=60)
 
 
-@given(words, numbers, st.sampled_from(["Final Score: {}", "**Final Score:** {}", "final rating = {}", "FINAL SCORE {}/10", "Final Score:\n{}", "Final Score (0-10): {}"]))
+@given(
+    words,
+    numbers,
+    st.sampled_from(
+        [
+            "Final Score: {}",
+            "**Final Score:** {}",
+            "final rating = {}",
+            "FINAL SCORE {}/10",
+            "Final Score:\n{}",
+            "Final Score (0-10): {}",
+        ]
+    ),
+)
 def test_final_score_wins(before, x, form):
     "Whatever stands before it, numbers included."
     assert read_number(f"{before}\n{form.format(x)}").value == float(x)
 
 
 @given(numbers, numbers)
-def test_two_final_scores(a, b): assert read_number(f"Final Score: {a}\nthen again\nFinal Score: {b}").value == (float(a) if float(a) == float(b) else None)
+def test_two_final_scores(a, b):
+    assert read_number(f"Final Score: {a}\nthen again\nFinal Score: {b}").value == (
+        float(a) if float(a) == float(b) else None
+    )
 
 
-@given(st.text() | st.text("0123456789.,/+-eE%: Fnialscore{}\"'[]()*\n") | st.from_regex(j.FINAL + j.VALUE))
+@given(
+    st.text()
+    | st.text("0123456789.,/+-eE%: Fnialscore{}\"'[]()*\n")
+    | st.from_regex(j.FINAL + j.VALUE)
+)
 def test_nothing_is_invented(reply):
     "No text breaks the reader; what it reads stands in the text."
     value, reason = read_number(reply)
     assert (value is None) == bool(reason)
-    if value is not None: assert value in {j.to_float(m[0]) for m in re.finditer(j.NUMBER, j.plain(reply), re.I)} | {j.to_float(m["x"]) for m in re.finditer(j.VALUE, j.plain(reply), re.I)}
+    if value is not None:
+        assert value in {
+            j.to_float(m[0]) for m in re.finditer(j.NUMBER, j.plain(reply), re.I)
+        } | {j.to_float(m["x"]) for m in re.finditer(j.VALUE, j.plain(reply), re.I)}
     assert read_winner(reply).value in ("A", "B", "tie", None)
 
 
-@given(st.integers(0, 10), st.integers(0, 10), st.sampled_from(["{} to {}", "{}-{}", "{} or {}", "between {} and {}", "{} – {}", "{},000,{}"]))
-def test_ranges_are_no_scores(a, b, form): assert read_number("Final Score: " + form.format(a, b)).value is None
+@given(
+    st.integers(0, 10),
+    st.integers(0, 10),
+    st.sampled_from(
+        ["{} to {}", "{}-{}", "{} or {}", "between {} and {}", "{} – {}", "{},000,{}"]
+    ),
+)
+def test_ranges_are_no_scores(a, b, form):
+    assert read_number("Final Score: " + form.format(a, b)).value is None
 
 
 def test_long_replies_are_read_fast():
     start = time.monotonic()
-    for text in ("9" * 20000, "final score " * 5000, "so the " * 5000, "(" * 20000, "Final Score: " + "*" * 20000, '{"score": ' * 5000, "8/" * 10000, "a" * 50000 + "\n" * 5000): read_number(text), read_winner(text)
+    for text in (
+        "9" * 20000,
+        "final score " * 5000,
+        "so the " * 5000,
+        "(" * 20000,
+        "Final Score: " + "*" * 20000,
+        '{"score": ' * 5000,
+        "8/" * 10000,
+        "a" * 50000 + "\n" * 5000,
+    ):
+        read_number(text), read_winner(text)
     assert time.monotonic() - start < 10
 
 
 # ---- a server that plays the judge, on loopback
 
-FAULTS = ("429 after", "429", "500", "hang", "drop", "torn", "empty", "nothing", "garbage", "html", "error body", "bad json", "drip", "null", "wrong", "mumble")
+FAULTS = (
+    "429 after",
+    "429",
+    "500",
+    "hang",
+    "drop",
+    "torn",
+    "empty",
+    "nothing",
+    "garbage",
+    "html",
+    "error body",
+    "bad json",
+    "drip",
+    "null",
+    "wrong",
+    "mumble",
+)
 
 
 def make_samples(n, per_prompt=4):
     prompts = [as_turns(f"Question {p}?", "user") for p in range(-(-n // per_prompt))]
-    return [dict(prompt_id=prompt_id(p), sample_id=k, prompt=p, output=f"Answer #{i}#", type="sample") for i in range(n) for p, k in [(prompts[i // per_prompt], i % per_prompt)]]
+    return [
+        dict(
+            prompt_id=prompt_id(p), sample_id=k, prompt=p, output=f"Answer #{i}#", type="sample"
+        )
+        for i in range(n)
+        for p, k in [(prompts[i // per_prompt], i % per_prompt)]
+    ]
 
 
-def truth(i): return i * 7 % 101 / 10
+def truth(i):
+    return i * 7 % 101 / 10
 
 
-def completion(text, n=40): return dict(id="x", object="chat.completion", created=1, model="toy", choices=[dict(index=0, message=dict(role="assistant", content=text), finish_reason="stop")],
-                                        usage=dict(prompt_tokens=n, completion_tokens=10, total_tokens=n + 10))
+def completion(text, n=40):
+    return dict(
+        id="x",
+        object="chat.completion",
+        created=1,
+        model="toy",
+        choices=[
+            dict(index=0, message=dict(role="assistant", content=text), finish_reason="stop")
+        ],
+        usage=dict(prompt_tokens=n, completion_tokens=10, total_tokens=n + 10),
+    )
 
 
 class Server:
     "HTTP by hand, so that it can be broken in every way; `answer(body, times)` -> text, fault name or (status, object)."
-    def __init__(self, answer): self.answer, self.heard, self.seen, self.keys, self.loop = answer, [], Counter(), set(), asyncio.new_event_loop()
+
+    def __init__(self, answer):
+        self.answer, self.heard, self.seen, self.keys, self.loop = (
+            answer,
+            [],
+            Counter(),
+            set(),
+            asyncio.new_event_loop(),
+        )
 
     def __enter__(self):
         ready = threading.Event()
+
         async def serve():
             self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
             self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
             ready.set()
+
         self.loop.create_task(serve())
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -140,8 +284,10 @@ class Server:
         async def stop():
             self.server.close()
             others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others: task.cancel()
+            for task in others:
+                task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+
         asyncio.run_coroutine_threadsafe(stop(), self.loop).result(10)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
@@ -149,62 +295,139 @@ class Server:
     async def talk(self, reader, writer):
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                fields = {k.lower(): v for k, _, v in (line.partition(": ") for line in head.decode().split("\r\n"))}
+                fields = {
+                    k.lower(): v
+                    for k, _, v in (
+                        line.partition(": ") for line in head.decode().split("\r\n")
+                    )
+                }
                 body = json.loads(await reader.readexactly(int(fields["content-length"])))
                 text = body["messages"][-1]["content"]
                 self.heard.append(body)
                 self.keys.add(fields.get("authorization"))
                 self.seen[text] += 1
-                if not await self.reply(writer, self.answer(body, self.seen[text])): break
-        except (asyncio.IncompleteReadError, ConnectionError): pass
-        finally: writer.close()
+                if not await self.reply(writer, self.answer(body, self.seen[text])):
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
 
     async def reply(self, writer, what):
         send = lambda status, data, kind="application/json", more="", size=None: writer.write(
-            f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(data) if size is None else size}\r\n{more}\r\n".encode() + data)
+            (
+                f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: "
+                f"{len(data) if size is None else size}\r\n{more}\r\n"
+            ).encode()
+            + data
+        )
         good = json.dumps(completion("Final Score: 3")).encode()
-        if isinstance(what, tuple): send(what[0], json.dumps(what[1]).encode())
-        elif what not in FAULTS: send(200, json.dumps(completion(what)).encode())
-        elif what == "429 after": send(429, b'{"error": {"message": "slow down"}}', more="Retry-After: 0.1\r\n")
-        elif what == "429": send(429, b'{"error": {"message": "slow down"}}')
-        elif what == "500": send(500, json.dumps(dict(error=dict(message=f"bad key {KEY}?"))).encode())
-        elif what == "hang": await asyncio.sleep(3)
-        elif what == "torn": send(200, good[:50], size=len(good))
-        elif what == "empty": send(200, b"")
-        elif what == "nothing": send(200, json.dumps(completion("")).encode())
-        elif what == "garbage": send(200, bytes(range(128, 256)))
-        elif what == "html": send(200, b"<html><body>Sign in: 7</body></html>", "text/html")
-        elif what == "error body": send(200, json.dumps(dict(choices=None, error=dict(message=f"overloaded, {KEY}", code=502))).encode())
-        elif what == "bad json": send(200, good[:-30])
-        elif what == "null": send(200, json.dumps(completion(None)).encode())
-        elif what == "wrong": send(200, json.dumps(completion("Final Score: 11")).encode())
-        elif what == "mumble": send(200, json.dumps(completion(f"It has 3 merits and 2 faults. {KEY}")).encode())
+        if isinstance(what, tuple):
+            send(what[0], json.dumps(what[1]).encode())
+        elif what not in FAULTS:
+            send(200, json.dumps(completion(what)).encode())
+        elif what == "429 after":
+            send(429, b'{"error": {"message": "slow down"}}', more="Retry-After: 0.1\r\n")
+        elif what == "429":
+            send(429, b'{"error": {"message": "slow down"}}')
+        elif what == "500":
+            send(500, json.dumps(dict(error=dict(message=f"bad key {KEY}?"))).encode())
+        elif what == "hang":
+            await asyncio.sleep(3)
+        elif what == "torn":
+            send(200, good[:50], size=len(good))
+        elif what == "empty":
+            send(200, b"")
+        elif what == "nothing":
+            send(200, json.dumps(completion("")).encode())
+        elif what == "garbage":
+            send(200, bytes(range(128, 256)))
+        elif what == "html":
+            send(200, b"<html><body>Sign in: 7</body></html>", "text/html")
+        elif what == "error body":
+            send(
+                200,
+                json.dumps(
+                    dict(choices=None, error=dict(message=f"overloaded, {KEY}", code=502))
+                ).encode(),
+            )
+        elif what == "bad json":
+            send(200, good[:-30])
+        elif what == "null":
+            send(200, json.dumps(completion(None)).encode())
+        elif what == "wrong":
+            send(200, json.dumps(completion("Final Score: 11")).encode())
+        elif what == "mumble":
+            send(200, json.dumps(completion(f"It has 3 merits and 2 faults. {KEY}")).encode())
         if what == "drip":
             send(200, b"", size=len(good))
-            for b in good: writer.write(bytes([b])); await writer.drain(); await asyncio.sleep(0.05)
+            for b in good:
+                writer.write(bytes([b]))
+                await writer.drain()
+                await asyncio.sleep(0.05)
         await writer.drain()
         return what not in ("hang", "drop", "torn")
 
 
-def number_of(body): return int(re.search(r"Answer #(\d+)#", body["messages"][-1]["content"])[1])
+def number_of(body):
+    return int(re.search(r"Answer #(\d+)#", body["messages"][-1]["content"])[1])
 
 
 def config(server, folder, n=None, **more):
-    if n: write_records(folder / "samples.json", make_samples(n))
-    given = dict(samples_file=str(folder / "samples.json"), output_file=str(folder / "feedback.json"), api_type="openai", api_model="toy", base_url=server.url, max_retries=2, batch_size=8, request_timeout=5)
+    if n:
+        write_records(folder / "samples.json", make_samples(n))
+    given = dict(
+        samples_file=str(folder / "samples.json"),
+        output_file=str(folder / "feedback.json"),
+        api_type="openai",
+        api_model="toy",
+        base_url=server.url,
+        max_retries=2,
+        batch_size=8,
+        request_timeout=5,
+    )
     return LabelConfig(**given | more)
 
 
-def answers(journal): return {(r["prompt_id"], r["sample_id"]): r for r in read_jsonl(journal) if r["reply"] is not None}
+def answers(journal):
+    return {
+        (r["prompt_id"], r["sample_id"]): r
+        for r in read_jsonl(journal)
+        if r["reply"] is not None
+    }
 
 
 def flags(cfg, **more):
     usual = {f.name: f.default for f in fields(LabelConfig)}
-    kept = {k: v for k, v in (asdict(cfg) | more).items() if k not in ("samples_file", "output_file") and v != usual[k]}
-    return [sys.executable, "-m", "halos_nb.label", *(x for k, v in kept.items() for x in (([f"--{k}"] if v else [f"--no-{k}"]) if isinstance(v, bool) else [f"--{k}", str(v)])), cfg.samples_file, cfg.output_file]
+    kept = {
+        k: v
+        for k, v in (asdict(cfg) | more).items()
+        if k not in ("samples_file", "output_file") and v != usual[k]
+    }
+    return [
+        sys.executable,
+        "-m",
+        "halos_nb.label",
+        *(
+            x
+            for k, v in kept.items()
+            for x in (
+                ([f"--{k}"] if v else [f"--no-{k}"])
+                if isinstance(v, bool)
+                else [f"--{k}", str(v)]
+            )
+        ),
+        cfg.samples_file,
+        cfg.output_file,
+    ]
 
 
-def environment(folder, **more): return {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")} | dict(OMP_NUM_THREADS="1", HALOS_NB_PROGRESS=str(folder / "progress.jsonl")) | more
+def environment(folder, **more):
+    return (
+        {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+        | dict(OMP_NUM_THREADS="1", HALOS_NB_PROGRESS=str(folder / "progress.jsonl"))
+        | more
+    )
 
 
 @pytest.mark.slow
@@ -213,35 +436,93 @@ def test_faults_and_kills(tmp_path):
     n, rng, fault = 1700, random.Random(0), {}
     weights = [1 if f in ("hang", "drip") else 4 for f in FAULTS]
     for i in range(n):
-        for times in range(1, 30): fault[i, times] = rng.choices(FAULTS, weights)[0] if rng.random() < 0.3 else None
-    with Server(lambda body, times: fault.get((number_of(body), times)) or f"Fine, 2 points.\nFinal Score: {truth(number_of(body))}") as server:
-        cfg, journal = config(server, tmp_path, n, structured=False, request_timeout=1.5, deadline=3, batch_size=96, feedback_type="binary", input_price=1, output_price=2), tmp_path / "feedback.labels.jsonl"
-        on_disk, told, keys = {}, [], [(s["prompt_id"], s["sample_id"]) for s in make_samples(n)]
-        for share in (0.2, 0.45, 0.65, None): # of the answers
+        for times in range(1, 30):
+            fault[i, times] = rng.choices(FAULTS, weights)[0] if rng.random() < 0.3 else None
+    with Server(
+        lambda body, times: (
+            fault.get((number_of(body), times))
+            or f"Fine, 2 points.\nFinal Score: {truth(number_of(body))}"
+        )
+    ) as server:
+        cfg, journal = (
+            config(
+                server,
+                tmp_path,
+                n,
+                structured=False,
+                request_timeout=1.5,
+                deadline=3,
+                batch_size=96,
+                feedback_type="binary",
+                input_price=1,
+                output_price=2,
+            ),
+            tmp_path / "feedback.labels.jsonl",
+        )
+        on_disk, told, keys = (
+            {},
+            [],
+            [(s["prompt_id"], s["sample_id"]) for s in make_samples(n)],
+        )
+        for share in (0.2, 0.45, 0.65, None):  # of the answers
             before, first = set(on_disk), len(server.heard)
-            p = subprocess.Popen(flags(cfg), env=environment(tmp_path, OPENAI_API_KEY=KEY), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            p = subprocess.Popen(
+                flags(cfg),
+                env=environment(tmp_path, OPENAI_API_KEY=KEY),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
             if share:
-                while p.poll() is None and (not journal.exists() or (text := journal.read_bytes()).count(b"\n") - text.count(b'"reply":null') < share * n): time.sleep(0.05)
+                while p.poll() is None and (
+                    not journal.exists()
+                    or (text := journal.read_bytes()).count(b"\n") - text.count(b'"reply":null')
+                    < share * n
+                ):
+                    time.sleep(0.05)
                 p.send_signal(signal.SIGKILL)
             told.append(p.communicate(timeout=200)[0])
             assert p.returncode == (-signal.SIGKILL if share else 0), told[-1][-2000:]
-            assert not before & {number_of(b) for b in server.heard[first:]} # nothing that was on disk is asked again
+            # nothing that was on disk is asked again
+            assert not before & {number_of(b) for b in server.heard[first:]}
             told_before = answers(journal)
             on_disk = {i: told_before[k] for i, k in enumerate(keys) if k in told_before}
     lines = read_jsonl(journal)
-    assert max(Counter((r["prompt_id"], r["sample_id"]) for r in lines if r["reply"] is not None).values()) == 1 # nothing was answered twice
-    counts, last = json.loads((tmp_path / "feedback.counts.json").read_text()), {(r["prompt_id"], r["sample_id"]): r for r in lines}
-    assert len(server.heard) >= 2000 and len(last) == counts["samples"] == n == counts["scored"] + counts["unscored"] and counts["answered_before"] >= 0.65 * n
+    # nothing was answered twice
+    assert (
+        max(
+            Counter(
+                (r["prompt_id"], r["sample_id"]) for r in lines if r["reply"] is not None
+            ).values()
+        )
+        == 1
+    )
+    counts, last = (
+        json.loads((tmp_path / "feedback.counts.json").read_text()),
+        {(r["prompt_id"], r["sample_id"]): r for r in lines},
+    )
+    assert (
+        len(server.heard) >= 2000
+        and len(last) == counts["samples"] == n == counts["scored"] + counts["unscored"]
+        and counts["answered_before"] >= 0.65 * n
+    )
     for i, key in enumerate(keys):
         r = on_disk.get(i) or last[key]
         assert r["score"] == truth(i) or (r["score"] is None and r["reason"]), r
-    assert counts["scored"] > 0.7 * n and len(read_records(tmp_path / "feedback.json", "binary_feedback")) == counts["scored"]
-    assert {k.split(":")[0] for k in counts["reasons"]} >= {"no answer", "the reply is empty", "the reply states no score", "11 is outside 0 to 10"} and any("no answer within 3 s" in k for k in counts["reasons"])
+    assert (
+        counts["scored"] > 0.7 * n
+        and len(read_records(tmp_path / "feedback.json", "binary_feedback")) == counts["scored"]
+    )
+    assert {k.split(":")[0] for k in counts["reasons"]} >= {
+        "no answer",
+        "the reply is empty",
+        "the reply states no score",
+        "11 is outside 0 to 10",
+    } and any("no answer within 3 s" in k for k in counts["reasons"])
     print(len(server.heard), "requests;", len(lines), "lines;", counts)
     assert server.keys == {f"Bearer {KEY}"}
-    for text in [*told, *(f.read_text() for f in tmp_path.rglob("*") if f.is_file())]: assert KEY not in text and KEY[5:25] not in text
-
-
+    for text in [*told, *(f.read_text() for f in tmp_path.rglob("*") if f.is_file())]:
+        assert KEY not in text and KEY[5:25] not in text
 
 
 # ---- one property each
@@ -249,11 +530,13 @@ def test_faults_and_kills(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch, tmp_path):
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"): monkeypatch.delenv(name, raising=False)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
 
 
-def score_of(body, times): return f"Final Score: {truth(number_of(body))}"
+def score_of(body, times):
+    return f"Final Score: {truth(number_of(body))}"
 
 
 @golden.needs_golden
@@ -262,59 +545,160 @@ def test_golden_label_command(tmp_path):
     told = golden.load("label_command")
     write_records(tmp_path / "samples.json", told["samples"])
     replies = {s["output"]: r for s, r in zip(told["samples"], told["replies"])}
-    with Server(lambda body, times: next(r for o, r in replies.items() if f"<answer>\n{o}\n</answer>" in body["messages"][-1]["content"])) as server:
+    with Server(
+        lambda body, times: next(
+            r
+            for o, r in replies.items()
+            if f"<answer>\n{o}\n</answer>" in body["messages"][-1]["content"]
+        )
+    ) as server:
         for k, case in enumerate(told["cases"]):
-            options = {k: v for k, v in case["options"].items() if k != "threshold" or case["options"]["feedback_type"]}
-            cfg = config(server, tmp_path, output_file=str(tmp_path / f"{k}.json"), **options | dict(split=None))
+            options = {
+                k: v
+                for k, v in case["options"].items()
+                if k != "threshold" or case["options"]["feedback_type"]
+            }
+            cfg = config(
+                server,
+                tmp_path,
+                output_file=str(tmp_path / f"{k}.json"),
+                **options | dict(split=None),
+            )
             if case.get("error") == "ValueError" and cfg.threshold in ("mean", "median"):
-                with pytest.raises(ValueError, match="threshold"): main(cfg)
+                with pytest.raises(ValueError, match="threshold"):
+                    main(cfg)
                 continue
             main(cfg)
             made = json.loads((tmp_path / f"{k}.json").read_text())
-            if "file" in case: assert made == case["file"], case["id"]
-            else: assert options["split"] or [r["label"] for r in made] == [int(r["reward"] >= float(cfg.threshold)) for r in made], case["id"]
+            if "file" in case:
+                assert made == case["file"], case["id"]
+            else:
+                assert options["split"] or [r["label"] for r in made] == [
+                    int(r["reward"] >= float(cfg.threshold)) for r in made
+                ], case["id"]
 
 
 def test_structured_replies(tmp_path):
     "JSON by schema where the server takes it."
-    with Server(lambda body, times: json.dumps(dict(why="7 of 9", score=truth(number_of(body))))) as server: counts = main(config(server, tmp_path, 6))
+    with Server(
+        lambda body, times: json.dumps(dict(why="7 of 9", score=truth(number_of(body))))
+    ) as server:
+        counts = main(config(server, tmp_path, 6))
     assert counts["scored"] == 6 == len(server.heard)
     for body in server.heard:
-        assert body["response_format"]["json_schema"]["schema"]["properties"]["score"] == dict(type="number", minimum=0, maximum=10) and "Reply with JSON" in body["messages"][-1]["content"]
+        assert (
+            body["response_format"]["json_schema"]["schema"]["properties"]["score"]
+            == dict(type="number", minimum=0, maximum=10)
+            and "Reply with JSON" in body["messages"][-1]["content"]
+        )
 
 
 @pytest.mark.parametrize("status", [400, 422])
 def test_refused_options_are_remembered(tmp_path, status):
     "A server without schemas and with another name for max_tokens says so at no cost; most questions are asked once."
+
     def reply(body, times):
         for name in ("response_format", "max_tokens"):
-            if name in body: return status, dict(error=dict(message=f"Unsupported parameter: '{name}'"))
+            if name in body:
+                return status, dict(error=dict(message=f"Unsupported parameter: '{name}'"))
         return score_of(body, times)
-    with Server(reply) as server: counts = main(config(server, tmp_path, 40, batch_size=2))
+
+    with Server(reply) as server:
+        counts = main(config(server, tmp_path, 40, batch_size=2))
     assert counts["scored"] == 40 and len(server.heard) <= 40 + 4
-    assert server.heard[-1]["max_completion_tokens"] == 512 and "Final Score: X" in server.heard[-1]["messages"][-1]["content"]
+    assert (
+        server.heard[-1]["max_completion_tokens"] == 512
+        and "Final Score: X" in server.heard[-1]["messages"][-1]["content"]
+    )
 
 
 def test_bad_request_is_unscored(tmp_path):
     "One too long, one that a filter of the server's flags, one that the judge will not rate; the others are scored."
+
     def reply(body, times):
-        no = {1: (403, dict(error=dict(message="your input was flagged"))), 2: (400, dict(error=dict(message="context too long")))}
-        if number_of(body) == 3: return 200, completion(None) | dict(choices=[dict(index=0, message=dict(role="assistant", content=None, refusal="I cannot rate this."), finish_reason="stop")])
+        no = {
+            1: (403, dict(error=dict(message="your input was flagged"))),
+            2: (400, dict(error=dict(message="context too long"))),
+        }
+        if number_of(body) == 3:
+            return 200, completion(None) | dict(
+                choices=[
+                    dict(
+                        index=0,
+                        message=dict(
+                            role="assistant", content=None, refusal="I cannot rate this."
+                        ),
+                        finish_reason="stop",
+                    )
+                ]
+            )
         return no.get(number_of(body)) or score_of(body, times)
-    with Server(reply) as server: counts = main(config(server, tmp_path, 6))
-    assert (counts["scored"], counts["unscored"], counts["unreadable"], counts["no_answer"]) == (3, 3, 1, 2)
-    for told in ("flagged", "context too long", "the judge refused: I cannot rate this."): assert sum(told in reason for reason in counts["reasons"]) == 1
+
+    with Server(reply) as server:
+        counts = main(config(server, tmp_path, 6))
+    assert (
+        counts["scored"],
+        counts["unscored"],
+        counts["unreadable"],
+        counts["no_answer"],
+    ) == (3, 3, 1, 2)
+    for told in ("flagged", "context too long", "the judge refused: I cannot rate this."):
+        assert sum(told in reason for reason in counts["reasons"]) == 1
 
 
 def test_caps_and_resume(tmp_path):
     "A cap in questions, then one in USD: the rest is not asked, keeps its reason, and is asked when the cap is larger; nothing is paid twice."
     with Server(score_of) as server:
-        one = main(config(server, tmp_path, 20, max_requests=7, structured=False, input_price=100, output_price=100))
-        assert (one["asked"], one["not_asked"], one["reasons"], len(server.heard), one["cost"]) == (7, 13, {"not asked: budget": 13}, 7, round(7 * 50 * 1e-4, 6))
-        two = main(config(server, tmp_path, structured=False, input_price=100, output_price=100, max_tokens=512, max_cost=0.12, batch_size=1))
-        assert 8 <= two["asked"] == len(server.heard) <= 14 and two["cost"] <= 0.12 # an answer costs 0.005 and might cost 0.0512 and what is read, so the cap ends it between 0.03 and 0.07
-        three = main(config(server, tmp_path, structured=False, input_price=100, output_price=100, max_cost=10))
-    assert (three["scored"], three["not_asked"], three["answered_before"], len(server.heard), three["cost"]) == (20, 0, two["asked"], 20, 0.1)
+        one = main(
+            config(
+                server,
+                tmp_path,
+                20,
+                max_requests=7,
+                structured=False,
+                input_price=100,
+                output_price=100,
+            )
+        )
+        assert (
+            one["asked"],
+            one["not_asked"],
+            one["reasons"],
+            len(server.heard),
+            one["cost"],
+        ) == (7, 13, {"not asked: budget": 13}, 7, round(7 * 50 * 1e-4, 6))
+        two = main(
+            config(
+                server,
+                tmp_path,
+                structured=False,
+                input_price=100,
+                output_price=100,
+                max_tokens=512,
+                max_cost=0.12,
+                batch_size=1,
+            )
+        )
+        # an answer costs 0.005 and might cost 0.0512 and what is read, so the cap ends it
+        # between 0.03 and 0.07
+        assert 8 <= two["asked"] == len(server.heard) <= 14 and two["cost"] <= 0.12
+        three = main(
+            config(
+                server,
+                tmp_path,
+                structured=False,
+                input_price=100,
+                output_price=100,
+                max_cost=10,
+            )
+        )
+    assert (
+        three["scored"],
+        three["not_asked"],
+        three["answered_before"],
+        len(server.heard),
+        three["cost"],
+    ) == (20, 0, two["asked"], 20, 0.1)
     assert len(read_jsonl(tmp_path / "feedback.labels.jsonl")) == 20
 
 
@@ -323,19 +707,39 @@ def test_another_configuration_is_refused(tmp_path):
     with Server(score_of) as server:
         main(config(server, tmp_path, 6))
         kept = (tmp_path / "feedback.labels.jsonl").read_bytes()
-        for more, told in [(dict(temperature=1), "temperature was 0.0, is 1.0"), (dict(api_model="other"), "model was 'toy', is 'other'"), (dict(label_prompt="Rate!"), "label_prompt was"), (dict(score_max=5), "score_max")]:
-            with pytest.raises(RecordError, match=told): main(config(server, tmp_path, **more))
-        with pytest.raises(RecordError, match="paid for"): main(LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "feedback.json"), function="test_judge:length"))
+        for more, told in [
+            (dict(temperature=1), "temperature was 0.0, is 1.0"),
+            (dict(api_model="other"), "model was 'toy', is 'other'"),
+            (dict(label_prompt="Rate!"), "label_prompt was"),
+            (dict(score_max=5), "score_max"),
+        ]:
+            with pytest.raises(RecordError, match=told):
+                main(config(server, tmp_path, **more))
+        with pytest.raises(RecordError, match="paid for"):
+            main(
+                LabelConfig(
+                    samples_file=str(tmp_path / "samples.json"),
+                    output_file=str(tmp_path / "feedback.json"),
+                    function="test_judge:length",
+                )
+            )
         samples = make_samples(6)
-        write_records(tmp_path / "samples.json", [samples[0] | dict(output="Answer #5# anew"), *samples[1:]])
-        with pytest.raises(RecordError, match="asked with another text"): main(config(server, tmp_path))
-        write_records(tmp_path / "samples.json", make_samples(8)) # more samples are welcome
+        write_records(
+            tmp_path / "samples.json",
+            [samples[0] | dict(output="Answer #5# anew"), *samples[1:]],
+        )
+        with pytest.raises(RecordError, match="asked with another text"):
+            main(config(server, tmp_path))
+        write_records(tmp_path / "samples.json", make_samples(8))  # more samples are welcome
         assert main(config(server, tmp_path))["answered_before"] == 6
-    assert len(server.heard) == 8 and (tmp_path / "feedback.labels.jsonl").read_bytes().startswith(kept)
+    assert len(server.heard) == 8 and (
+        tmp_path / "feedback.labels.jsonl"
+    ).read_bytes().startswith(kept)
 
 
 def length(prompt, output):
-    if "#3#" in output: raise KeyError("no")
+    if "#3#" in output:
+        raise KeyError("no")
     return len(output)
 
 
@@ -344,7 +748,13 @@ def test_reply_is_read_again_not_asked_again(tmp_path):
     with Server(score_of) as server:
         main(config(server, tmp_path, 6))
         file = tmp_path / "feedback.labels.jsonl"
-        file.write_text("".join(json.dumps(r | dict(score=None, reason="unread")) + "\n" for r in read_jsonl(file)) + '{"prompt_id": "torn')
+        file.write_text(
+            "".join(
+                json.dumps(r | dict(score=None, reason="unread")) + "\n"
+                for r in read_jsonl(file)
+            )
+            + '{"prompt_id": "torn'
+        )
         counts = main(config(server, tmp_path))
     assert counts["scored"] == 6 == len(server.heard)
 
@@ -352,41 +762,85 @@ def test_reply_is_read_again_not_asked_again(tmp_path):
 def test_two_runs_at_once(tmp_path):
     with Server(score_of) as server:
         cfg = config(server, tmp_path, 6)
-        with j.locked(tmp_path / "feedback.labels.jsonl"), pytest.raises(RuntimeError, match="another process is asking"): main(cfg)
+        with (
+            j.locked(tmp_path / "feedback.labels.jsonl"),
+            pytest.raises(RuntimeError, match="another process is asking"),
+        ):
+            main(cfg)
     assert not server.heard
 
 
-@pytest.mark.parametrize("status, body", [(401, dict(error=dict(message=f"Incorrect API key provided: {KEY}"))), (404, dict(error=dict(message="no such model"))), (402, dict(error=dict(message="Insufficient Balance"))),
-                                          (400, dict(error=dict(message="temperature does not support 0 with this model", param="temperature"))), (429, dict(error=dict(message="pay", code="insufficient_quota")))])
+@pytest.mark.parametrize(
+    "status, body",
+    [
+        (401, dict(error=dict(message=f"Incorrect API key provided: {KEY}"))),
+        (404, dict(error=dict(message="no such model"))),
+        (402, dict(error=dict(message="Insufficient Balance"))),
+        (
+            400,
+            dict(
+                error=dict(
+                    message="temperature does not support 0 with this model",
+                    param="temperature",
+                )
+            ),
+        ),
+        (429, dict(error=dict(message="pay", code="insufficient_quota"))),
+    ],
+)
 def test_hopeless_errors_stop_the_job(tmp_path, monkeypatch, status, body):
     "What was answered stays; the key is in no message."
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server(lambda b, times: (status, body) if number_of(b) == 30 else score_of(b, times)) as server:
-        with pytest.raises(JudgeStopped, match="keeps what was answered") as e: main(config(server, tmp_path, 60, max_retries=0))
-    assert KEY not in str(e.value) and 22 <= len(read_jsonl(tmp_path / "feedback.labels.jsonl")) <= 40 and len(server.heard) < 45
+    with Server(
+        lambda b, times: (status, body) if number_of(b) == 30 else score_of(b, times)
+    ) as server:
+        with pytest.raises(JudgeStopped, match="keeps what was answered") as e:
+            main(config(server, tmp_path, 60, max_retries=0))
+    assert (
+        KEY not in str(e.value)
+        and 22 <= len(read_jsonl(tmp_path / "feedback.labels.jsonl")) <= 40
+        and len(server.heard) < 45
+    )
 
 
 def test_a_dead_server_stops_the_job(tmp_path):
-    with Server(score_of) as server: pass
-    with pytest.raises(JudgeStopped, match="50 requests in a row failed"): main(config(server, tmp_path, 80, max_retries=0))
+    with Server(score_of) as server:
+        pass
+    with pytest.raises(JudgeStopped, match="50 requests in a row failed"):
+        main(config(server, tmp_path, 80, max_retries=0))
     assert {r["reply"] for r in read_jsonl(tmp_path / "feedback.labels.jsonl")} == {None}
 
 
 def test_key_is_needed_and_never_written(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="OPENAI_API_KEY: the environment variable is not set"): main(config(SimpleNamespace(url=None), tmp_path, 3))
-    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n") # as `export OPENAI_API_KEY=$(cat file)` would never give, but a file read would
-    with Server(lambda body, times: "mumble" if number_of(body) else f"Final Score: 7 {KEY}") as server: main(config(server, tmp_path, 3, feedback_type="binary"))
+    with pytest.raises(ValueError, match="OPENAI_API_KEY: the environment variable is not set"):
+        main(config(SimpleNamespace(url=None), tmp_path, 3))
+    # as `export OPENAI_API_KEY=$(cat file)` would never give, but a file read would
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    with Server(
+        lambda body, times: "mumble" if number_of(body) else f"Final Score: 7 {KEY}"
+    ) as server:
+        main(config(server, tmp_path, 3, feedback_type="binary"))
     assert server.keys == {f"Bearer {KEY}"}
-    for f in tmp_path.rglob("*"): assert KEY not in f.read_text() if f.is_file() else True
-    with pytest.raises(ValueError, match="base_url"): main(config(SimpleNamespace(url=f"http://me:{KEY}@x/v1"), tmp_path))
+    for f in tmp_path.rglob("*"):
+        assert KEY not in f.read_text() if f.is_file() else True
+    with pytest.raises(ValueError, match="base_url"):
+        main(config(SimpleNamespace(url=f"http://me:{KEY}@x/v1"), tmp_path))
 
 
 def test_dry_run_spends_nothing(tmp_path):
     "As a command, without a key: counts and the most it can cost."
     with Server(score_of) as server:
         cfg = config(server, tmp_path, 50, dry_run=True, input_price=2.5, output_price=10)
-        out = subprocess.run(flags(cfg), env=environment(tmp_path), capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0 and re.search(r"50 questions, 0 answered before, 50 to ask; about \d+ tokens to read, at most 25600 to write; cost at most \$0\.\d+", out.stdout), out.stdout + out.stderr
+        out = subprocess.run(
+            flags(cfg), env=environment(tmp_path), capture_output=True, text=True, timeout=120
+        )
+    assert out.returncode == 0 and re.search(
+        (
+            r"50 questions, 0 answered before, 50 to ask; about \d+ tokens to read, at most "
+            r"25600 to write; cost at most \$0\.\d+"
+        ),
+        out.stdout,
+    ), out.stdout + out.stderr
     assert not server.heard and sorted(f.name for f in tmp_path.iterdir()) == ["samples.json"]
 
 
@@ -394,110 +848,233 @@ def test_dry_run_spends_nothing(tmp_path):
 def places(monkeypatch):
     "A minute of 0.4 s; every place that the limiter gave: when, and for how many tokens."
     begin, wait, given = j.Limiter.__init__, j.Limiter.wait, []
+
     async def noted(self, tokens):
         await wait(self, tokens)
         given.append((time.monotonic(), tokens))
-    monkeypatch.setattr(j.Limiter, "__init__", lambda self, requests, tokens: begin(self, requests, tokens, window=0.4))
+
+    monkeypatch.setattr(
+        j.Limiter,
+        "__init__",
+        lambda self, requests, tokens: begin(self, requests, tokens, window=0.4),
+    )
     monkeypatch.setattr(j.Limiter, "wait", noted)
     return given
 
 
-def most_in_a_minute(places): return max(sum(n for x, n in places if t <= x < t + 0.39) for t, _ in places)
+def most_in_a_minute(places):
+    return max(sum(n for x, n in places if t <= x < t + 0.39) for t, _ in places)
 
 
 def test_requests_per_minute(tmp_path, places):
     "Every HTTP request has a place of its own, those too that repeat one that failed or had an option that is refused; eight a minute at most."
+
     def reply(body, n):
-        if "response_format" in body: return 400, dict(error=dict(message="response_format is unknown"))
+        if "response_format" in body:
+            return 400, dict(error=dict(message="response_format is unknown"))
         return "429 after" if n == 1 and number_of(body) % 3 == 0 else score_of(body, n)
-    with Server(reply) as server: counts = main(config(server, tmp_path, 24, requests_per_minute=8))
-    assert counts["scored"] == 24 and 32 < counts["http_requests"] == len(server.heard) == len(places) <= 40
+
+    with Server(reply) as server:
+        counts = main(config(server, tmp_path, 24, requests_per_minute=8))
+    assert (
+        counts["scored"] == 24
+        and 32 < counts["http_requests"] == len(server.heard) == len(places) <= 40
+    )
     assert most_in_a_minute([(t, 1) for t, _ in places]) <= 8
 
 
 def test_tokens_per_minute(tmp_path, places):
     "By the estimate, three bytes to a token and each reply at its longest; a repeat reads its tokens again."
-    with Server(lambda body, n: "429 after" if n == 1 and number_of(body) % 4 == 0 else score_of(body, n)) as server:
-        counts = main(config(server, tmp_path, 16, structured=False, max_tokens=20, tokens_per_minute=1200))
+    with Server(
+        lambda body, n: (
+            "429 after" if n == 1 and number_of(body) % 4 == 0 else score_of(body, n)
+        )
+    ) as server:
+        counts = main(
+            config(
+                server, tmp_path, 16, structured=False, max_tokens=20, tokens_per_minute=1200
+            )
+        )
     assert counts["scored"] == 16 and len(server.heard) == len(places) == 20
-    assert min(n for _, n in places) >= min(sum(len(m["content"].encode()) for m in body["messages"]) / 3 + 20 for body in server.heard)
+    assert min(n for _, n in places) >= min(
+        sum(len(m["content"].encode()) for m in body["messages"]) / 3 + 20
+        for body in server.heard
+    )
     assert 400 < most_in_a_minute(places) <= 1200
 
 
 def test_retry_after_is_kept(tmp_path):
     "The client waits as long as the server says, not as long as it would itself."
     times = {}
+
     def reply(body, n):
         times.setdefault(number_of(body), []).append(time.monotonic())
         return "429 after" if n <= 2 else score_of(body, n)
-    with Server(reply) as server: assert main(config(server, tmp_path, 4, structured=False))["http_requests"] == 12
+
+    with Server(reply) as server:
+        assert main(config(server, tmp_path, 4, structured=False))["http_requests"] == 12
     waits = [b - a for t in times.values() for a, b in zip(t, t[1:])]
-    assert 0.1 <= min(waits) < 0.35 # its own first waits are 0.4 to 1 s
+    assert 0.1 <= min(waits) < 0.35  # its own first waits are 0.4 to 1 s
 
 
 @pytest.mark.parametrize("asked, expected", [("best", (0, 1.0)), ("first", (1.0, 0.0))])
 def test_pairwise_judge(tmp_path, asked, expected):
     "A fair judge finds the better of two whichever comes first; one that likes what it reads first finds nothing, and is found out."
+
     def reply(body, times):
         a, b = map(int, re.findall(r"Answer #(\d+)#", body["messages"][-1]["content"]))
-        return json.dumps(dict(why="", winner="A" if asked == "first" or truth(a) > truth(b) else "B"))
+        return json.dumps(
+            dict(why="", winner="A" if asked == "first" or truth(a) > truth(b) else "B")
+        )
+
     with Server(reply) as server:
         run = lambda: main(config(server, tmp_path, 24, judge="pairwise"))
         if asked == "first":
-            with pytest.raises(ValueError, match="nothing to learn from: 6 prompts, 12 ties"): run()
-        else: run()
-    rows, counts = read_jsonl(tmp_path / "feedback.labels.jsonl"), json.loads((tmp_path / "feedback.counts.json").read_text())
-    assert len(rows) == len(server.heard) == 24 and {r["order"] for r in rows} == {"AB", "BA"} and {r["type"] for r in rows} == {"comparison"}
-    assert (counts["pairs"], counts["first_preferred"], counts["position_bias"]) == (12, 12 * (asked == "first"), float(asked == "first"))
+            with pytest.raises(ValueError, match="nothing to learn from: 6 prompts, 12 ties"):
+                run()
+        else:
+            run()
+    rows, counts = (
+        read_jsonl(tmp_path / "feedback.labels.jsonl"),
+        json.loads((tmp_path / "feedback.counts.json").read_text()),
+    )
+    assert (
+        len(rows) == len(server.heard) == 24
+        and {r["order"] for r in rows} == {"AB", "BA"}
+        and {r["type"] for r in rows} == {"comparison"}
+    )
+    assert (counts["pairs"], counts["first_preferred"], counts["position_bias"]) == (
+        12,
+        12 * (asked == "first"),
+        float(asked == "first"),
+    )
     if asked == "best":
         for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
-            a, b = (truth(int(re.search(r"\d+", r[k][0]["content"])[0])) for k in ("output_A", "output_B"))
+            a, b = (
+                truth(int(re.search(r"\d+", r[k][0]["content"])[0]))
+                for k in ("output_A", "output_B")
+            )
             assert r["label"] == (a > b) and {r["reward_A"], r["reward_B"]} == {0.0, 1.0}
-        again = main(LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "again.json"), from_labels=str(tmp_path / "feedback.labels.jsonl")))
-        assert again["records"] == 12 and len(server.heard) == 24 and len(json.loads((tmp_path / "again.json").read_text())) == 12
+        again = main(
+            LabelConfig(
+                samples_file=str(tmp_path / "samples.json"),
+                output_file=str(tmp_path / "again.json"),
+                from_labels=str(tmp_path / "feedback.labels.jsonl"),
+            )
+        )
+        assert (
+            again["records"] == 12
+            and len(server.heard) == 24
+            and len(json.loads((tmp_path / "again.json").read_text())) == 12
+        )
 
 
 def test_two_files_compared(tmp_path):
     "The k-th sample here with the k-th there, by a judge of pairs and by one of scores."
-    other = [s | dict(output=s["output"].replace("#", "#1", 1)) for s in make_samples(24)] # 3 -> 13
+    # 3 -> 13
+    other = [s | dict(output=s["output"].replace("#", "#1", 1)) for s in make_samples(24)]
     write_records(tmp_path / "other.json", other[:20])
+
     def reply(body, times):
         n = list(map(int, re.findall(r"Answer #(\d+)#", body["messages"][-1]["content"])))
-        return f"Final Score: {n[0] / 1000}" if len(n) == 1 else f"Winner: {'A' if n[0] > n[1] else 'B'}"
+        return (
+            f"Final Score: {n[0] / 1000}"
+            if len(n) == 1
+            else f"Winner: {'A' if n[0] > n[1] else 'B'}"
+        )
+
     with Server(reply) as server:
-        given = dict(second_samples_path=str(tmp_path / "other.json"), structured=False, feedback_type="pairwise")
-        pairs, scores = (main(config(server, tmp_path, 24, judge=k, output_file=str(tmp_path / f"{k}.json"), **given)) for k in ("pairwise", "scalar"))
-    for counts in (pairs, scores): assert (counts["first_better"], counts["second_better"], counts["pairs"], counts["unmatched"], counts["records"]) == (0, 20, 20, 4, 20)
+        given = dict(
+            second_samples_path=str(tmp_path / "other.json"),
+            structured=False,
+            feedback_type="pairwise",
+        )
+        pairs, scores = (
+            main(
+                config(
+                    server,
+                    tmp_path,
+                    24,
+                    judge=k,
+                    output_file=str(tmp_path / f"{k}.json"),
+                    **given,
+                )
+            )
+            for k in ("pairwise", "scalar")
+        )
+    for counts in (pairs, scores):
+        assert (
+            counts["first_better"],
+            counts["second_better"],
+            counts["pairs"],
+            counts["unmatched"],
+            counts["records"],
+        ) == (0, 20, 20, 4, 20)
     for kind in ("pairwise", "scalar"):
-        for r in read_records(tmp_path / f"{kind}.json", "pairwise_feedback"): assert ("#1" in r["output_A"][0]["content"]) >= r["label"]
+        for r in read_records(tmp_path / f"{kind}.json", "pairwise_feedback"):
+            assert ("#1" in r["output_A"][0]["content"]) >= r["label"]
 
 
 def test_predecessors_function():
     "Where the predecessor had it, with its parameters."
     from inspect import signature
     from halos_nb import label
+
     assert label.process_samples_with_api is process_samples_with_api
-    assert [str(p).split(":")[0] for p in signature(process_samples_with_api).parameters.values()] == ["samples", "client", "system_prompt", "label_prompt", "model", "batch_size"]
-    assert signature(process_samples_with_api).parameters["batch_size"].default == 10 and list(signature(label.process_batch_with_reward_model).parameters)[:4] == ["samples", "reward_model", "tokenizer", "accelerator"]
+    assert [
+        str(p).split(":")[0] for p in signature(process_samples_with_api).parameters.values()
+    ] == ["samples", "client", "system_prompt", "label_prompt", "model", "batch_size"]
+    assert signature(process_samples_with_api).parameters["batch_size"].default == 10 and list(
+        signature(label.process_batch_with_reward_model).parameters
+    )[:4] == ["samples", "reward_model", "tokenizer", "accelerator"]
 
 
 def test_real_clients(tmp_path):
     "process_samples_with_api with openai's own clients; what the server refuses is unscored."
     samples = make_samples(8)
+
     async def run(**kw):
-        async with openai.AsyncOpenAI(**kw) as client: return await process_samples_with_api(samples, client, "s", "Rate", "toy", 3)
-    with Server(lambda body, times: "html" if number_of(body) == 5 else score_of(body, times)) as server:
+        async with openai.AsyncOpenAI(**kw) as client:
+            return await process_samples_with_api(samples, client, "s", "Rate", "toy", 3)
+
+    with Server(
+        lambda body, times: "html" if number_of(body) == 5 else score_of(body, times)
+    ) as server:
         kw = dict(base_url=server.url, api_key="none", max_retries=0)
-        one, two = asyncio.run(run(**kw)), asyncio.run(process_samples_with_api(samples, openai.OpenAI(**kw), "s", "Rate", "toy"))
-    assert [s["reward"] for s in one] == [s["reward"] for s in two] == [None if i == 5 else truth(i) for i in range(8)]
-    assert "response_format" not in server.heard[0] and server.heard[0]["messages"][1]["content"].startswith("Rate\n\n<conversation>")
+        one, two = (
+            asyncio.run(run(**kw)),
+            asyncio.run(
+                process_samples_with_api(samples, openai.OpenAI(**kw), "s", "Rate", "toy")
+            ),
+        )
+    assert (
+        [s["reward"] for s in one]
+        == [s["reward"] for s in two]
+        == [None if i == 5 else truth(i) for i in range(8)]
+    )
+    assert "response_format" not in server.heard[0] and server.heard[0]["messages"][1][
+        "content"
+    ].startswith("Rate\n\n<conversation>")
 
 
-@pytest.mark.parametrize("more, told", [
-    (dict(api_type=None, api_model=None), "exactly one of"), (dict(reward_model_path="rm"), "reward_model_path and api_type"), (dict(api_model=None), "api_model"), (dict(max_cost=1), "input_price"),
-    (dict(input_price=1), "both prices"), (dict(score_min=10), "score_min"), (dict(judge="pairwise", feedback_type="binary"), "gives pairs"), (dict(judge="pairwise", feedback_mode="max"), "needs scores")])
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (dict(api_type=None, api_model=None), "exactly one of"),
+        (dict(reward_model_path="rm"), "reward_model_path and api_type"),
+        (dict(api_model=None), "api_model"),
+        (dict(max_cost=1), "input_price"),
+        (dict(input_price=1), "both prices"),
+        (dict(score_min=10), "score_min"),
+        (dict(judge="pairwise", feedback_type="binary"), "gives pairs"),
+        (dict(judge="pairwise", feedback_mode="max"), "needs scores"),
+    ],
+)
 def test_contradictions(more, told):
-    with pytest.raises(ValueError, match=told): LabelConfig(**dict(samples_file="s", output_file="f", api_type="openai", api_model="m") | more)
+    with pytest.raises(ValueError, match=told):
+        LabelConfig(
+            **dict(samples_file="s", output_file="f", api_type="openai", api_model="m") | more
+        )
 
 
 # ---- a real server
@@ -508,19 +1085,36 @@ def judge_model(folder):
     import torch
     from halos_nb.batching import byte_tokenizer, encode
     from halos_nb.models import small_llama
+
     tok = byte_tokenizer()
     model, rows = small_llama(tok), []
     for word, score in (("fine", 9), ("poor", 2)):
         for i in range(8):
-            asked = [dict(role="system", content="Judge."), dict(role="user", content=f"[user]\n{i} {word}?")]
-            rows.append((encode(tok, asked, generation_prompt=True), encode(tok, [*asked, dict(role="assistant", content=f"Final Score: {score}")])))
+            asked = [
+                dict(role="system", content="Judge."),
+                dict(role="user", content=f"[user]\n{i} {word}?"),
+            ]
+            rows.append(
+                (
+                    encode(tok, asked, generation_prompt=True),
+                    encode(
+                        tok, [*asked, dict(role="assistant", content=f"Final Score: {score}")]
+                    ),
+                )
+            )
     width = max(len(full) for _, full in rows)
     ids = torch.tensor([full + [tok.pad_token_id] * (width - len(full)) for _, full in rows])
-    labels = torch.tensor([[-100] * len(p) + full[len(p):] + [-100] * (width - len(full)) for p, full in rows])
+    labels = torch.tensor(
+        [[-100] * len(p) + full[len(p) :] + [-100] * (width - len(full)) for p, full in rows]
+    )
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
-        loss = model(input_ids=ids, labels=labels, attention_mask=(ids != tok.pad_token_id).long()).loss
-        loss.backward(); optimiser.step(); optimiser.zero_grad()
+        loss = model(
+            input_ids=ids, labels=labels, attention_mask=(ids != tok.pad_token_id).long()
+        ).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
     model.generation_config.eos_token_id = tok.eos_token_id
     tok.save_pretrained(folder), model.save_pretrained(folder)
     return loss.item()
@@ -531,22 +1125,72 @@ def test_transformers_serve(tmp_path):
     import urllib.request
     from importlib.util import find_spec
     from conftest import free_port, missing
-    if absent := [m for m in ("fastapi", "uvicorn") if not find_spec(m)]: missing(f"`transformers serve` needs {' and '.join(absent)}: pip install 'transformers[serving]'")
+
+    if absent := [m for m in ("fastapi", "uvicorn") if not find_spec(m)]:
+        missing(
+            f"`transformers serve` needs {' and '.join(absent)}: pip install "
+            "'transformers[serving]'"
+        )
     assert judge_model(tmp_path / "tiny") < 0.05
     port, log = free_port(), open(tmp_path / "serve.log", "w+")
     env = environment(tmp_path) | dict(HF_HUB_OFFLINE="1")
-    server = subprocess.Popen(["transformers", "serve", str(tmp_path / "tiny"), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"], env=env, stdout=log, stderr=subprocess.STDOUT)
+    server = subprocess.Popen(
+        [
+            "transformers",
+            "serve",
+            str(tmp_path / "tiny"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+        ],
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
     try:
         for _ in range(600):
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2); break
-            except OSError: assert server.poll() is None, (tmp_path / "serve.log").read_text()[-3000:]; time.sleep(0.2)
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "serve.log").read_text()[-3000:]
+                time.sleep(0.2)
         prompts = [as_turns(str(i), "user") for i in range(6)]
-        samples = [dict(prompt_id=prompt_id(p), sample_id=k, prompt=p, output=o, type="sample") for p in prompts for k, o in enumerate(("fine", "poor"))]
+        samples = [
+            dict(prompt_id=prompt_id(p), sample_id=k, prompt=p, output=o, type="sample")
+            for p in prompts
+            for k, o in enumerate(("fine", "poor"))
+        ]
         write_records(tmp_path / "samples.json", samples)
-        cfg = config(SimpleNamespace(url=f"http://127.0.0.1:{port}/v1"), tmp_path, api_model=str(tmp_path / "tiny"), system_prompt="Judge.", label_prompt="{prompt} {output}?", structured=False, max_tokens=24,
-                     batch_size=2, request_timeout=60, feedback_type="pairwise", feedback_mode="max", input_price=1, output_price=1)
+        cfg = config(
+            SimpleNamespace(url=f"http://127.0.0.1:{port}/v1"),
+            tmp_path,
+            api_model=str(tmp_path / "tiny"),
+            system_prompt="Judge.",
+            label_prompt="{prompt} {output}?",
+            structured=False,
+            max_tokens=24,
+            batch_size=2,
+            request_timeout=60,
+            feedback_type="pairwise",
+            feedback_mode="max",
+            input_price=1,
+            output_price=1,
+        )
         counts = main(cfg)
     finally:
-        server.terminate(); server.wait(20); log.close()
-    assert counts["scored"] == 12 and counts["cost"] > 0, (counts, read_jsonl(tmp_path / "feedback.labels.jsonl")[:2])
-    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"): assert r["label"] == (r["output_A"][0]["content"] == "fine") and r["reward_difference"] == 7
+        server.terminate()
+        server.wait(20)
+        log.close()
+    assert counts["scored"] == 12 and counts["cost"] > 0, (
+        counts,
+        read_jsonl(tmp_path / "feedback.labels.jsonl")[:2],
+    )
+    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
+        assert (
+            r["label"] == (r["output_A"][0]["content"] == "fine")
+            and r["reward_difference"] == 7
+        )

@@ -1,4 +1,5 @@
 "Labelling: every sample exactly once, in order, with the same score on any number of processes."
+
 import json
 import os
 import subprocess
@@ -7,8 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import (AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification, RobertaConfig,
-                          RobertaForSequenceClassification)
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import golden
 from halos_nb.batching import byte_tokenizer, encode, encode_prompt
@@ -16,11 +24,34 @@ from halos_nb.config import LabelConfig, parse_args
 from halos_nb.label import main, process_batch_with_reward_model, read_samples, to_feedback
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
 from halos_nb.people import Session, choose_pairs, comparisons
-from halos_nb.records import RecordError, append_jsonl, as_turns, prompt_id, read_jsonl, read_records, write_records
+from halos_nb.records import (
+    RecordError,
+    append_jsonl,
+    as_turns,
+    prompt_id,
+    read_jsonl,
+    read_records,
+    write_records,
+)
 from halos_nb.score import head_of, score_samples
 
-TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-       "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+TWO = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--num_cpu_threads_per_process",
+    "1",
+    "--main_process_port",
+    "0",
+]
 
 
 def make_samples(sizes=(5, 1, 3, 4, 2, 7, 1)):
@@ -28,7 +59,16 @@ def make_samples(sizes=(5, 1, 3, 4, 2, 7, 1)):
     rows = []
     for p, n in enumerate(sizes):
         prompt = as_turns(f"Question {'and so on ' * (p % 4)}{p}?", "user")
-        rows += [dict(prompt_id=prompt_id(prompt), sample_id=k, prompt=prompt, output=f"answer {k} " * ((7 * p + 5 * k) % 11), type="sample") for k in range(n)]
+        rows += [
+            dict(
+                prompt_id=prompt_id(prompt),
+                sample_id=k,
+                prompt=prompt,
+                output=f"answer {k} " * ((7 * p + 5 * k) % 11),
+                type="sample",
+            )
+            for k in range(n)
+        ]
     return [rows[(i * 7) % len(rows)] for i in range(len(rows))]
 
 
@@ -37,18 +77,33 @@ def folder(tmp_path_factory):
     "A random reward model."
     folder, tok = tmp_path_factory.mktemp("models") / "rm", byte_tokenizer()
     torch.manual_seed(0)
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                               initializer_range=0.2, pad_token_id=0, eos_token_id=2, bos_token_id=None, num_labels=2)).save_pretrained(folder)
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+            num_labels=2,
+        )
+    ).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def rm(folder): return load_reward_model(folder).eval()
+def rm(folder):
+    return load_reward_model(folder).eval()
 
 
 @pytest.fixture(scope="module")
-def tok(): return byte_tokenizer()
+def tok():
+    return byte_tokenizer()
 
 
 def test_equals_plain_transformers(rm, folder, tok):
@@ -57,8 +112,14 @@ def test_equals_plain_transformers(rm, folder, tok):
     scored = score_samples(samples, rm, tok, max_length=100)
     for s, x in zip(samples, scored):
         ids = encode(tok, s["prompt"] + as_turns(s["output"]))
-        if len(ids) > 100: ids = encode(tok, encode_prompt(tok, s["prompt"], 50, Counter())[0] + as_turns(s["output"]))
-        with torch.no_grad(): assert x.score == pytest.approx(plain(torch.tensor([ids[:100]])).logits[0, 1].item(), abs=1e-5)
+        if len(ids) > 100:
+            ids = encode(
+                tok, encode_prompt(tok, s["prompt"], 50, Counter())[0] + as_turns(s["output"])
+            )
+        with torch.no_grad():
+            assert x.score == pytest.approx(
+                plain(torch.tensor([ids[:100]])).logits[0, 1].item(), abs=1e-5
+            )
         assert x.truncated == (len(ids) > 100)
     assert 0 < sum(x.truncated for x in scored) < len(samples)
 
@@ -76,23 +137,33 @@ def test_score_depends_on_the_sample_alone(rm, tok):
 def test_any_budget(rm, tok, budget):
     samples = make_samples()
     expected = [x.score for x in score_samples(samples, rm, tok)]
-    assert [x.score for x in score_samples(samples, rm, tok, token_budget=budget)] == pytest.approx(expected, abs=1e-5)
+    assert [
+        x.score for x in score_samples(samples, rm, tok, token_budget=budget)
+    ] == pytest.approx(expected, abs=1e-5)
 
 
 class Ranks:
     "Stands for the accelerator of one process after another; the last one sees the sum."
-    def __init__(self, world): self.num_processes, self.process_index, self.device, self.tables = world, 0, "cpu", []
+
+    def __init__(self, world):
+        self.num_processes, self.process_index, self.device, self.tables = world, 0, "cpu", []
+
     def reduce(self, table, how):
         self.tables.append(table.clone())
         self.process_index += 1
-        return sum(self.tables) if len(self.tables) == self.num_processes else torch.ones_like(table)
+        return (
+            sum(self.tables)
+            if len(self.tables) == self.num_processes
+            else torch.ones_like(table)
+        )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 40])
 def test_any_number_of_processes(rm, tok, world):
     "Bit for bit, with uneven shares and with more processes than batches; no sample is scored twice or not at all."
     samples, ranks = make_samples(), Ranks(world)
-    for _ in range(world): scored = score_samples(samples, rm, tok, ranks, token_budget=200)
+    for _ in range(world):
+        scored = score_samples(samples, rm, tok, ranks, token_budget=200)
     assert scored == score_samples(samples, rm, tok, token_budget=200)
     assert sum(t[1] for t in ranks.tables).tolist() == [1] * len(samples)
 
@@ -100,34 +171,78 @@ def test_any_number_of_processes(rm, tok, world):
 def test_missing_share_is_an_error(rm, tok):
     ranks = Ranks(2)
     ranks.reduce = lambda table, how: table
-    with pytest.raises(RuntimeError, match="not scored exactly once"): score_samples(make_samples(), rm, tok, ranks, token_budget=200)
+    with pytest.raises(RuntimeError, match="not scored exactly once"):
+        score_samples(make_samples(), rm, tok, ranks, token_budget=200)
 
 
 def test_two_processes_label_the_same(folder, tmp_path):
     "The command on two processes against one: labels and feedback byte for byte."
     write_records(tmp_path / "samples.json", make_samples())
-    given = dict(samples_file=str(tmp_path / "samples.json"), reward_model_path=str(folder), token_budget=200, max_length=100, feedback_type="pairwise")
-    one = main(LabelConfig(output_file=str(tmp_path / "one/feedback.json"), num_processes=1, **given))
-    flags = ["--reward_model_path", str(folder), "--feedback_type", "pairwise", "--token_budget", "200", "--max_length", "100", "--num_processes", "2",
-             str(tmp_path / "samples.json"), str(tmp_path / "two/feedback.json")]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "HALOS_NB_PROGRESS": str(tmp_path / "progress.jsonl")}
-    done = subprocess.run([sys.executable, *TWO, "-m", "halos_nb.label", *flags], env=env, capture_output=True, text=True, timeout=300)
+    given = dict(
+        samples_file=str(tmp_path / "samples.json"),
+        reward_model_path=str(folder),
+        token_budget=200,
+        max_length=100,
+        feedback_type="pairwise",
+    )
+    one = main(
+        LabelConfig(output_file=str(tmp_path / "one/feedback.json"), num_processes=1, **given)
+    )
+    flags = [
+        "--reward_model_path",
+        str(folder),
+        "--feedback_type",
+        "pairwise",
+        "--token_budget",
+        "200",
+        "--max_length",
+        "100",
+        "--num_processes",
+        "2",
+        str(tmp_path / "samples.json"),
+        str(tmp_path / "two/feedback.json"),
+    ]
+    env = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "HALOS_NB_PROGRESS": str(tmp_path / "progress.jsonl"),
+    }
+    done = subprocess.run(
+        [sys.executable, *TWO, "-m", "halos_nb.label", *flags],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("feedback.json", "feedback.labels.jsonl"): assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    for name in ("feedback.json", "feedback.labels.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     two = json.loads((tmp_path / "two/feedback.counts.json").read_text())
-    assert {k: v for k, v in two.items() if k != "seconds"} == {k: v for k, v in one.items() if k != "seconds"}
-    assert (two["samples"], two["scored"], two["prompts"], two["singles"]) == (23, 23, 7, 2) and two["outputs_cut"] > 0
+    assert {k: v for k, v in two.items() if k != "seconds"} == {
+        k: v for k, v in one.items() if k != "seconds"
+    }
+    assert (two["samples"], two["scored"], two["prompts"], two["singles"]) == (
+        23,
+        23,
+        7,
+        2,
+    ) and two["outputs_cut"] > 0
     last = json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])
     assert (last["done"], last["total"]) == (23, 23)
-    assert len(read_jsonl(tmp_path / "two/feedback.labels.jsonl")) == 23 and len(read_records(tmp_path / "two/feedback.json", "pairwise_feedback")) == two["records"]
+    assert (
+        len(read_jsonl(tmp_path / "two/feedback.labels.jsonl")) == 23
+        and len(read_records(tmp_path / "two/feedback.json", "pairwise_feedback"))
+        == two["records"]
+    )
 
 
 def test_process_batch(rm, tok):
     samples = make_samples()
     kept = json.dumps(samples)
     out = process_batch_with_reward_model(samples, rm, tok, None)
-    assert json.dumps(samples) == kept # not edited
-    assert [(s["prompt_id"], s["sample_id"], s["output"][0]["content"]) for s in out] == [(s["prompt_id"], s["sample_id"], s["output"]) for s in samples]
+    assert json.dumps(samples) == kept  # not edited
+    assert [(s["prompt_id"], s["sample_id"], s["output"][0]["content"]) for s in out] == [
+        (s["prompt_id"], s["sample_id"], s["output"]) for s in samples
+    ]
     assert [s["reward"] for s in out] == [x.score for x in score_samples(samples, rm, tok)]
     assert process_batch_with_reward_model([], rm, tok, None) == []
 
@@ -139,11 +254,21 @@ def test_unscored(folder, tok, tmp_path):
     model.save_pretrained(tmp_path / "broken")
     tok.save_pretrained(tmp_path / "broken")
     samples = make_samples()
-    for i in (3, 8, 9): samples[i]["output"] = "so ~ so"
+    for i in (3, 8, 9):
+        samples[i]["output"] = "so ~ so"
     write_records(tmp_path / "samples.json", samples)
-    cfg = LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "feedback.json"), reward_model_path=str(tmp_path / "broken"))
+    cfg = LabelConfig(
+        samples_file=str(tmp_path / "samples.json"),
+        output_file=str(tmp_path / "feedback.json"),
+        reward_model_path=str(tmp_path / "broken"),
+    )
     counts = main(cfg)
-    assert (counts["samples"], counts["scored"], counts["unscored"], counts["reasons"]) == (23, 20, 3, {"the reward model gave nan": 3})
+    assert (counts["samples"], counts["scored"], counts["unscored"], counts["reasons"]) == (
+        23,
+        20,
+        3,
+        {"the reward model gave nan": 3},
+    )
     labels = read_jsonl(tmp_path / "feedback.labels.jsonl")
     assert [i for i, row in enumerate(labels) if row["score"] is None] == [3, 8, 9]
     assert len(read_records(tmp_path / "feedback.json", "scalar_feedback")) == 20
@@ -153,51 +278,108 @@ def test_unscored(folder, tok, tmp_path):
 def test_golden_label_command():
     "The feedback files of the predecessor's command, given its scores."
     told = golden.load("label_command")
-    scalar = next(c["file"] for c in told["cases"] if c["options"]["feedback_type"] is None and "file" in c)
+    scalar = next(
+        c["file"]
+        for c in told["cases"]
+        if c["options"]["feedback_type"] is None and "file" in c
+    )
     reward = {(r["prompt_id"], r["sample_id"]): r["reward"] for r in scalar}
-    labelled = [s | dict(reward=reward.get((s["prompt_id"], s["sample_id"])), output=as_turns(s["output"])) for s in told["samples"]]
+    labelled = [
+        s
+        | dict(
+            reward=reward.get((s["prompt_id"], s["sample_id"])), output=as_turns(s["output"])
+        )
+        for s in told["samples"]
+    ]
     for case in told["cases"]:
-        options = {k: v for k, v in case["options"].items() if k != "threshold" or case["options"]["feedback_type"]}
+        options = {
+            k: v
+            for k, v in case["options"].items()
+            if k != "threshold" or case["options"]["feedback_type"]
+        }
         cfg = LabelConfig(samples_file="", output_file="", reward_model_path="rm", **options)
-        if "file" in case: assert to_feedback(labelled, cfg) == case["file"], case["id"]
-        elif options["split"]: assert {r["split"] for r in to_feedback(labelled, cfg)} == {options["split"]}, case["id"] # documented_note
-        elif cfg.threshold == 5.5: assert [r["label"] for r in to_feedback(labelled, cfg)] == [int(r["reward"] >= 5.5) for r in scalar]
+        if "file" in case:
+            assert to_feedback(labelled, cfg) == case["file"], case["id"]
+        elif options["split"]:
+            # documented_note
+            assert {r["split"] for r in to_feedback(labelled, cfg)} == {options["split"]}, case[
+                "id"
+            ]
+        elif cfg.threshold == 5.5:
+            assert [r["label"] for r in to_feedback(labelled, cfg)] == [
+                int(r["reward"] >= 5.5) for r in scalar
+            ]
         else:
-            with pytest.raises(ValueError, match="threshold"): to_feedback(labelled, cfg)
+            with pytest.raises(ValueError, match="threshold"):
+                to_feedback(labelled, cfg)
 
 
 def test_defaults():
     "Pairwise: any difference; binary: the median; no type: the score."
-    rows = [dict(prompt_id="p", sample_id=i, prompt=as_turns("?", "user"), output=as_turns(str(r)), reward=r) for i, r in enumerate((0.1, 0.2, 5.0))]
+    rows = [
+        dict(
+            prompt_id="p",
+            sample_id=i,
+            prompt=as_turns("?", "user"),
+            output=as_turns(str(r)),
+            reward=r,
+        )
+        for i, r in enumerate((0.1, 0.2, 5.0))
+    ]
     given = dict(samples_file="", output_file="", reward_model_path="rm")
-    assert [r["reward_difference"] > 0 for r in to_feedback(rows, LabelConfig(feedback_type="pairwise", **given))] == [True]
-    assert [r["label"] for r in to_feedback(rows, LabelConfig(feedback_type="binary", **given))] == [0, 1, 1]
+    assert [
+        r["reward_difference"] > 0
+        for r in to_feedback(rows, LabelConfig(feedback_type="pairwise", **given))
+    ] == [True]
+    assert [
+        r["label"] for r in to_feedback(rows, LabelConfig(feedback_type="binary", **given))
+    ] == [0, 1, 1]
     assert {r["type"] for r in to_feedback(rows, LabelConfig(**given))} == {"scalar_feedback"}
 
 
-@pytest.mark.parametrize("broken, told", [
-    ({"output": None}, "record 2: field `output`"), ({"prompt": []}, "record 2: field `prompt`"), ({"prompt": [{"role": "user"}]}, r"record 2: field `prompt\[0\].content` is missing"),
-    ({"type": "smaple"}, "record 2: field `type`"), ({"prompt_id": "other", "sample_id": [1]}, "record 2: field `sample_id`"),
-    ({"spllit": "train"}, "record 2: field `spllit` is unknown and `split` is missing"), ({"genrator": "m"}, "record 2: field `genrator` is unknown and `generator` is missing")])
+@pytest.mark.parametrize(
+    "broken, told",
+    [
+        ({"output": None}, "record 2: field `output`"),
+        ({"prompt": []}, "record 2: field `prompt`"),
+        ({"prompt": [{"role": "user"}]}, r"record 2: field `prompt\[0\].content` is missing"),
+        ({"type": "smaple"}, "record 2: field `type`"),
+        ({"prompt_id": "other", "sample_id": [1]}, "record 2: field `sample_id`"),
+        ({"spllit": "train"}, "record 2: field `spllit` is unknown and `split` is missing"),
+        ({"genrator": "m"}, "record 2: field `genrator` is unknown and `generator` is missing"),
+    ],
+)
 def test_broken_record(folder, tmp_path, broken, told):
     rows = make_samples()[:3]
     (tmp_path / "samples.json").write_text(json.dumps([rows[0], rows[1] | broken, rows[2]]))
     with pytest.raises(RecordError, match="samples.json, " + told):
-        main(LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "f.json"), reward_model_path=str(folder)))
+        main(
+            LabelConfig(
+                samples_file=str(tmp_path / "samples.json"),
+                output_file=str(tmp_path / "f.json"),
+                reward_model_path=str(folder),
+            )
+        )
 
 
 def test_other_fields_are_kept_and_counted(folder, tmp_path):
-    samples = [s | dict(judge_preference=i) if i % 2 else s for i, s in enumerate(make_samples())]
+    samples = [
+        s | dict(judge_preference=i) if i % 2 else s for i, s in enumerate(make_samples())
+    ]
     assert label(folder, tmp_path, samples)["other_fields"] == {"judge_preference": 11}
-    assert [r.get("judge_preference") for r in read_records(tmp_path / "feedback.json")] == [s.get("judge_preference") for s in samples]
+    assert [r.get("judge_preference") for r in read_records(tmp_path / "feedback.json")] == [
+        s.get("judge_preference") for s in samples
+    ]
 
 
-@pytest.mark.parametrize("text, told", [("[]", "an empty list"), ("{", "not JSON"), ('{"type": "sample"}', "should be a list")])
+@pytest.mark.parametrize(
+    "text, told",
+    [("[]", "an empty list"), ("{", "not JSON"), ('{"type": "sample"}', "should be a list")],
+)
 def test_broken_file(tmp_path, text, told):
     (tmp_path / "samples.json").write_text(text)
-    with pytest.raises(RecordError, match=f"samples.json: .*{told}"): read_samples(tmp_path / "samples.json")
-
-
+    with pytest.raises(RecordError, match=f"samples.json: .*{told}"):
+        read_samples(tmp_path / "samples.json")
 
 
 # ---- other heads than ours
@@ -205,69 +387,163 @@ def test_broken_file(tmp_path, text, told):
 
 def save_llama(folder, tok, **more):
     torch.manual_seed(1)
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, pad_token_id=0, eos_token_id=2,
-                                               bos_token_id=None, **more)).save_pretrained(folder)
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.2,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+            **more,
+        )
+    ).save_pretrained(folder)
     tok.save_pretrained(folder)
 
 
 def save_bert(folder, tok, **more):
     torch.manual_seed(1)
-    BertForSequenceClassification(BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, **more)).save_pretrained(folder)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.2,
+            **more,
+        )
+    ).save_pretrained(folder)
     tok.save_pretrained(folder)
 
 
 def label(folder, tmp_path, samples=None, **more):
     write_records(tmp_path / "samples.json", samples or make_samples())
-    return main(LabelConfig(samples_file=str(tmp_path / "samples.json"), output_file=str(tmp_path / "feedback.json"), **(dict(reward_model_path=str(folder)) if folder else {}), **more))
+    return main(
+        LabelConfig(
+            samples_file=str(tmp_path / "samples.json"),
+            output_file=str(tmp_path / "feedback.json"),
+            **(dict(reward_model_path=str(folder)) if folder else {}),
+            **more,
+        )
+    )
 
 
-def scores(tmp_path): return [r["score"] for r in read_jsonl(tmp_path / "feedback.labels.jsonl")]
+def scores(tmp_path):
+    return [r["score"] for r in read_jsonl(tmp_path / "feedback.labels.jsonl")]
 
 
 @pytest.mark.parametrize("save", [save_llama, save_bert])
-@pytest.mark.parametrize("n, weights, meaning", [(1, "", "its one logit"), (2, "", "second of two logits (Bradley-Terry)"), (3, "safe=0.25, helpful=-1", "0.25 safe + -1 helpful"), (2, "LABEL_0=1", "1 LABEL_0")])
+@pytest.mark.parametrize(
+    "n, weights, meaning",
+    [
+        (1, "", "its one logit"),
+        (2, "", "second of two logits (Bradley-Terry)"),
+        (3, "safe=0.25, helpful=-1", "0.25 safe + -1 helpful"),
+        (2, "LABEL_0=1", "1 LABEL_0"),
+    ],
+)
 def test_heads(tmp_path, tok, save, n, weights, meaning):
     "Decoders and encoders with one, two and three logits, against plain transformers one text at a time."
-    save(tmp_path / "m", tok, **(dict(id2label=dict(enumerate(("helpful", "safe", "brief")))) if n == 3 else dict(num_labels=n)))
-    counts, plain = label(tmp_path / "m", tmp_path, objective_weights=weights), AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    save(
+        tmp_path / "m",
+        tok,
+        **(
+            dict(id2label=dict(enumerate(("helpful", "safe", "brief"))))
+            if n == 3
+            else dict(num_labels=n)
+        ),
+    )
+    counts, plain = (
+        label(tmp_path / "m", tmp_path, objective_weights=weights),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval(),
+    )
     assert counts["head"] == meaning and counts["scored"] == 23
-    w = torch.tensor({"": [0.0] * (n - 1) + [1.0], "LABEL_0=1": [1.0, 0.0]}.get(weights, [-1, 0.25, 0]))
+    w = torch.tensor(
+        {"": [0.0] * (n - 1) + [1.0], "LABEL_0=1": [1.0, 0.0]}.get(weights, [-1, 0.25, 0])
+    )
     for s, score in zip(make_samples(), scores(tmp_path)):
-        with torch.no_grad(): assert score == pytest.approx((plain(torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])).logits[0] @ w).item(), abs=1e-5)
+        with torch.no_grad():
+            assert score == pytest.approx(
+                (
+                    plain(
+                        torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])
+                    ).logits[0]
+                    @ w
+                ).item(),
+                abs=1e-5,
+            )
 
 
 def save_roberta(folder, tok, **more):
     torch.manual_seed(1)
-    RobertaForSequenceClassification(RobertaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, pad_token_id=0, **more)).save_pretrained(folder)
+    RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.2,
+            pad_token_id=0,
+            **more,
+        )
+    ).save_pretrained(folder)
     tok.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("save, positions", [(save_bert, 64), (save_roberta, 65), (save_llama, 64)])
+@pytest.mark.parametrize(
+    "save, positions", [(save_bert, 64), (save_roberta, 65), (save_llama, 64)]
+)
 def test_a_model_that_reads_less(tmp_path, tok, save, positions):
     "A model whose positions end before max_length: its own limit counts, by the same policy; RoBERTa's first position is one behind its padding."
     save(tmp_path / "m", tok, num_labels=1, max_position_embeddings=positions)
-    counts, plain = label(tmp_path / "m", tmp_path), AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    counts, plain = (
+        label(tmp_path / "m", tmp_path),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval(),
+    )
     rows, cut = read_jsonl(tmp_path / "feedback.labels.jsonl"), 0
     for s, r in zip(make_samples(), rows):
         ids = encode(tok, s["prompt"] + as_turns(s["output"]))
-        if len(ids) > 64: ids = encode(tok, encode_prompt(tok, s["prompt"], 32, Counter())[0] + as_turns(s["output"]))
+        if len(ids) > 64:
+            ids = encode(
+                tok, encode_prompt(tok, s["prompt"], 32, Counter())[0] + as_turns(s["output"])
+            )
         assert r["truncated"] == (len(ids) > 64)
         cut += len(ids) > 64
-        with torch.no_grad(): assert r["score"] == pytest.approx(plain(torch.tensor([ids[:64]])).logits[0, 0].item(), abs=1e-5)
+        with torch.no_grad():
+            assert r["score"] == pytest.approx(
+                plain(torch.tensor([ids[:64]])).logits[0, 0].item(), abs=1e-5
+            )
     assert counts["read_at_most"] == 64 and 0 < counts["outputs_cut"] == cut < 23
     assert "read_at_most" not in label(tmp_path / "m", tmp_path, max_length=64)
 
 
 def test_heads_that_are_refused(tmp_path, tok):
     save_llama(tmp_path / "three", tok, id2label=dict(enumerate(("helpful", "safe", "brief"))))
-    with pytest.raises(ValueError, match="has 3 logits, helpful, safe, brief; weigh them by name"): label(tmp_path / "three", tmp_path)
-    for weights, told in [("kind=1", "'kind' is no objective of .*; it has helpful, safe, brief"), ("safe=x", "safe has no number"), ("safe", "safe has no number"), ("safe=1,safe=2", "given twice"), ("safe=0", "weighs nothing"), ("safe=nan", "weighs nothing")]:
-        with pytest.raises(ValueError, match="objective_weights: .*" + told): label(tmp_path / "three", tmp_path, objective_weights=weights)
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM, not a reward model"): head_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
+    with pytest.raises(
+        ValueError, match="has 3 logits, helpful, safe, brief; weigh them by name"
+    ):
+        label(tmp_path / "three", tmp_path)
+    for weights, told in [
+        ("kind=1", "'kind' is no objective of .*; it has helpful, safe, brief"),
+        ("safe=x", "safe has no number"),
+        ("safe", "safe has no number"),
+        ("safe=1,safe=2", "given twice"),
+        ("safe=0", "weighs nothing"),
+        ("safe=nan", "weighs nothing"),
+    ]:
+        with pytest.raises(ValueError, match="objective_weights: .*" + told):
+            label(tmp_path / "three", tmp_path, objective_weights=weights)
+    with pytest.raises(ValueError, match="is a LlamaForCausalLM, not a reward model"):
+        head_of(LlamaConfig(architectures=["LlamaForCausalLM"]))
     assert not (tmp_path / "feedback.labels.jsonl").exists()
 
 
-GATED = '''
+GATED = """
 from dataclasses import dataclass
 import torch
 from transformers import LlamaModel, LlamaPreTrainedModel
@@ -289,33 +565,73 @@ class GatedReward(LlamaPreTrainedModel):
         last = self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, -1]
         rewards = self.objectives(last)
         return Answer(rewards=rewards, score=(rewards * self.gate(last).softmax(-1)).sum(-1))
-'''
+"""
 
 
 def test_model_with_a_score_of_its_own(tmp_path, tok):
     "ArmoRM-like: code that comes with the model runs only if the user says so, and its `score` is taken, whatever it does with padding."
     from importlib.util import module_from_spec, spec_from_file_location
+
     (tmp_path / "m").mkdir()
     (tmp_path / "m/gated.py").write_text(GATED)
     spec = spec_from_file_location("gated", tmp_path / "m/gated.py")
-    sys.modules["gated"] = gated = module_from_spec(spec) # dataclass looks there
+    sys.modules["gated"] = gated = module_from_spec(spec)  # dataclass looks there
     spec.loader.exec_module(gated)
     torch.manual_seed(0)
-    model = gated.GatedReward(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, initializer_range=0.2, num_labels=5, pad_token_id=0)).eval()
+    model = gated.GatedReward(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            initializer_range=0.2,
+            num_labels=5,
+            pad_token_id=0,
+        )
+    ).eval()
     model.save_pretrained(tmp_path / "m")
     tok.save_pretrained(tmp_path / "m")
-    config = json.loads((tmp_path / "m/config.json").read_text()) | dict(auto_map={"AutoModelForSequenceClassification": "gated.GatedReward"})
+    config = json.loads((tmp_path / "m/config.json").read_text()) | dict(
+        auto_map={"AutoModelForSequenceClassification": "gated.GatedReward"}
+    )
     (tmp_path / "m/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="trust_remote_code: .* is a GatedReward with code of its own"): label(tmp_path / "m", tmp_path)
-    command = [sys.executable, "-m", "halos_nb.label", "--reward_model_path", str(tmp_path / "m"), "--trust_remote_code", str(tmp_path / "samples.json"), str(tmp_path / "feedback.json")]
-    out = subprocess.run(command, env=os.environ | dict(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1"), capture_output=True, text=True, timeout=200)
+    with pytest.raises(
+        ValueError, match="trust_remote_code: .* is a GatedReward with code of its own"
+    ):
+        label(tmp_path / "m", tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "halos_nb.label",
+        "--reward_model_path",
+        str(tmp_path / "m"),
+        "--trust_remote_code",
+        str(tmp_path / "samples.json"),
+        str(tmp_path / "feedback.json"),
+    ]
+    out = subprocess.run(
+        command,
+        env=os.environ | dict(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert out.returncode == 0, out.stderr[-2000:]
     for s, score in zip(make_samples(), scores(tmp_path)):
         ids = torch.tensor([encode(tok, s["prompt"] + as_turns(s["output"]))])
-        with torch.no_grad(): assert score == pytest.approx(model(ids, torch.ones_like(ids)).score.item(), abs=1e-5)
-    assert json.loads((tmp_path / "feedback.counts.json").read_text())["head"] == "the `score` of GatedReward"
-    model.config.auto_map = config["auto_map"] # as if it had been loaded with its code
-    assert [s["reward"] for s in process_batch_with_reward_model(make_samples(), model, tok, None)] == pytest.approx(scores(tmp_path), abs=1e-5)
+        with torch.no_grad():
+            assert score == pytest.approx(
+                model(ids, torch.ones_like(ids)).score.item(), abs=1e-5
+            )
+    assert (
+        json.loads((tmp_path / "feedback.counts.json").read_text())["head"]
+        == "the `score` of GatedReward"
+    )
+    model.config.auto_map = config["auto_map"]  # as if it had been loaded with its code
+    assert [
+        s["reward"] for s in process_batch_with_reward_model(make_samples(), model, tok, None)
+    ] == pytest.approx(scores(tmp_path), abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -324,67 +640,142 @@ def test_padding_side(folder, tmp_path, rm, tok, side, pad):
     "How the tokenizer would pad, and with what, changes nothing."
     other = byte_tokenizer()
     other.padding_side, other.pad_token = side, pad
-    assert [x.score for x in score_samples(make_samples(), rm, other, token_budget=300)] == pytest.approx([x.score for x in score_samples(make_samples(), rm, tok)], abs=1e-5)
+    assert [
+        x.score for x in score_samples(make_samples(), rm, other, token_budget=300)
+    ] == pytest.approx([x.score for x in score_samples(make_samples(), rm, tok)], abs=1e-5)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_batch_size(rm, tok, most):
     seen, samples = [], make_samples()
-    hook = rm.register_forward_hook(lambda module, args, kwargs, out: seen.append(len(out[0])) if "tree" in kwargs else None, with_kwargs=True)
+    hook = rm.register_forward_hook(
+        lambda module, args, kwargs, out: (
+            seen.append(len(out[0])) if "tree" in kwargs else None
+        ),
+        with_kwargs=True,
+    )
     scored = [x.score for x in score_samples(samples, rm, tok, batch_size=most)]
     hook.remove()
-    assert scored == pytest.approx([x.score for x in score_samples(samples, rm, tok)], abs=1e-5) and max(seen[2:]) == most and sum(seen[2:]) == len(samples) # the first two: a probe of the layout
+    # the first two: a probe of the layout
+    assert (
+        scored == pytest.approx([x.score for x in score_samples(samples, rm, tok)], abs=1e-5)
+        and max(seen[2:]) == most
+        and sum(seen[2:]) == len(samples)
+    )
 
 
 def test_process_batch_takes_plain_and_wrapped_models(folder, rm, tok):
-    plain, samples = AutoModelForSequenceClassification.from_pretrained(folder).eval(), make_samples()
+    plain, samples = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        make_samples(),
+    )
     expected = [x.score for x in score_samples(samples, rm, tok)]
-    for model in (plain, type("DDP", (), dict(module=rm))()): assert [s["reward"] for s in process_batch_with_reward_model(samples, model, tok, None)] == pytest.approx(expected, abs=1e-5)
+    for model in (plain, type("DDP", (), dict(module=rm))()):
+        assert [
+            s["reward"] for s in process_batch_with_reward_model(samples, model, tok, None)
+        ] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("how", ["plain", "ours", "dropout"])
 def test_process_batch_takes_a_model_in_memory(tok, how):
     "Never saved, so without a named architecture; in training mode, where dropout would spoil the scores; it is left as it was."
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2, num_labels=2, pad_token_id=0,
-                         attention_dropout=0.5 * (how == "dropout"))
-    model = LlamaForSequenceClassification(config) if how != "ours" else AutoModelForBradleyTerry.from_config(config)
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        num_labels=2,
+        pad_token_id=0,
+        attention_dropout=0.5 * (how == "dropout"),
+    )
+    model = (
+        LlamaForSequenceClassification(config)
+        if how != "ours"
+        else AutoModelForBradleyTerry.from_config(config)
+    )
     model.train(how == "dropout")
     out = process_batch_with_reward_model(make_samples(), model, tok, None)
     assert model.training == (how == "dropout")
     model.eval()
     for s in out:
-        with torch.no_grad(): assert s["reward"] == pytest.approx(model(torch.tensor([encode(tok, s["prompt"] + s["output"])])).logits[0, 1].item(), abs=1e-5)
+        with torch.no_grad():
+            assert s["reward"] == pytest.approx(
+                model(torch.tensor([encode(tok, s["prompt"] + s["output"])]))
+                .logits[0, 1]
+                .item(),
+                abs=1e-5,
+            )
 
 
 # ---- functions, journals, two files
 
 
 def grade(prompt, output):
-    prompt.clear() # a labeller cannot spoil the samples
-    if not output: raise KeyError("empty")
-    return float("inf") if "9" in output else len(output) if "3" in output else True if "2" in output else "many" if "1" in output else 0
+    prompt.clear()  # a labeller cannot spoil the samples
+    if not output:
+        raise KeyError("empty")
+    return (
+        float("inf")
+        if "9" in output
+        else len(output)
+        if "3" in output
+        else True
+        if "2" in output
+        else "many"
+        if "1" in output
+        else 0
+    )
 
 
 def test_function(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    samples = [s | dict(output=o) for s, o in zip(make_samples((6,)), ("", "9", "333", "2", "1", "0"))]
+    samples = [
+        s | dict(output=o) for s, o in zip(make_samples((6,)), ("", "9", "333", "2", "1", "0"))
+    ]
     counts = label(None, tmp_path, samples, function="test_label:grade")
-    assert scores(tmp_path) == [None, None, 3.0, 1.0, None, 0.0] and counts["reasons"] == {"KeyError: 'empty'": 1, "the function gave inf": 1, "the function gave 'many'": 1}
-    assert [r["reward"] for r in read_records(tmp_path / "feedback.json", "scalar_feedback")] == [3.0, 1.0, 0.0]
-    assert read_jsonl(tmp_path / "feedback.labels.jsonl")[0]["labeller"] == "function:test_label:grade"
+    assert scores(tmp_path) == [None, None, 3.0, 1.0, None, 0.0] and counts["reasons"] == {
+        "KeyError: 'empty'": 1,
+        "the function gave inf": 1,
+        "the function gave 'many'": 1,
+    }
+    assert [
+        r["reward"] for r in read_records(tmp_path / "feedback.json", "scalar_feedback")
+    ] == [3.0, 1.0, 0.0]
+    assert (
+        read_jsonl(tmp_path / "feedback.labels.jsonl")[0]["labeller"]
+        == "function:test_label:grade"
+    )
     for spec in ("test_label", "test_label:gone", "gone:f", "test_label:TWO", ":"):
-        with pytest.raises(ValueError, match="function: "): label(None, tmp_path, samples, function=spec)
+        with pytest.raises(ValueError, match="function: "):
+            label(None, tmp_path, samples, function=spec)
 
 
 def test_conversion_from_labels(folder, tmp_path):
     "The same feedback from the journal as from the model, in every form; an older journal, whose labeller is a path, is read too."
     for kind in ("pairwise", "binary", "scalar"):
         label(folder, tmp_path, feedback_type=kind)
-        made, journal = (tmp_path / "feedback.json").read_bytes(), tmp_path / "feedback.labels.jsonl"
+        made, journal = (
+            (tmp_path / "feedback.json").read_bytes(),
+            tmp_path / "feedback.labels.jsonl",
+        )
         rows = read_jsonl(journal)
         assert {r["labeller"] for r in rows} == {f"rm:{folder}"}
-        (tmp_path / "old.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("prompt_id", "sample_id", "score", "reason", "truncated")} | dict(labeller=str(folder))) + "\n" for r in rows))
+        (tmp_path / "old.jsonl").write_text(
+            "".join(
+                json.dumps(
+                    {
+                        k: r[k]
+                        for k in ("prompt_id", "sample_id", "score", "reason", "truncated")
+                    }
+                    | dict(labeller=str(folder))
+                )
+                + "\n"
+                for r in rows
+            )
+        )
         for source in (journal, tmp_path / "old.jsonl"):
             label(None, tmp_path, feedback_type=kind, from_labels=str(source))
             assert (tmp_path / "feedback.json").read_bytes() == made
@@ -392,23 +783,65 @@ def test_conversion_from_labels(folder, tmp_path):
 
 def test_journal_of_others(tmp_path):
     samples, file = make_samples(), tmp_path / "some.jsonl"
-    row = lambda s, **more: dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], labeller="human:a", score=1.0, reason="", type="label") | more
-    file.write_text("".join(json.dumps(r) + "\n" for r in [*(row(s, score=float(i)) for i, s in enumerate(samples[:9])), row(samples[0], labeller="rm:x"), row(samples[0], prompt_id="gone")]))
-    with pytest.raises(ValueError, match="labeller: .*human:a, rm:x; name one"): label(None, tmp_path, from_labels=str(file))
+    row = lambda s, **more: (
+        dict(
+            prompt_id=s["prompt_id"],
+            sample_id=s["sample_id"],
+            labeller="human:a",
+            score=1.0,
+            reason="",
+            type="label",
+        )
+        | more
+    )
+    file.write_text(
+        "".join(
+            json.dumps(r) + "\n"
+            for r in [
+                *(row(s, score=float(i)) for i, s in enumerate(samples[:9])),
+                row(samples[0], labeller="rm:x"),
+                row(samples[0], prompt_id="gone"),
+            ]
+        )
+    )
+    with pytest.raises(ValueError, match="labeller: .*human:a, rm:x; name one"):
+        label(None, tmp_path, from_labels=str(file))
     counts = label(None, tmp_path, from_labels=str(file), labeller="human:a")
-    assert (counts["scored"], counts["unscored"], counts["reasons"], counts["labels_without_sample"]) == (9, 14, {"not in the journal": 14}, 1)
-    with pytest.raises(RecordError, match="paid for"): label(None, tmp_path, function="builtins:len") # a person's labels are beside the output now
+    assert (
+        counts["scored"],
+        counts["unscored"],
+        counts["reasons"],
+        counts["labels_without_sample"],
+    ) == (9, 14, {"not in the journal": 14}, 1)
+    # a person's labels are beside the output now
+    with pytest.raises(RecordError, match="paid for"):
+        label(None, tmp_path, function="builtins:len")
     file.write_text(json.dumps(row(samples[0], score="9")) + "\n")
-    with pytest.raises(RecordError, match="some.jsonl, record 1: field `score`"): label(None, tmp_path, from_labels=str(file))
+    with pytest.raises(RecordError, match="some.jsonl, record 1: field `score`"):
+        label(None, tmp_path, from_labels=str(file))
 
 
 def by_hand(tmp_path, samples, better):
     "A session in which a person prefers what `better` prefers; its comparisons in a journal."
-    session = Session(tmp_path / "session.jsonl", samples, choose_pairs(samples, seed=1), "human:ann", repeats=0.2)
+    session = Session(
+        tmp_path / "session.jsonl",
+        samples,
+        choose_pairs(samples, seed=1),
+        "human:ann",
+        repeats=0.2,
+    )
     while (item := session.current) is not None:
         shown = session.show(item)
-        session.choose("tie" if better(shown["left"]) == better(shown["right"]) else "left" if better(shown["left"]) > better(shown["right"]) else "right", seconds=1.0)
-    for r in comparisons(session): append_jsonl(tmp_path / "ann.labels.jsonl", r)
+        session.choose(
+            "tie"
+            if better(shown["left"]) == better(shown["right"])
+            else "left"
+            if better(shown["left"]) > better(shown["right"])
+            else "right",
+            seconds=1.0,
+        )
+    for r in comparisons(session):
+        append_jsonl(tmp_path / "ann.labels.jsonl", r)
     return session
 
 
@@ -416,76 +849,243 @@ def test_people(tmp_path):
     "What a person said of pairs, through the command: the winner is the one that was chosen, whatever side it was on; a tie is no pair."
     samples = make_samples()
     session = by_hand(tmp_path, samples, len)
-    counts = label(None, tmp_path, samples, from_labels=str(tmp_path / "ann.labels.jsonl"), feedback_type="pairwise")
+    counts = label(
+        None,
+        tmp_path,
+        samples,
+        from_labels=str(tmp_path / "ann.labels.jsonl"),
+        feedback_type="pairwise",
+    )
     made = read_records(tmp_path / "feedback.json", "pairwise_feedback")
-    for r in made: assert r["label"] == (len(r["output_A"][0]["content"]) > len(r["output_B"][0]["content"])) and r["reward_difference"] == 1
-    assert counts["items"] == len({i[1:4] for i in session.items}) == counts["records"] + counts["ties"] and counts["records"] == len(made) > 20 and counts["position_bias"] == 0 < counts["compared"]
+    for r in made:
+        assert (
+            r["label"] == (len(r["output_A"][0]["content"]) > len(r["output_B"][0]["content"]))
+            and r["reward_difference"] == 1
+        )
+    assert (
+        counts["items"]
+        == len({i[1:4] for i in session.items})
+        == counts["records"] + counts["ties"]
+        and counts["records"] == len(made) > 20
+        and counts["position_bias"] == 0 < counts["compared"]
+    )
     assert read_jsonl(tmp_path / "feedback.labels.jsonl") == comparisons(session)
-    for more, told in [(dict(feedback_type="binary"), "feedback_type: .*compared pairs"), (dict(threshold=0.5), "threshold: .*no scores"), (dict(combine="mean"), "combine: mean needs scores")]:
-        with pytest.raises(ValueError, match=told): label(None, tmp_path, samples, from_labels=str(tmp_path / "ann.labels.jsonl"), **more)
-    with pytest.raises(RecordError, match="session.jsonl: .*halos_nb.people.comparisons"): label(None, tmp_path, samples, from_labels=str(tmp_path / "session.jsonl"))
-    assert label(None, tmp_path, samples[:-1], from_labels=str(tmp_path / "ann.labels.jsonl"))["labels_without_sample"] > 0
+    for more, told in [
+        (dict(feedback_type="binary"), "feedback_type: .*compared pairs"),
+        (dict(threshold=0.5), "threshold: .*no scores"),
+        (dict(combine="mean"), "combine: mean needs scores"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            label(
+                None, tmp_path, samples, from_labels=str(tmp_path / "ann.labels.jsonl"), **more
+            )
+    with pytest.raises(RecordError, match="session.jsonl: .*halos_nb.people.comparisons"):
+        label(None, tmp_path, samples, from_labels=str(tmp_path / "session.jsonl"))
+    assert (
+        label(None, tmp_path, samples[:-1], from_labels=str(tmp_path / "ann.labels.jsonl"))[
+            "labels_without_sample"
+        ]
+        > 0
+    )
 
 
 def test_labellers_together(tmp_path):
     "Mean, vote, and people where the machines disagree, of scores and of scores with comparisons."
     samples = make_samples((2, 2))
-    rows = {name: [dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], labeller=name, score=x, reason="", type="label") for s, x in zip(sorted(samples, key=lambda s: (s["prompt_id"], s["sample_id"])), xs)]
-            for name, xs in {"rm:a": (1.0, 2.0, 5.0, 0.0), "api:b": (3.0, 1.0, 9.0, 2.0), "human:c": (0.0, 1.0, 0.0, 1.0)}.items()}
+    rows = {
+        name: [
+            dict(
+                prompt_id=s["prompt_id"],
+                sample_id=s["sample_id"],
+                labeller=name,
+                score=x,
+                reason="",
+                type="label",
+            )
+            for s, x in zip(sorted(samples, key=lambda s: (s["prompt_id"], s["sample_id"])), xs)
+        ]
+        for name, xs in {
+            "rm:a": (1.0, 2.0, 5.0, 0.0),
+            "api:b": (3.0, 1.0, 9.0, 2.0),
+            "human:c": (0.0, 1.0, 0.0, 1.0),
+        }.items()
+    }
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in sum(rows.values(), [])))
-    rewards = lambda: {(r["prompt_id"], r["sample_id"]): r["reward"] for r in read_records(tmp_path / "feedback.json", "scalar_feedback")}
+    rewards = lambda: {
+        (r["prompt_id"], r["sample_id"]): r["reward"]
+        for r in read_records(tmp_path / "feedback.json", "scalar_feedback")
+    }
     keys = [(r["prompt_id"], r["sample_id"]) for r in rows["rm:a"]]
     counts = label(None, tmp_path, samples, from_labels=str(file), combine="mean")
-    assert [rewards()[k] for k in keys] == pytest.approx([4 / 3, 4 / 3, 14 / 3, 1]) and (counts["labellers"], counts["disputed_prompts"]) == (3, 2)
+    assert [rewards()[k] for k in keys] == pytest.approx([4 / 3, 4 / 3, 14 / 3, 1]) and (
+        counts["labellers"],
+        counts["disputed_prompts"],
+    ) == (3, 2)
     label(None, tmp_path, samples, from_labels=str(file), combine="human-where-they-disagree")
-    assert [rewards()[k] for k in keys] == [0, 1, 1, 0] # the machines agree on the second prompt alone
-    with file.open("a") as f: # a person who compared; now pairs are what is voted on
-        for i in (0, 2): f.write(json.dumps(dict(prompt_id=keys[i][0], sample_id_A=keys[i][1], sample_id_B=keys[i + 1][1], labeller="human:d", winner="B", reason="", order="AB", type="comparison")) + "\n")
+    # the machines agree on the second prompt alone
+    assert [rewards()[k] for k in keys] == [0, 1, 1, 0]
+    with file.open("a") as f:  # a person who compared; now pairs are what is voted on
+        for i in (0, 2):
+            f.write(
+                json.dumps(
+                    dict(
+                        prompt_id=keys[i][0],
+                        sample_id_A=keys[i][1],
+                        sample_id_B=keys[i + 1][1],
+                        labeller="human:d",
+                        winner="B",
+                        reason="",
+                        order="AB",
+                        type="comparison",
+                    )
+                )
+                + "\n"
+            )
     label(None, tmp_path, samples, from_labels=str(file), combine="human-where-they-disagree")
     said = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
-    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"): assert r["output_A" if r["label"] else "output_B"][0]["content"] == said[r["prompt_id"], 1 if r["prompt_id"] == keys[0][0] else 0]
+    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
+        assert (
+            r["output_A" if r["label"] else "output_B"][0]["content"]
+            == said[r["prompt_id"], 1 if r["prompt_id"] == keys[0][0] else 0]
+        )
     for more in (dict(labeller="rm:a", from_labels=str(file)), dict(function="x:y")):
-        with pytest.raises(ValueError, match="combine: "): LabelConfig(samples_file="s", output_file="f", combine="vote", **more)
+        with pytest.raises(ValueError, match="combine: "):
+            LabelConfig(samples_file="s", output_file="f", combine="vote", **more)
 
 
 def test_options_of_the_command_line():
     "Every option of the predecessor by its name, with its kind of value; the defaults are those of the documentation."
-    given = parse_args(LabelConfig, "--reward_model_path rm --feedback_type pairwise --feedback_mode max --threshold 0.5 --batch_size 4 --seed 7 --split test --second_samples_path b.json --trim_to_sentence --dry_run a.json f.json".split())
-    assert given == LabelConfig(samples_file="a.json", output_file="f.json", reward_model_path="rm", feedback_type="pairwise", feedback_mode="max", threshold=0.5, batch_size=4, seed=7, split="test", second_samples_path="b.json", trim_to_sentence=True, dry_run=True)
-    given = parse_args(LabelConfig, ["--api_type", "openai", "--api_model", "gpt", "--system_prompt", "You judge.", "--label_prompt", "Rate.", "--feedback_type", "binary", "--threshold", "median", "a.json", "f.json"])
-    assert (given.api_model, given.system_prompt, given.label_prompt, given.threshold) == ("gpt", "You judge.", "Rate.", "median")
-    assert (given.batch_size, given.seed, given.split, given.second_samples_path, given.trim_to_sentence, given.dry_run) == (None, 0, None, None, False, False)
+    given = parse_args(
+        LabelConfig,
+        (
+            "--reward_model_path rm --feedback_type pairwise --feedback_mode max --threshold "
+            "0.5 --batch_size 4 --seed 7 --split test --second_samples_path b.json "
+            "--trim_to_sentence --dry_run a.json f.json"
+        ).split(),
+    )
+    assert given == LabelConfig(
+        samples_file="a.json",
+        output_file="f.json",
+        reward_model_path="rm",
+        feedback_type="pairwise",
+        feedback_mode="max",
+        threshold=0.5,
+        batch_size=4,
+        seed=7,
+        split="test",
+        second_samples_path="b.json",
+        trim_to_sentence=True,
+        dry_run=True,
+    )
+    given = parse_args(
+        LabelConfig,
+        [
+            "--api_type",
+            "openai",
+            "--api_model",
+            "gpt",
+            "--system_prompt",
+            "You judge.",
+            "--label_prompt",
+            "Rate.",
+            "--feedback_type",
+            "binary",
+            "--threshold",
+            "median",
+            "a.json",
+            "f.json",
+        ],
+    )
+    assert (given.api_model, given.system_prompt, given.label_prompt, given.threshold) == (
+        "gpt",
+        "You judge.",
+        "Rate.",
+        "median",
+    )
+    assert (
+        given.batch_size,
+        given.seed,
+        given.split,
+        given.second_samples_path,
+        given.trim_to_sentence,
+        given.dry_run,
+    ) == (None, 0, None, None, False, False)
 
 
 def test_second_file(folder, tmp_path):
     "The k-th sample of a prompt here against the k-th there, with the scores that each has in its own file; broken second files say so."
     samples = make_samples()
-    write_records(tmp_path / "other.json", other := [s | dict(output=s["output"] + " indeed") for s in samples[::-1]])
+    write_records(
+        tmp_path / "other.json",
+        other := [s | dict(output=s["output"] + " indeed") for s in samples[::-1]],
+    )
     alone = {}
     for name, rows in (("first", samples), ("second", other)):
         label(folder, tmp_path, rows)
         alone[name] = {(s["prompt_id"], s["output"]): x for s, x in zip(rows, scores(tmp_path))}
-    counts = label(folder, tmp_path, samples, second_samples_path=str(tmp_path / "other.json"), feedback_type="pairwise")
-    assert counts["pairs"] == 23 == counts["first_better"] + counts["second_better"] + counts["equal"] and counts["unmatched"] == 0
+    counts = label(
+        folder,
+        tmp_path,
+        samples,
+        second_samples_path=str(tmp_path / "other.json"),
+        feedback_type="pairwise",
+    )
+    assert (
+        counts["pairs"]
+        == 23
+        == counts["first_better"] + counts["second_better"] + counts["equal"]
+        and counts["unmatched"] == 0
+    )
     for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
-        sides = [("second" if r[k][0]["content"].endswith("indeed") else "first", r[k][0]["content"], r[v]) for k, v in (("output_A", "reward_A"), ("output_B", "reward_B"))]
-        assert {s for s, _, _ in sides} == {"first", "second"} and r["label"] == (r["reward_A"] > r["reward_B"])
-        for side, text, reward in sides: assert reward == pytest.approx(alone[side][r["prompt_id"], text], abs=1e-5)
-    for rows, told in [([other[0] | dict(prompt=as_turns("?", "user"))], "other.json, record 1: field `prompt`"), ([other[0] | dict(prompt_id="new")], "no prompt_id of it is in"), ([other[0], other[0]], "other.json, record 2: field `sample_id`")]:
+        sides = [
+            (
+                "second" if r[k][0]["content"].endswith("indeed") else "first",
+                r[k][0]["content"],
+                r[v],
+            )
+            for k, v in (("output_A", "reward_A"), ("output_B", "reward_B"))
+        ]
+        assert {s for s, _, _ in sides} == {"first", "second"} and r["label"] == (
+            r["reward_A"] > r["reward_B"]
+        )
+        for side, text, reward in sides:
+            assert reward == pytest.approx(alone[side][r["prompt_id"], text], abs=1e-5)
+    for rows, told in [
+        (
+            [other[0] | dict(prompt=as_turns("?", "user"))],
+            "other.json, record 1: field `prompt`",
+        ),
+        ([other[0] | dict(prompt_id="new")], "no prompt_id of it is in"),
+        ([other[0], other[0]], "other.json, record 2: field `sample_id`"),
+    ]:
         write_records(tmp_path / "other.json", rows)
-        with pytest.raises(RecordError, match=told): label(folder, tmp_path, samples, second_samples_path=str(tmp_path / "other.json"))
+        with pytest.raises(RecordError, match=told):
+            label(folder, tmp_path, samples, second_samples_path=str(tmp_path / "other.json"))
 
 
 def test_trim_to_sentence(folder, tmp_path, rm, tok):
     "Only if asked; what is scored is what stands in the feedback."
-    samples = [s | dict(output=o) for s, o in zip(make_samples((3,)), ("One. Two, th", "One. Two.", "no end"))]
+    samples = [
+        s | dict(output=o)
+        for s, o in zip(make_samples((3,)), ("One. Two, th", "One. Two.", "no end"))
+    ]
     assert "outputs_trimmed" not in label(folder, tmp_path, samples)
     assert label(folder, tmp_path, samples, trim_to_sentence=True)["outputs_trimmed"] == 1
     cut = [r["output"][0]["content"] for r in read_records(tmp_path / "feedback.json")]
-    assert cut == ["One.", "One. Two.", "no end"] and scores(tmp_path) == pytest.approx([x.score for x in score_samples([s | dict(output=o) for s, o in zip(samples, cut)], rm, tok)], abs=1e-5)
+    assert cut == ["One.", "One. Two.", "no end"] and scores(tmp_path) == pytest.approx(
+        [
+            x.score
+            for x in score_samples([s | dict(output=o) for s, o in zip(samples, cut)], rm, tok)
+        ],
+        abs=1e-5,
+    )
 
 
 def test_dry_run_scores_nothing(folder, tmp_path, capsys):
     counts = label(folder, tmp_path, dry_run=True)
-    assert counts["samples"] == 23 and "second of two logits" in capsys.readouterr().out and not (tmp_path / "feedback.labels.jsonl").exists()
+    assert (
+        counts["samples"] == 23
+        and "second of two logits" in capsys.readouterr().out
+        and not (tmp_path / "feedback.labels.jsonl").exists()
+    )

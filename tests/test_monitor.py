@@ -1,4 +1,5 @@
 "The monitor tells from files alone where a run is, reads each line once, and stops what runs, and nothing else."
+
 import json
 import os
 import signal
@@ -14,11 +15,28 @@ import pytest
 from halos_nb.config import LoopConfig, Profile, SampleConfig, Settings
 from halos_nb.launch import StageError, last_line, launch
 from halos_nb.loop import run_rounds
-from halos_nb.monitor import RunMonitor, RunState, Stopped, Tail, held, log_tail, look, panels, stop_run, supervisors, time_left, worked_on
+from halos_nb.monitor import (
+    RunMonitor,
+    RunState,
+    Stopped,
+    Tail,
+    held,
+    log_tail,
+    look,
+    panels,
+    stop_run,
+    supervisors,
+    time_left,
+    worked_on,
+)
 from halos_nb.records import append_jsonl
 
 HERE = Path(__file__).resolve().parent
-SLOW = "import json, sys, time\nfrom halos_nb.records import Progress\nwith Progress(600, 'prompts', 'sampling') as p:\n    for i in range(600): time.sleep(0.1); p.update(); print('line', i, flush=True)\n"
+SLOW = (
+    "import json, sys, time\nfrom halos_nb.records import Progress\nwith Progress(600, "
+    "'prompts', 'sampling') as p:\n    for i in range(600): time.sleep(0.1); p.update(); "
+    "print('line', i, flush=True)\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +55,24 @@ def until(true, seconds=30):
 def running(run, folder="round-1"):
     "A stage that works, with the ledger's line about it."
     (run / folder).mkdir(parents=True, exist_ok=True)
-    append_jsonl(run / "ledger.jsonl", dict(event="started", time=time.time(), stage="sample", round=1, folder=folder))
+    append_jsonl(
+        run / "ledger.jsonl",
+        dict(event="started", time=time.time(), stage="sample", round=1, folder=folder),
+    )
     job = launch("sample", SampleConfig(model="m"), Profile(), run / folder, module="slow")
     until(lambda: last_line(job.file("progress.jsonl")).get("done"))
     return job
 
 
 def test_tail_reads_what_read_jsonl_reads_however_it_is_cut(tmp_path):
-    lines = b"".join(json.dumps(dict(step=i, text="é" * (i % 7))).encode() + b"\n" for i in range(50))
+    lines = b"".join(
+        json.dumps(dict(step=i, text="é" * (i % 7))).encode() + b"\n" for i in range(50)
+    )
     path, tail, at = tmp_path / "m.jsonl", Tail(tmp_path / "m.jsonl"), 0
     with open(path, "wb", buffering=0) as f:
         for size in [1, 2, 3, 5, 8, 13, 21, 34, 55] * 20:
-            f.write(lines[at:at + size]); at += size
+            f.write(lines[at : at + size])
+            at += size
             assert [r["step"] for r in tail.read()] == list(range(lines[:at].count(b"\n")))
     path.unlink()
     assert tail.read() == []
@@ -57,23 +81,43 @@ def test_tail_reads_what_read_jsonl_reads_however_it_is_cut(tmp_path):
 
 
 def test_log_tail_takes_the_end_only(tmp_path):
-    (tmp_path / "a.log").write_bytes(b"x" * 100_000 + b"\n" + b"".join(b"line %d\n" % i for i in range(100)) + b"\xff\xfe broken\n\x1b]0;title\x07bell")
+    (tmp_path / "a.log").write_bytes(
+        b"x" * 100_000
+        + b"\n"
+        + b"".join(b"line %d\n" % i for i in range(100))
+        + b"\xff\xfe broken\n\x1b]0;title\x07bell"
+    )
     lines = log_tail(tmp_path / "a.log")
-    assert len(lines) == 20 and lines[0] == "line 82" and "\x1b" not in "".join(lines) and "\x07" not in "".join(lines)
+    assert (
+        len(lines) == 20
+        and lines[0] == "line 82"
+        and "\x1b" not in "".join(lines)
+        and "\x07" not in "".join(lines)
+    )
     assert len(log_tail(tmp_path / "a.log", 3)) == 3
 
 
 def test_stop_ends_this_run_within_two_seconds_and_no_other(tmp_path):
-    mine, other = running(tmp_path / "runs/a"), running(tmp_path / "runs/ab") # a name that begins like the other
+    # a name that begins like the other
+    mine, other = running(tmp_path / "runs/a"), running(tmp_path / "runs/ab")
     try:
         start = time.monotonic()
         assert stop_run(tmp_path / "runs/a") == "stopped"
         assert time.monotonic() - start < 2
         mine.process.wait()
-        assert json.loads(mine.file("status.json").read_text()) == {"exit": -signal.SIGTERM, "stopped": True}
-        assert look(tmp_path / "runs/a").state == "stopped" and look(tmp_path / "runs/ab").state == "running"
-        assert supervisors(tmp_path / "runs/ab") == {other.process.pid: other.file("status.json")} and held(other.file("log"))
-    finally: other.stop()
+        assert json.loads(mine.file("status.json").read_text()) == {
+            "exit": -signal.SIGTERM,
+            "stopped": True,
+        }
+        assert (
+            look(tmp_path / "runs/a").state == "stopped"
+            and look(tmp_path / "runs/ab").state == "running"
+        )
+        assert supervisors(tmp_path / "runs/ab") == {
+            other.process.pid: other.file("status.json")
+        } and held(other.file("log"))
+    finally:
+        other.stop()
 
 
 def test_a_number_that_is_used_again_is_not_told_to_end(tmp_path):
@@ -86,7 +130,10 @@ def test_a_number_that_is_used_again_is_not_told_to_end(tmp_path):
         assert not supervisors(tmp_path / "run")
         job.file("status.json.pid").write_text(str(job.process.pid))
         assert supervisors(tmp_path / "run") == {job.process.pid: job.file("status.json")}
-    finally: job.stop(); bystander.kill(); bystander.wait()
+    finally:
+        job.stop()
+        bystander.kill()
+        bystander.wait()
 
 
 def test_stop_reaches_a_run_of_another_process_between_two_stages(tmp_path):
@@ -96,40 +143,69 @@ import sys, time
 from halos_nb.config import Profile, SampleConfig
 from halos_nb.loop import Ledger, Stage
 from pathlib import Path
-run = Path({str(tmp_path / 'run')!r})
+run = Path({str(tmp_path / "run")!r})
 with Ledger(run, Profile()) as ledger:
     print('held', flush=True); time.sleep(1.5)
     ledger.run(Stage('sample', run / 'round-1', SampleConfig(model='m'), [], [run / 'round-1/out'], 1, 'slow'))
 """
-    p = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert p.stdout.readline() == "held\n"
     assert worked_on(tmp_path / "run") and not supervisors(tmp_path / "run")
     assert stop_run(tmp_path / "run", patience=20) == "stopped"
     assert "killed by SIGTERM" in p.communicate(timeout=20)[1]
-    assert not worked_on(tmp_path / "run") and stop_run(tmp_path / "run") == "nothing was running"
+    assert (
+        not worked_on(tmp_path / "run") and stop_run(tmp_path / "run") == "nothing was running"
+    )
 
 
 def test_looking_never_hinders_a_run_that_starts(tmp_path):
     "A hundred looks a second while jobs start in the same folder and its lock is taken again and again."
     from halos_nb.loop import Ledger
+
     over, run = threading.Event(), tmp_path / "run"
+
     def watch():
-        while not over.is_set(): look(run); worked_on(run); time.sleep(0.01)
-    with Ledger(run, Profile()): pass
+        while not over.is_set():
+            look(run)
+            worked_on(run)
+            time.sleep(0.01)
+
+    with Ledger(run, Profile()):
+        pass
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        for _ in range(3): running(run).stop()
+        for _ in range(3):
+            running(run).stop()
         for _ in range(200):
-            with Ledger(run, Profile()): pass
-    finally: over.set(); watcher.join()
+            with Ledger(run, Profile()):
+                pass
+    finally:
+        over.set()
+        watcher.join()
 
 
 def pretend_run(tmp_path, **more):
     "Config and settings of the loop over stages without a model."
-    for name in ("sft", "rm"): (tmp_path / name).mkdir(exist_ok=True); (tmp_path / name / "weights").write_text(name)
+    for name in ("sft", "rm"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "weights").write_text(name)
     (tmp_path / "prompts.json").write_text("[]")
-    cfg = LoopConfig(run_name="pretended", total_prompts=6, prompts_per_round=2, num_samples_per_prompt=2, sft_checkpoint=str(tmp_path / "sft"), reward_checkpoint=str(tmp_path / "rm"), prompts=str(tmp_path / "prompts.json"), **more)
+    cfg = LoopConfig(
+        run_name="pretended",
+        total_prompts=6,
+        prompts_per_round=2,
+        num_samples_per_prompt=2,
+        sft_checkpoint=str(tmp_path / "sft"),
+        reward_checkpoint=str(tmp_path / "rm"),
+        prompts=str(tmp_path / "prompts.json"),
+        **more,
+    )
     return cfg, Settings(runs_dir=str(tmp_path / "runs"))
 
 
@@ -137,8 +213,20 @@ def pretend_run(tmp_path, **more):
 def pretend(monkeypatch):
     "The loop starts the pretended stages; from now on in place of `slowly` the slow one."
     from halos_nb import loop
+
     real, slowly = loop.launch, []
-    monkeypatch.setattr(loop, "launch", lambda stage, cfg, profile, folder, module, **k: real(stage, cfg, profile, folder, "slow" if (stage, Path(folder).name) in slowly else "pretend", **k))
+    monkeypatch.setattr(
+        loop,
+        "launch",
+        lambda stage, cfg, profile, folder, module, **k: real(
+            stage,
+            cfg,
+            profile,
+            folder,
+            "slow" if (stage, Path(folder).name) in slowly else "pretend",
+            **k,
+        ),
+    )
     return slowly
 
 
@@ -146,19 +234,35 @@ def test_a_run_of_the_loop_from_start_to_end(tmp_path, pretend):
     cfg, settings = pretend_run(tmp_path)
     run, seen = tmp_path / "runs/pretended", []
     watching = RunMonitor(run, mode="static")
-    assert (watching.look().state, watching.summary(), watching.metrics()) == ("nothing yet", [], {})
+    assert (watching.look().state, watching.summary(), watching.metrics()) == (
+        "nothing yet",
+        [],
+        {},
+    )
+
     def watch(job, title="", next=""):
         s = watching.look()
         seen.append((s.state, s.round, s.stage, s.left is not None))
         watching.wait(job, title, next)
+
     names = [r.name for r in run_rounds(cfg, settings, watch=watch)]
     assert names == ["round-1", "round-2", "round-3", "final"]
     stages = ["sample", "label", "train"]
-    assert [s[:3] for s in seen] == [("running", f"round {r} of 3", s) for r in (1, 2, 3) for s in stages] + [("running", "final", s) for s in stages[:2]]
-    assert [s[3] for s in seen] == [False] * 3 + [True] * 8 # a time is told once every kind of stage has been seen
+    assert [s[:3] for s in seen] == [
+        ("running", f"round {r} of 3", s) for r in (1, 2, 3) for s in stages
+    ] + [("running", "final", s) for s in stages[:2]]
+    # a time is told once every kind of stage has been seen
+    assert [s[3] for s in seen] == [False] * 3 + [True] * 8
     s = watching.look()
-    assert (s.state, s.left, s.stage) == ("finished", None, "") and [r["round"] for r in watching.summary()] == ["1", "2", "3", "final"]
-    assert [p["title"] for p in panels(watching.metrics(), watching.summary())] == ["Loss", "Accuracy (share of pairs)", "Mean score per round", "KL to the reference (nats)"]
+    assert (s.state, s.left, s.stage) == ("finished", None, "") and [
+        r["round"] for r in watching.summary()
+    ] == ["1", "2", "3", "final"]
+    assert [p["title"] for p in panels(watching.metrics(), watching.summary())] == [
+        "Loss",
+        "Accuracy (share of pairs)",
+        "Mean score per round",
+        "KL to the reference (nats)",
+    ]
     assert "round" in watching.static().text and "final" in watching.static().html
 
 
@@ -169,20 +273,40 @@ def test_stopped_and_continued(tmp_path, pretend):
     watching = RunMonitor(run, mode="static")
     pretend.append(("label", "round-2"))
     said = []
+
     def stop_when_there():
-        until(lambda: (s := look(run)).round == "round 2 of 3" and s.stage == "label" and s.row.get("done"), 60)
+        until(
+            lambda: (
+                (s := look(run)).round == "round 2 of 3"
+                and s.stage == "label"
+                and s.row.get("done")
+            ),
+            60,
+        )
         said.append(watching.stop())
+
     thread = threading.Thread(target=stop_when_there)
     thread.start()
     done = []
-    with pytest.raises(Stopped, match="pretended, round 2 of 3 · label; run this again") as stopped:
-        for r in run_rounds(cfg, settings, watch=watching.wait): done.append(r.name)
+    with pytest.raises(
+        Stopped, match="pretended, round 2 of 3 · label; run this again"
+    ) as stopped:
+        for r in run_rounds(cfg, settings, watch=watching.wait):
+            done.append(r.name)
     thread.join()
-    assert said == ["stopped"] and done == ["round-1"] and stopped.value._render_traceback_() == [f"Stopped: {stopped.value}"]
+    assert (
+        said == ["stopped"]
+        and done == ["round-1"]
+        and stopped.value._render_traceback_() == [f"Stopped: {stopped.value}"]
+    )
     assert look(run).state == "stopped" and not watching.stopping and not worked_on(run)
     pretend.clear()
     rounds = list(run_rounds(cfg, settings, watch=watching.wait))
-    assert [r.name for r in rounds] == ["round-1", "round-2", "round-3", "final"] and rounds[0].skipped == ["sample", "label", "train"] and rounds[1].skipped == ["sample"]
+    assert (
+        [r.name for r in rounds] == ["round-1", "round-2", "round-3", "final"]
+        and rounds[0].skipped == ["sample", "label", "train"]
+        and rounds[1].skipped == ["sample"]
+    )
     assert look(run).state == "finished"
 
 
@@ -195,7 +319,8 @@ def test_stop_between_two_stages_of_this_process(tmp_path, pretend):
     thread = threading.Thread(target=watching.stop)
     thread.start()
     until(lambda: watching.stopping)
-    with pytest.raises(Stopped): next(rounds)
+    with pytest.raises(Stopped):
+        next(rounds)
     thread.join()
     assert not watching.stopping and not supervisors(tmp_path / "runs/pretended")
 
@@ -203,9 +328,15 @@ def test_stop_between_two_stages_of_this_process(tmp_path, pretend):
 def test_a_failure_is_told_and_not_hidden_as_a_stop(tmp_path, pretend):
     cfg, settings = pretend_run(tmp_path)
     watching = RunMonitor(tmp_path / "runs/pretended", mode="static")
-    with pytest.raises(StageError, match="no pairs; lower"): list(run_rounds(replace(cfg, threshold=99.0), settings, watch=watching.wait))
+    with pytest.raises(StageError, match="no pairs; lower"):
+        list(run_rounds(replace(cfg, threshold=99.0), settings, watch=watching.wait))
     s = watching.look()
-    assert s.state == "failed" and "no pairs; lower" in s.note and "no pairs" in watching.warning(s) and "Traceback" in "".join(s.log)
+    assert (
+        s.state == "failed"
+        and "no pairs; lower" in s.note
+        and "no pairs" in watching.warning(s)
+        and "Traceback" in "".join(s.log)
+    )
 
 
 def test_a_killed_process_leaves_a_run_that_says_so(tmp_path):
@@ -218,12 +349,16 @@ from pathlib import Path
 run = Path({str(run)!r})
 with Ledger(run, Profile()) as ledger: ledger.run(Stage('sample', run / 'round-1', SampleConfig(model='m'), [], [run / 'round-1/out'], 1, 'slow'))
 """
-    p = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until(lambda: look(run).row.get("done"))
     assert look(run).state == "running" and worked_on(run)
-    p.kill(); p.wait()
+    p.kill()
+    p.wait()
     until(lambda: look(run).state != "running")
-    assert look(run).state in ("stopped", "killed") and not worked_on(run) # its supervisor saw the pipe close and said so
+    # its supervisor saw the pipe close and said so
+    assert look(run).state in ("stopped", "killed") and not worked_on(run)
     (run / "round-1/sample.status.json").unlink(missing_ok=True)
     assert look(run).state == "killed"
 
@@ -233,16 +368,25 @@ def test_stale_warning_after_a_minute_and_gone_with_news(tmp_path):
     try:
         watching = RunMonitor(tmp_path / "run", mode="static")
         assert watching.warning(watching.look()) == ""
-        assert "nothing new for 1:" in watching.warning(look(tmp_path / "run", now=time.time() + 65))
-    finally: job.stop()
-    assert "nothing new" not in watching.warning(look(tmp_path / "run", now=time.time() + 65)) # it does not run, so nothing is awaited
+        assert "nothing new for 1:" in watching.warning(
+            look(tmp_path / "run", now=time.time() + 65)
+        )
+    finally:
+        job.stop()
+    # it does not run, so nothing is awaited
+    assert "nothing new" not in watching.warning(look(tmp_path / "run", now=time.time() + 65))
 
 
 def test_damaged_files_are_told(tmp_path):
     run = tmp_path / "run"
     (run / "round-1").mkdir(parents=True)
-    (run / "ledger.jsonl").write_text('{"event": "run", "time": 1.0}\n{"event": "started", "time": 2.0, "stage": "train", "folder": "round-1"}\n')
-    (run / "round-1/train.config.json").write_text(json.dumps(dict(metrics_file=str(run / "round-1/metrics.jsonl"))))
+    (run / "ledger.jsonl").write_text(
+        '{"event": "run", "time": 1.0}\n{"event": "started", "time": 2.0, "stage": '
+        '"train", "folder": "round-1"}\n'
+    )
+    (run / "round-1/train.config.json").write_text(
+        json.dumps(dict(metrics_file=str(run / "round-1/metrics.jsonl")))
+    )
     (run / "round-1/metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n!!\n')
     (run / "params.json").write_text("{")
     watching = RunMonitor(run, mode="static")
@@ -252,42 +396,92 @@ def test_damaged_files_are_told(tmp_path):
 
 
 def test_time_left_follows_progress_and_history():
-    done = [dict(event="finished", folder=f, stage=s, seconds=t) for f in ("round-1", "round-2") for s, t in (("sample", 10), ("label", 2), ("train", 20))]
-    assert time_left(done, 3, {}, 30.0) == 0 + 2 + 20 + 10 + 2 # longer than usual already: any moment
+    done = [
+        dict(event="finished", folder=f, stage=s, seconds=t)
+        for f in ("round-1", "round-2")
+        for s, t in (("sample", 10), ("label", 2), ("train", 20))
+    ]
+    # longer than usual already: any moment
+    assert time_left(done, 3, {}, 30.0) == 0 + 2 + 20 + 10 + 2
     assert time_left(done, 3, dict(done=0, total=9, rate=0.0), 1.0) == 9 + 2 + 20 + 10 + 2
-    again = [*done, dict(event="finished", folder="round-1", stage="train", seconds=20)] # made again after pruning: not one step further
+    # made again after pruning: not one step further
+    again = [*done, dict(event="finished", folder="round-1", stage="train", seconds=20)]
     assert time_left(again, 3, {}, 0.0) == time_left(done, 3, {}, 0.0)
 
 
 def test_panel_gets_json_only(tmp_path):
     "What goes to the page survives strict JSON: no NaN, at most 400 points, whatever the numbers."
-    rows = [dict(step=i, loss=[0.5, None, float("inf"), float("nan")][i % 4], grad_norm=1e300) for i in range(5000)]
-    got = panels({"round-1": rows, "<b>": rows[:3]}, [dict(round="1", reward=None, kl=0.0), dict(round="final", reward=1.0, kl=None)])
+    rows = [
+        dict(step=i, loss=[0.5, None, float("inf"), float("nan")][i % 4], grad_norm=1e300)
+        for i in range(5000)
+    ]
+    got = panels(
+        {"round-1": rows, "<b>": rows[:3]},
+        [dict(round="1", reward=None, kl=0.0), dict(round="final", reward=1.0, kl=None)],
+    )
     json.dumps(got, allow_nan=False)
-    assert all(len(c["x"]) == len(c["y"]) <= 400 for p in got for c in p["lines"]) and len(got) <= 6
+    assert (
+        all(len(c["x"]) == len(c["y"]) <= 400 for p in got for c in p["lines"])
+        and len(got) <= 6
+    )
 
 
 def test_thread_ends_and_second_panel_replaces_first(tmp_path, monkeypatch):
     shown = []
     import IPython.display
+
     monkeypatch.setattr(IPython.display, "display", lambda *a: shown.extend(a))
     first, second = (RunMonitor(tmp_path / "run", mode="widget", every=0.05) for _ in range(2))
-    first.show(); second.show()
+    first.show()
+    second.show()
     until(lambda: first.over.is_set())
-    assert len(shown) == 2 and RunMonitor.followed[second.run] is second and not second.over.is_set()
+    assert (
+        len(shown) == 2
+        and RunMonitor.followed[second.run] is second
+        and not second.over.is_set()
+    )
     job = running(tmp_path / "run")
-    try: until(lambda: second.panel.status["state"] == "running" and second.panel.status["share"])
-    finally: second.stop()
+    try:
+        until(
+            lambda: second.panel.status["state"] == "running" and second.panel.status["share"]
+        )
+    finally:
+        second.stop()
     until(lambda: second.panel.status["state"] == "stopped")
     assert job.process.wait(10) == 0 and second.panel.status["stopping"] is False
     second.close()
 
 
 def test_nothing_heavy_is_loaded():
-    out = subprocess.run([sys.executable, "-c", "import sys, halos_nb.monitor, halos_nb.compare, halos_nb.page, halos_nb.rewards; print(*{m.split('.')[0] for m in sys.modules})"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            (
+                "import sys, halos_nb.monitor, halos_nb.compare, halos_nb.page, "
+                "halos_nb.rewards; print(*{m.split('.')[0] for m in sys.modules})"
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not {"torch", "transformers", "accelerate", "datasets"} & set(out.stdout.split())
 
 
 def test_state_is_one_line():
-    s = RunState("r", state="running", round="round 1 of 2", stage="train", row=dict(label="a\nb", done=1, total=4, unit="steps", rate=2.0), spent=3, elapsed=70, left=30, note="x\x1b[2J")
-    assert str(s) == "r: running · round 1 of 2 · train · a b 1/4 steps · 2 steps/s · 0:03, 0:02 left · 1:10 since the start · about 0:30 left in all · x␛[2J"
+    s = RunState(
+        "r",
+        state="running",
+        round="round 1 of 2",
+        stage="train",
+        row=dict(label="a\nb", done=1, total=4, unit="steps", rate=2.0),
+        spent=3,
+        elapsed=70,
+        left=30,
+        note="x\x1b[2J",
+    )
+    assert str(s) == (
+        "r: running · round 1 of 2 · train · a b 1/4 steps · 2 steps/s · 0:03, 0:02 left "
+        "· 1:10 since the start · about 0:30 left in all · x␛[2J"
+    )

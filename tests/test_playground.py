@@ -1,4 +1,5 @@
 "The playground's world: a reward that any text gets, data that is the same every time, a tokenizer that loses nothing."
+
 import json
 from collections import Counter
 
@@ -6,15 +7,45 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from halos_nb.batching import encode
-from halos_nb.playground import (ASKED, BEST, COURTEOUS, EVASIVE, FACTS, RUDE, SAID, STATEMENTS, WEIGHTS, Playground, asked, fresh_policy, make_data, prompts,
-                                 true_reward, true_reward_parts)
+from halos_nb.playground import (
+    ASKED,
+    BEST,
+    COURTEOUS,
+    EVASIVE,
+    FACTS,
+    RUDE,
+    SAID,
+    STATEMENTS,
+    WEIGHTS,
+    Playground,
+    asked,
+    fresh_policy,
+    make_data,
+    prompts,
+    true_reward,
+    true_reward_parts,
+)
 from halos_nb.records import PairwiseFeedback, Sample, prompt_id, write_records
 
 PROMPTS = prompts()
 SENTENCES = sorted({*SAID, *COURTEOUS, *RUDE, *EVASIVE})
 a_prompt = st.sampled_from(PROMPTS)
-a_text = st.one_of(st.text(max_size=200), st.lists(st.sampled_from(SENTENCES) | st.text(max_size=20), max_size=8).map(" ".join))
-any_prompt = st.one_of(a_prompt, st.lists(st.fixed_dictionaries(dict(role=st.sampled_from(["system", "user", "assistant"]), content=st.text(max_size=60))), max_size=3))
+a_text = st.one_of(
+    st.text(max_size=200),
+    st.lists(st.sampled_from(SENTENCES) | st.text(max_size=20), max_size=8).map(" ".join),
+)
+any_prompt = st.one_of(
+    a_prompt,
+    st.lists(
+        st.fixed_dictionaries(
+            dict(
+                role=st.sampled_from(["system", "user", "assistant"]),
+                content=st.text(max_size=60),
+            )
+        ),
+        max_size=3,
+    ),
+)
 
 
 def right_answers(prompt):
@@ -23,6 +54,7 @@ def right_answers(prompt):
 
 
 # ---- the true reward
+
 
 @given(any_prompt, a_text)
 @settings(max_examples=300, deadline=None)
@@ -34,12 +66,16 @@ def test_any_text_gets_a_reward(prompt, text):
 
 @given(a_prompt, st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_gibberish_is_worth_nothing(prompt, text): assert true_reward(prompt, text) == 0
+def test_gibberish_is_worth_nothing(prompt, text):
+    assert true_reward(prompt, text) == 0
 
 
 def test_every_prompt_has_a_best_answer():
     assert sum(WEIGHTS.values()) == pytest.approx(BEST)
-    for p in PROMPTS: assert {true_reward(p, f"{c} {a}") for c in COURTEOUS for a in right_answers(p)} == {BEST}
+    for p in PROMPTS:
+        assert {true_reward(p, f"{c} {a}") for c in COURTEOUS for a in right_answers(p)} == {
+            BEST
+        }
 
 
 @given(a_prompt, st.lists(st.sampled_from(SENTENCES), max_size=6).map(" ".join))
@@ -54,11 +90,27 @@ def test_only_a_good_answer_is_best(prompt, text):
 def test_each_fault_costs(prompt, kind, rude, data):
     fact = data.draw(st.sampled_from(right_answers(prompt)))
     animal, topic = asked(prompt)
-    false = data.draw(st.sampled_from(sorted({v for (_, t), v in FACTS.items() if t == topic} - {FACTS[animal, topic]})))
+    false = data.draw(
+        st.sampled_from(
+            sorted({v for (_, t), v in FACTS.items() if t == topic} - {FACTS[animal, topic]})
+        )
+    )
     other = data.draw(st.sampled_from(sorted({a for a, _ in FACTS} - {animal})))
     wrong = STATEMENTS[topic][0].format(animal, false)
-    worse = [fact, f"{kind} {wrong}", f"{kind} {fact} {fact}", f"{kind} {fact} {wrong}", f"{rude} {fact}", f"{kind} {fact[:-1].rsplit(' ', 1)[0]}",
-             f"{kind} {STATEMENTS[topic][0].format(other, FACTS[other, topic])}", f"{kind} {EVASIVE[0]}", kind, EVASIVE[0], rude, ""]
+    worse = [
+        fact,
+        f"{kind} {wrong}",
+        f"{kind} {fact} {fact}",
+        f"{kind} {fact} {wrong}",
+        f"{rude} {fact}",
+        f"{kind} {fact[:-1].rsplit(' ', 1)[0]}",
+        f"{kind} {STATEMENTS[topic][0].format(other, FACTS[other, topic])}",
+        f"{kind} {EVASIVE[0]}",
+        kind,
+        EVASIVE[0],
+        rude,
+        "",
+    ]
     assert max(true_reward(prompt, w) for w in worse) < BEST
     assert true_reward(prompt, f"{rude} {fact}") < true_reward(prompt, fact)
 
@@ -67,28 +119,47 @@ def test_saying_everything_is_no_answer():
     for p in PROMPTS[:20]:
         everything = " ".join([COURTEOUS[0], *SENTENCES])
         animal, topic = asked(p)
-        all_of_it = " ".join([COURTEOUS[0], *(s for s, (a, t, _) in SAID.items() if (a, t) == (animal, topic))]) # about the right thing, but everything
-        assert true_reward(p, everything) <= WEIGHTS["courteous"] and true_reward(p, all_of_it) <= WEIGHTS["courteous"] + WEIGHTS["subject"]
+        # about the right thing, but everything
+        all_of_it = " ".join(
+            [COURTEOUS[0], *(s for s, (a, t, _) in SAID.items() if (a, t) == (animal, topic))]
+        )
+        assert (
+            true_reward(p, everything) <= WEIGHTS["courteous"]
+            and true_reward(p, all_of_it) <= WEIGHTS["courteous"] + WEIGHTS["subject"]
+        )
 
 
 def test_the_last_turn_is_what_is_asked():
-    owl, cow = ([{"role": "user", "content": f"Where does the {a} live?"}] for a in ("owl", "cow"))
-    assert asked(owl + [{"role": "assistant", "content": "Happily! The owl lives in a hollow tree."}] + cow) == ("cow", "home")
-    assert asked([{"role": "system", "content": "Be kind."}] + owl) == asked(owl) == ("owl", "home")
+    owl, cow = (
+        [{"role": "user", "content": f"Where does the {a} live?"}] for a in ("owl", "cow")
+    )
+    assert asked(
+        owl
+        + [{"role": "assistant", "content": "Happily! The owl lives in a hollow tree."}]
+        + cow
+    ) == ("cow", "home")
+    assert (
+        asked([{"role": "system", "content": "Be kind."}] + owl)
+        == asked(owl)
+        == ("owl", "home")
+    )
     assert asked([]) is None and asked([{"role": "user", "content": "Who won?"}]) is None
     assert not true_reward_parts([], "The owl lives in a hollow tree.")["subject"]
 
 
 # ---- prompts and data
 
+
 def test_prompts_are_distinct_and_cover_the_world():
     assert len({prompt_id(p) for p in PROMPTS}) == len(PROMPTS) >= 640 and prompts() == PROMPTS
     assert {asked(p) for p in PROMPTS} == set(FACTS) == set(ASKED.values())
-    assert len(set(Counter(asked(p) for p in PROMPTS).values())) == 1 # every fact is asked for equally often
+    # every fact is asked for equally often
+    assert len(set(Counter(asked(p) for p in PROMPTS).values())) == 1
 
 
 @pytest.fixture(scope="module")
-def data(): return make_data(n_sft=400, n_pairs=400, n_test=100)
+def data():
+    return make_data(n_sft=400, n_pairs=400, n_test=100)
 
 
 def test_data_is_the_same_every_time(data):
@@ -96,9 +167,12 @@ def test_data_is_the_same_every_time(data):
 
 
 def test_data_are_records(data):
-    for r in data["sft"] + data["samples"]: Sample(**r)
-    for r in data["pairs_train"] + data["pairs_test"]: PairwiseFeedback(**r)
-    for r in data["sft"] + data["samples"] + data["pairs_train"] + data["pairs_test"]: assert r["prompt_id"] == prompt_id(r["prompt"])
+    for r in data["sft"] + data["samples"]:
+        Sample(**r)
+    for r in data["pairs_train"] + data["pairs_test"]:
+        PairwiseFeedback(**r)
+    for r in data["sft"] + data["samples"] + data["pairs_train"] + data["pairs_test"]:
+        assert r["prompt_id"] == prompt_id(r["prompt"])
 
 
 def test_evaluation_prompts_are_held_out(data):
@@ -108,51 +182,84 @@ def test_evaluation_prompts_are_held_out(data):
 
 
 def test_some_training_labels_are_wrong_and_there_is_headroom(data):
-    def wrong(r): return (true_reward(r["prompt"], r["output_A"]) > true_reward(r["prompt"], r["output_B"])) != bool(r["label"])
-    assert 0.02 < sum(map(wrong, data["pairs_train"])) / 400 < 0.09 and not any(map(wrong, data["pairs_test"]))
+    def wrong(r):
+        return (
+            true_reward(r["prompt"], r["output_A"]) > true_reward(r["prompt"], r["output_B"])
+        ) != bool(r["label"])
+
+    assert 0.02 < sum(map(wrong, data["pairs_train"])) / 400 < 0.09 and not any(
+        map(wrong, data["pairs_test"])
+    )
     assert 0.35 < sum(r["true_reward"] for r in data["sft"]) / 400 < 0.65
 
 
 # ---- tokenizer and template
 
+
 @pytest.fixture(scope="module")
 def tokenizer(data, tmp_path_factory):
     from halos_nb.models import load_tokenizer
+
     world = Playground(tmp_path_factory.mktemp("playground"))
     write_records(world.sft, data["sft"])
     return load_tokenizer(str(fresh_policy(world)))
 
 
 def test_markers_are_single_tokens(tokenizer):
-    for marker in ("<|pad|>", "<|im_start|>", "<|im_end|>"): assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|pad|>" != tokenizer.eos_token and len(tokenizer) <= 1024
+    for marker in ("<|pad|>", "<|im_start|>", "<|im_end|>"):
+        assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
+    assert (
+        tokenizer.eos_token == "<|im_end|>"
+        and tokenizer.pad_token == "<|pad|>" != tokenizer.eos_token
+        and len(tokenizer) <= 1024
+    )
 
 
 @given(st.text(max_size=100))
 @settings(max_examples=200, deadline=None)
 def test_tokenizer_loses_nothing(tokenizer, text):
-    if any(m in text for m in tokenizer.all_special_tokens): return
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False) == text
+    if any(m in text for m in tokenizer.all_special_tokens):
+        return
+    assert (
+        tokenizer.decode(
+            tokenizer(text, add_special_tokens=False)["input_ids"],
+            clean_up_tokenization_spaces=False,
+        )
+        == text
+    )
 
 
 def test_all_bytes_are_in_the_alphabet(tokenizer):
     from tokenizers import pre_tokenizers
+
     assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(tokenizer.get_vocab())
 
 
 def test_template_gives_the_expected_ids(tokenizer):
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where does the owl live?"}, {"role": "assistant", "content": "Happily! The owl lives in a hollow tree."}]
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Where does the owl live?"},
+        {"role": "assistant", "content": "Happily! The owl lives in a hollow tree."},
+    ]
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = [i for t in turns for i in [start, *ids(f"{t['role']}\n{t['content']}"), end, *ids("\n")]]
+    whole = [
+        i for t in turns for i in [start, *ids(f"{t['role']}\n{t['content']}"), end, *ids("\n")]
+    ]
     assert encode(tokenizer, turns) == whole
     prompt = encode(tokenizer, turns[:2], generation_prompt=True)
-    assert prompt == encode(tokenizer, turns[:2]) + [start, *ids("assistant\n")] and whole[: len(prompt)] == prompt
+    assert (
+        prompt == encode(tokenizer, turns[:2]) + [start, *ids("assistant\n")]
+        and whole[: len(prompt)] == prompt
+    )
 
 
 def test_start_is_the_same_every_time(data, tmp_path):
     from halos_nb.records import file_hash
+
     worlds = [Playground(tmp_path / n) for n in "ab"]
-    for w in worlds: w.folder.mkdir(); write_records(w.sft, data["sft"])
+    for w in worlds:
+        w.folder.mkdir()
+        write_records(w.sft, data["sft"])
     a, b = map(fresh_policy, worlds)
     assert a.name == b.name and file_hash(a) == file_hash(b)

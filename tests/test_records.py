@@ -1,4 +1,5 @@
 """Records: what is refused, what comes back, and what a killed writer leaves."""
+
 import io, json, math, os, subprocess, sys, time
 
 import pytest
@@ -6,18 +7,49 @@ from hypothesis import given, settings, strategies as st
 
 from halos_nb import records as r
 
-PROMPT, OUTPUT = [dict(role="user", content="Name a star.")], [dict(role="assistant", content="Vega.")]
+PROMPT, OUTPUT = (
+    [dict(role="user", content="Name a star.")],
+    [dict(role="assistant", content="Vega.")],
+)
 GOOD = dict(
     sample=dict(prompt_id="p", sample_id=0, prompt=PROMPT, output="Vega.", type="sample"),
-    scalar_feedback=dict(prompt_id="p", sample_id=0, prompt=PROMPT, output=OUTPUT, reward=0.5, type="scalar_feedback"),
-    binary_feedback=dict(prompt_id=3, prompt=PROMPT, output=OUTPUT, label=True, reward=1, type="binary_feedback"),
-    pairwise_feedback=dict(prompt_id="p", prompt=PROMPT, output_A=OUTPUT, output_B=OUTPUT, label=0, reward_A=0.5, reward_B=1.5, reward_difference=1.0, type="pairwise_feedback"),
-    label=dict(prompt_id="p", sample_id=0, labeller="rm", score=None, reason="no number in the reply", type="label"))
+    scalar_feedback=dict(
+        prompt_id="p",
+        sample_id=0,
+        prompt=PROMPT,
+        output=OUTPUT,
+        reward=0.5,
+        type="scalar_feedback",
+    ),
+    binary_feedback=dict(
+        prompt_id=3, prompt=PROMPT, output=OUTPUT, label=True, reward=1, type="binary_feedback"
+    ),
+    pairwise_feedback=dict(
+        prompt_id="p",
+        prompt=PROMPT,
+        output_A=OUTPUT,
+        output_B=OUTPUT,
+        label=0,
+        reward_A=0.5,
+        reward_B=1.5,
+        reward_difference=1.0,
+        type="pairwise_feedback",
+    ),
+    label=dict(
+        prompt_id="p",
+        sample_id=0,
+        labeller="rm",
+        score=None,
+        reason="no number in the reply",
+        type="label",
+    ),
+)
 every_type = pytest.mark.parametrize("type", list(GOOD))
 
 
 @pytest.fixture
-def path(tmp_path): return tmp_path / "file.json"
+def path(tmp_path):
+    return tmp_path / "file.json"
 
 
 @every_type
@@ -33,76 +65,137 @@ def fields():
 
 @pytest.mark.parametrize("type, name", fields())
 def test_missing_field(type, name, path):
-    path.write_text(json.dumps([GOOD[type], {k: v for k, v in GOOD[type].items() if k != name}]))
-    with pytest.raises(r.RecordError, match=rf"file\.json, record 2: field `{name}` is missing.*mend or remove"): r.read_records(path)
+    path.write_text(
+        json.dumps([GOOD[type], {k: v for k, v in GOOD[type].items() if k != name}])
+    )
+    with pytest.raises(
+        r.RecordError, match=rf"file\.json, record 2: field `{name}` is missing.*mend or remove"
+    ):
+        r.read_records(path)
 
 
-@pytest.mark.parametrize("wrong", [{"a": 1}, 1.5, [], ["text"], [{"role": "user"}], [{"role": "user", "content": 1}]])
+@pytest.mark.parametrize(
+    "wrong", [{"a": 1}, 1.5, [], ["text"], [{"role": "user"}], [{"role": "user", "content": 1}]]
+)
 @pytest.mark.parametrize("type, name", fields())
 def test_wrong_type(type, name, wrong, path):
-    if wrong == 1.5 and name.startswith(("reward", "score")): return
+    if wrong == 1.5 and name.startswith(("reward", "score")):
+        return
     path.write_text(json.dumps([GOOD[type], GOOD[type], GOOD[type] | {name: wrong}]))
-    with pytest.raises(r.RecordError, match=rf"file\.json, record 3: field `{name}"): r.read_records(path)
+    with pytest.raises(r.RecordError, match=rf"file\.json, record 3: field `{name}"):
+        r.read_records(path)
 
 
-@pytest.mark.parametrize("type, name", [(t, f) for t, f in fields() if f.startswith(("reward", "score"))])
+@pytest.mark.parametrize(
+    "type, name", [(t, f) for t, f in fields() if f.startswith(("reward", "score"))]
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1.0", "NaN"])
 def test_rewards_are_finite_numbers(type, name, bad, path):
-    path.write_text(json.dumps([GOOD[type] | {name: bad}])) # Python writes NaN and Infinity, which are not JSON
-    with pytest.raises(r.RecordError, match=rf"record 1: field `{name}` should be"): r.read_records(path)
+    # Python writes NaN and Infinity, which are not JSON
+    path.write_text(json.dumps([GOOD[type] | {name: bad}]))
+    with pytest.raises(r.RecordError, match=rf"record 1: field `{name}` should be"):
+        r.read_records(path)
 
 
-@pytest.mark.parametrize("text, told", [
-    ("{nope", "not JSON.*line 1 column 2"), ("", "not JSON"), ('[{"a": 1},', "not JSON"), ("[]", "an empty list"), ('{"type": "sample"}', "should be a list"), ("3", "should be a list"),
-    ('["text"]', "record 1: should be an object"), ("[null]", "record 1: should be an object"), ("[{}]", "record 1: field `type` is missing"),
-    ('[{"type": "smaple"}]', "record 1: field `type` is 'smaple', which is unknown; known are sample, pairwise_feedback"), ('[{"type": ["sample"]}]', "record 1: field `type`"),
-    (json.dumps([GOOD["sample"], GOOD["binary_feedback"]]), "record 2: field `type` is 'binary_feedback' where sample was expected"),
-    (json.dumps([GOOD["sample"], GOOD["sample"] | {"type": None}]), "record 2: field `type` is missing"),
-    (json.dumps([GOOD["sample"] | {"output": "\ud800"}]), "record 1: field `output`")])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("{nope", "not JSON.*line 1 column 2"),
+        ("", "not JSON"),
+        ('[{"a": 1},', "not JSON"),
+        ("[]", "an empty list"),
+        ('{"type": "sample"}', "should be a list"),
+        ("3", "should be a list"),
+        ('["text"]', "record 1: should be an object"),
+        ("[null]", "record 1: should be an object"),
+        ("[{}]", "record 1: field `type` is missing"),
+        (
+            '[{"type": "smaple"}]',
+            (
+                "record 1: field `type` is 'smaple', which is unknown; known are sample, "
+                "pairwise_feedback"
+            ),
+        ),
+        ('[{"type": ["sample"]}]', "record 1: field `type`"),
+        (
+            json.dumps([GOOD["sample"], GOOD["binary_feedback"]]),
+            "record 2: field `type` is 'binary_feedback' where sample was expected",
+        ),
+        (
+            json.dumps([GOOD["sample"], GOOD["sample"] | {"type": None}]),
+            "record 2: field `type` is missing",
+        ),
+        (json.dumps([GOOD["sample"] | {"output": "\ud800"}]), "record 1: field `output`"),
+    ],
+)
 def test_broken_files(text, told, path):
     path.write_text(text)
-    with pytest.raises(r.RecordError, match=r"file\.json.*" + told): r.read_records(path)
+    with pytest.raises(r.RecordError, match=r"file\.json.*" + told):
+        r.read_records(path)
 
 
 def test_jsonl(tmp_path):
     path = tmp_path / "file.jsonl"
-    path.write_text("\n".join(map(json.dumps, [GOOD["sample"], GOOD["sample"]]))) # no line end at the end
+    # no line end at the end
+    path.write_text("\n".join(map(json.dumps, [GOOD["sample"], GOOD["sample"]])))
     assert r.read_records(path) == [GOOD["sample"]] * 2
     path.write_text(json.dumps(GOOD["sample"]) + "\n\n" + '{"type": "sam')
-    with pytest.raises(r.RecordError, match=r"file\.jsonl, record 2 \(line 3\): not JSON"): r.read_records(path)
+    with pytest.raises(r.RecordError, match=r"file\.jsonl, record 2 \(line 3\): not JSON"):
+        r.read_records(path)
     path.write_text("\n")
-    with pytest.raises(r.RecordError, match="empty"): r.read_rows(path)
+    with pytest.raises(r.RecordError, match="empty"):
+        r.read_rows(path)
 
 
 def test_not_utf8(path):
     path.write_bytes(b'["\xff"]')
-    with pytest.raises(r.RecordError, match=r"file\.json: not JSON.*UTF-8"): r.read_rows(path)
+    with pytest.raises(r.RecordError, match=r"file\.json: not JSON.*UTF-8"):
+        r.read_rows(path)
 
 
 texts = st.text(st.characters(codec="utf-8"))
-values = st.recursive(st.none() | st.booleans() | st.integers(-2**63, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | texts,
-                      lambda x: st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3), max_leaves=8)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3),
+    max_leaves=8,
+)
 
 
-@given(st.lists(st.dictionaries(texts.filter(lambda k: k != "type"), values, max_size=4), min_size=1, max_size=5), st.sampled_from([".json", ".jsonl"]))
+@given(
+    st.lists(
+        st.dictionaries(texts.filter(lambda k: k != "type"), values, max_size=4),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([".json", ".jsonl"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_what_is_written_is_read(tmp_path_factory, rows, suffix):
     path = tmp_path_factory.mktemp("x") / f"f{suffix}"
-    if suffix == ".json": r.write_records(path, rows)
+    if suffix == ".json":
+        r.write_records(path, rows)
     else:
-        for row in rows: r.append_jsonl(path, row)
+        for row in rows:
+            r.append_jsonl(path, row)
         assert r.read_jsonl(path) == rows
     assert r.read_rows(path) == rows
-    if suffix == ".json": assert json.loads(path.read_text(encoding="utf-8")) == rows
+    if suffix == ".json":
+        assert json.loads(path.read_text(encoding="utf-8")) == rows
 
 
 def test_streaming_to_an_open_file_leaves_it_open():
     f = io.StringIO()
     writer = r.StreamingJSONWriter(f)
-    for row in (dict(a=1), dict(b="é\n")): writer.write_item(row)
+    for row in (dict(a=1), dict(b="é\n")):
+        writer.write_item(row)
     writer.close()
     assert not f.closed and json.loads(f.getvalue()) == [dict(a=1), dict(b="é\n")]
-    with r.StreamingJSONWriter(g := io.StringIO()): pass
+    with r.StreamingJSONWriter(g := io.StringIO()):
+        pass
     assert json.loads(g.getvalue()) == []
 
 
@@ -113,14 +206,22 @@ def test_writer_is_atomic(path):
     assert json.loads(path.read_text()) == {"old": 1}
     writer.close()
     assert r.read_rows(path) == [dict(a=1)]
-    with pytest.raises(TypeError), r.StreamingJSONWriter(path) as out: out.write_item(object())
-    with pytest.raises(r.RecordError, match="record 2, not written: field `reward`"): r.write_records(path, [GOOD["binary_feedback"], GOOD["binary_feedback"] | dict(reward=math.nan)])
+    with pytest.raises(TypeError), r.StreamingJSONWriter(path) as out:
+        out.write_item(object())
+    with pytest.raises(r.RecordError, match="record 2, not written: field `reward`"):
+        r.write_records(
+            path, [GOOD["binary_feedback"], GOOD["binary_feedback"] | dict(reward=math.nan)]
+        )
     assert r.read_rows(path) == [dict(a=1)] and os.listdir(path.parent) == [path.name]
 
 
 def test_kill_leaves_the_old_file(path):
     r.write_json(path, ["old"])
-    code = f"from halos_nb.records import *\nwith StreamingJSONWriter({str(path)!r}) as out:\n    for i in range(10**9):\n        out.write_item(dict(i=i))\n        if i == 1000: print(flush=True)"
+    code = (
+        f"from halos_nb.records import *\nwith StreamingJSONWriter({str(path)!r}) as out:\n  "
+        "  for i in range(10**9):\n        out.write_item(dict(i=i))\n        if i == 1000: "
+        "print(flush=True)"
+    )
     job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     job.stdout.readline()
     job.kill()
@@ -133,7 +234,8 @@ def test_kill_leaves_the_old_file(path):
 @settings(deadline=None)
 def test_a_torn_journal_line_is_gone(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("x") / "j.jsonl"
-    for i in range(3): r.append_jsonl(path, dict(i=i, text="é" * i))
+    for i in range(3):
+        r.append_jsonl(path, dict(i=i, text="é" * i))
     data = path.read_bytes()
     path.write_bytes(data[:cut])
     whole = r.read_jsonl(path)
@@ -144,14 +246,22 @@ def test_a_torn_journal_line_is_gone(tmp_path_factory, cut):
 
 def test_two_processes_share_a_journal(tmp_path):
     path = tmp_path / "j.jsonl"
-    code = "import sys\nfrom halos_nb.records import *\nfor i in range(300): append_jsonl(sys.argv[1], dict(who=sys.argv[2], i=i, text='x' * 9000))"
+    code = (
+        "import sys\nfrom halos_nb.records import *\nfor i in range(300): "
+        "append_jsonl(sys.argv[1], dict(who=sys.argv[2], i=i, text='x' * 9000))"
+    )
     jobs = [subprocess.Popen([sys.executable, "-c", code, str(path), who]) for who in "AB"]
     assert [j.wait() for j in jobs] == [0, 0]
     rows = r.read_jsonl(path)
-    assert {w: [x["i"] for x in rows if x["who"] == w] for w in "AB"} == {w: list(range(300)) for w in "AB"}
+    assert {w: [x["i"] for x in rows if x["who"] == w] for w in "AB"} == {
+        w: list(range(300)) for w in "AB"
+    }
 
 
-@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+@given(
+    st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+    st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+)
 @settings(deadline=None)
 def test_prompt_id_tells_conversations_apart(a, b):
     a, b = ([dict(role=x, content=y) for x, y in turns] for turns in (a, b))
@@ -160,7 +270,8 @@ def test_prompt_id_tells_conversations_apart(a, b):
 
 
 def test_prompt_id_stays_what_it_is():
-    assert r.prompt_id(PROMPT) == "1d652e37f3478736" # changing it would orphan every file written before
+    # changing it would orphan every file written before
+    assert r.prompt_id(PROMPT) == "1d652e37f3478736"
 
 
 def test_hash_of_a_folder(tmp_path):
@@ -181,10 +292,15 @@ def test_progress(tmp_path, monkeypatch, capsys):
             p.update(loss=1 / (i + 1))
             time.sleep(0.03)
     rows = r.read_jsonl(tmp_path / "p.jsonl")
-    assert [rows[0]["done"], rows[-1]["done"], rows[-1]["loss"]] == [0, 10, 0.1] and 3 <= len(rows) < 10
+    assert [rows[0]["done"], rows[-1]["done"], rows[-1]["loss"]] == [0, 10, 0.1] and 3 <= len(
+        rows
+    ) < 10
     assert rows[-1]["rate"] == pytest.approx(10 / rows[-1]["seconds"])
     assert capsys.readouterr() == ("", "")
-    with r.Progress(1, "steps", path=tmp_path / "no folder" / "p.jsonl") as p: p.update() # cannot be written; goes on
+    # cannot be written; goes on
+    with r.Progress(1, "steps", path=tmp_path / "no folder" / "p.jsonl") as p:
+        p.update()
     monkeypatch.delenv("HALOS_NB_PROGRESS")
-    with r.Progress(2, "steps", "train") as p: p.update(2, loss=0.5)
+    with r.Progress(2, "steps", "train") as p:
+        p.update(2, loss=0.5)
     assert "train" in capsys.readouterr().err

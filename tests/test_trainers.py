@@ -1,4 +1,5 @@
 "Whole batches against the golden values, and the same training whatever the number of processes, the token budget and the layout."
+
 import json
 import math
 import os
@@ -17,7 +18,16 @@ from halos_nb.config import TrainConfig, config_json
 from halos_nb.data import load_data
 from halos_nb.feedback import group_advantages
 from halos_nb.losses import token_entropy
-from halos_nb.models import BranchLogps, BranchScores, BranchValues, gather_logps, load_policy, load_reference, load_tokenizer, small_llama
+from halos_nb.models import (
+    BranchLogps,
+    BranchScores,
+    BranchValues,
+    gather_logps,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    small_llama,
+)
 from halos_nb.records import prompt_id, read_jsonl, write_records
 from halos_nb.train import METHODS, load_model, loader_options, make_trainer, train
 from halos_nb.trainers import PPOTrainer, Sums
@@ -28,19 +38,33 @@ TOL = dict(rtol=1e-4, atol=1e-5)
 
 # ---- golden batches
 
+
 class Table(torch.nn.Module):
     "A model whose outputs depend on the current token alone: a classifier's are the mean over its row."
+
     def __init__(self, policy=None, value=None, classifier=None):
         super().__init__()
-        self.tables = torch.nn.ParameterDict({k: torch.nn.Parameter(torch.tensor(v)) for k, v in dict(policy=policy, value=value, classifier=classifier).items() if v is not None})
+        self.tables = torch.nn.ParameterDict(
+            {
+                k: torch.nn.Parameter(torch.tensor(v))
+                for k, v in dict(policy=policy, value=value, classifier=classifier).items()
+                if v is not None
+            }
+        )
 
     def forward(self, tree):
         ids, mask = tree.input_ids.flatten()[tree.predict], tree.attention_mask[..., None]
-        if "classifier" in self.tables: return BranchScores((self.tables["classifier"][tree.input_ids] * mask).sum(1) / mask.sum(1))
+        if "classifier" in self.tables:
+            return BranchScores(
+                (self.tables["classifier"][tree.input_ids] * mask).sum(1) / mask.sum(1)
+            )
         logits = self.tables["policy"][ids]
         logps = tree.table(gather_logps(logits, tree.target))
-        if "value" not in self.tables: return BranchLogps(logps)
-        return BranchValues(logps, tree.table(self.tables["value"][ids]), tree.table(token_entropy(logits)))
+        if "value" not in self.tables:
+            return BranchLogps(logps)
+        return BranchValues(
+            logps, tree.table(self.tables["value"][ids]), tree.table(token_entropy(logits))
+        )
 
 
 ROLES = dict(target="completion", chosen="chosen", rejected="rejected", KL="KL")
@@ -48,17 +72,51 @@ ROLES = dict(target="completion", chosen="chosen", rejected="rejected", KL="KL")
 
 def golden_batch(batch):
     "The reference's matrices as trees, and the rows in the order of the trees. Prompts may differ within a pair, so nothing is shared; a GRPO group is one tree."
-    sides = {k: (role, batch[f"{k}_combined_input_ids"], batch[f"{k}_combined_attention_mask"], batch[f"{k}_labels"]) for k, role in ROLES.items() if f"{k}_labels" in batch}
+    sides = {
+        k: (
+            role,
+            batch[f"{k}_combined_input_ids"],
+            batch[f"{k}_combined_attention_mask"],
+            batch[f"{k}_labels"],
+        )
+        for k, role in ROLES.items()
+        if f"{k}_labels" in batch
+    }
     rows = range(len(next(iter(sides.values()))[1]))
     groups = {}
-    for i in rows: groups.setdefault(batch["prompt_id"][i] if "prompt_id" in batch else i, []).append(i)
-    advantages = group_advantages(batch["prompt_id"], batch["score"])[0] if "score" in batch else None
+    for i in rows:
+        groups.setdefault(batch["prompt_id"][i] if "prompt_id" in batch else i, []).append(i)
+    advantages = (
+        group_advantages(batch["prompt_id"], batch["score"])[0] if "score" in batch else None
+    )
     trees = []
     for group in groups.values():
-        branches = [(role if k != "target" else batch["status"][i] if "status" in batch else role, [t for t, m in zip(ids[i], mask[i]) if m], next(n for n, x in enumerate(labels[i]) if x != -100))
-                    for i in group for k, (role, ids, mask, labels) in sides.items()]
-        facts = dict(score=[batch["score"][i] for i in group], advantage=[advantages[i] for i in group]) if advantages else {}
-        trees.append(Tree([], [b for _, b, _ in branches], [m for m, _, _ in branches], [s for _, _, s in branches], facts=facts))
+        branches = [
+            (
+                role if k != "target" else batch["status"][i] if "status" in batch else role,
+                [t for t, m in zip(ids[i], mask[i]) if m],
+                next(n for n, x in enumerate(labels[i]) if x != -100),
+            )
+            for i in group
+            for k, (role, ids, mask, labels) in sides.items()
+        ]
+        facts = (
+            dict(
+                score=[batch["score"][i] for i in group],
+                advantage=[advantages[i] for i in group],
+            )
+            if advantages
+            else {}
+        )
+        trees.append(
+            Tree(
+                [],
+                [b for _, b, _ in branches],
+                [m for m, _, _ in branches],
+                [s for _, _, s in branches],
+                facts=facts,
+            )
+        )
     return make_batch(trees, "plain"), [i for g in groups.values() for i in g]
 
 
@@ -68,8 +126,14 @@ ALONE = SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, _: x)
 def bare(cls, model, reference, hyper):
     "A trainer without transformers' loop around it."
     trainer = cls.__new__(cls)
-    trainer.model, trainer.accelerator, trainer.args = model, ALONE, SimpleNamespace(device=torch.device("cpu"))
-    trainer.config = SimpleNamespace(**dict(humanline=False, use_margin=False, centring=0.0) | hyper)
+    trainer.model, trainer.accelerator, trainer.args = (
+        model,
+        ALONE,
+        SimpleNamespace(device=torch.device("cpu")),
+    )
+    trainer.config = SimpleNamespace(
+        **dict(humanline=False, use_margin=False, centring=0.0) | hyper
+    )
     trainer.reference = lambda batch: reference(tree=batch).logps.detach()
     return trainer
 
@@ -78,17 +142,24 @@ def bare(cls, model, reference, hyper):
 def test_golden_batches(case):
     cls, want, inputs = TRAINERS[case["trainer"]], case["outputs"], case["inputs"]
     model = Table(*(inputs.get(f"{k}_table") for k in ("policy", "value", "classifier")))
-    trainer = bare(cls, model, Table(inputs["reference_table"]) if "reference_table" in inputs else None, case["hyper"])
+    trainer = bare(
+        cls,
+        model,
+        Table(inputs["reference_table"]) if "reference_table" in inputs else None,
+        case["hyper"],
+    )
     batch, order = golden_batch(inputs["batch"])
-    batch, = trainer.prepare(Step([batch], len(batch.trees), len(batch.target)))
+    (batch,) = trainer.prepare(Step([batch], len(batch.trees), len(batch.target)))
     losses, metrics = trainer.get_batch_metrics(batch, "train")
     loss = losses.sum() / trainer.batch_size(batch)
     torch.testing.assert_close(loss.item(), want["loss"], **TOL)
     check_metrics(trainer, metrics, want["metrics"], order)
-    if cls is PPOTrainer: check_rollout(trainer.rollouts[id(batch)], batch.mask, case["rollout"])
+    if cls is PPOTrainer:
+        check_rollout(trainer.rollouts[id(batch)], batch.mask, case["rollout"])
     loss.backward()
     names = dict(policy_table="policy", value_table="value", classifier_table="classifier")
-    for name, grad in case["grads"].items(): torch.testing.assert_close(model.tables[names[name]].grad, torch.tensor(grad), **TOL)
+    for name, grad in case["grads"].items():
+        torch.testing.assert_close(model.tables[names[name]].grad, torch.tensor(grad), **TOL)
 
 
 def check_metrics(trainer, metrics, want, order):
@@ -97,32 +168,73 @@ def check_metrics(trainer, metrics, want, order):
     means = trainer.derive(sums.means(ALONE))
     for name, values in want.items():
         values = torch.tensor(values, dtype=torch.float64)
-        if name == "_advantages": got = trainer_advantages(metrics, order)
-        elif name.startswith("logps_train"): got, values = metrics[name].double(), values.sum(-1) # the reference keeps tokens, we keep their sum
-        elif name == "loss/train" and values.dim() == 2: got, values = means[name], values.sum() # SFT: the matrix whose sum is the loss
-        elif values.numel() == 0: assert math.isnan(means[name]), name; continue # a mean over nothing
-        elif values.dim() and isinstance(metrics.get(name), torch.Tensor) and len(metrics[name]) == len(values): got, values = metrics[name].double(), values[order] if len(values) == len(order) else values
-        else: got, values = means[name], values.mean()
-        torch.testing.assert_close(torch.as_tensor(got, dtype=torch.float64), values, msg=lambda m, n=name: f"{n}: {m}", **TOL)
+        if name == "_advantages":
+            got = trainer_advantages(metrics, order)
+        elif name.startswith("logps_train"):
+            # the reference keeps tokens, we keep their sum
+            got, values = metrics[name].double(), values.sum(-1)
+        elif name == "loss/train" and values.dim() == 2:
+            # SFT: the matrix whose sum is the loss
+            got, values = means[name], values.sum()
+        elif values.numel() == 0:
+            # a mean over nothing
+            assert math.isnan(means[name]), name
+            continue
+        elif (
+            values.dim()
+            and isinstance(metrics.get(name), torch.Tensor)
+            and len(metrics[name]) == len(values)
+        ):
+            got, values = (
+                metrics[name].double(),
+                values[order] if len(values) == len(order) else values,
+            )
+        else:
+            got, values = means[name], values.mean()
+        torch.testing.assert_close(
+            torch.as_tensor(got, dtype=torch.float64),
+            values,
+            msg=lambda m, n=name: f"{n}: {m}",
+            **TOL,
+        )
 
 
 def trainer_advantages(metrics, order):
     "Signed advantages are the loader's; their size is a metric."
-    rewards, sizes = metrics["rewards_train/rewards"].tolist(), metrics["rewards_train/groupsize"].tolist()
+    rewards, sizes = (
+        metrics["rewards_train/rewards"].tolist(),
+        metrics["rewards_train/groupsize"].tolist(),
+    )
     ids, i = [], 0
-    while i < len(sizes): ids += [i] * int(sizes[i]); i += int(sizes[i])
+    while i < len(sizes):
+        ids += [i] * int(sizes[i])
+        i += int(sizes[i])
     advantages = torch.tensor(group_advantages(ids, rewards)[0], dtype=torch.float64)
-    torch.testing.assert_close(metrics["rewards_train/advantage"].double(), advantages.abs(), **TOL)
+    torch.testing.assert_close(
+        metrics["rewards_train/advantage"].double(), advantages.abs(), **TOL
+    )
     return advantages[torch.tensor(order).argsort()]
 
 
 def check_rollout(rollout, mask, want):
     real = torch.tensor(want["masks"]).bool()
-    for name, golden in dict(old_logps="logprobs", values="values", advantages="advantages", returns="returns", discounted_future_rewards="discounted_future_rewards").items():
-        torch.testing.assert_close(getattr(rollout, name)[mask], torch.tensor(want[golden])[real], rtol=1e-4, atol=1e-4 if name == "advantages" else 1e-5)
+    for name, golden in dict(
+        old_logps="logprobs",
+        values="values",
+        advantages="advantages",
+        returns="returns",
+        discounted_future_rewards="discounted_future_rewards",
+    ).items():
+        torch.testing.assert_close(
+            getattr(rollout, name)[mask],
+            torch.tensor(want[golden])[real],
+            rtol=1e-4,
+            atol=1e-4 if name == "advantages" else 1e-5,
+        )
 
 
 # ---- whole trainings on a tiny model
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -130,31 +242,77 @@ def home(tmp_path_factory):
     home, tok = tmp_path_factory.mktemp("trainers"), byte_tokenizer()
     small_llama(tok, hidden_size=32, initializer_range=0.2).save_pretrained(home / "start")
     tok.save_pretrained(home / "start")
-    rows = [{"prompt": "Say it " + "again " * (i * i % 7), "chosen": "Yes" + "!" * (3 * i), "rejected": "No."} for i in range(7)]
+    rows = [
+        {
+            "prompt": "Say it " + "again " * (i * i % 7),
+            "chosen": "Yes" + "!" * (3 * i),
+            "rejected": "No.",
+        }
+        for i in range(7)
+    ]
     (home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     ask = lambda i: [{"role": "user", "content": "Count " + "up " * (2 * i)}]
-    write_records(home / "scores.json", [dict(prompt_id=prompt_id(ask(i)), sample_id=k, prompt=ask(i), output=[{"role": "assistant", "content": "one " * (k + 1)}], reward=float((i * k) % 3), type="scalar_feedback")
-                                         for i in range(5) for k in range(1 + i % 4)])
+    write_records(
+        home / "scores.json",
+        [
+            dict(
+                prompt_id=prompt_id(ask(i)),
+                sample_id=k,
+                prompt=ask(i),
+                output=[{"role": "assistant", "content": "one " * (k + 1)}],
+                reward=float((i * k) % 3),
+                type="scalar_feedback",
+            )
+            for i in range(5)
+            for k in range(1 + i % 4)
+        ],
+    )
     return home
 
 
 def config(home, loss, name, **more):
     data = [str(home / ("scores.json" if loss == "grpo" else "pairs.jsonl"))]
-    return TrainConfig(**dict(loss=loss, model=str(home / "start"), train_datasets=data, test_datasets=data, exp_name=name, cache_dir=str(home), lr=2e-3, warmup=0, batch_size=3, epochs=2) | more)
+    return TrainConfig(
+        **dict(
+            loss=loss,
+            model=str(home / "start"),
+            train_datasets=data,
+            test_datasets=data,
+            exp_name=name,
+            cache_dir=str(home),
+            lr=2e-3,
+            warmup=0,
+            batch_size=3,
+            epochs=2,
+        )
+        | more
+    )
 
 
-def weights(folder): return torch.cat([t.flatten() for _, t in sorted(load_file(Path(folder) / "FINAL/model.safetensors").items())])
+def weights(folder):
+    return torch.cat(
+        [
+            t.flatten()
+            for _, t in sorted(load_file(Path(folder) / "FINAL/model.safetensors").items())
+        ]
+    )
 
 
-def apart(a, b): return (weights(a) - weights(b)).abs().max().item()
+def apart(a, b):
+    return (weights(a) - weights(b)).abs().max().item()
 
 
 def drift(a, b):
     "How far two runs are apart, in units of how far they have come: Adam makes a whole step of a gradient that is nothing but rounding, so single weights may differ."
     home = Path(a).parent
-    start, a, b = (load_file(Path(f) / "model.safetensors") for f in (home / "start", Path(a) / "FINAL", Path(b) / "FINAL"))
+    start, a, b = (
+        load_file(Path(f) / "model.safetensors")
+        for f in (home / "start", Path(a) / "FINAL", Path(b) / "FINAL")
+    )
     assert a.keys() == b.keys()
-    same = lambda x, y: torch.cat([(x[k] - y[k]).flatten() for k in sorted(y) if k in x and x[k].shape == y[k].shape])
+    same = lambda x, y: torch.cat(
+        [(x[k] - y[k]).flatten() for k in sorted(y) if k in x and x[k].shape == y[k].shape]
+    )
     moved = same(a, start).norm()
     assert moved > 1e-3
     return (same(a, b).norm() / moved).item()
@@ -164,24 +322,59 @@ LOSSES = list(METHODS)
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
 HUMANLINE = dict(humanline=True, log_epsilon_P=-0.02, log_epsilon_R=0.03, sync_reference=2)
 VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
-    "dpo-lora": ("dpo", LORA), "bradley-terry-lora": ("bradley-terry", LORA), "ppo-lora": ("ppo", LORA), "dpo-humanline": ("dpo", HUMANLINE), "kto-humanline": ("kto", HUMANLINE),
-    "grpo-humanline": ("grpo", HUMANLINE), "dpo-lora-humanline": ("dpo", LORA | HUMANLINE), "ppo-epochs": ("ppo", dict(ppo_epochs=3)), "bradley-terry-centred": ("bradley-terry", dict(centring=0.1))}
+    "dpo-lora": ("dpo", LORA),
+    "bradley-terry-lora": ("bradley-terry", LORA),
+    "ppo-lora": ("ppo", LORA),
+    "dpo-humanline": ("dpo", HUMANLINE),
+    "kto-humanline": ("kto", HUMANLINE),
+    "grpo-humanline": ("grpo", HUMANLINE),
+    "dpo-lora-humanline": ("dpo", LORA | HUMANLINE),
+    "ppo-epochs": ("ppo", dict(ppo_epochs=3)),
+    "bradley-terry-centred": ("bradley-terry", dict(centring=0.1)),
+}
 
 
 @pytest.fixture(scope="module")
 def both(home):
     "Every variant trained by one process, and again by two."
-    for name, (loss, more) in VARIANTS.items(): train(config(home, loss, f"{name}-1", **more))
-    for name, (loss, more) in VARIANTS.items(): (home / f"{name}.json").write_text(config_json(config(home, loss, f"{name}-2", num_processes=2, **more)))
+    for name, (loss, more) in VARIANTS.items():
+        train(config(home, loss, f"{name}-1", **more))
+    for name, (loss, more) in VARIANTS.items():
+        (home / f"{name}.json").write_text(
+            config_json(config(home, loss, f"{name}-2", num_processes=2, **more))
+        )
     run = launch_two(*(home / f"{name}.json" for name in VARIANTS))
     assert run.returncode == 0, run.stderr[-3000:]
     return home
 
 
 def launch_two(*files, timeout=400):
-    return subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                           "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(Path(__file__).parent / "train_all.py"),
-                           *map(str, files)], env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--num_cpu_threads_per_process",
+            "1",
+            "--main_process_port",
+            "0",
+            str(Path(__file__).parent / "train_all.py"),
+            *map(str, files),
+        ],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -190,27 +383,50 @@ def test_two_processes_train_the_same_model(both, name):
     one, two = (both / f"{name}-{n}" for n in (1, 2))
     assert drift(one, two) < 5e-3
     other = dict(sft="dpo").get(name, "sft")
-    if name != "csft" and "bradley" not in name: assert apart(one, both / f"{other}-1") > 1e-3, "another method gives another model, or this compares nothing"
+    if name != "csft" and "bradley" not in name:
+        assert apart(one, both / f"{other}-1") > 1e-3, (
+            "another method gives another model, or this compares nothing"
+        )
     assert same_metrics(one, two, leave=("total_flos", "train_loss")) > 50
-    if VARIANTS[name][0] not in ("sft", "csft", "kto", "grpo", "ppo"): assert [r["index"] for r in read_jsonl(two / "eval_scores.jsonl")] == list(range(7)), "every held-out pair once, in order"
+    if VARIANTS[name][0] not in ("sft", "csft", "kto", "grpo", "ppo"):
+        assert [r["index"] for r in read_jsonl(two / "eval_scores.jsonl")] == list(range(7)), (
+            "every held-out pair once, in order"
+        )
 
 
-CLOCK = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+CLOCK = (
+    "tokens_per_second",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+)
 COST = ("tokens", "padding", "shared", "layout", "total_flos", "train_loss")
 
 
 def same_metrics(one, two, leave=()):
     "How many numbers of two runs' metrics were compared; they agree to float tolerance, and what is missing is missing in both."
     compared = 0
-    for a, b in zip(read_jsonl(one / "metrics.jsonl"), read_jsonl(two / "metrics.jsonl"), strict=True):
+    for a, b in zip(
+        read_jsonl(one / "metrics.jsonl"), read_jsonl(two / "metrics.jsonl"), strict=True
+    ):
         assert a.keys() == b.keys()
         for k in a.keys() - {*CLOCK, *leave}:
-            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4) if isinstance(a[k], float) else a[k] == b[k], (k, a[k], b[k])
+            assert (
+                a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4)
+                if isinstance(a[k], float)
+                else a[k] == b[k]
+            ), (k, a[k], b[k])
             compared += 1
     return compared
 
 
-CUTS = {"one token": dict(token_budget=1), "two forward passes": dict(microbatch_size=2), "three": dict(microbatch_size=1), "plain": dict(layout="plain"), "plain, cut": dict(layout="plain", token_budget=150)}
+CUTS = {
+    "one token": dict(token_budget=1),
+    "two forward passes": dict(microbatch_size=2),
+    "three": dict(microbatch_size=1),
+    "plain": dict(layout="plain"),
+    "plain, cut": dict(layout="plain", token_budget=150),
+}
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -223,13 +439,17 @@ def test_cut_and_layout_do_not_change_the_model(both, loss, cut):
 
 
 def test_same_seed_same_bits(home):
-    for name in ("a", "b"): train(config(home, "dpo", name, seed=5))
+    for name in ("a", "b"):
+        train(config(home, "dpo", name, seed=5))
     train(config(home, "dpo", "c", seed=6))
-    assert torch.equal(weights(home / "a"), weights(home / "b")) and not torch.equal(weights(home / "a"), weights(home / "c"))
+    assert torch.equal(weights(home / "a"), weights(home / "b")) and not torch.equal(
+        weights(home / "a"), weights(home / "c")
+    )
 
 
 def test_wrong_number_of_processes_stops(home):
-    with pytest.raises(RuntimeError, match="asked for 2 processes, Accelerate started 1"): train(config(home, "sft", "x", num_processes=2))
+    with pytest.raises(RuntimeError, match="asked for 2 processes, Accelerate started 1"):
+        train(config(home, "sft", "x", num_processes=2))
 
 
 # ---- other architectures
@@ -240,11 +460,24 @@ ARCHITECTURES = ("llama", "qwen2", "gpt_neox", "mistral")
 def small_model(arch, folder):
     "A model of this architecture and its tokenizer, saved."
     from transformers import AutoConfig, AutoModelForCausalLM
+
     tok = byte_tokenizer()
     torch.manual_seed(0)
     more = {} if arch == "gpt_neox" else dict(num_key_value_heads=2)
-    cfg = AutoConfig.for_model(arch, vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512, initializer_range=0.2,
-                               pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None, **more)
+    cfg = AutoConfig.for_model(
+        arch,
+        vocab_size=len(tok),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        pad_token_id=tok.pad_token_id,
+        eos_token_id=tok.eos_token_id,
+        bos_token_id=None,
+        **more,
+    )
     AutoModelForCausalLM.from_config(cfg).save_pretrained(folder)
     tok.save_pretrained(folder)
 
@@ -260,12 +493,25 @@ def test_tree_is_plain(home, architecture, loss):
     "Loss and gradients of a whole step in both layouts, for every architecture."
     grads = {}
     for layout in ("tree", "plain"):
-        cfg = config(home, loss, f"{architecture}-{layout}", model=str(home / architecture), layout=layout, batch_size=7)
+        cfg = config(
+            home,
+            loss,
+            f"{architecture}-{layout}",
+            model=str(home / architecture),
+            layout=layout,
+            batch_size=7,
+        )
         trainer, _ = make_trainer(cfg)
-        if trainer.reference: move(trainer.reference.model)
+        if trainer.reference:
+            move(trainer.reference.model)
         step = next(iter(trainer.loader))
         value = trainer.training_step(trainer.model, step)
-        grads[layout] = value, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        grads[layout] = (
+            value,
+            torch.cat(
+                [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+            ),
+        )
     (a, ga), (b, gb) = grads.values()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert ga.abs().max() > 1e-4
@@ -281,61 +527,115 @@ def move(model):
     "Make the reference another model than the policy, so that log-ratios are not all zero."
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters(): p += 0.05 * torch.randn_like(p)
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
 
 
 # ---- rounds
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "grpo", "ppo", "simpo", "dpo-lora", "ppo-lora", "dpo-humanline"])
+
+@pytest.mark.parametrize(
+    "name", ["dpo", "kto", "grpo", "ppo", "simpo", "dpo-lora", "ppo-lora", "dpo-humanline"]
+)
 def test_a_round_goes_on_where_the_last_one_ended(home, name):
     "Two rounds that hand over a checkpoint equal two epochs without a stop: weights, moments, schedule, counters. Each step is the whole epoch, so that its order plays no part."
     loss, more = VARIANTS[name]
-    if more.get("humanline"): more = more | dict(sync_reference=0)
+    if more.get("humanline"):
+        more = more | dict(sync_reference=0)
     kw = dict(batch_size=20, warmup=2.0, online=False, **more)
     train(config(home, loss, "two", epochs=2, **kw))
     train(config(home, loss, "first", epochs=1, **kw))
-    train(config(home, loss, "second", epochs=1, from_checkpoint=str(home / "first/FINAL"), load_from=str(home / "start"), **kw))
-    logs = [[r for r in read_jsonl(home / n / "metrics.jsonl") if "loss" in r] for n in ("two", "second")]
+    train(
+        config(
+            home,
+            loss,
+            "second",
+            epochs=1,
+            from_checkpoint=str(home / "first/FINAL"),
+            load_from=str(home / "start"),
+            **kw,
+        )
+    )
+    logs = [
+        [r for r in read_jsonl(home / n / "metrics.jsonl") if "loss" in r]
+        for n in ("two", "second")
+    ]
     assert apart(home / "first", home / "second") > 1e-5
-    if loss == "kto": # the mismatched answers follow the order of the epoch: same size of step, same schedule
+    # the mismatched answers follow the order of the epoch: same size of step, same schedule
+    if loss == "kto":
         assert logs[0][1]["learning_rate"] == logs[1][0]["learning_rate"]
     else:
         assert apart(home / "two", home / "second") < 2e-6
         assert logs[0][1]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-5)
-    assert (logs[0][1]["total_steps"], logs[0][1]["total_examples"]) == (logs[1][0]["total_steps"], logs[1][0]["total_examples"])
+    assert (logs[0][1]["total_steps"], logs[0][1]["total_examples"]) == (
+        logs[1][0]["total_steps"],
+        logs[1][0]["total_examples"],
+    )
 
 
 def test_without_its_moments_a_round_would_go_elsewhere(home):
     "The check above can fail: the same weights with a fresh optimiser give another model."
     train(config(home, "dpo", "two", epochs=2, batch_size=20))
     train(config(home, "dpo", "first", epochs=1, batch_size=20))
-    train(config(home, "dpo", "fresh", epochs=1, batch_size=20, model=str(home / "first/FINAL"), load_from=str(home / "start")))
+    train(
+        config(
+            home,
+            "dpo",
+            "fresh",
+            epochs=1,
+            batch_size=20,
+            model=str(home / "first/FINAL"),
+            load_from=str(home / "start"),
+        )
+    )
     assert apart(home / "two", home / "fresh") > 1e-5
 
 
 def test_wrong_checkpoints_are_refused(home):
     train(config(home, "dpo", "full", epochs=1))
     train(config(home, "dpo", "lora", epochs=1, **LORA))
-    with pytest.raises(FileNotFoundError, match="adapter_config.json"): train(config(home, "dpo", "x", from_checkpoint=str(home / "full/FINAL"), **LORA))
-    with pytest.raises(ValueError, match="trained with LoRA"): train(config(home, "dpo", "x", from_checkpoint=str(home / "lora/FINAL")))
-    with pytest.raises(FileNotFoundError, match="optimizer.pt"): train(config(home, "dpo", "x", from_checkpoint=str(home / "start")))
-    with pytest.raises(ValueError, match="lora_alpha"): train(config(home, "dpo", "x", from_checkpoint=str(home / "lora/FINAL"), **LORA | dict(lora_alpha=16)))
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        train(config(home, "dpo", "x", from_checkpoint=str(home / "full/FINAL"), **LORA))
+    with pytest.raises(ValueError, match="trained with LoRA"):
+        train(config(home, "dpo", "x", from_checkpoint=str(home / "lora/FINAL")))
+    with pytest.raises(FileNotFoundError, match="optimizer.pt"):
+        train(config(home, "dpo", "x", from_checkpoint=str(home / "start")))
+    with pytest.raises(ValueError, match="lora_alpha"):
+        train(
+            config(
+                home,
+                "dpo",
+                "x",
+                from_checkpoint=str(home / "lora/FINAL"),
+                **LORA | dict(lora_alpha=16),
+            )
+        )
 
 
 # ---- LoRA
 
+
 def test_lora_trains_adapters_and_merges_them(home):
     "The final model is plain: it loads with transformers, and what is not adapted has not moved."
     from transformers import AutoModelForCausalLM
+
     train(config(home, "dpo", "lora", save_every=2, **LORA))
-    start, final = load_file(home / "start/model.safetensors"), load_file(home / "lora/FINAL/model.safetensors")
+    start, final = (
+        load_file(home / "start/model.safetensors"),
+        load_file(home / "lora/FINAL/model.safetensors"),
+    )
     assert sorted(start) == sorted(final)
     moved = {k for k in start if not torch.equal(start[k], final[k])}
-    assert moved and all("proj" in k for k in moved), "linear layers of the body, and nothing else"
+    assert moved and all("proj" in k for k in moved), (
+        "linear layers of the body, and nothing else"
+    )
     AutoModelForCausalLM.from_pretrained(home / "lora/FINAL")
     steps = sorted(p.name for p in (home / "lora").glob("step-*"))
     assert steps == ["step-2", "step-4", "step-6"]
-    assert not (home / "lora/step-2/model.safetensors").exists() and (home / "lora/step-2/adapter/adapter_model.safetensors").exists()
+    assert (
+        not (home / "lora/step-2/model.safetensors").exists()
+        and (home / "lora/step-2/adapter/adapter_model.safetensors").exists()
+    )
 
 
 def test_lora_reward_model_keeps_its_head(home):
@@ -346,23 +646,33 @@ def test_lora_reward_model_keeps_its_head(home):
     trainer, _ = make_trainer(cfg)
     trainer.evaluate()
     for row, (i, chosen, rejected) in zip(rows, trainer.pair_scores, strict=True):
-        assert (row["index"], row["chosen"], row["rejected"]) == (i, pytest.approx(chosen, abs=1e-5), pytest.approx(rejected, abs=1e-5))
+        assert (row["index"], row["chosen"], row["rejected"]) == (
+            i,
+            pytest.approx(chosen, abs=1e-5),
+            pytest.approx(rejected, abs=1e-5),
+        )
     assert any(abs(r["chosen"]) > 1e-3 for r in rows)
 
 
 def test_lora_reference_is_the_policy_without_adapters(home):
     trainer, _ = make_trainer(config(home, "dpo", "x", **LORA))
     own = load_reference(str(home / "start"))
-    for step in trainer.loader: trainer.training_step(trainer.model, step)
+    for step in trainer.loader:
+        trainer.training_step(trainer.model, step)
     with torch.no_grad():
         for p in trainer.model.parameters():
-            if p.requires_grad: p += 0.1
+            if p.requires_grad:
+                p += 0.1
     batch = next(iter(trainer.loader)).batches[0]
     torch.testing.assert_close(trainer.reference_logps(batch), own(tree=batch).logps, **TOL)
-    with torch.no_grad(): assert (trainer.model(tree=batch).logps - trainer.reference_logps(batch)).abs().max() > 1e-2
+    with torch.no_grad():
+        assert (
+            trainer.model(tree=batch).logps - trainer.reference_logps(batch)
+        ).abs().max() > 1e-2
 
 
 # ---- humanline
+
 
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 def test_the_reference_is_synced(home, lora):
@@ -370,64 +680,140 @@ def test_the_reference_is_synced(home, lora):
     train(config(home, "dpo", "h", epochs=2, **HUMANLINE | lora))
     logs = [r for r in read_jsonl(home / "h/metrics.jsonl") if "loss" in r]
     moved = [abs(r["rewards_train/chosen"]) > 1e-7 for r in logs]
-    assert moved == [False, True, False, True, False, True], "steps 1, 3 and 5 come right after a sync (or the start)"
+    assert moved == [False, True, False, True, False, True], (
+        "steps 1, 3 and 5 come right after a sync (or the start)"
+    )
     assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_the_unclamped_share_is_reported(home):
-    train(config(home, "dpo", "wide", epochs=2, humanline=True, log_epsilon_P=-100.0, log_epsilon_R=100.0))
+    train(
+        config(
+            home,
+            "dpo",
+            "wide",
+            epochs=2,
+            humanline=True,
+            log_epsilon_P=-100.0,
+            log_epsilon_R=100.0,
+        )
+    )
     train(config(home, "dpo", "none", epochs=2))
-    train(config(home, "dpo", "tight", epochs=2, **HUMANLINE | dict(sync_reference=0, log_epsilon_P=-0.2, log_epsilon_R=0.2)))
-    shares = {n: [r["rewards_train/chosen_unclamped"] for r in read_jsonl(home / n / "metrics.jsonl") if "loss" in r] for n in ("wide", "none", "tight")}
-    assert apart(home / "wide", home / "none") < 1e-6, "a clamp that nothing reaches changes nothing"
-    assert shares["wide"][0] == 0 and set(shares["wide"][1:]) == {1.0} and set(shares["none"]) == {1.0}, "on step one no token has moved"
-    assert any(0 < x < 1 for x in shares["tight"]) and apart(home / "tight", home / "none") > 1e-4
+    train(
+        config(
+            home,
+            "dpo",
+            "tight",
+            epochs=2,
+            **HUMANLINE | dict(sync_reference=0, log_epsilon_P=-0.2, log_epsilon_R=0.2),
+        )
+    )
+    shares = {
+        n: [
+            r["rewards_train/chosen_unclamped"]
+            for r in read_jsonl(home / n / "metrics.jsonl")
+            if "loss" in r
+        ]
+        for n in ("wide", "none", "tight")
+    }
+    assert apart(home / "wide", home / "none") < 1e-6, (
+        "a clamp that nothing reaches changes nothing"
+    )
+    assert (
+        shares["wide"][0] == 0
+        and set(shares["wide"][1:]) == {1.0}
+        and set(shares["none"]) == {1.0}
+    ), "on step one no token has moved"
+    assert (
+        any(0 < x < 1 for x in shares["tight"]) and apart(home / "tight", home / "none") > 1e-4
+    )
 
 
 # ---- the reference's log-probs from a cache
+
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "grpo", "ppo"])
 def test_cached_reference_trains_the_same_model(both, loss, monkeypatch):
     first = train(config(both, loss, "cached", reference_cache=str(both / f"cache-{loss}")))
     assert apart(both / f"{loss}-1", both / "cached") < 1e-5
     assert first.counts["reference_computed"] > 0 and first.counts["reference_cached"] == 0
-    monkeypatch.setattr("halos_nb.train.load_reference", lambda *a: pytest.fail("the reference was loaded although all is known"))
+    monkeypatch.setattr(
+        "halos_nb.train.load_reference",
+        lambda *a: pytest.fail("the reference was loaded although all is known"),
+    )
     again = train(config(both, loss, "again", reference_cache=str(both / f"cache-{loss}")))
-    assert again.counts["reference_computed"] == 0 and again.counts["reference_cached"] == first.counts["reference_computed"]
+    assert (
+        again.counts["reference_computed"] == 0
+        and again.counts["reference_cached"] == first.counts["reference_computed"]
+    )
     assert torch.equal(weights(both / "cached"), weights(both / "again"))
 
 
 def test_another_reference_has_another_cache(home):
     cache = str(home / "cache")
     train(config(home, "dpo", "one", reference_cache=cache, epochs=1))
-    other = train(config(home, "dpo", "two", reference_cache=cache, epochs=1, load_from=str(home / "one/FINAL"), model=str(home / "start")))
+    other = train(
+        config(
+            home,
+            "dpo",
+            "two",
+            reference_cache=cache,
+            epochs=1,
+            load_from=str(home / "one/FINAL"),
+            model=str(home / "start"),
+        )
+    )
     assert other.counts["reference_cached"] == 0
-    train(config(home, "dpo", "plain", epochs=1, load_from=str(home / "one/FINAL"), model=str(home / "start")))
+    train(
+        config(
+            home,
+            "dpo",
+            "plain",
+            epochs=1,
+            load_from=str(home / "one/FINAL"),
+            model=str(home / "start"),
+        )
+    )
     assert apart(home / "two", home / "plain") < 1e-6
 
 
 # ---- evaluation, checkpoints, ends
+
 
 def test_timetable(home):
     train(config(home, "dpo", "t", eval_every=2, save_every=4, epochs=2, batch_size=3))
     logs = read_jsonl(home / "t/metrics.jsonl")
     assert [r["step"] for r in logs if "eval_loss" in r] == [0, 2, 4, 6]
     assert [p.name for p in (home / "t").glob("step-*")] == ["step-4"]
-    late = train(config(home, "dpo", "late", epochs=1, from_checkpoint=str(home / "t/step-4"), load_from=str(home / "start")))
+    late = train(
+        config(
+            home,
+            "dpo",
+            "late",
+            epochs=1,
+            from_checkpoint=str(home / "t/step-4"),
+            load_from=str(home / "start"),
+        )
+    )
     assert json.loads((Path(late.model) / "counters.json").read_text())["total_steps"] == 4 + 3
     train(config(home, "dpo", "quiet", eval_at_start=False, epochs=1))
-    assert [r["step"] for r in read_jsonl(home / "quiet/metrics.jsonl") if "eval_loss" in r] == [3]
+    assert [
+        r["step"] for r in read_jsonl(home / "quiet/metrics.jsonl") if "eval_loss" in r
+    ] == [3]
 
 
 def test_evaluation_between_two_updates_changes_nothing(home):
     "PPO uses a step's rollouts for several updates; looking at held-out data in between does not renew them."
-    for name, more in dict(seen={"eval_every": 1}, unseen={}).items(): train(config(home, "ppo", name, ppo_epochs=3, **more))
+    for name, more in dict(seen={"eval_every": 1}, unseen={}).items():
+        train(config(home, "ppo", name, ppo_epochs=3, **more))
     assert torch.equal(weights(home / "seen"), weights(home / "unseen"))
 
 
 def test_no_pickle_is_left(home):
     train(config(home, "dpo", "p", save_every=3))
-    assert not list((home / "p").rglob("training_args.bin")) and not list((home / "p").rglob("*.pkl"))
+    assert not list((home / "p").rglob("training_args.bin")) and not list(
+        (home / "p").rglob("*.pkl")
+    )
 
 
 @pytest.mark.parametrize("n, steps", [(3, 1), (4, 2), (9, 4), (100, 6)])
@@ -439,17 +825,30 @@ def test_n_examples_ends_early(home, n, steps):
 
 # ---- precision
 
+
 def test_bfloat16_keeps_float32_masters(home):
     "A learning rate far below bfloat16's spacing still moves the weights, which are saved in float32."
     train(config(home, "dpo", "b", precision="bfloat16", lr=1e-6, epochs=4))
-    start, final = load_file(home / "start/model.safetensors"), load_file(home / "b/FINAL/model.safetensors")
+    start, final = (
+        load_file(home / "start/model.safetensors"),
+        load_file(home / "b/FINAL/model.safetensors"),
+    )
     big = max(start, key=lambda k: start[k].abs().max())
     assert final[big].dtype == torch.float32
     moved = (start[big] != final[big])[start[big].abs() > 0.1]
-    assert moved.float().mean() > 0.5 and torch.equal(start[big][start[big].abs() > 0.1].bfloat16(), final[big][start[big].abs() > 0.1].bfloat16()) is False or moved.any()
+    assert (
+        moved.float().mean() > 0.5
+        and torch.equal(
+            start[big][start[big].abs() > 0.1].bfloat16(),
+            final[big][start[big].abs() > 0.1].bfloat16(),
+        )
+        is False
+        or moved.any()
+    )
 
 
 # ---- data at the edge
+
 
 def write(home, name, rows):
     (home / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -471,32 +870,69 @@ def test_one_example(home, loss):
 @pytest.mark.parametrize("label", [True, False])
 def test_one_side_only(home, loss, label):
     "Only good or only bad answers."
-    rows = [{"prompt": f"Say {w}.", "completion": f"{w}!", "label": label} for w in ("one", "two", "three", "four")]
+    rows = [
+        {"prompt": f"Say {w}.", "completion": f"{w}!", "label": label}
+        for w in ("one", "two", "three", "four")
+    ]
     train(config(home, loss, "side", **write(home, "side.jsonl", rows)))
     logs = [r for r in read_jsonl(home / "side/metrics.jsonl") if "loss" in r]
-    assert weights(home / "side").isfinite().all() and all(math.isfinite(r["loss"]) for r in logs)
-    if loss == "kto": assert logs[0][f"rewards_train/{'rejected' if label else 'chosen'}"] is None, "the mean over nothing is not a number"
+    assert weights(home / "side").isfinite().all() and all(
+        math.isfinite(r["loss"]) for r in logs
+    )
+    if loss == "kto":
+        assert logs[0][f"rewards_train/{'rejected' if label else 'chosen'}"] is None, (
+            "the mean over nothing is not a number"
+        )
 
 
 def test_equal_rewards_pull_to_the_reference_only(home):
     "A group of equal rewards has no advantage: the loss is the KL term, zero on the first step."
     ask = [{"role": "user", "content": "Count."}]
-    rows = [dict(prompt_id=prompt_id(ask), sample_id=k, prompt=ask, output=[{"role": "assistant", "content": "one " * (k + 1)}], reward=1.0, type="scalar_feedback") for k in range(3)]
+    rows = [
+        dict(
+            prompt_id=prompt_id(ask),
+            sample_id=k,
+            prompt=ask,
+            output=[{"role": "assistant", "content": "one " * (k + 1)}],
+            reward=1.0,
+            type="scalar_feedback",
+        )
+        for k in range(3)
+    ]
     write_records(home / "equal.json", rows)
-    result = train(config(home, "grpo", "equal", train_datasets=[str(home / "equal.json")], test_datasets=[]))
+    result = train(
+        config(
+            home, "grpo", "equal", train_datasets=[str(home / "equal.json")], test_datasets=[]
+        )
+    )
     assert result.counts["groups_without_signal"] == 1
     logs = [r for r in read_jsonl(home / "equal/metrics.jsonl") if "loss" in r]
-    assert logs[0]["loss"] == pytest.approx(0, abs=1e-6) and apart_from_start(home, "equal") < 1e-6
+    assert (
+        logs[0]["loss"] == pytest.approx(0, abs=1e-6) and apart_from_start(home, "equal") < 1e-6
+    )
 
 
 def apart_from_start(home, name):
-    a = torch.cat([t.flatten() for _, t in sorted(load_file(home / "start/model.safetensors").items())])
+    a = torch.cat(
+        [t.flatten() for _, t in sorted(load_file(home / "start/model.safetensors").items())]
+    )
     return (a - weights(home / name)).abs().max().item()
 
 
 def test_nothing_to_train_on(home):
-    with pytest.raises(ValueError, match="equal_pairs 1"): train(config(home, "dpo", "x", **write(home, "tie.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}])))
-    with pytest.raises(ValueError, match="no trainable example.*1 empty_completions"): train(config(home, "dpo", "x", **write(home, "empty.jsonl", [{**PAIR, "rejected": " "}])))
+    with pytest.raises(ValueError, match="equal_pairs 1"):
+        train(
+            config(
+                home,
+                "dpo",
+                "x",
+                **write(home, "tie.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}]),
+            )
+        )
+    with pytest.raises(ValueError, match="no trainable example.*1 empty_completions"):
+        train(
+            config(home, "dpo", "x", **write(home, "empty.jsonl", [{**PAIR, "rejected": " "}]))
+        )
 
 
 def test_ipo_leaves_step_one(home):
@@ -522,12 +958,22 @@ def test_a_loss_that_is_no_number_stops(home, processes):
     "Before the optimiser has touched a weight, on all processes, with a message; no final model."
     tok = load_tokenizer(str(home / "start"))
     model = load_policy(str(home / "start"))
-    with torch.no_grad(): next(model.parameters())[tok.convert_tokens_to_ids("<|im_end|>")] = float("nan")
+    with torch.no_grad():
+        next(model.parameters())[tok.convert_tokens_to_ids("<|im_end|>")] = float("nan")
     model.save_pretrained(home / "broken")
     tok.save_pretrained(home / "broken")
-    cfg = config(home, "sft", f"nan-{processes}", model=str(home / "broken"), layout="tree", test_datasets=[], num_processes=processes)
+    cfg = config(
+        home,
+        "sft",
+        f"nan-{processes}",
+        model=str(home / "broken"),
+        layout="tree",
+        test_datasets=[],
+        num_processes=processes,
+    )
     if processes == 1:
-        with pytest.raises(FloatingPointError, match="step 1: the gradient of sft is nan"): train(cfg)
+        with pytest.raises(FloatingPointError, match="step 1: the gradient of sft is nan"):
+            train(cfg)
     else:
         (home / "nan.json").write_text(config_json(cfg))
         run = launch_two(home / "nan.json", timeout=120)
@@ -541,21 +987,34 @@ def test_csft_gets_real_control_tokens(home):
     assert len(tok("<|good|>Yes", add_special_tokens=False)["input_ids"]) == 1 + 3
     trainer, _ = make_trainer(config(home, "csft", "c2", epochs=1))
     targets = {t.branches[0][0] for t in trainer.loader.trees}
-    assert targets >= set(tok.convert_tokens_to_ids(["<|good|>", "<|bad|>"])) or any(set(tok.convert_tokens_to_ids(["<|good|>"])) & set(b) for t in trainer.loader.trees for b in t.branches)
+    assert targets >= set(tok.convert_tokens_to_ids(["<|good|>", "<|bad|>"])) or any(
+        set(tok.convert_tokens_to_ids(["<|good|>"])) & set(b)
+        for t in trainer.loader.trees
+        for b in t.branches
+    )
 
 
 def test_bradley_terry_margin_needs_scores(home):
-    with pytest.raises(ValueError, match="margin"): train(config(home, "bradley-terry", "m", use_margin=True))
+    with pytest.raises(ValueError, match="margin"):
+        train(config(home, "bradley-terry", "m", use_margin=True))
 
 
 def test_no_reference_is_loaded_where_none_is_needed(home, monkeypatch):
-    monkeypatch.setattr("halos_nb.train.load_reference", lambda *a: pytest.fail("a reference was loaded"))
-    for loss in ("sft", "csft", "simpo", "slic", "bradley-terry"): assert make_trainer(config(home, loss, "x"))[0].reference is None
+    monkeypatch.setattr(
+        "halos_nb.train.load_reference", lambda *a: pytest.fail("a reference was loaded")
+    )
+    for loss in ("sft", "csft", "simpo", "slic", "bradley-terry"):
+        assert make_trainer(config(home, loss, "x"))[0].reference is None
 
 
 def test_every_method_says_what_it_needs(home):
     "Feedback that a method cannot use is refused by name."
     scores = dict(train_datasets=[str(home / "scores.json")], test_datasets=[])
     for loss in ("dpo", "kto", "bradley-terry"):
-        with pytest.raises(ValueError, match="no trainable example"): train(config(home, loss, "x", **scores))
-    assert len(load_data(str(home / "scores.json"))) == 5 and loader_options(config(home, "kto", "x"))["mismatched"] and load_model(config(home, "ppo", "x"), load_tokenizer(str(home / "start"))).value_head
+        with pytest.raises(ValueError, match="no trainable example"):
+            train(config(home, loss, "x", **scores))
+    assert (
+        len(load_data(str(home / "scores.json"))) == 5
+        and loader_options(config(home, "kto", "x"))["mismatched"]
+        and load_model(config(home, "ppo", "x"), load_tokenizer(str(home / "start"))).value_head
+    )

@@ -1,4 +1,5 @@
 """What the widgets decide, without a screen: which pairs are kept, what is written, what a key does, what may be shown."""
+
 import json, random, subprocess, sys, time
 from pathlib import Path
 
@@ -9,95 +10,240 @@ from halos_nb import widgets
 from halos_nb.feedback import convert_to_pairwise_feedback, pair_of
 from halos_nb.people import Session, choose_pairs
 from halos_nb.records import append_jsonl, as_text, read_jsonl, read_records, write_records
-from halos_nb.widgets import Desk, HumanLabeler, PairBrowser, browse_pairs, detail, export, finish, flag, pick, read_pairs, still
+from halos_nb.widgets import (
+    Desk,
+    HumanLabeler,
+    PairBrowser,
+    browse_pairs,
+    detail,
+    export,
+    finish,
+    flag,
+    pick,
+    read_pairs,
+    still,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-EVIL = "document.title=String.fromCharCode(114,97,110)" # would set the title to "ran"
-HOSTILE = [f"<script>{EVIL}</script>", f"<img src=x onerror={EVIL}>", f"<details open ontoggle={EVIL}><summary>s</summary></details>", "![i](http://evil.example/i.png)",
-           f"<iframe src='http://evil.example/' onload={EVIL}></iframe>", f"</textarea></pre></td></div><svg/onload={EVIL}>", f"[x](javascript:{EVIL}) `c` $x$ **b**", "\u202ebidi\u2066 \x1b[31m",
-           "</script><script src='http://evil.example/s.js'></script>", f"\" onmouseover=\"{EVIL}\" '"]
+EVIL = "document.title=String.fromCharCode(114,97,110)"  # would set the title to "ran"
+HOSTILE = [
+    f"<script>{EVIL}</script>",
+    f"<img src=x onerror={EVIL}>",
+    f"<details open ontoggle={EVIL}><summary>s</summary></details>",
+    "![i](http://evil.example/i.png)",
+    f"<iframe src='http://evil.example/' onload={EVIL}></iframe>",
+    f"</textarea></pre></td></div><svg/onload={EVIL}>",
+    f"[x](javascript:{EVIL}) `c` $x$ **b**",
+    "\u202ebidi\u2066 \x1b[31m",
+    "</script><script src='http://evil.example/s.js'></script>",
+    f'" onmouseover="{EVIL}" \'',
+]
 
 
-def turns(text, role="assistant"): return [dict(role=role, content=text)]
+def turns(text, role="assistant"):
+    return [dict(role=role, content=text)]
 
 
-def make_round(folder, n, seed=0, prompt="Prompt {} of {}?", output="Answer {} to {}.", samples=4, judges=True):
+def make_round(
+    folder,
+    n,
+    seed=0,
+    prompt="Prompt {} of {}?",
+    output="Answer {} to {}.",
+    samples=4,
+    judges=True,
+):
     "A round's files as the loop leaves them: samples, pairs by score, and the scores of two labellers who often disagree."
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [dict(prompt_id=f"p{p}", sample_id=i, prompt=turns(prompt.format(p, folder.name), "user"), output=output.format(i, p) + " word" * rng.randrange(9), type="sample") for p in range(n) for i in range(samples)]
+    rows = [
+        dict(
+            prompt_id=f"p{p}",
+            sample_id=i,
+            prompt=turns(prompt.format(p, folder.name), "user"),
+            output=output.format(i, p) + " word" * rng.randrange(9),
+            type="sample",
+        )
+        for p in range(n)
+        for i in range(samples)
+    ]
     scored = [s | dict(reward=round(rng.gauss(0, 1), 3)) for s in rows]
     write_records(folder / "samples.json", rows)
-    write_records(folder / "feedback.json", convert_to_pairwise_feedback(scored, seed=0, mode="max"))
-    labels = [dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], labeller=who, score=s["reward"] + d, reason="", type="label") for s in scored for who, d in (("rm:small", 0.0), ("api:judge", round(rng.gauss(0, 2), 3)))]
-    if judges: (folder / "feedback.labels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels))
+    write_records(
+        folder / "feedback.json", convert_to_pairwise_feedback(scored, seed=0, mode="max")
+    )
+    labels = [
+        dict(
+            prompt_id=s["prompt_id"],
+            sample_id=s["sample_id"],
+            labeller=who,
+            score=s["reward"] + d,
+            reason="",
+            type="label",
+        )
+        for s in scored
+        for who, d in (("rm:small", 0.0), ("api:judge", round(rng.gauss(0, 2), 3)))
+    ]
+    if judges:
+        (folder / "feedback.labels.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in labels)
+        )
     return folder
 
 
 def make_run(folder, rounds=(12, 12, 8), **how):
-    for k, n in enumerate(rounds, 1): make_round(folder / f"round-{k}", n, seed=k, **how)
+    for k, n in enumerate(rounds, 1):
+        make_round(folder / f"round-{k}", n, seed=k, **how)
     return folder
 
 
 # ---- pairs
 
+
 def test_import_is_light():
-    out = subprocess.run([sys.executable, "-c", "import sys, halos_nb.widgets; print(*{m.split('.')[0] for m in sys.modules})"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, halos_nb.widgets; print(*{m.split('.')[0] for m in sys.modules})",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert not {"torch", "transformers", "accelerate", "datasets"} & set(out.stdout.split())
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory): return make_run(tmp_path_factory.mktemp("pairs") / "run", rounds=(20, 15, 10))
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("pairs") / "run", rounds=(20, 15, 10))
 
 
-def brute(pairs, round="", margin=(None, None), length=(None, None), disputed=False, flagged=False, text=""):
+def brute(
+    pairs,
+    round="",
+    margin=(None, None),
+    length=(None, None),
+    disputed=False,
+    flagged=False,
+    text="",
+):
     "What `pick` should keep, pair by pair and from the records alone."
+
     def keeps(i, r):
         won, lost = ("A", "B") if r["label"] else ("B", "A")
-        m, long = r[f"reward_{won}"] - r[f"reward_{lost}"], len(as_text(r[f"output_{won}"])) - len(as_text(r[f"output_{lost}"]))
+        m, long = (
+            r[f"reward_{won}"] - r[f"reward_{lost}"],
+            len(as_text(r[f"output_{won}"])) - len(as_text(r[f"output_{lost}"])),
+        )
         signs = {(x > 0) - (x < 0) for x in pairs.said[i].values()}
-        within = all((low is None or x >= low) and (high is None or x <= high) for x, (low, high) in ((m, margin), (long, length)))
-        return within and (not round or pairs.rounds[i] == round) and (not disputed or {1, -1} <= signs) and (not flagged or i in pairs.flags) and text.lower() in json.dumps(r).lower()
+        within = all(
+            (low is None or x >= low) and (high is None or x <= high)
+            for x, (low, high) in ((m, margin), (long, length))
+        )
+        return (
+            within
+            and (not round or pairs.rounds[i] == round)
+            and (not disputed or {1, -1} <= signs)
+            and (not flagged or i in pairs.flags)
+            and text.lower() in json.dumps(r).lower()
+        )
+
     return [i for i, r in enumerate(pairs.records) if keeps(i, r)]
 
 
-@pytest.mark.parametrize("filter", [dict(), dict(round="round-2"), dict(margin=(1.5, None)), dict(margin=(None, 1.0), length=(0, None)), dict(length=(-5, 5)), dict(disputed=True), dict(flagged=True),
-                                    dict(text="PROMPT 3 of"), dict(text="no such text"), dict(round="round-1", disputed=True, margin=(0.5, 3), text="word")])
+@pytest.mark.parametrize(
+    "filter",
+    [
+        dict(),
+        dict(round="round-2"),
+        dict(margin=(1.5, None)),
+        dict(margin=(None, 1.0), length=(0, None)),
+        dict(length=(-5, 5)),
+        dict(disputed=True),
+        dict(flagged=True),
+        dict(text="PROMPT 3 of"),
+        dict(text="no such text"),
+        dict(round="round-1", disputed=True, margin=(0.5, 3), text="word"),
+    ],
+)
 def test_filters(run, filter):
     pairs = read_pairs(run)
     pairs.flags = {1, 7, 40}
     assert pick(pairs, **filter).tolist() == brute(pairs, **filter)
 
 
-@pytest.mark.parametrize("column", ["margin", "near", "length", "chosen", "rejected", "disputed", "round"])
+@pytest.mark.parametrize(
+    "column", ["margin", "near", "length", "chosen", "rejected", "disputed", "round"]
+)
 def test_sorting(run, column):
     pairs = read_pairs(run)
     up, down = (pairs.columns[column][pick(pairs, sort=column, down=d)] for d in (False, True))
-    assert up.tolist() == sorted(up) and down.tolist() == sorted(up, reverse=True) and len(up) == 45
+    assert (
+        up.tolist() == sorted(up)
+        and down.tolist() == sorted(up, reverse=True)
+        and len(up) == 45
+    )
 
 
 def test_labels_of_all_labellers_reach_the_right_pair(run):
     pairs = read_pairs(run)
     for i, r in enumerate(pairs.records):
         folder = run / pairs.rounds[i]
-        ids = {s["output"]: s["sample_id"] for s in read_records(folder / "samples.json") if s["prompt_id"] == r["prompt_id"]}
-        score = {(x["labeller"], x["sample_id"]): x["score"] for x in read_jsonl(folder / "feedback.labels.jsonl") if x["prompt_id"] == r["prompt_id"]}
+        ids = {
+            s["output"]: s["sample_id"]
+            for s in read_records(folder / "samples.json")
+            if s["prompt_id"] == r["prompt_id"]
+        }
+        score = {
+            (x["labeller"], x["sample_id"]): x["score"]
+            for x in read_jsonl(folder / "feedback.labels.jsonl")
+            if x["prompt_id"] == r["prompt_id"]
+        }
         a, b = (ids[as_text(r[k])] for k in ("output_A", "output_B"))
-        assert pairs.said[i] == pytest.approx({w: score[w, a] - score[w, b] for w in ("rm:small", "api:judge")})
-        assert {s["labeller"]: s["winner"] for s in detail(pairs, i)["said"]} == {w: "A" if score[w, a] > score[w, b] else "B" for w in ("rm:small", "api:judge")}
+        assert pairs.said[i] == pytest.approx(
+            {w: score[w, a] - score[w, b] for w in ("rm:small", "api:judge")}
+        )
+        assert {s["labeller"]: s["winner"] for s in detail(pairs, i)["said"]} == {
+            w: "A" if score[w, a] > score[w, b] else "B" for w in ("rm:small", "api:judge")
+        }
 
 
 def test_comparisons_are_labels_too_and_unknown_samples_are_counted(tmp_path):
     folder = make_round(tmp_path / "round-1", 3, judges=False)
     r = read_records(folder / "feedback.json")[0]
-    ids = {s["output"]: s["sample_id"] for s in read_records(folder / "samples.json") if s["prompt_id"] == r["prompt_id"]}
-    append_jsonl(folder / "people.labels.jsonl", dict(prompt_id=r["prompt_id"], sample_id_A=ids[as_text(r["output_A"])], sample_id_B=ids[as_text(r["output_B"])], labeller="human:ada", winner="B", reason="", order="BA", type="comparison"))
+    ids = {
+        s["output"]: s["sample_id"]
+        for s in read_records(folder / "samples.json")
+        if s["prompt_id"] == r["prompt_id"]
+    }
+    append_jsonl(
+        folder / "people.labels.jsonl",
+        dict(
+            prompt_id=r["prompt_id"],
+            sample_id_A=ids[as_text(r["output_A"])],
+            sample_id_B=ids[as_text(r["output_B"])],
+            labeller="human:ada",
+            winner="B",
+            reason="",
+            order="BA",
+            type="comparison",
+        ),
+    )
     assert [p for p in read_pairs(tmp_path).said if p] == [{"human:ada": -1}]
     rows = read_records(folder / "feedback.json")
-    write_records(folder / "feedback.json", [rows[0] | dict(output_A=turns("trimmed")), *rows[1:]])
+    write_records(
+        folder / "feedback.json", [rows[0] | dict(output_A=turns("trimmed")), *rows[1:]]
+    )
     pairs = read_pairs(tmp_path)
     assert pairs.unknown == 1 and "1 without labels" in still(pairs).parts[0].text
-    assert PairBrowser(pairs).answer(dict(do="open"))[0]["said"].startswith("1 pairs without labels")
+    assert (
+        PairBrowser(pairs)
+        .answer(dict(do="open"))[0]["said"]
+        .startswith("1 pairs without labels")
+    )
 
 
 def test_an_export_is_feedback_with_the_records_as_they_were(run, tmp_path):
@@ -106,16 +252,32 @@ def test_an_export_is_feedback_with_the_records_as_they_were(run, tmp_path):
     at = pick(pairs, margin=(1, None), sort="margin")
     file = export(pairs, at)
     assert read_records(file, "pairwise_feedback") == [pairs.records[i] for i in at]
-    for k in (2, 3): assert export(pairs, at).name == f"selection-{k}.json"
+    for k in (2, 3):
+        assert export(pairs, at).name == f"selection-{k}.json"
 
 
 def test_the_page_gets_plain_json_and_what_it_asks_for(run):
     browser = PairBrowser(read_pairs(run))
     opened, buffers = browser.answer(dict(do="open"))
-    for name, b in zip(opened["columns"], buffers, strict=True): np.testing.assert_array_equal(np.frombuffer(b, np.float32), browser.pairs.columns[name].astype(np.float32))
-    for message in (dict(do="show", i=3, rows=[3, 4]), dict(do="flag", i=3, on=True), dict(do="filter", flagged=True)): json.dumps(browser.answer(message)[0], allow_nan=False)
+    for name, b in zip(opened["columns"], buffers, strict=True):
+        np.testing.assert_array_equal(
+            np.frombuffer(b, np.float32), browser.pairs.columns[name].astype(np.float32)
+        )
+    for message in (
+        dict(do="show", i=3, rows=[3, 4]),
+        dict(do="flag", i=3, on=True),
+        dict(do="filter", flagged=True),
+    ):
+        json.dumps(browser.answer(message)[0], allow_nan=False)
     assert browser.kept.tolist() == [3]
-    for wrong in (dict(do="show", i=99), dict(do="sweep"), dict(), dict(do="filter", sort="x"), dict(do="filter", margin="x")): assert list(browser.answer(wrong)[0]) == ["error"]
+    for wrong in (
+        dict(do="show", i=99),
+        dict(do="sweep"),
+        dict(),
+        dict(do="filter", sort="x"),
+        dict(do="filter", margin="x"),
+    ):
+        assert list(browser.answer(wrong)[0]) == ["error"]
     saved = json.dumps(browser.get_state(), default=str)
     assert len(saved) < 60_000 and "Answer" not in saved, "no data is saved with a notebook"
     flag(browser.pairs, 3, on=False)
@@ -123,29 +285,69 @@ def test_the_page_gets_plain_json_and_what_it_asks_for(run):
 
 def test_twenty_thousand_pairs(tmp_path):
     "Time of this process, so that it does not matter what else runs."
-    make_round(tmp_path / "round-1", 20_000, output="Answer {} to {}. " + "Some words that make it as long as answers are. " * 8, samples=2)
+    make_round(
+        tmp_path / "round-1",
+        20_000,
+        output="Answer {} to {}. " + "Some words that make it as long as answers are. " * 8,
+        samples=2,
+    )
     start = time.process_time()
     browser = PairBrowser(read_pairs(tmp_path))
-    browser.answer(dict(do="open")), browser.answer(dict(do="filter")), browser.answer(dict(do="show", i=0, rows=list(range(25))))
+    (
+        browser.answer(dict(do="open")),
+        browser.answer(dict(do="filter")),
+        browser.answer(dict(do="show", i=0, rows=list(range(25)))),
+    )
     opened, filters = time.process_time() - start, []
-    for f in (dict(text="some words that"), dict(margin=(1, 2), sort="length"), dict(disputed=True, sort="disputed", down=True), dict(round="round-1")):
+    for f in (
+        dict(text="some words that"),
+        dict(margin=(1, 2), sort="length"),
+        dict(disputed=True, sort="disputed", down=True),
+        dict(round="round-1"),
+    ):
         start = time.process_time()
         browser.answer(dict(do="filter", **f))
         filters.append(time.process_time() - start)
     print(f"opened in {opened:.2f} s, filters {[round(f, 3) for f in filters]}")
     assert opened < 2 and max(filters) < 0.3 and len(pick(browser.pairs)) > 19_000
     parts = still(browser.pairs, 2).parts
-    assert sum(len(p.html) if hasattr(p, "html") else len(p.to_json()) for p in parts) < 300_000, "the static form stays small"
+    assert (
+        sum(len(p.html) if hasattr(p, "html") else len(p.to_json()) for p in parts) < 300_000
+    ), "the static form stays small"
 
 
 # ---- labelling
 
-def samples_of(texts): return [dict(prompt_id=f"p{i}", sample_id=k, prompt=turns(t, "user"), output=t + " end" * k, type="sample", generator="secret-model", reward=123.456) for i, t in enumerate(texts) for k in range(3)]
+
+def samples_of(texts):
+    return [
+        dict(
+            prompt_id=f"p{i}",
+            sample_id=k,
+            prompt=turns(t, "user"),
+            output=t + " end" * k,
+            type="sample",
+            generator="secret-model",
+            reward=123.456,
+        )
+        for i, t in enumerate(texts)
+        for k in range(3)
+    ]
 
 
 def desk_of(folder, texts=("one", "two", "three", "four"), n=8, repeats=0.25, **how):
     samples = samples_of(texts)
-    return Desk(Session(folder / "journal.jsonl", samples, choose_pairs(samples, n), "human:ada", repeats=repeats), folder / "feedback.json", **how)
+    return Desk(
+        Session(
+            folder / "journal.jsonl",
+            samples,
+            choose_pairs(samples, n),
+            "human:ada",
+            repeats=repeats,
+        ),
+        folder / "feedback.json",
+        **how,
+    )
 
 
 def test_random_keys_and_the_files_they_leave(tmp_path):
@@ -156,27 +358,49 @@ def test_random_keys_and_the_files_they_leave(tmp_path):
         do = rng.choice(["choose"] * 6 + ["undo", "look", "note", "restart"])
         page = widgets.desk_page(desk)
         if do == "choose" and page["item"]:
-            name, value = page["item"]["name"], rng.choice(["left", "right", "tie", "bad", "skip"])
+            name, value = (
+                page["item"]["name"],
+                rng.choice(["left", "right", "tie", "bad", "skip"]),
+            )
             past.append((name, wanted.get(name)))
             wanted[name] = (value, page["item"]["left"], page["item"]["right"])
             desk.choose(name, value, 1.0)
         elif do == "undo" and past and desk.session.state.past[-1][0] == "choose":
             name, before = past.pop()
             assert desk.undo() and widgets.desk_page(desk)["item"]["name"] == name
-            if before: wanted[name] = before
-            else: del wanted[name]
-        elif do == "look": desk.look(rng.randrange(-2, 14))
+            if before:
+                wanted[name] = before
+            else:
+                del wanted[name]
+        elif do == "look":
+            desk.look(rng.randrange(-2, 14))
         elif do == "note" and page["item"]:
             desk.note(page["item"]["name"], f"note {step}")
             assert widgets.desk_page(desk)["item"]["note"] == f"note {step}"
             desk.undo()
-        elif do == "restart": desk = desk_of(tmp_path)
+        elif do == "restart":
+            desk = desk_of(tmp_path)
         verdicts = {}
-        for value, left, right in wanted.values(): verdicts.setdefault(frozenset((left, right)), []).extend([] if value == "skip" else [dict(left=left, right=right).get(value, "tie")])
-        preferred = {p: v[0] for p, v in verdicts.items() if v and len(set(v)) == 1 and v[0] != "tie"}
+        for value, left, right in wanted.values():
+            verdicts.setdefault(frozenset((left, right)), []).extend(
+                [] if value == "skip" else [dict(left=left, right=right).get(value, "tie")]
+            )
+        preferred = {
+            p: v[0] for p, v in verdicts.items() if v and len(set(v)) == 1 and v[0] != "tie"
+        }
         records = json.loads(desk.file.read_text()) if desk.file.exists() else []
-        assert {frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(r["output_A" if r["label"] else "output_B"]) for r in records} == preferred
-        assert {r["item"]: r["answer"] for r in read_jsonl(desk.file.with_suffix(".labels.jsonl"))} == {k: v[0] for k, v in wanted.items()} if wanted else True
+        assert {
+            frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(
+                r["output_A" if r["label"] else "output_B"]
+            )
+            for r in records
+        } == preferred
+        assert (
+            {r["item"]: r["answer"] for r in read_jsonl(desk.file.with_suffix(".labels.jsonl"))}
+            == {k: v[0] for k, v in wanted.items()}
+            if wanted
+            else True
+        )
         assert widgets.desk_page(desk)["answered"] == len(wanted)
 
 
@@ -187,14 +411,15 @@ def test_nothing_that_should_be_blind_is_sent(tmp_path):
         page = labeler.answer(dict(do="open"))[0]
         sent.append(json.dumps(page))
         labeler.answer(dict(do="choose", item=page["item"]["name"], value="left", seconds=1.0))
-    for text in ("secret-model", "123.456", "rm:leak", "sample_id", "again", "reward"): assert not any(text in s for s in sent), text
+    for text in ("secret-model", "123.456", "rm:leak", "sample_id", "again", "reward"):
+        assert not any(text in s for s in sent), text
     assert labeler.answer(dict(do="open"))[0]["item"] is None
 
 
 def test_an_answer_that_is_not_saved_is_not_shown_as_saved(tmp_path):
     desk = desk_of(tmp_path)
     labeler, other = HumanLabeler(desk), desk_of(tmp_path)
-    other.choose("0001", "left") # a second window
+    other.choose("0001", "left")  # a second window
     reply, _ = labeler.answer(dict(do="choose", item="0001", value="right", seconds=1.0))
     assert "close the other window" in reply["error"] and "item" not in reply
     assert desk.session.state.choose == {}
@@ -205,46 +430,101 @@ def test_policies_for_open_pairs(tmp_path, capsys):
     desk.choose("0001", "left"), desk.choose("0002", "skip")
     pairs = [pair_of(*i[1:4])[0] for i in desk.session.items]
     desk.others = {"rm:x": {p: (-1.0) ** k * (k != 7) for k, p in enumerate(pairs)}}
-    with pytest.raises(widgets.Waiting, match="6 of 8 pairs are open"): finish(desk, "judge", "rm:x", "widget")
-    with pytest.raises(RuntimeError, match="6 of 8 pairs are not labelled"): finish(desk, "stop", mode="static")
-    assert finish(desk, "skip", mode="static")["records"] == 1 and "6 left out" in capsys.readouterr().out
-    assert finish(desk, "judge", "rm:x", "static")["records"] == 1 + 5 and "6 pairs by rm:x" in capsys.readouterr().out # one is a tie
+    with pytest.raises(widgets.Waiting, match="6 of 8 pairs are open"):
+        finish(desk, "judge", "rm:x", "widget")
+    with pytest.raises(RuntimeError, match="6 of 8 pairs are not labelled"):
+        finish(desk, "stop", mode="static")
+    assert (
+        finish(desk, "skip", mode="static")["records"] == 1
+        and "6 left out" in capsys.readouterr().out
+    )
+    # one is a tie
+    assert (
+        finish(desk, "judge", "rm:x", "static")["records"] == 1 + 5
+        and "6 pairs by rm:x" in capsys.readouterr().out
+    )
     by = {r["labeller"]: 0 for r in read_jsonl(tmp_path / "feedback.labels.jsonl")}
-    for r in read_jsonl(tmp_path / "feedback.labels.jsonl"): by[r["labeller"]] += 1
-    assert by == {"human:ada": 2, "rm:x": 6}, "each verdict stands under the name of who gave it"
-    said = {frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(r["output_A" if r["label"] else "output_B"]) for r in read_records(tmp_path / "feedback.json")}
+    for r in read_jsonl(tmp_path / "feedback.labels.jsonl"):
+        by[r["labeller"]] += 1
+    assert by == {"human:ada": 2, "rm:x": 6}, (
+        "each verdict stands under the name of who gave it"
+    )
+    said = {
+        frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(
+            r["output_A" if r["label"] else "output_B"]
+        )
+        for r in read_records(tmp_path / "feedback.json")
+    }
     for k in range(2, 7):
         p, a, b = pairs[k]
         texts = [desk.session.known[p, s]["output"] for s in (a, b)]
-        assert said[frozenset(texts)] == texts[k % 2], "the judge's sign is that of the pair's first sample"
+        assert said[frozenset(texts)] == texts[k % 2], (
+            "the judge's sign is that of the pair's first sample"
+        )
     empty = desk_of(tmp_path / "e") if (tmp_path / "e").mkdir() is None else None
-    with pytest.raises(RuntimeError, match="nothing to train on"): finish(empty, "skip", mode="static")
+    with pytest.raises(RuntimeError, match="nothing to train on"):
+        finish(empty, "skip", mode="static")
 
 
 # ---- hostile text
+
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
     from test_plots import ATTRIBUTES, TAGS, Page
     from halos_nb.plots import visible
-    run = make_run(tmp_path / "run", rounds=(2,), prompt=text.replace("{", "").replace("}", ""), output=text.replace("{", "").replace("}", ""))
+
+    run = make_run(
+        tmp_path / "run",
+        rounds=(2,),
+        prompt=text.replace("{", "").replace("}", ""),
+        output=text.replace("{", "").replace("}", ""),
+    )
     labels = run / "round-1/feedback.labels.jsonl"
     labels.write_text(labels.read_text().replace('"rm:small"', json.dumps(text)))
     desk = desk_of(tmp_path, texts=[text, "two"], n=4, others={text: {}})
     pairs = read_pairs(run)
-    for shown in [*still(pairs).parts, widgets.labelled_so_far(desk), browse_pairs(run, "static").parts[0]]:
+    for shown in [
+        *still(pairs).parts,
+        widgets.labelled_so_far(desk),
+        browse_pairs(run, "static").parts[0],
+    ]:
         if not hasattr(shown, "html"):
-            assert not {"<script", "<img", "<svg", "<iframe"} & {t for t in ("<script", "<img", "<svg", "<iframe") if t in json.dumps(shown.to_dict(), default=str)}
+            assert not {"<script", "<img", "<svg", "<iframe"} & {
+                t
+                for t in ("<script", "<img", "<svg", "<iframe")
+                if t in json.dumps(shown.to_dict(), default=str)
+            }
             continue
         page = Page(shown.html)
         assert set(page.tags) <= TAGS and page.attributes <= ATTRIBUTES and not page.stack
     assert visible(text) in still(pairs).parts[2].text
-    for bundle in (PairBrowser(pairs)._repr_mimebundle_()[0], HumanLabeler(desk)._repr_mimebundle_()[0]): assert set(Page(bundle["text/html"]).tags) <= TAGS
+    for bundle in (
+        PairBrowser(pairs)._repr_mimebundle_()[0],
+        HumanLabeler(desk)._repr_mimebundle_()[0],
+    ):
+        assert set(Page(bundle["text/html"]).tags) <= TAGS
 
 
 def test_page_code_makes_no_html():
     "Text reaches the page as text nodes alone; nothing is fetched, and nothing is run that was not written here."
     for file in (ROOT / "halos_nb/static").glob("*.js"):
         code = file.read_text()
-        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "createContextualFragment", "DOMParser", "srcdoc", "eval(", "new Function", "fetch(", "XMLHttpRequest", "import(", "http:", "https:"): assert word not in code, f"{file.name}: {word}"
+        for word in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "createContextualFragment",
+            "DOMParser",
+            "srcdoc",
+            "eval(",
+            "new Function",
+            "fetch(",
+            "XMLHttpRequest",
+            "import(",
+            "http:",
+            "https:",
+        ):
+            assert word not in code, f"{file.name}: {word}"
     assert "url(" not in (ROOT / "halos_nb/static/widgets.css").read_text()

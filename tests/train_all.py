@@ -1,9 +1,11 @@
 "Train every config file named, in one job of several processes (for test_trainers)."
+
 import sys
 
 from halos_nb.config import TrainConfig, parse_args
 from halos_nb.models import end_process
 from halos_nb.train import train
 
-for file in sys.argv[1:]: train(parse_args(TrainConfig, ["--config", file]))
+for file in sys.argv[1:]:
+    train(parse_args(TrainConfig, ["--config", file]))
 end_process()
