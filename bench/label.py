@@ -11,7 +11,7 @@ def main():
         raise SystemExit("--samples: name a file of sample records")
     from collections import Counter
     import torch
-    from halos_nb.config import LabelConfig
+    from halos_nb.configs import LabelConfig
     from halos_nb.score import score_samples
     from halos_nb.models import load_reward_model, load_tokenizer
 

@@ -12,8 +12,10 @@ HERE = Path(__file__).resolve().parent
 
 def play(home: Path, rounds: int) -> Path:
     "A run's folder with so many rounds of the demo."
-    from halos_nb.config import LoopConfig, load_settings
-    from halos_nb.loop import run_folder, run_rounds
+    from halos_nb.configs import LoopConfig
+    from halos_nb.settings import load_settings
+    from halos_nb.ledger import run_folder
+    from halos_nb.loop import run_rounds
     from halos_nb.playground import into_playground
 
     settings = load_settings()

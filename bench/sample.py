@@ -68,7 +68,7 @@ def main():
         raise SystemExit("--pairs: name a jsonl file with prompts")
     from collections import Counter
     from transformers import AutoModelForCausalLM
-    from halos_nb.config import SampleConfig
+    from halos_nb.configs import SampleConfig
     from halos_nb.data import Example
     from halos_nb.generate import plan
     from halos_nb.models import load_policy, load_tokenizer

@@ -22,7 +22,7 @@ def seconds(
     model, layout: str, answer, prompt, k, vocabulary, trees, repeats: int = 3
 ) -> float:
     "CPU seconds of one pass over answers whose lengths differ by up to a half; the best of a few."
-    from halos_nb.batching import Tree, make_batch
+    from halos_nb.trees import Tree, make_batch
 
     rng = random.Random(0)
     ids = lambda n: [rng.randrange(5, vocabulary) for _ in range(n)]

@@ -9,7 +9,7 @@ from meter import arguments, count_tokens, report, run_trainer
 
 def no_sharing(trainer):
     "Every branch a tree of its own, packed as before: what sharing the prompt saves is seen by leaving it out."
-    from halos_nb.batching import make_batch
+    from halos_nb.trees import make_batch
 
     prepare = trainer.prepare
 
@@ -47,7 +47,7 @@ def main(doc: str, loss: str):
     )
     if not a.pairs:
         raise SystemExit("--pairs: name a jsonl file of prompt, chosen, rejected")
-    from halos_nb.config import TrainConfig
+    from halos_nb.configs import TrainConfig
     from halos_nb.train import make_trainer
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument")

@@ -8,8 +8,13 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'RECORDS', 'zero_or_one', 'text_or_w
            'check', 'show', 'prompt_id', 'as_turns', 'as_text', 'parse', 'read_rows', 'read_records', 'atomic_write',
            'StreamingJSONWriter', 'write_records', 'write_json', 'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
 
-# %% ../nbs/00_records.ipynb #8be4b321
-import fcntl, hashlib, json, os, time, uuid
+# %% ../nbs/00_records.ipynb #a68e8fd6
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

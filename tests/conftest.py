@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb import supervise
+from halos_nb import preload
 
 ROOT = Path(__file__).resolve().parent.parent
 # a user's runs are never touched
 os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-supervise.OWN += ("PYTEST_CURRENT_TEST",)  # it changes from test to test, and no stage reads it
+preload.OWN += ("PYTEST_CURRENT_TEST",)  # it changes from test to test, and no stage reads it
 # papermill, accelerate, jupyter of this environment
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
 

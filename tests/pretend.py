@@ -3,7 +3,7 @@
 import json, sys
 from pathlib import Path
 
-from halos_nb.config import awaited
+from halos_nb.settings import awaited
 from halos_nb.feedback import convert_to_pairwise_feedback
 
 cfg = json.loads(awaited(sys.argv[sys.argv.index("--config") + 1]).read_text())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from golden import FOLDER
-from halos_nb.agreement import (
+from halos_nb.stats import (
     agree,
     agreement_report,
     bootstrap,
@@ -22,7 +22,7 @@ from halos_nb.agreement import (
     spearman,
     spearman_of,
 )
-from halos_nb.feedback import pair_table
+from halos_nb.verdicts import pair_table
 
 
 # ---- published values
@@ -282,8 +282,8 @@ def test_three_kinds_of_labellers_on_real_pairs(tmp_path):
     nearly as long, now and then a skip) whose keys go through a session. Counts and rates of the report are counted again here from the texts."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
-    from halos_nb.batching import byte_tokenizer
-    from halos_nb.config import LabelConfig
+    from halos_nb.trees import byte_tokenizer
+    from halos_nb.configs import LabelConfig
     from halos_nb.label import main
     from halos_nb.people import Session, comparisons, samples_of_pairs
     from halos_nb.records import read_jsonl, read_records, write_records

@@ -18,14 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from halos_nb import batching
-from halos_nb.batching import (
-    ConditionalSFTDataLoader,
-    GroupUnpairedPreferenceDataLoader,
-    PairedPreferenceDataLoader,
-    SFTDataLoader,
-    UnpairedPreferenceDataLoader,
-    add_control_tokens,
+from halos_nb import loaders
+from halos_nb.trees import (
     byte_tokenizer,
     encode,
     encode_prompt,
@@ -33,7 +27,16 @@ from halos_nb.batching import (
     make_tree,
     trees_from_samples,
 )
-from halos_nb.data import Dataset, Example, load_data
+from halos_nb.loaders import (
+    ConditionalSFTDataLoader,
+    GroupUnpairedPreferenceDataLoader,
+    PairedPreferenceDataLoader,
+    SFTDataLoader,
+    UnpairedPreferenceDataLoader,
+    add_control_tokens,
+)
+from halos_nb.data import Dataset, Example
+from halos_nb.hub_sets import load_data
 
 TOK = byte_tokenizer()
 add_control_tokens(TOK)
@@ -323,7 +326,7 @@ def golden_loader(case, *without, **more):
         for k, v in case["options"].items()
         if k not in ("n_epochs", *without)
     }
-    return getattr(batching, case["loader"])(
+    return getattr(loaders, case["loader"])(
         dataset(pool_of(case)),
         TOK,
         **(dict(max_length=4096, max_prompt_length=2048) | options | more),
@@ -435,7 +438,7 @@ def orders(case, cls):
 
 def has_items(case):
     return is_group(case) or any(
-        units(e, getattr(batching, case["loader"])) for e in pool_of(case)
+        units(e, getattr(loaders, case["loader"])) for e in pool_of(case)
     )
 
 
@@ -481,7 +484,7 @@ def test_items_in_the_reference_order(case):
     Normalised: piled-up control tokens; its forgotten last batches; later epochs under max_prompt_count, which it draws from what the first left. Where a prompt is refused (it
     names no SFT target, or is empty), the order cannot be the reference's; then the items are."""
     cls, o, pool, run = (
-        getattr(batching, case["loader"]),
+        getattr(loaders, case["loader"]),
         case["options"],
         pool_of(case),
         run_of(case),
@@ -535,7 +538,7 @@ def test_steps_of_two_processes(case):
     "Two processes of ours share the steps that one process takes; they are the reference's global batches, whose items it deals alternately, and more where it cuts the end off."
     size, cls, pool = (
         case["options"]["global_batch_size"],
-        getattr(batching, case["loader"]),
+        getattr(loaders, case["loader"]),
         pool_of(case),
     )
     two = [golden_loader(case, "n_examples", "num_skip", rank=r, world=2) for r in range(2)]
@@ -787,7 +790,7 @@ def test_groups_in_the_reference_order(case):
 def test_number_of_steps(case):
     """As many steps as are announced, by `len`, by `num_training_steps` and by counting.
     The reference's number, which counts full steps only and answers in pairs only, wherever there are no others."""
-    o, loader, cls = case["options"], golden_loader(case), getattr(batching, case["loader"])
+    o, loader, cls = case["options"], golden_loader(case), getattr(loaders, case["loader"])
     epochs, limit, skip, size = (
         o["n_epochs"],
         o.get("n_examples"),
@@ -1069,7 +1072,7 @@ def test_shares_of_good_and_bad(data, good, bad, seed):
         unique = {
             (p, k)
             for p, e in enumerate(part.data)
-            for u in batching.status_units(e)
+            for u in loaders.status_units(e)
             for k, s in u
             if s == status
         }
@@ -1101,10 +1104,10 @@ def test_nothing_goes_uncounted(data, options):
     for cls in (UnpairedPreferenceDataLoader, ConditionalSFTDataLoader):
         if not (loader := made(cls, data, options)):
             continue
-        labelled = sum(len({k for u in batching.status_units(e) for k, _ in u}) for e in data)
+        labelled = sum(len({k for u in loaders.status_units(e) for k, _ in u}) for e in data)
         assert loader.counts["unlabelled"] + labelled == sum(len(e.generations) for e in data)
         assert len(loader.items) + loader.counts["empty_completions"] == sum(
-            len(u) for e in data for u in batching.status_units(e)
+            len(u) for e in data for u in loaders.status_units(e)
         )
 
 

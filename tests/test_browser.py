@@ -80,7 +80,7 @@ def figure_notebook(path):
     write_notebook(
         path,
         (
-            "from halos_nb.plots import pairs_table, reward_distributions, "
+            "from halos_nb.figures import pairs_table, reward_distributions, "
             "setup_display\nsetup_display()"
         ),
         (

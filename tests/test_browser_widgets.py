@@ -20,9 +20,9 @@ from test_browser import (
 )
 from test_widgets import HOSTILE, make_round, make_run
 
-from halos_nb.plots import visible
+from halos_nb.show import visible
 from halos_nb.records import as_text, read_records, write_records
-from halos_nb.widgets import pick, read_pairs
+from halos_nb.pairs import pick, read_pairs
 
 shots = os.environ.get("SHOTS")  # a folder for pictures of the widgets
 pytestmark = pytest.mark.browser
@@ -412,8 +412,9 @@ def check_feedback(folder, pressed):
 
 def train_on(folder):
     "One step of DPO on what was labelled, by a tiny model made here."
-    from halos_nb.config import Profile, TrainConfig
-    from halos_nb.launch import launch
+    from halos_nb.configs import TrainConfig
+    from halos_nb.settings import Profile
+    from halos_nb.jobs import launch
     from halos_nb.models import start_from_scratch
 
     texts = [

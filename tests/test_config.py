@@ -7,17 +7,16 @@ from dataclasses import fields
 
 import pytest
 
-from halos_nb.config import (
+from halos_nb.configs import (
     LabelConfig,
     LoopConfig,
     RewardConfig,
     SampleConfig,
-    Settings,
     TrainConfig,
     make_config,
-    parse_args,
     there,
 )
+from halos_nb.settings import Settings, parse_args
 from halos_nb.loop import run_rounds
 from halos_nb.playground import into_playground, pairs_of_playground
 from halos_nb.score import head_at

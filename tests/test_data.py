@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from halos_nb import data as d
+from halos_nb import hub_sets
 from halos_nb.records import RecordError, as_turns, prompt_id, write_records
 
 from golden import cases, load
@@ -45,7 +46,7 @@ def test_local_files_golden(case, tmp_path):
         without_id(e) for e in case["outputs"]["examples"]
     ]
     assert all(e.prompt_id == prompt_id(e.prompt) for e in data)
-    assert [e.generations for e in d.load_data([str(path)], case["split"])] == [
+    assert [e.generations for e in hub_sets.load_data([str(path)], case["split"])] == [
         e.generations for e in data
     ]
 
@@ -166,7 +167,7 @@ def test_hub_sets_alter_no_text(case, monkeypatch):
     rows = load("datasets")["raw_rows"][case["rows"]]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     said = "\0".join(str(x) for r in rows for x in texts_in(r))
-    for e in d.load_data(case["function"], case["split"]):
+    for e in hub_sets.load_data(case["function"], case["split"]):
         for t in e.prompt + sum(e.generations, []):
             parts = (
                 t["content"].split("<|im_start|>")[1:]
@@ -267,7 +268,7 @@ def test_hub_sets_from_a_local_copy(case, tmp_path, monkeypatch):
 
 
 def test_every_named_set_is_public_and_says_what_it_is():
-    for name, get in d.DATASETS.items():
+    for name, get in hub_sets.DATASETS.items():
         assert (
             getattr(d, f"get_{name}") is get
             and "\n" not in get.__doc__
@@ -297,7 +298,7 @@ def test_alpacaeval_reads_the_file_where_scripts_are_refused(monkeypatch):
         return [dict(instruction="Hi.", output="Hello.", dataset="koala", generator="x")]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (example,) = d.get_alpacaeval("test")
+    (example,) = hub_sets.get_alpacaeval("test")
     assert (example.generations, example.dataset_name, calls[1][1]["split"]) == (
         [as_turns("Hello.")],
         "koala",
@@ -309,7 +310,7 @@ def test_alpacaeval_reads_the_file_where_scripts_are_refused(monkeypatch):
         lambda *a, **k: (_ for _ in ()).throw(RuntimeError("disk on fire")),
     )
     with pytest.raises(RuntimeError, match="on fire"):
-        d.get_alpacaeval("test")
+        hub_sets.get_alpacaeval("test")
 
 
 def test_passed_over_is_counted(monkeypatch):
@@ -330,7 +331,7 @@ def test_passed_over_is_counted(monkeypatch):
             dict(chosen=talk("a", "b"), rejected=talk("a", "b")),
         ],
     )
-    data = d.get_hh("train")
+    data = hub_sets.get_hh("train")
     assert [e.pairs for e in data] == [[(0, 1)]] and data.counts == dict(
         no_answer=3, two_prompts=1, equal_pairs=1
     )
@@ -344,15 +345,17 @@ def test_passed_over_is_counted(monkeypatch):
             for n in (1, 3)
         ],
     )
-    data = d.get_wildbench("test")
+    data = hub_sets.get_wildbench("test")
     assert data.counts == dict(later_turns=2, no_answer=1) and [
         e.generations for e in data
     ] == [[as_turns("b")]]
     # v2-hard as it is now
     stub(monkeypatch, [dict(session_id=1, conversation_input=[dict(role="user", content="a")])])
-    assert [(e.generations, e.sft_index) for e in d.get_wildbench("v2-hard")] == [([], -1)]
+    assert [(e.generations, e.sft_index) for e in hub_sets.get_wildbench("v2-hard")] == [
+        ([], -1)
+    ]
     stub(monkeypatch, [dict(messages=as_turns("a", "user") + as_turns(x)) for x in "bcb"])
-    data = d.get_ultrachat("train")
+    data = hub_sets.get_ultrachat("train")
     assert [(len(e.generations), e.sft_index) for e in data] == [
         (2, 0)
     ] and data.counts == dict(not_imitated=1)
@@ -387,7 +390,7 @@ def test_shp_rule(rows, split):
     ]
     with pytest.MonkeyPatch.context() as m:
         stub(m, rows)
-        data = d.get_shp(split)
+        data = hub_sets.get_shp(split)
     good = [r for r in rows if split == "test" or r["score_ratio"] >= 2]
     assert list(data.data) == list(dict.fromkeys(r["history"] for r in good)) and data.counts[
         "low_ratio"
@@ -460,7 +463,7 @@ def test_oasst_rule(tree):
                     )
     found = [
         ([t["content"] for t in r["prompt"]], r["chosen"], r["rejected"])
-        for r in d.neighbours(iter(rows), counts)
+        for r in hub_sets.neighbours(iter(rows), counts)
     ]
     assert sorted(found) == sorted(said)
     ranked = [
@@ -484,7 +487,7 @@ def test_oasst_ties_take_the_first_sibling():
             (3, 0, 1, "assistant"),
         ]
     ]
-    assert [(r["chosen"], r["rejected"]) for r in d.neighbours(rows, Counter())] == [
+    assert [(r["chosen"], r["rejected"]) for r in hub_sets.neighbours(rows, Counter())] == [
         ("t1", "t3")
     ]
 
@@ -571,7 +574,7 @@ ask, star, moon = as_turns("Name a star.", "user"), as_turns("Vega."), as_turns(
 def test_trl_rows(row, suffix, tmp_path):
     path = tmp_path / f"pairs{suffix}"
     path.write_text(json.dumps(row) if suffix == ".jsonl" else json.dumps([row]))
-    (example,) = d.load_data(str(path))
+    (example,) = hub_sets.load_data(str(path))
     assert (example.prompt, example.generations, example.pairs, example.sft_index) == (
         ask,
         [star, moon],
@@ -623,7 +626,7 @@ def test_broken_rows(broken, told, tmp_path):
         json.dumps([dict(prompt="Name a star.", chosen="Vega.", rejected="Io."), broken])
     )
     with pytest.raises(RecordError, match=rf"pairs\.json, record 2: field {told}"):
-        d.load_data(str(path))
+        hub_sets.load_data(str(path))
 
 
 def test_prompts_alone_keep_their_order_and_split(tmp_path):
@@ -633,7 +636,7 @@ def test_prompts_alone_keep_their_order_and_split(tmp_path):
             for i in range(10)
         )
     )
-    data = d.load_data(str(tmp_path / "p.jsonl"), "train")
+    data = hub_sets.load_data(str(tmp_path / "p.jsonl"), "train")
     assert [e.prompt[0]["content"] for e in data] == [f"Question {i}?" for i in (1, 3, 5, 0, 2)]
     assert data.counts["other_split"] == 5 and all(e.generations == [] for e in data)
 
@@ -660,14 +663,14 @@ def test_prompts_alone_keep_their_order_and_split(tmp_path):
 def test_broken_files(text, told, tmp_path):
     (tmp_path / "f.json").write_text(text)
     with pytest.raises(RecordError, match=rf"f\.json.*{told}"):
-        d.load_data(str(tmp_path / "f.json"))
+        hub_sets.load_data(str(tmp_path / "f.json"))
 
 
 def test_names_are_helped():
     with pytest.raises(ValueError, match="did you mean `ultrabin`"):
-        d.load_data("ultrabon")
+        hub_sets.load_data("ultrabon")
     with pytest.raises(ValueError, match="no data set was named"):
-        d.load_data([])
+        hub_sets.load_data([])
 
 
 PROMPTS = [as_turns(f"Question {i}?", "user") for i in range(3)]
@@ -724,7 +727,7 @@ def test_joining_files_loses_and_invents_nothing(tmp_path_factory, files):
     for i, rows in enumerate(files):
         names.append(str(folder / f"{i}.json"))
         write_records(names[-1], rows)
-    data, said = d.load_data(names), Counter()
+    data, said = hub_sets.load_data(names), Counter()
     # in several files: as often as in the one that says it most
     for rows in files:
         said |= facts(rows)
@@ -753,7 +756,7 @@ def test_joining_files_loses_and_invents_nothing(tmp_path_factory, files):
             )
         }
     assert stored == said
-    again = d.load_data(names + names)
+    again = hub_sets.load_data(names + names)
     assert list(again) == list(data)
 
 
@@ -765,7 +768,7 @@ def test_samples_stay_apart_and_prompts_merge(tmp_path):
     (tmp_path / "p.json").write_text(
         json.dumps([dict(prompt="Name a star.", chosen="Vega.", rejected="Io.")])
     )
-    data = d.load_data([tmp_path / "s.json", tmp_path / "p.json"])
+    data = hub_sets.load_data([tmp_path / "s.json", tmp_path / "p.json"])
     assert [(e.generations, e.sft_index, e.pairs) for e in data] == [
         ([star], 0, []),
         ([moon], 0, []),
@@ -847,7 +850,7 @@ def test_every_format_from_every_source(row, want, source, tmp_path, monkeypatch
         )
         name = "org/name" if source == "hub" else tmp_path / "org/name"
     with contextlib.chdir(tmp_path):
-        (example,) = d.load_data(str(name), "train")
+        (example,) = hub_sets.load_data(str(name), "train")
     assert (
         example.prompt,
         example.generations,
@@ -878,7 +881,7 @@ def test_judged_rows_are_observations_and_rows_to_imitate_stay_apart(rows):
         assert e.sft_index == (e.desirable.index(True) if True in e.desirable else -1)
     with pytest.MonkeyPatch.context() as m:
         stub(m, dict(train=[{k: r[k] for k in ("prompt", "completion")} for r in judged]))
-        apart = d.load_data("org/name")
+        apart = hub_sets.load_data("org/name")
     assert [(e.prompt[0]["content"], e.generations, e.sft_index) for e in apart] == [
         (r["prompt"], [as_turns(r["completion"])], 0) for r in judged
     ]
@@ -891,7 +894,7 @@ def test_split_column_of_a_parquet_file(tmp_path, monkeypatch):
     datasets.Dataset.from_list(
         [dict(prompt=f"Question {i}?", split="train" if i else "test") for i in range(3)]
     ).to_parquet(tmp_path / "p.parquet")
-    data = d.load_data(str(tmp_path / "p.parquet"), "train")
+    data = hub_sets.load_data(str(tmp_path / "p.parquet"), "train")
     assert (len(data), data.counts) == (2, dict(other_split=1))
 
 
@@ -954,7 +957,7 @@ def test_columns_that_are_not_understood(row, told, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda path: dict(train=[row]))
     with pytest.raises(RecordError, match=f"org/name.*{told}"):
-        d.load_data("org/name")
+        hub_sets.load_data("org/name")
     (tmp_path / "f.json").write_text(json.dumps([row]))
     with pytest.raises(
         RecordError,
@@ -963,12 +966,12 @@ def test_columns_that_are_not_understood(row, told, tmp_path, monkeypatch):
             rf"`type` is missing, and {told}"
         ),
     ):
-        d.load_data(str(tmp_path / "f.json"))
+        hub_sets.load_data(str(tmp_path / "f.json"))
     if "known format" in told:
         with pytest.raises(
             RecordError, match="unpaired preference \\(prompt, completion, label\\)"
         ):
-            d.load_data("org/name")
+            hub_sets.load_data("org/name")
 
 
 def test_names_of_the_hub(monkeypatch, tmp_path):
@@ -998,7 +1001,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
     def prompts(name, split):
-        return [e.prompt[0]["content"] for e in d.load_data(name, split)]
+        return [e.prompt[0]["content"] for e in hub_sets.load_data(name, split)]
 
     assert (
         prompts("org/name:a", "train"),
@@ -1007,7 +1010,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
         prompts("org/name", "extra"),
     ) == (["a"], ["b"], ["a", "b", "c"], ["c"])
     assert calls == [("org/name", "a"), ("org/many", "b"), ("org/name",), ("org/name",)]
-    assert d.load_data("org/name", "test").counts == dict(rows_of_validation=1)
+    assert hub_sets.load_data("org/name", "test").counts == dict(rows_of_validation=1)
     for name, split, told in [
         (
             "org/gone",
@@ -1023,7 +1026,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
         ),
     ]:
         with pytest.raises(ValueError, match=told):
-            d.load_data(name, split)
+            hub_sets.load_data(name, split)
     calls.clear()
     # these never ask the hub
     for name in (
@@ -1036,7 +1039,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
         "a/b/c",
     ):
         with pytest.raises(ValueError, match="neither a file nor a known data set"):
-            d.load_data(name)
+            hub_sets.load_data(name)
     assert calls == []
 
 
@@ -1066,7 +1069,7 @@ def test_hub_sets_and_files_join(monkeypatch, tmp_path):
             for i, x in enumerate([moon, star])
         ],
     )
-    (example,) = d.load_data(["safe_rlhf", str(tmp_path / "f.json")])
+    (example,) = hub_sets.load_data(["safe_rlhf", str(tmp_path / "f.json")])
     assert (example.generations, example.pairs, example.scores) == (
         [star, moon],
         [(0, 1)],
@@ -1127,7 +1130,7 @@ def test_rounds_join_in_any_order(tmp_path_factory, data):
                 ]
         names.append(str(folder / f"{i}.json"))
         write_records(names[-1], data.draw(st.permutations(rows)))
-    joined = d.load_data(data.draw(st.permutations(names)))
+    joined = hub_sets.load_data(data.draw(st.permutations(names)))
     found = {}
     for ex in joined:
         # so groups of GRPO and the converters have every score
@@ -1159,7 +1162,7 @@ def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch)
                 yield i
 
     rows = Rows()
-    for n, i in enumerate(d.watched(rows, "x", many=30), 1):
+    for n, i in enumerate(hub_sets.watched(rows, "x", many=30), 1):
         assert rows.asked == n == i + 1
     lines = read_jsonl(tmp_path / "progress.jsonl")
     assert (lines[0]["done"], lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (
@@ -1169,9 +1172,9 @@ def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch)
         "rows",
     )
     (tmp_path / "progress.jsonl").unlink()
-    assert list(d.watched(Rows(), "x", many=31)) == list(range(30))
+    assert list(hub_sets.watched(Rows(), "x", many=31)) == list(range(30))
     monkeypatch.setenv("RANK", "1")
     assert (
-        list(d.watched(Rows(), "x", many=30)) == list(range(30))
+        list(hub_sets.watched(Rows(), "x", many=30)) == list(range(30))
         and not (tmp_path / "progress.jsonl").exists()
     )

@@ -15,18 +15,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from halos_nb import models
-from halos_nb.batching import Segment, Tree, byte_tokenizer, make_batch, tree_mask
-from halos_nb.config import TrainConfig
-from halos_nb.models import (
-    HeadLogps,
-    Layout,
-    flex_fault,
-    head_logps,
-    load_policy,
-    load_reward_model,
-    sees,
-)
+from halos_nb import attention
+from halos_nb.trees import Segment, Tree, byte_tokenizer, make_batch, tree_mask
+from halos_nb.configs import TrainConfig
+from halos_nb.attention import HeadLogps, flex_fault, head_logps, sees
+from halos_nb.models import Layout, load_policy, load_reward_model
 from halos_nb.records import prompt_id
 from halos_nb.reference import unwrap
 from halos_nb.score import score_samples
@@ -192,7 +185,7 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary(frozen):
         ),
     ):
         head_logps(head, x, ids, 16)[0].sum().backward()
-    assert most.numel == 16 * (2000 + models.MARGIN) and max(saved, default=0) <= 4 * 2000
+    assert most.numel == 16 * (2000 + attention.MARGIN) and max(saved, default=0) <= 4 * 2000
     with Largest() as whole:
         torch.log_softmax(head(x), -1).sum().backward()
     assert whole.numel == 300 * 2000  # so the measurement can see it
@@ -207,7 +200,7 @@ def test_attention_in_blocks_is_attention(n, before):
         torch.randn(1, 2, length, 8, requires_grad=True)
         for length in (n, before + n, before + n)
     )
-    blocks = torch.cat(models.causal_pieces(q, k, v), 1)
+    blocks = torch.cat(attention.causal_pieces(q, k, v), 1)
     whole = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=torch.ones(n, before + n, dtype=torch.bool).tril(before)
     ).transpose(1, 2)
@@ -226,7 +219,9 @@ def test_attention_of_bfloat16_is_nearer_to_the_truth_than_sdpa(autocast):
     if autocast:
         q, k = q.float(), k.float()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours, _ = models.tree_attention(None, q, k, v, None, segments=[Segment(0, 100, (200,))])
+        ours, _ = attention.tree_attention(
+            None, q, k, v, None, segments=[Segment(0, 100, (200,))]
+        )
         usual = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True
         ).transpose(1, 2)
@@ -289,9 +284,9 @@ def test_flex_attention_gives_the_same(homes, monkeypatch):
             model(tree=batch).logps,
             model(tree=make_batch(batch.trees, "plain")).logps,
         )
-        monkeypatch.setattr(models, "flex_fault", lambda device: "")
+        monkeypatch.setattr(attention, "flex_fault", lambda device: "")
         monkeypatch.setattr(
-            models,
+            attention,
             "compiled_flex",
             lambda: (
                 lambda *a, block_mask, **kw: (

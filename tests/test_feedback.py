@@ -7,19 +7,21 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import halos_nb.feedback as feedback_module
+from halos_nb import feedback as feedback_module
 from halos_nb.feedback import (
-    HOW,
     Tally,
-    combine_labels,
-    combine_pairs,
-    convert_comparisons,
     convert_to_binary_feedback,
     convert_to_pairwise_feedback,
     convert_to_scalar_feedback,
     feedback_counts,
     group_advantages,
     iter_pairwise_feedback,
+)
+from halos_nb.verdicts import (
+    HOW,
+    combine_labels,
+    combine_pairs,
+    convert_comparisons,
     pair_of,
     pair_table,
     verdict_table,

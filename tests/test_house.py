@@ -11,56 +11,43 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Which of our own modules each module may import. The README's map says the same; change both
-# together and say why.
-BASE = ["records", "config", "data", "feedback", "batching", "models", "reference", "losses"]
-MAY_IMPORT = {
-    "records": [],
-    "config": [],
-    "data": ["records"],
-    "feedback": ["records"],
-    "agreement": ["records", "feedback"],
-    "batching": ["records", "config", "data", "feedback"],
-    "models": ["config", "batching"],
-    "reference": ["batching", "models"],
-    "losses": [],
-    "trainers": BASE,
-    "generate": ["records", "config", "data", "batching"],
-    "sample": ["records", "config", "data", "batching", "models", "generate"],
-    "score": ["records", "config", "batching", "models"],
-    "judge": ["records", "config"],
-    "label": ["records", "config", "feedback", "models", "judge", "score"],
-    "people": ["records", "feedback", "agreement"],
-    "supervise": [],
-    "train": [*BASE, "trainers"],
-    "launch": ["records", "config", "supervise"],
-    "loop": ["records", "config", "feedback", "launch"],
-    "plots": ["records"],
-    "rewards": ["plots"],
-    "compare": ["records", "loop", "plots", "rewards"],
-    "monitor": ["launch", "loop", "plots"],
-    "page": ["records", "plots", "rewards", "compare", "monitor"],
-    "widgets": ["records", "config", "feedback", "people", "launch", "plots"],
-    "playground": [*BASE, "trainers", "sample", "label", "train", "launch", "loop", "plots"],
+# The rooms in reading order, by floor, and which floors each floor may import. Within what a floor may see, imports
+# point to lower numbers only. The README's map says the same; change both together and say why.
+FLOORS = {
+    0: "records stats configs settings data hub_sets feedback verdicts",
+    1: "trees loaders processes attention models reference losses trainers",
+    2: "generate api answers backends sample score replies judge label train",
+    3: "supervise preload jobs ledger loop",
+    4: "show figures rewards runs people pairs monitor widgets page",
+    5: "playground",
 }
-# These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory)
-# has no place in them.
-LIGHT = [
+SEES = {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 3}, 4: {0, 3, 4}, 5: {0, 1, 2, 3, 4}}
+ALONE = ["records", "losses", "supervise"]  # import nothing of ours
+# The only places that name a stage's module as a string: who starts it, and what is imported for it beforehand.
+NAME_STAGES = ["jobs", "preload", "ledger"]
+
+ROOMS = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+ORDER = list(ROOMS)
+
+
+def may_import(name):
+    "The rooms that this one may import."
+    below = ORDER[: ORDER.index(name)]
+    return [] if name in ALONE else [m for m in below if ROOMS[m] in SEES[ROOMS[name]]]
+
+
+# These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory) has no place in them.
+LIGHT = [m for m in ORDER if ROOMS[m] in (3, 4)]
+LIGHT += [
     "records",
-    "config",
+    "stats",
+    "configs",
+    "settings",
     "feedback",
-    "agreement",
-    "people",
+    "verdicts",
+    "api",
+    "replies",
     "judge",
-    "supervise",
-    "launch",
-    "loop",
-    "plots",
-    "rewards",
-    "widgets",
-    "monitor",
-    "compare",
-    "page",
 ]
 HEAVY = {"torch", "transformers", "accelerate", "datasets"}
 
@@ -121,14 +108,14 @@ ids = dict(ids=lambda p: p.stem if isinstance(p, Path) else str(p))
 
 @pytest.mark.parametrize("name", MODULES)
 def test_import_table(name):
-    assert name in MAY_IMPORT, (
-        f"{name}: a new room; give it a line in MAY_IMPORT and in the README's map"
+    assert name in ROOMS, (
+        f"{name}: a new room; give it a place in FLOORS and in the README's map"
     )
     for module, names in own_imports(ast.parse(MODULES[name].read_text())):
         if module in ("", "__version__"):
             continue
-        assert module in MAY_IMPORT[name], (
-            f"{name} imports {module}; it may import {MAY_IMPORT[name] or 'none of ours'}"
+        assert module in may_import(name), (
+            f"{name} imports {module}; it may import {may_import(name) or 'none of ours'}"
         )
         assert "*" not in names, f"{name}: star import from {module}"
 
@@ -138,7 +125,7 @@ def test_import_table(name):
     [
         ("def f():\n    from halos_nb.loop import run", [("loop", ["run"])]),
         ("from .models import *", [("models", ["*"])]),
-        ("import halos_nb.plots as p", [("plots", ["halos_nb.plots"])]),
+        ("import halos_nb.figures as p", [("figures", ["halos_nb.figures"])]),
         ("from halos_nb import sample", [("sample", ["sample"])]),
         ("from . import label", [("label", ["label"])]),
         ("import torch", []),
@@ -148,10 +135,34 @@ def test_import_table_sees(line, found):
     assert list(own_imports(ast.parse(line))) == found
 
 
-def test_table_points_down():
-    order = list(MAY_IMPORT)
-    for name, allowed in MAY_IMPORT.items():
-        assert all(order.index(a) < order.index(name) for a in allowed), name
+def strings_naming_rooms(tree):
+    "(room, line) of every text in a syntax tree that is a dotted name of ours, documentation left out."
+    docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docs
+        ):
+            if m := re.fullmatch(r"halos_nb\.(\w*)\.?", node.value):
+                yield m[1], node.lineno
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_named_as_strings_only_where_stages_start(name):
+    named = list(strings_naming_rooms(ast.parse(MODULES[name].read_text())))
+    assert not named or name in NAME_STAGES, f"{name}: names {named} as strings"
+
+
+def test_strings_are_seen():
+    tree = ast.parse("'halos_nb.doc'\nrun('halos_nb.train', f'halos_nb.{stage}')")
+    assert list(strings_naming_rooms(tree)) == [("train", 2), ("", 2)]
+
+
+def test_the_table_has_no_room_twice_and_points_down():
+    assert sum(len(names.split()) for names in FLOORS.values()) == len(ROOMS)
+    for name in ROOMS:
+        assert all(ORDER.index(m) < ORDER.index(name) for m in may_import(name)), name
 
 
 def loaded(statement):
@@ -191,9 +202,13 @@ def test_every_notebook_has_its_module_and_the_reverse():
     )
     for name, p in exported.items():
         assert re.fullmatch(r"\d\d_" + name, p.stem), f"{p.name} exports {name}"
+    numbers = [p.stem[:2] for p in exported.values()]
+    assert len(set(numbers)) == len(numbers), "two notebooks have the same number"
+    for name, p in exported.items():
+        assert int(p.stem[0]) == ROOMS[name], f"{p.name} stands on floor {ROOMS[name]}"
     order = [default_exp(p) for p in NOTEBOOKS if default_exp(p)]
-    assert order == [n for n in MAY_IMPORT if n in exported], (
-        "the notebooks' numbers are the reading order of MAY_IMPORT"
+    assert order == [n for n in ORDER if n in exported], (
+        "the notebooks' numbers are the reading order of FLOORS"
     )
 
 

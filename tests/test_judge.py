@@ -19,16 +19,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 import golden
-from halos_nb import judge as j
-from halos_nb.config import LabelConfig
-from halos_nb.judge import (
-    Judge,
-    JudgeStopped,
-    interpret,
-    process_samples_with_api,
-    read_number,
-    read_winner,
-)
+from halos_nb import api, judge, replies
+from halos_nb.configs import LabelConfig
+from halos_nb.replies import read_number, read_winner
+from halos_nb.judge import Judge, JudgeStopped, interpret, process_samples_with_api
 from halos_nb.label import main
 from halos_nb.records import (
     RecordError,
@@ -164,7 +158,7 @@ def test_two_final_scores(a, b):
 @given(
     st.text()
     | st.text("0123456789.,/+-eE%: Fnialscore{}\"'[]()*\n")
-    | st.from_regex(j.FINAL + j.VALUE)
+    | st.from_regex(replies.FINAL + replies.VALUE)
 )
 def test_nothing_is_invented(reply):
     "No text breaks the reader; what it reads stands in the text."
@@ -172,8 +166,12 @@ def test_nothing_is_invented(reply):
     assert (value is None) == bool(reason)
     if value is not None:
         assert value in {
-            j.to_float(m[0]) for m in re.finditer(j.NUMBER, j.plain(reply), re.I)
-        } | {j.to_float(m["x"]) for m in re.finditer(j.VALUE, j.plain(reply), re.I)}
+            replies.to_float(m[0])
+            for m in re.finditer(replies.NUMBER, replies.plain(reply), re.I)
+        } | {
+            replies.to_float(m["x"])
+            for m in re.finditer(replies.VALUE, replies.plain(reply), re.I)
+        }
     assert read_winner(reply).value in ("A", "B", "tie", None)
 
 
@@ -763,7 +761,7 @@ def test_two_runs_at_once(tmp_path):
     with Server(score_of) as server:
         cfg = config(server, tmp_path, 6)
         with (
-            j.locked(tmp_path / "feedback.labels.jsonl"),
+            judge.locked(tmp_path / "feedback.labels.jsonl"),
             pytest.raises(RuntimeError, match="another process is asking"),
         ):
             main(cfg)
@@ -847,18 +845,18 @@ def test_dry_run_spends_nothing(tmp_path):
 @pytest.fixture
 def places(monkeypatch):
     "A minute of 0.4 s; every place that the limiter gave: when, and for how many tokens."
-    begin, wait, given = j.Limiter.__init__, j.Limiter.wait, []
+    begin, wait, given = api.Limiter.__init__, api.Limiter.wait, []
 
     async def noted(self, tokens):
         await wait(self, tokens)
         given.append((time.monotonic(), tokens))
 
     monkeypatch.setattr(
-        j.Limiter,
+        api.Limiter,
         "__init__",
         lambda self, requests, tokens: begin(self, requests, tokens, window=0.4),
     )
-    monkeypatch.setattr(j.Limiter, "wait", noted)
+    monkeypatch.setattr(api.Limiter, "wait", noted)
     return given
 
 
@@ -1083,7 +1081,7 @@ def test_contradictions(more, told):
 def judge_model(folder):
     "A tiny chat model that has learnt by heart to call `fine` 9 and `poor` 2."
     import torch
-    from halos_nb.batching import byte_tokenizer, encode
+    from halos_nb.trees import byte_tokenizer, encode
     from halos_nb.models import small_llama
 
     tok = byte_tokenizer()

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 import golden
-from halos_nb.batching import byte_tokenizer, encode, encode_prompt
-from halos_nb.config import LabelConfig, parse_args
+from halos_nb.trees import byte_tokenizer, encode, encode_prompt
+from halos_nb.configs import LabelConfig
+from halos_nb.settings import parse_args
 from halos_nb.label import main, process_batch_with_reward_model, read_samples, to_feedback
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
 from halos_nb.people import Session, choose_pairs, comparisons

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb import supervise
-from halos_nb.config import Profile, SampleConfig
-from halos_nb.launch import StageError, launch, prepare
+from halos_nb import preload
+from halos_nb.configs import SampleConfig
+from halos_nb.settings import Profile
+from halos_nb.jobs import StageError, launch, prepare
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -147,8 +148,8 @@ def test_log_line_when_there_is_no_terminal(tmp_path, capfd):
 # --------------------
 
 CELL = """
-from halos_nb.config import Profile, SampleConfig
-from halos_nb.launch import launch
+from halos_nb.configs import Profile, SampleConfig
+from halos_nb.jobs import launch
 job = launch("sample", SampleConfig(model="hang", output_file="{out}"), Profile(num_processes=2), "{folder}", module="tiny_stage")
 job.wait()
 """
@@ -206,6 +207,7 @@ def pid_of(folder, what):
             what == "launcher"
             and b"accelerate.commands.launch" in args
             and b"halos_nb.supervise" not in args
+            and b"halos_nb.preload" not in args
             and b"LOCAL_RANK=" not in environ
         ):
             return p
@@ -295,8 +297,8 @@ ONE = Profile()
 def nursery(stages):
     "A nursery that waits; kept from test to test."
     prepare(ONE)
-    assert supervise.KEPT[0].waits(60)
-    return supervise.KEPT[0]
+    assert preload.KEPT[0].waits(60)
+    return preload.KEPT[0]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def nursery(stages):
 def test_a_copy_ends_as_a_process_of_its_own_does(mode, says, code, tmp_path, nursery):
     # which may differ between the stages of a nursery
     job = start(mode, tmp_path, Profile(timeout_minutes=11))
-    assert isinstance(job.process, supervise.Forked)
+    assert isinstance(job.process, preload.Forked)
     if not code:
         job.wait()
         assert json.loads((tmp_path / "out").read_text())[:3] == [1, 1, 1]
@@ -355,11 +357,11 @@ def test_a_copy_computes_with_its_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     two = Profile(threads=2)
     prepare(two)
-    assert supervise.KEPT[0].waits(60)
+    assert preload.KEPT[0].waits(60)
     for _ in range(2):
         job = launch("sample", SampleConfig(model="m"), two, tmp_path, module="much")
         job.wait()
-        assert isinstance(job.process, supervise.Forked) and job.file(
+        assert isinstance(job.process, preload.Forked) and job.file(
             "log"
         ).read_text().split() == ["700"] * 2 + ["2", "36"]
 
@@ -377,9 +379,9 @@ def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
     ]
     for j in jobs:
         j.wait()
-    assert not any(isinstance(j.process, supervise.Forked) for j in jobs)
+    assert not any(isinstance(j.process, preload.Forked) for j in jobs)
     prepare(ONE)
-    assert supervise.KEPT[0].waits(60)
+    assert preload.KEPT[0].waits(60)
     jobs = [
         launch(s, SampleConfig(model="m"), ONE, tmp_path / "run", module="tell")
         for s in ("a", "b")
@@ -394,7 +396,7 @@ def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
             True,
             "__main__",
         ]
-        assert state == "True 1 True" and isinstance(j.process, supervise.Forked)
+        assert state == "True 1 True" and isinstance(j.process, preload.Forked)
 
 
 def test_secrets_reach_a_copy_and_are_in_no_file_and_no_argument_list(
@@ -404,13 +406,13 @@ def test_secrets_reach_a_copy_and_are_in_no_file_and_no_argument_list(
     (tmp_path / "tells.py").write_text("import os; print(len(os.environ['OPENAI_API_KEY']))")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     prepare(ONE)  # the nursery that was there is older than the key
-    new = supervise.KEPT[0]
+    new = preload.KEPT[0]
     assert new is not nursery and new.waits(60)
     assert b"sk-very-secret" not in Path(f"/proc/{new.process.pid}/cmdline").read_bytes()
     job = launch("sample", SampleConfig(model="m"), ONE, tmp_path / "run", module="tells")
     job.wait()
     assert (
-        isinstance(job.process, supervise.Forked)
+        isinstance(job.process, preload.Forked)
         and job.file("log").read_text() == f"{len('sk-very-secret')}\n"
     )
     assert all(b"sk-very-secret" not in f.read_bytes() for f in (tmp_path / "run").iterdir())
@@ -433,7 +435,7 @@ def own_nursery(stages, tmp_path, monkeypatch):
                     [
                         sys.executable,
                         "-c",
-                        "from halos_nb.supervise import nursery; nursery('small')",
+                        "from halos_nb.preload import nursery; nursery('small')",
                     ],
                     stdin=theirs,
                 )
@@ -489,7 +491,7 @@ def test_nothing_of_a_copy_is_left(who, tmp_path, nursery):
 def test_no_copy_outlives_its_notebook(death, tmp_path):
     cell = CELL.replace(
         "import launch\n",
-        "import launch, prepare\nfrom halos_nb.supervise import KEPT\nprepare(Profile())\nassert KEPT[0].waits(60)\nopen('{folder}/nursery', 'w').write(str(KEPT[0].process.pid))\n",
+        "import launch, prepare\nfrom halos_nb.preload import KEPT\nprepare(Profile())\nassert KEPT[0].waits(60)\nopen('{folder}/nursery', 'w').write(str(KEPT[0].process.pid))\n",
     ).replace("num_processes=2", "")
     papermill = notebook(tmp_path, cell)
     until((tmp_path / "out").exists, 60, "running")
@@ -513,7 +515,7 @@ def test_no_copy_outlives_its_notebook(death, tmp_path):
 def test_a_nursery_that_is_not_needed_ends(tmp_path, nursery):
     job = start("hang", tmp_path, ONE)
     until((tmp_path / "out").exists, 30, "start")
-    supervise.KEPT.pop().close()
+    preload.KEPT.pop().close()
     time.sleep(0.5)
     assert nursery.process.poll() is None and job.poll() is None  # its job goes on
     job.stop()

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb import loop, supervise
-from halos_nb.config import LoopConfig, Profile, SampleConfig, Settings
-from halos_nb.launch import StageError
-from halos_nb.loop import Ledger, Stage, code_hash, run_rounds, run_summary
+from halos_nb import jobs, ledger, preload
+from halos_nb.configs import LoopConfig, SampleConfig
+from halos_nb.settings import Profile, Settings
+from halos_nb.jobs import StageError
+from halos_nb.ledger import Ledger, Stage, code_hash
+from halos_nb.loop import run_rounds
+from halos_nb.runs import run_summary
 from halos_nb.records import file_hash, read_jsonl
 
 HERE = Path(__file__).parent
@@ -94,7 +97,7 @@ def test_what_changed_is_redone_and_what_follows(run, monkeypatch):
     assert go(run, changed) == [False, True, True]
     (run.parent / "start").write_text("A\n")
     assert go(run, changed) == [True] * 3
-    monkeypatch.setattr(loop, "versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(ledger, "versions", lambda: {"torch": "9"})
     assert go(run, changed) == [True] * 3
     assert [e["why"] for e in read_jsonl(run / "ledger.jsonl") if e["event"] == "started"][
         -3:
@@ -112,10 +115,10 @@ def test_a_moved_run_still_stands(run, tmp_path):
 def test_code_is_the_closure_of_our_imports():
     code = {m: code_hash(f"halos_nb.{m}") for m in ("records", "feedback", "data")}
     assert len(set(code.values())) == 3
-    needed = loop.our_modules(
-        __import__("ast").parse(loop.source("halos_nb.sample").read_text())
+    needed = ledger.our_modules(
+        __import__("ast").parse(ledger.source("halos_nb.sample").read_text())
     )
-    assert "halos_nb.records" in needed and "halos_nb.launch" not in needed
+    assert "halos_nb.records" in needed and "halos_nb.jobs" not in needed
 
 
 def test_a_failed_stage_is_not_sealed_and_an_output_that_is_missing_is_an_error(run):
@@ -179,7 +182,7 @@ def test_code_that_changes_while_a_notebook_lives_is_noticed(tmp_path, monkeypat
 @pytest.fixture
 def no_nursery(monkeypatch):
     "As with several processes, or a GPU."
-    monkeypatch.setattr(loop, "prepare", lambda profile: False)
+    monkeypatch.setattr(ledger, "prepare", lambda profile: False)
 
 
 def test_the_next_stage_is_ready_before_its_turn(run, no_nursery):
@@ -281,12 +284,12 @@ def test_a_stage_that_was_started_on_what_is_no_longer_true(run, change):
 def test_copies_of_a_nursery_end_in_the_same_bits(run, monkeypatch):
     kinds = []
     with monkeypatch.context() as m:
-        m.setattr(loop, "prepare", lambda profile: False)
-        m.setattr(supervise, "KEPT", [])
+        m.setattr("halos_nb.ledger.prepare", lambda profile: False)
+        m.setattr(preload, "KEPT", [])
         assert all(go(run, chain(run, 4)))
     bits = [file_hash(s.outputs[0]) for s in chain(run, 4)]
-    loop.prepare(Profile())
-    assert supervise.KEPT[0].waits(60)
+    jobs.prepare(Profile())
+    assert preload.KEPT[0].waits(60)
     with Ledger(
         run,
         Profile(),
@@ -294,13 +297,13 @@ def test_copies_of_a_nursery_end_in_the_same_bits(run, monkeypatch):
         watch=lambda job, **shown: (kinds.append(type(job.process)), quiet(job)),
     ) as ledger:
         assert all([ledger.run(s, then=s) for s in chain(run, 4)])
-    assert kinds == [supervise.Forked] * 4 and bits == [
+    assert kinds == [preload.Forked] * 4 and bits == [
         file_hash(s.outputs[0]) for s in chain(run, 4)
     ]
 
 
 DRIVER = """
-import sys; from pathlib import Path; from halos_nb.config import Profile
+import sys; from pathlib import Path; from halos_nb.settings import Profile
 sys.path.insert(0, {tests!r})
 from test_loop import chain, go
 run = Path({run!r})
@@ -371,7 +374,7 @@ def test_interrupt_leaves_the_stage_unsealed_and_the_run_free(run):
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        loop, "launch", lambda *a, real=loop.launch, **k: real(*a[:4], "pretend", **k)
+        ledger, "launch", lambda *a, real=ledger.launch, **k: real(*a[:4], "pretend", **k)
     )
     for name in ("sft", "rm"):
         (tmp_path / name).mkdir()

@@ -28,7 +28,7 @@ from halos_nb.losses import (
     token_entropy,
     whiten,
 )
-from halos_nb.models import token_logps
+from halos_nb.attention import token_logps
 
 tol = dict(rtol=1e-4, atol=1e-5)
 

@@ -24,17 +24,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from halos_nb import models
+from halos_nb import attention, processes
 from halos_nb import reference as references
-from halos_nb.batching import (
+from halos_nb.trees import Tree, byte_tokenizer, make_batch
+from halos_nb.loaders import (
     GroupUnpairedPreferenceDataLoader,
     PairedPreferenceDataLoader,
-    Tree,
     UnpairedPreferenceDataLoader,
-    byte_tokenizer,
-    make_batch,
 )
 from halos_nb.data import get_preferences
+from halos_nb.processes import start_processes
 from halos_nb.models import (
     AutoModelForBradleyTerry,
     TreeActorCritic,
@@ -46,7 +45,6 @@ from halos_nb.models import (
     load_policy,
     load_reference,
     load_reward_model,
-    start_processes,
 )
 from halos_nb.reference import (
     add_lora,
@@ -277,8 +275,8 @@ def test_fresh_critic_is_zero_and_learns(llama):
 @pytest.mark.parametrize("kind", ["policy", "actor-critic"])
 def test_no_logits_of_all_tokens(llama, kind, monkeypatch):
     "The vocabulary head never sees more than a chunk of rows, in forward or backward."
-    model, rows, inner = KINDS[kind](llama), [], models.in_chunks
-    monkeypatch.setattr(models, "in_chunks", lambda *a: inner(*a, chunk=4))
+    model, rows, inner = KINDS[kind](llama), [], attention.in_chunks
+    monkeypatch.setattr(attention, "in_chunks", lambda *a: inner(*a, chunk=4))
     model.get_output_embeddings().register_forward_hook(lambda m, i, o: rows.append(len(o)))
     whole = KINDS[kind](llama)
     out = model(tree=make_batch(TREES))
@@ -1158,4 +1156,4 @@ def test_two_processes_share_the_work(llama, tmp_path):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     two_processes(*sys.argv[1:])
-    models.end_process()
+    processes.end_process()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb.config import LoopConfig, Profile, SampleConfig, Settings
-from halos_nb.launch import StageError, last_line, launch
+from halos_nb.configs import LoopConfig, SampleConfig
+from halos_nb.settings import Profile, Settings
+from halos_nb.jobs import StageError, last_line, launch
 from halos_nb.loop import run_rounds
 from halos_nb.monitor import (
     RunMonitor,
@@ -140,7 +141,7 @@ def test_stop_reaches_a_run_of_another_process_between_two_stages(tmp_path):
     "Its lock is held and no stage is there: the next one is ended as it starts."
     script = f"""
 import sys, time
-from halos_nb.config import Profile, SampleConfig
+from halos_nb.configs import Profile, SampleConfig
 from halos_nb.loop import Ledger, Stage
 from pathlib import Path
 run = Path({str(tmp_path / "run")!r})
@@ -165,7 +166,7 @@ with Ledger(run, Profile()) as ledger:
 
 def test_looking_never_hinders_a_run_that_starts(tmp_path):
     "A hundred looks a second while jobs start in the same folder and its lock is taken again and again."
-    from halos_nb.loop import Ledger
+    from halos_nb.ledger import Ledger
 
     over, run = threading.Event(), tmp_path / "run"
 
@@ -212,11 +213,11 @@ def pretend_run(tmp_path, **more):
 @pytest.fixture
 def pretend(monkeypatch):
     "The loop starts the pretended stages; from now on in place of `slowly` the slow one."
-    from halos_nb import loop
+    from halos_nb import ledger
 
-    real, slowly = loop.launch, []
+    real, slowly = ledger.launch, []
     monkeypatch.setattr(
-        loop,
+        ledger,
         "launch",
         lambda stage, cfg, profile, folder, module, **k: real(
             stage,
@@ -343,7 +344,7 @@ def test_a_killed_process_leaves_a_run_that_says_so(tmp_path):
     run = tmp_path / "run"
     script = f"""
 import time
-from halos_nb.config import Profile, SampleConfig
+from halos_nb.configs import Profile, SampleConfig
 from halos_nb.loop import Ledger, Stage
 from pathlib import Path
 run = Path({str(run)!r})
@@ -458,7 +459,7 @@ def test_nothing_heavy_is_loaded():
             sys.executable,
             "-c",
             (
-                "import sys, halos_nb.monitor, halos_nb.compare, halos_nb.page, "
+                "import sys, halos_nb.monitor, halos_nb.runs, halos_nb.page, "
                 "halos_nb.rewards; print(*{m.split('.')[0] for m in sys.modules})"
             ),
         ],

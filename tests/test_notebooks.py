@@ -12,14 +12,8 @@ from pathlib import Path
 import pytest
 from test_house import NOTEBOOKS, default_exp
 
-from halos_nb.config import (
-    CompareConfig,
-    HandConfig,
-    LoopConfig,
-    RewardConfig,
-    RunsConfig,
-    notebook_config,
-)
+from halos_nb.configs import CompareConfig, HandConfig, LoopConfig, RewardConfig, RunsConfig
+from halos_nb.settings import notebook_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVERS = {p.stem: p for p in NOTEBOOKS if default_exp(p) is None}

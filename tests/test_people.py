@@ -12,9 +12,9 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb.agreement import agreement_report
-from halos_nb.config import TrainConfig
-from halos_nb.feedback import pair_of, pair_table
+from halos_nb.stats import agreement_report
+from halos_nb.configs import TrainConfig
+from halos_nb.verdicts import pair_of, pair_table
 from halos_nb.people import (
     CHOICES,
     Session,
@@ -508,7 +508,7 @@ def test_pairs_of_a_feedback_file(rows):
 )
 def test_train_takes_it(pressed, tmp_path, kind, loss):
     "A real step of a small model on what a person pressed."
-    from halos_nb.batching import byte_tokenizer
+    from halos_nb.trees import byte_tokenizer
     from halos_nb.models import small_llama
     from halos_nb.train import train
 

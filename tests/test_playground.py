@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb.batching import encode
+from halos_nb.trees import encode
 from halos_nb.playground import (
     ASKED,
     BEST,

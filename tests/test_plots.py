@@ -7,27 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb import plots
-from halos_nb.plots import (
-    accuracy_interval,
+from halos_nb import figures, show
+from halos_nb.stats import accuracy_interval, mean_interval
+from halos_nb.show import pairs_table, samples_table, spread, summary_table, visible
+from halos_nb.figures import (
     margin_histogram,
-    mean_interval,
-    pairs_table,
     reward_distributions,
-    samples_table,
     score_distributions,
-    spread,
-    summary_table,
     training_curves,
-    visible,
 )
-from halos_nb.rewards import (
-    calibration_curve,
-    calibration_table,
-    kl_curve,
-    reward_scatter,
-    reward_vs_true,
-)
+from halos_nb.stats import calibration_table
+from halos_nb.rewards import calibration_curve, kl_curve, reward_scatter, reward_vs_true
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -210,7 +200,7 @@ def test_preferred_is_marked_and_missing_is_a_dash():
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_word_diff_keeps_both_texts(a, b):
     "Without the marked insertions and deletions both sides are the same text; with them each side is its own, escaped."
-    left, right = plots.word_diff(a, b)
+    left, right = show.word_diff(a, b)
     for marked, text in ((left, a), (right, b)):
         page = Page(f"<div>{marked}</div>")
         assert set(page.tags) <= {"div", "ins", "del"} and page.text.replace(
@@ -224,12 +214,12 @@ def test_word_diff_keeps_both_texts(a, b):
 
 def test_display_mode_is_decided_in_one_place(monkeypatch):
     monkeypatch.delenv("HALOS_NB_MODE", raising=False)
-    assert plots.display_mode() == "static"  # no kernel here
+    assert show.display_mode() == "static"  # no kernel here
     monkeypatch.setenv("HALOS_NB_MODE", "widget")
-    assert plots.display_mode() == "widget" and plots.display_mode("static") == "static"
+    assert show.display_mode() == "widget" and show.display_mode("static") == "static"
     monkeypatch.setenv("HALOS_NB_MODE", "film")
     with pytest.raises(ValueError, match="film"):
-        plots.display_mode()
+        show.display_mode()
 
 
 def luminance(colour):  # WCAG 2.1, relative luminance of #rrggbb
@@ -245,20 +235,18 @@ def contrast(a, b):
 
 def test_colours_can_be_read_on_light_and_dark():
     "WCAG: 4.5 for text, 3 for lines and areas; what means something keeps its colour on both pages."
-    dark = plots.DARK["white"]
-    assert contrast(plots.INK, "#FFFFFF") > 7 and contrast(plots.DARK[plots.INK], dark) > 7
-    assert (
-        contrast(plots.PALE, "#FFFFFF") > 4.5 and contrast(plots.DARK[plots.PALE], dark) > 4.5
-    )
-    for c in (plots.CHOSEN, plots.REJECTED, plots.REFERENCE, plots.TRUTH):
+    dark = show.DARK["white"]
+    assert contrast(show.INK, "#FFFFFF") > 7 and contrast(show.DARK[show.INK], dark) > 7
+    assert contrast(show.PALE, "#FFFFFF") > 4.5 and contrast(show.DARK[show.PALE], dark) > 4.5
+    for c in (show.CHOSEN, show.REJECTED, show.REFERENCE, show.TRUTH):
         assert contrast(c, "#FFFFFF") >= 3 and contrast(c, dark) >= 3, c
 
 
 def test_a_colour_means_the_same_everywhere():
-    assert plots.LINES["chosen"] == plots.CHOSEN and plots.LINES["rejected"] == plots.REJECTED
+    assert figures.LINES["chosen"] == show.CHOSEN and figures.LINES["rejected"] == show.REJECTED
     both = score_distributions([1.0, 2.0], [0.0, 1.0])
-    assert [t.line.color for t in both.data] == [plots.CHOSEN, plots.REJECTED]
-    assert len({plots.CHOSEN, plots.REJECTED, plots.REFERENCE, plots.TRUTH}) == 4
+    assert [t.line.color for t in both.data] == [show.CHOSEN, show.REJECTED]
+    assert len({show.CHOSEN, show.REJECTED, show.REFERENCE, show.TRUTH}) == 4
 
 
 def test_spread_covers_the_margins():
@@ -372,7 +360,7 @@ def test_figures_stay_small():
         dict(prompt_id=i // 4, reward=x, true_reward=x) for i, x in enumerate(big.tolist())
     ]
     lines = [
-        {k: float(x) for panel in plots.CURVES.values() for k in panel.values()}
+        {k: float(x) for panel in figures.CURVES.values() for k in panel.values()}
         for x in big[:20_000]
     ]
     for fig in (
@@ -441,7 +429,7 @@ def saved_outputs(tmp_path, **env):
 
     path = tmp_path / "two.ipynb"
     cells = [
-        "from halos_nb.plots import setup_display, margin_histogram\nprint(setup_display())",
+        "from halos_nb.figures import setup_display, margin_histogram\nprint(setup_display())",
         "margin_histogram([1, 2, -1])",
     ]
     nbformat.write(

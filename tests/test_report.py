@@ -13,25 +13,28 @@ import numpy as np
 import pytest
 from test_plots import HOSTILE, turns
 
-from halos_nb import compare, rewards
-from halos_nb.compare import (
+from halos_nb import rewards
+from halos_nb.runs import (
     RunComparer,
+    csv_cell,
     differing,
     flat,
     read_runs,
     same_prompt,
     shared_prompts,
 )
-from halos_nb.config import LoopConfig, Settings
-from halos_nb.loop import run_rounds, run_summary
+from halos_nb.configs import LoopConfig
+from halos_nb.settings import Settings
+from halos_nb.loop import run_rounds
+from halos_nb.runs import run_summary
 from halos_nb.page import report
-from halos_nb.plots import visible, word_diff
+from halos_nb.show import visible, word_diff
 from halos_nb.records import read_jsonl
+from halos_nb.stats import slope
 from halos_nb.rewards import (
     chosen_rejected,
     length_and_reward,
     reward_against_kl,
-    slope,
     win_rate,
     win_rates,
 )
@@ -51,19 +54,19 @@ PAYLOADS = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "Three runs that the loop has made, over stages without a model: two seeds of DPO and one of another threshold; and a folder that is no run."
-    from halos_nb import loop
+    from halos_nb import ledger
 
     tmp, patch = tmp_path_factory.mktemp("compared"), pytest.MonkeyPatch()
-    real = loop.launch
+    real = ledger.launch
     patch.setattr(
-        loop,
+        ledger,
         "launch",
         lambda stage, cfg, profile, folder, module, **k: real(
             stage, cfg, profile, folder, "pretend", **k
         ),
     )
     # neither a nursery nor a start ahead of time
-    patch.setattr(loop, "prepare", lambda profile: True)
+    patch.setattr(ledger, "prepare", lambda profile: True)
     patch.setenv("PYTHONPATH", str(HERE))
     for name in ("sft", "rm"):
         (tmp / name).mkdir()
@@ -291,11 +294,11 @@ def test_table_goes_to_csv_and_back(runs, tmp_path):
     for row, line in zip(both.rows(only_differences=False), read, strict=True):
         assert set(row) <= set(line)
         for k, v in row.items():
-            assert line[k] == ("" if v is None else str(compare.csv_cell(v))), k
+            assert line[k] == ("" if v is None else str(csv_cell(v))), k
     assert (
-        compare.csv_cell("=HYPERLINK(1)") == "'=HYPERLINK(1)"
-        and compare.csv_cell(-1.5) == -1.5
-        and compare.csv_cell("a,b\n") == "a,b\n"
+        csv_cell("=HYPERLINK(1)") == "'=HYPERLINK(1)"
+        and csv_cell(-1.5) == -1.5
+        and csv_cell("a,b\n") == "a,b\n"
     )
 
 

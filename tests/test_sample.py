@@ -31,25 +31,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from halos_nb.batching import byte_tokenizer
-from halos_nb.config import SampleConfig, config_json, parse_args
+from halos_nb.trees import byte_tokenizer
+from halos_nb.configs import SampleConfig, config_json
+from halos_nb.settings import parse_args
 from halos_nb.data import Example
 from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan
 from halos_nb.models import load_policy, load_reference, load_tokenizer
 from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
-from halos_nb.sample import (
-    answer_logps,
-    ask,
-    ask_all,
-    main,
-    merge,
-    own_end_tokens,
-    sample,
-    sample_batch,
-    sample_seed,
-    sample_share,
-    shard,
-)
+from halos_nb.answers import answer_logps, merge, sample_share, shard
+from halos_nb.backends import ask, ask_all, own_end_tokens, sample_seed
+from halos_nb.sample import main, sample, sample_batch
 
 TWO = [
     "-m",

@@ -13,16 +13,17 @@ import torch
 from golden import cases
 from safetensors.torch import load_file
 
-from halos_nb.batching import Step, Tree, byte_tokenizer, make_batch
-from halos_nb.config import TrainConfig, config_json
-from halos_nb.data import load_data
+from halos_nb.trees import Tree, byte_tokenizer, make_batch
+from halos_nb.loaders import Step
+from halos_nb.configs import TrainConfig, config_json
+from halos_nb.hub_sets import load_data
 from halos_nb.feedback import group_advantages
 from halos_nb.losses import token_entropy
+from halos_nb.attention import gather_logps
 from halos_nb.models import (
     BranchLogps,
     BranchScores,
     BranchValues,
-    gather_logps,
     load_policy,
     load_reference,
     load_tokenizer,

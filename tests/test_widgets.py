@@ -7,22 +7,12 @@ import numpy as np
 import pytest
 
 from halos_nb import widgets
-from halos_nb.feedback import convert_to_pairwise_feedback, pair_of
+from halos_nb.feedback import convert_to_pairwise_feedback
+from halos_nb.verdicts import pair_of
 from halos_nb.people import Session, choose_pairs
 from halos_nb.records import append_jsonl, as_text, read_jsonl, read_records, write_records
-from halos_nb.widgets import (
-    Desk,
-    HumanLabeler,
-    PairBrowser,
-    browse_pairs,
-    detail,
-    export,
-    finish,
-    flag,
-    pick,
-    read_pairs,
-    still,
-)
+from halos_nb.pairs import detail, export, flag, pick, read_pairs, still
+from halos_nb.widgets import Desk, HumanLabeler, PairBrowser, browse_pairs, finish
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIL = "document.title=String.fromCharCode(114,97,110)"  # would set the title to "ran"
@@ -472,7 +462,7 @@ def test_policies_for_open_pairs(tmp_path, capsys):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
     from test_plots import ATTRIBUTES, TAGS, Page
-    from halos_nb.plots import visible
+    from halos_nb.show import visible
 
     run = make_run(
         tmp_path / "run",

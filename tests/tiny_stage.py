@@ -3,7 +3,7 @@
 import json, os, signal, sys, time
 from pathlib import Path
 
-from halos_nb.config import awaited
+from halos_nb.settings import awaited
 
 cfg = json.loads(awaited(sys.argv[sys.argv.index("--config") + 1]).read_text())
 mode, _, extra = cfg["model"].partition(":")

@@ -2,8 +2,9 @@
 
 import sys
 
-from halos_nb.config import TrainConfig, parse_args
-from halos_nb.models import end_process
+from halos_nb.configs import TrainConfig
+from halos_nb.settings import parse_args
+from halos_nb.processes import end_process
 from halos_nb.train import train
 
 for file in sys.argv[1:]:
