@@ -6,7 +6,8 @@
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'RECORDS', 'zero_or_one', 'text_or_whole', 'encodable', 'Record', 'Turn', 'Sample',
            'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'field_name',
            'check', 'show', 'prompt_id', 'as_turns', 'as_text', 'parse', 'read_rows', 'read_records', 'atomic_write',
-           'StreamingJSONWriter', 'write_records', 'write_json', 'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
+           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'take_lock', 'is_locked', 'lock_file',
+           'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import fcntl
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import IO, Annotated, Any, Literal, TextIO
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -344,6 +345,44 @@ def write_json(path: str | Path, obj):
             orjson.dumps(obj, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode()
             + "\n"
         )
+
+# %% ../nbs/00_records.ipynb #04b0d8c9
+class FileLocked(RuntimeError):
+    "Another process holds the lock of this file."
+
+
+def take_lock(file: IO, kind: int = fcntl.LOCK_EX) -> bool:
+    "Whether the lock of an open file could be had at once."
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: str | Path) -> bool:
+    "Whether somebody holds the lock of this file; False if it is not there."
+    try:
+        with open(path, "rb") as file:
+            return not take_lock(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+# %% ../nbs/00_records.ipynb #dc545ada
+def lock_file(
+    path: str | Path,
+    busy: str = "",  # message of the error; empty: that it is locked
+    patience: float = 0,  # seconds to wait for others to be done
+) -> IO[bytes]:
+    "A file opened to append, with its lock for as long as it is open; FileLocked if others have it."
+    file = open(path, "ab+")
+    late = time.monotonic() + patience
+    while not take_lock(file):
+        if time.monotonic() > late:
+            file.close()
+            raise FileLocked(busy or f"{path}: another process has locked this file")
+        time.sleep(0.05)
+    return file
 
 # %% ../nbs/00_records.ipynb #148d103c
 def append_jsonl(
