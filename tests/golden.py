@@ -1,18 +1,11 @@
-"""Reference values for tests: recorded outputs of HALOs, in a folder beside the repository that is not part of it."""
+"Reference values for tests: recorded outputs of HALOs, in `tests/golden` (its README says what is in them)."
 
-import json, os
+import json
 from pathlib import Path
 
 import pytest
 
-FOLDER = (
-    Path(os.environ.get("HALOS_NB_SHARED") or Path(__file__).parents[2] / "shared") / "golden"
-)
-ABSENT = (
-    f"no reference values: {FOLDER.name}/ is not beside the repository (HALOS_NB_SHARED may "
-    "name the folder that holds it)"
-)
-needs_golden = pytest.mark.skipif(not FOLDER.is_dir(), reason=ABSENT)
+FOLDER = Path(__file__).parent / "golden"
 
 
 def numbers(x):
@@ -25,19 +18,11 @@ def numbers(x):
 
 
 def load(name):
-    "The whole file `name`.json; the test is skipped where there is none."
-    if not (FOLDER / f"{name}.json").is_file():
-        pytest.skip(ABSENT)
+    "The whole file `name`.json."
     return numbers(json.loads((FOLDER / f"{name}.json").read_text()))
 
 
 def cases(name, keep=lambda case: True):
-    "`parametrize` over the cases of `name`.json; one skipped test where there is none."
-    if not (FOLDER / f"{name}.json").is_file():
-        return pytest.mark.parametrize(
-            "case",
-            [pytest.param(None, marks=pytest.mark.skip(reason=ABSENT), id="golden-absent")],
-        )
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c["id"]) for c in load(name)["cases"] if keep(c)]
-    )
+    "`parametrize` over the cases of `name`.json."
+    kept = [c for c in load(name)["cases"] if keep(c)]
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c["id"]) for c in kept])

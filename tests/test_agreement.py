@@ -2,14 +2,15 @@
 
 import json
 import math
+import os
 from collections import Counter
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from golden import FOLDER
 from halos_nb.stats import (
     agree,
     agreement_report,
@@ -267,7 +268,8 @@ def test_calibration_finds_the_scale():
 
 # ---- a model, a judge and a person on the same real pairs
 
-DATA = FOLDER.parent / "data/pairs_test.json"
+SHARED = Path(os.environ.get("HALOS_NB_SHARED") or Path(__file__).parents[2] / "shared")
+DATA = SHARED / "data/pairs_test.json"
 
 
 @pytest.mark.skipif(

@@ -537,7 +537,6 @@ def score_of(body, times):
     return f"Final Score: {truth(number_of(body))}"
 
 
-@golden.needs_golden
 def test_golden_label_command(tmp_path):
     "The predecessor's command, replies over HTTP: its files, but that a sample without a readable reply is unscored, thresholds are numbers and `split` works (as documented)."
     told = golden.load("label_command")

@@ -275,7 +275,6 @@ def test_unscored(folder, tok, tmp_path):
     assert len(read_records(tmp_path / "feedback.json", "scalar_feedback")) == 20
 
 
-@golden.needs_golden
 def test_golden_label_command():
     "The feedback files of the predecessor's command, given its scores."
     told = golden.load("label_command")
