@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from air import everything
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -294,3 +295,12 @@ def test_no_secret_is_written_down(path):
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", path.read_text()):
         assert (ROOT / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_code_has_air():
+    "The measures of CONTRIBUTING.md; `python tests/air.py` prints them for every notebook."
+    for figures in everything(ROOT):
+        assert figures["too_long"] == 0 and figures["mean"] <= 52
+        assert figures["comprehensions"] <= 0.06
+    (size, longest), *_ = everything(ROOT)[1]["longest"]
+    assert size <= 100, f"{size} nodes: {ast.unparse(longest)}"
