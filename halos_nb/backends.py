@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from .records import Progress, append_jsonl, read_jsonl, show, write_json
+from .records import Progress, append_jsonl, shortened, read_jsonl, write_json
 from .configs import SampleConfig
 from .models import load_tokenizer
 from .generate import Row, end_tokens, plan
@@ -192,7 +192,7 @@ def read_reply(reply) -> dict:  # reply: what the client returned, of whatever k
     "The answer in a reply, or the reason why there is none."
     choices = getattr(reply, "choices", None)
     if not choices:
-        return dict(reason="no choices", detail=show(reply, 200))
+        return dict(reason="no choices", detail=shortened(reply, 200))
     text, end, usage = (
         choices[0].message.content,
         choices[0].finish_reason,
@@ -201,7 +201,7 @@ def read_reply(reply) -> dict:  # reply: what the client returned, of whatever k
     if end == "content_filter" or not isinstance(text, str):
         return dict(
             reason="filtered" if end == "content_filter" else "no text",
-            detail=show(choices[0], 200),
+            detail=shortened(choices[0], 200),
         )
     text.encode()  # half a character cannot be written
     return dict(
@@ -238,7 +238,7 @@ async def ask(client, row: Row, cfg: SampleConfig) -> dict:  # client: an openai
             raise ServerError(f"{client.base_url}: {e}") from None
         return dict(
             reason=f"http {status}" if status else type(e).__name__,
-            detail=show(str(e), 200),
+            detail=shortened(str(e), 200),
             down=status is None or status == 429 or status >= 500,
         )
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['checked', 'METHODS', 'BETA', 'EPSILON', 'FEEDBACK', 'THRESHOLD', 'SampleConfig', 'sample_contradictions',
-           'LabelConfig', 'TrainConfig', 'contradictions', 'config_error', 'make_config', 'there', 'read_options',
-           'LoopConfig', 'CompareConfig', 'names', 'HandConfig', 'RewardConfig', 'RunsConfig', 'config_json']
+           'LabelConfig', 'TrainConfig', 'contradictions', 'config_error', 'make_config', 'require_path',
+           'read_options', 'LoopConfig', 'CompareConfig', 'names', 'HandConfig', 'RewardConfig', 'RunsConfig',
+           'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -505,7 +506,7 @@ def make_config(cls, **given):
         raise ValueError(config_error(e, cls)) from None
 
 
-def there(
+def require_path(
     path: str, what: str
 ) -> str:  # path: of a file or folder, or a name on the hub; what: the parameter
     "The same; an error if it looks like a path and nothing is there."

@@ -21,15 +21,15 @@ from pathlib import Path
 from .records import Progress, RECORDS, RecordError, as_turns, read_rows
 from halos_nb.data import (
     Dataset,
-    best,
+    best_index,
     format_of,
     get_feedback,
     get_preferences,
     get_sampled_data,
-    merge,
+    merge_examples,
     not_understood,
     pair_up,
-    place,
+    add_answer,
 )
 
 # %% ../nbs/05_hub_sets.ipynb #94e76577
@@ -226,7 +226,7 @@ def get_shp(split: str) -> Dataset:  # "train", "validation" or "test"
                 pair_up(ex, answers, [r["score_A"], r["score_B"]], 0 if r["labels"] else 1)
             )
     for ex in data:
-        ex.sft_index = best(ex.scores)
+        ex.sft_index = best_index(ex.scores)
         if train:
             data.counts.update(+Counter(pairs_left_out=len(ex.pairs) - 5))
             ex.pairs = random.Random(0).sample(ex.pairs, min(5, len(ex.pairs)))
@@ -251,7 +251,7 @@ def get_answers(
         if not r["completion"]:
             data.counts["no_answer"] += 1
         else:
-            place(ex, as_turns(r["completion"]))
+            add_answer(ex, as_turns(r["completion"]))
             ex.sft_index = 0
     data.counts.update(
         +Counter(not_imitated=sum(len(ex.generations) - 1 for ex in data if ex.generations))
@@ -457,7 +457,7 @@ def load_data(
             if key not in data.data:
                 data.data[key] = ex
             else:
-                data.counts.update(merge(data.data[key], ex))
+                data.counts.update(merge_examples(data.data[key], ex))
     if not len(data):
         raise ValueError(
             "no data set was named; known are "

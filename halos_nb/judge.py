@@ -33,9 +33,9 @@ from halos_nb.records import (
     append_jsonl,
     as_text,
     as_turns,
-    check,
+    check_record,
     read_jsonl,
-    show,
+    shortened,
     write_json,
 )
 from .configs import LabelConfig
@@ -357,7 +357,9 @@ def read_answer(answer) -> dict:  # reply, finish, input_tokens, output_tokens
         if not isinstance(reply, str | None):
             raise TypeError
     except (AttributeError, IndexError, TypeError, KeyError):
-        raise ValueError(f"the server sent no answer: {show(hide(str(answer)), 200)}") from None
+        raise ValueError(
+            f"the server sent no answer: {shortened(hide(str(answer)), 200)}"
+        ) from None
     refusal = getattr(choice.message, "refusal", None)
     return dict(
         reply=(reply or "").encode("utf-8", "replace").decode(),
@@ -519,7 +521,7 @@ def read_journal(job: Job) -> list[dict]:
         return []
     rows, mine = read_jsonl(job.journal), digest(asdict(job.judge))
     for i, r in enumerate(rows, 1):
-        check(
+        check_record(
             r,
             r.get("type") if r.get("type") in ("label", "comparison") else "label",
             f"{job.journal}, record {i}",
@@ -527,7 +529,7 @@ def read_journal(job: Job) -> list[dict]:
     if other := next((r for r in rows if r.get("judge") != mine), None):
         was = json.loads(job.identity_file.read_text()) if job.identity_file.exists() else {}
         differs = "; ".join(
-            f"{k} was {show(was[k])}, is {show(v)}"
+            f"{k} was {shortened(was[k])}, is {shortened(v)}"
             for k, v in asdict(job.judge).items()
             if k in was and was[k] != v
         )
@@ -635,7 +637,7 @@ async def ask_all(
             finally:
                 budget.held -= budget.dearest(q)
             row["cost"] = budget.cost(row["input_tokens"], row["output_tokens"])
-            append_jsonl(job.journal, check(row, row["type"]), sync=True)
+            append_jsonl(job.journal, check_record(row, row["type"]), sync=True)
             budget.book(q, row)
             failed = 0 if row["reply"] is not None else failed + 1
             if failed >= max(FAILURES, 2 * (job.cfg.batch_size or 10)):

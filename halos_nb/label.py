@@ -28,7 +28,7 @@ from halos_nb.records import (
     Progress,
     RecordError,
     atomic_write,
-    check,
+    check_record,
     read_jsonl,
     read_records,
     write_json,
@@ -351,7 +351,8 @@ def write_labels(path: Path, rows: list[dict]):
         for i, r in enumerate(rows, 1):
             f.write(
                 json.dumps(
-                    check(r, r["type"], f"{path}, record {i}, not written"), ensure_ascii=False
+                    check_record(r, r["type"], f"{path}, record {i}, not written"),
+                    ensure_ascii=False,
                 )
                 + "\n"
             )
@@ -384,7 +385,9 @@ def read_labels(
             "that"
         )
     for i, r in enumerate(rows, 1):
-        check(r, "comparison" if r["type"] == "comparison" else "label", f"{path}, record {i}")
+        check_record(
+            r, "comparison" if r["type"] == "comparison" else "label", f"{path}, record {i}"
+        )
     names = list(dict.fromkeys(r["labeller"] for r in rows))
     if not names:
         raise RecordError(f"{path}: holds no labels")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .records import write_json
-from .configs import LabelConfig, LoopConfig, SampleConfig, there
+from .configs import LabelConfig, LoopConfig, SampleConfig, require_path
 from .settings import Settings
 from .jobs import Job, remove
 from .ledger import Ledger, Stage, run_folder, source, versions
@@ -236,7 +236,7 @@ def located(cfg: LoopConfig) -> LoopConfig:
     return replace(
         cfg,
         **{
-            k: str(Path(v).absolute()) if Path(there(v, k)).exists() else v
+            k: str(Path(v).absolute()) if Path(require_path(v, k)).exists() else v
             for k, v in given.items()
         },
     )

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
-from .configs import there
+from .configs import require_path
 from .trees import CHATML, Tree, TreeBatch, make_batch, train_tokenizer
 from .attention import head_logps, hidden_states
 
@@ -94,7 +94,7 @@ def load_reference(path: str, precision: str = "float32", trust_remote_code: boo
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     "The tokenizer; one without a chat template gets ChatML, its markers added as real tokens."
     tok = AutoTokenizer.from_pretrained(
-        there(path, "model"), trust_remote_code=trust_remote_code
+        require_path(path, "model"), trust_remote_code=trust_remote_code
     )
     if tok.chat_template is None:
         tok.chat_template = CHATML

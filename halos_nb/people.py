@@ -26,7 +26,7 @@ from halos_nb.records import (
     RecordError,
     append_jsonl,
     as_text,
-    check,
+    check_record,
     read_jsonl,
     show as brief,
 )
@@ -418,7 +418,7 @@ def comparisons(session: Session) -> list[dict]:  # comparison records, in order
             note=session.state.note.get(i.name, ""),
             type="comparison",
         )
-        rows.append(check(row, "comparison", f"{session.path}, item {i.name}"))
+        rows.append(check_record(row, "comparison", f"{session.path}, item {i.name}"))
     return rows
 
 # %% ../nbs/44_people.ipynb #9369f9a9
@@ -441,7 +441,7 @@ def labels(session: Session) -> list[dict]:  # label records, one per sample tha
             )
             last[key] = max(r["time"], last.get(key, 0))
     return [
-        check(
+        check_record(
             dict(
                 prompt_id=p,
                 sample_id=i,

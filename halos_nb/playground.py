@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .records import as_text, file_hash, prompt_id, write_records
-from .configs import CompareConfig, LoopConfig, RewardConfig, TrainConfig, there
+from .configs import CompareConfig, LoopConfig, RewardConfig, TrainConfig, require_path
 from .settings import Profile, Settings, load_settings
 from .ledger import Ledger, RunBusy, Stage, run_folder
 
@@ -379,7 +379,7 @@ def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
     # before a minute is spent on the others
     for k in ("sft_checkpoint", "reward_checkpoint", "prompts"):
-        there(getattr(cfg, k), k)
+        require_path(getattr(cfg, k), k)
     if cfg.sft_checkpoint and cfg.reward_checkpoint and cfg.prompts:
         return cfg
     world = build(settings)
@@ -395,7 +395,7 @@ def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     "The config with the playground's pairs, samples and policy where no pairs are named."
     if cfg.train_datasets:
         return cfg
-    there(cfg.model, "model")
+    require_path(cfg.model, "model")
     world = build(settings)
     return replace(
         cfg,

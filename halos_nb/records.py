@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'RECORDS', 'zero_or_one', 'text_or_whole', 'encodable', 'Record', 'Turn', 'Sample',
            'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'field_name',
-           'check', 'show', 'prompt_id', 'as_turns', 'as_text', 'parse', 'read_rows', 'read_records', 'atomic_write',
-           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'take_lock', 'is_locked', 'lock_file',
-           'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
+           'check_record', 'shortened', 'prompt_id', 'as_turns', 'as_text', 'parse', 'read_rows', 'read_records',
+           'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'take_lock', 'is_locked',
+           'lock_file', 'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import fcntl
@@ -154,14 +154,16 @@ def field_name(loc: tuple) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).removeprefix(".")
 
 # %% ../nbs/00_records.ipynb #e54a23da
-def check(
+def check_record(
     row,  # what should be a record
     type: str,  # a key of `RECORDS`
     where: str = "record",  # file and number, for the message
 ) -> dict:
     "`row` itself, or a RecordError with its first broken field."
     if not isinstance(row, dict):
-        raise RecordError(f"{where}: a record is an object with fields, this is {show(row)}")
+        raise RecordError(
+            f"{where}: a record is an object with fields, this is {shortened(row)}"
+        )
     try:
         RECORDS[type].model_validate(row)
     except ValidationError as e:
@@ -174,7 +176,7 @@ def check(
             if err["type"] == "missing"
             else (
                 f"{err['msg'].removeprefix('Value error, ').removeprefix('Input ')}, got "
-                f"{show(err['input'])}"
+                f"{shortened(err['input'])}"
             )
         )
         raise RecordError(
@@ -184,7 +186,7 @@ def check(
     return row
 
 
-def show(x, n: int = 60) -> str:
+def shortened(x, n: int = 60) -> str:
     "A value in an error message: its beginning."
     return (s if len(s := repr(x)) <= n else s[:n] + "...").replace("\n", " ")
 
@@ -234,7 +236,7 @@ def read_rows(
         rows = parse(data, str(path))
     if not isinstance(rows, list):
         raise RecordError(
-            f"{path}: should be a list of records, is {show(rows)}. One record per line? "
+            f"{path}: should be a list of records, is {shortened(rows)}. One record per line? "
             "Then name it .jsonl"
         )
     if not rows:
@@ -245,7 +247,7 @@ def read_rows(
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise RecordError(
-                f"{path}, record {i}: should be an object with fields, is {show(row)}: "
+                f"{path}, record {i}: should be an object with fields, is {shortened(row)}: "
                 "mend or remove it"
             )
     return rows
@@ -266,15 +268,15 @@ def read_records(
             )
         if given not in list(RECORDS):
             raise RecordError(
-                f"{where}: field `type` is {show(given)}, which is unknown; known are "
+                f"{where}: field `type` is {shortened(given)}, which is unknown; known are "
                 f"{', '.join(RECORDS)}"
             )
         if given != expected:
             raise RecordError(
-                f"{where}: field `type` is {show(given)} where {expected} was expected; "
+                f"{where}: field `type` is {shortened(given)} where {expected} was expected; "
                 "keep one type per file"
             )
-        check(row, given, where)
+        check_record(row, given, where)
     return rows
 
 # %% ../nbs/00_records.ipynb #d56405a0
@@ -332,7 +334,7 @@ def write_records(path: str | Path, rows: Iterable[dict]):
     with StreamingJSONWriter(path) as out:
         for i, row in enumerate(rows, 1):
             out.write_item(
-                check(row, row["type"], f"{path}, record {i}, not written")
+                check_record(row, row["type"], f"{path}, record {i}, not written")
                 if row.get("type") in RECORDS
                 else row
             )

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .records import Progress, as_turns
-from .configs import there
+from .configs import require_path
 from .trees import Tree, cut, make_batch, trees_from_samples
 from .models import BranchScores, TreeScorer, choose_layout, mix_in
 
@@ -193,7 +193,7 @@ def head_at(
     "How the model there is read; nothing but its config is loaded."
     return head_of(
         AutoConfig.from_pretrained(
-            there(path, "reward_model_path"), trust_remote_code=trust_remote_code
+            require_path(path, "reward_model_path"), trust_remote_code=trust_remote_code
         ),
         objective_weights,
         trust_remote_code,

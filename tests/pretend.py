@@ -3,10 +3,10 @@
 import json, sys
 from pathlib import Path
 
-from halos_nb.settings import awaited
+from halos_nb.settings import wait_for_config
 from halos_nb.feedback import convert_to_pairwise_feedback
 
-cfg = json.loads(awaited(sys.argv[sys.argv.index("--config") + 1]).read_text())
+cfg = json.loads(wait_for_config(sys.argv[sys.argv.index("--config") + 1]).read_text())
 if "num_skip" in cfg:
     ids = range(40)[cfg["num_skip"] :][: cfg["num_prompts"]]
     rows = [

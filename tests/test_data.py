@@ -139,7 +139,7 @@ def test_hub_sets_golden(case, monkeypatch):
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    get = getattr(d, f"get_{case['function']}")
+    get = getattr(hub_sets, f"get_{case['function']}")
     if "error" in case:
         with pytest.raises(ValueError, match="split"):
             get(case["split"])
@@ -259,7 +259,7 @@ def test_hub_sets_from_a_local_copy(case, tmp_path, monkeypatch):
         (folder / "README.md").write_text(card + "---\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with contextlib.chdir(tmp_path):
-        data = getattr(d, f"get_{case['function']}")(case["split"])
+        data = getattr(hub_sets, f"get_{case['function']}")(case["split"])
     want = expected(case)
     # both folders hold the rows, so every pair is said twice
     if case["function"] == "hh":
@@ -270,7 +270,7 @@ def test_hub_sets_from_a_local_copy(case, tmp_path, monkeypatch):
 def test_every_named_set_is_public_and_says_what_it_is():
     for name, get in hub_sets.DATASETS.items():
         assert (
-            getattr(d, f"get_{name}") is get
+            getattr(hub_sets, f"get_{name}") is get
             and "\n" not in get.__doc__
             and len(get.__doc__) > 30
         )

@@ -27,7 +27,7 @@ from halos_nb.verdicts import (
     verdict_table,
     with_scores,
 )
-from halos_nb.records import RecordError, check
+from halos_nb.records import RecordError, check_record
 
 from golden import cases, load
 
@@ -212,7 +212,7 @@ def test_pairs_are_true(samples, mode, threshold, seed):
     pairs = convert_to_pairwise_feedback(samples, seed, mode, threshold)
     assert repr(samples) == repr(before)
     for p in pairs:
-        check(p, "pairwise_feedback")
+        check_record(p, "pairwise_feedback")
         assert p["output_A"] != p["output_B"]
         assert p["reward_difference"] == abs(p["reward_A"] - p["reward_B"]) > 0
         assert p["reward_difference"] >= threshold - 1e-12
@@ -303,9 +303,9 @@ def test_binary_and_scalar_keep_every_scored_sample(samples, threshold):
         good(samples),
     )
     for r in binary:
-        check(r, "binary_feedback")
+        check_record(r, "binary_feedback")
     for r in scalar:
-        check(r, "scalar_feedback")
+        check_record(r, "scalar_feedback")
     assert (
         [r["output"][0]["content"] for r in binary]
         == [r["output"][0]["content"] for r in scalar]
@@ -488,7 +488,7 @@ def test_verdicts_become_pairs(rows, how, seed, scores):
                 A=a, B=b, tie=None
             )[w]
     for r in records:
-        check(r, "pairwise_feedback")
+        check_record(r, "pairwise_feedback")
         better, worse = (
             int(r[f"output_{x}"][0]["content"][1:]) for x in ("AB" if r["label"] else "BA")
         )

@@ -33,7 +33,7 @@ from halos_nb.people import (
 from halos_nb.records import (
     RecordError,
     as_turns,
-    check,
+    check_record,
     prompt_id,
     read_jsonl,
     read_records,
@@ -375,7 +375,7 @@ def test_feedback_is_what_was_pressed(pressed, tmp_path):
     made = to_feedback(session)
     got = {}
     for r in made.records:
-        check(r, "pairwise_feedback")
+        check_record(r, "pairwise_feedback")
         a, b = r["output_A"][0]["content"], r["output_B"][0]["content"]
         got[frozenset((a, b))] = a if r["label"] else b
     assert got == expected and len(got) == len(made.records)
@@ -418,7 +418,7 @@ def test_labels_are_shares_of_wins(pressed):
             == made.counts["unanswered"] + made.counts["skipped"] + made.counts["records"]
         )
         for r in made.records:
-            check(r, f"{kind}_feedback")
+            check_record(r, f"{kind}_feedback")
     assert [r["label"] for r in to_feedback(session, "binary").records] == [
         int(r["reward"] >= 0.5) for r in to_feedback(session, "scalar").records
     ]

@@ -14,7 +14,7 @@ from halos_nb.configs import (
     SampleConfig,
     TrainConfig,
     make_config,
-    there,
+    require_path,
 )
 from halos_nb.settings import Settings, parse_args
 from halos_nb.loop import run_rounds
@@ -103,7 +103,7 @@ def test_the_command_itself(tmp_path):
 
 def test_a_model_that_is_not_there_is_named_before_anything_starts(tmp_path):
     "A path is told from a hub's name by its look; the loop says so before its first stage."
-    assert [there(name, "model") for name in ("org/model", "gpt2", str(tmp_path))] == [
+    assert [require_path(name, "model") for name in ("org/model", "gpt2", str(tmp_path))] == [
         "org/model",
         "gpt2",
         str(tmp_path),
