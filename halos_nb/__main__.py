@@ -1,0 +1,27 @@
+"""`python -m halos_nb`: the commands, and where the map is."""
+
+import halos_nb
+
+COMMANDS = f"""halos_nb {halos_nb.__version__}: align language models online, in notebooks
+
+commands (each: --help, or --config FILE)
+  python -m halos_nb.train      a policy or reward model from data (sft, dpo, kto, ...)
+  python -m halos_nb.sample     prompts in, samples out
+  python -m halos_nb.label      samples in, feedback out: reward model, API judge, function
+  accelerate launch -m ...      the same in several processes
+
+notebooks (JupyterLab, or papermill NOTEBOOK out.ipynb -p NAME VALUE)
+  nbs/online_loop.ipynb         the online loop, round after round
+  nbs/reward_model.ipynb        train, judge and use a reward model
+  nbs/label_by_hand.ipynb       from samples to a trained step by your own judgement
+  nbs/compare_runs.ipynb        runs side by side
+  nbs/compare_methods.ipynb     every method once, in the playground
+
+python
+  import halos_nb               {", ".join(halos_nb.__all__)}
+
+The map of all rooms: README.md ("Map"). Where a change goes: CONTRIBUTING.md.
+First steps: make demo, make test, make lab."""
+
+if __name__ == "__main__":
+    print(COMMANDS)
