@@ -3,10 +3,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest types air lab bench screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/installed
 export PATH := $(BIN):$(PATH)
@@ -14,6 +15,10 @@ export PATH := $(BIN):$(PATH)
 help:
 	@echo 'make demo        set up, then run 4 rounds of online DPO on the embedded playground (about 2 minutes on 2 cores, once installed)'
 	@echo 'make test        set up, then run every notebook and every test'
+	@echo 'make types       set up, then check the types of all rooms (mypy)'
+	@echo 'make air         how much air the code has: a table, and the longest statements'
+	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
+	@echo 'make test-latest the tests with the newest versions there are, in build/latest (likewise)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/'
 	@echo 'make screenshots draw the pictures of the README again, from the demo run'
@@ -38,6 +43,25 @@ test: setup
 	@nbdev-test --file-re '^[0-9]' --do-print --timing
 	@echo '== Tests'
 	@pytest -v -n 2 --dist loadfile
+
+# The declared bounds are a promise: the oldest of every package named in pyproject.toml, and the newest of all.
+test-lowest: build/lowest.txt
+	@$(MAKE) --no-print-directory test VENV=build/lowest CONSTRAINTS=build/lowest.txt
+
+test-latest: build/latest.txt
+	@$(MAKE) --no-print-directory test VENV=build/latest CONSTRAINTS=build/latest.txt
+
+build/lowest.txt: pyproject.toml tests/bounds.py
+	@mkdir -p build && $(PYTHON) tests/bounds.py pyproject.toml > $@
+
+build/latest.txt: pyproject.toml
+	@mkdir -p build && : > $@
+
+types: setup
+	@python tests/check_types.py
+
+air:
+	@$(PYTHON) tests/air.py
 
 lab: setup
 	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
@@ -70,11 +94,11 @@ clean-runs:
 setup: $(STAMP) chromium hooks
 
 # Done again only when what is to be installed has changed. The whole of pip's talk is in the log.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("halos_nb needs Python 3.11 or newer; $(PYTHON) is %s. Try: make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	@echo '== Installing about 170 packages into $(VENV), once: 1 to 10 minutes, mostly downloads (log: $(VENV)/install.log)'
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
-	@python -m pip install -c constraints.txt -e '.[dev]' --progress-bar off --disable-pip-version-check 2>&1 | tee $(VENV)/install.log \
+	@python -m pip install -c $(CONSTRAINTS) -e '.[dev]' --progress-bar off --disable-pip-version-check 2>&1 | tee $(VENV)/install.log \
 		| sed -u -nE 's/^ +(Downloading .*)-[^-]+-[^-]+-[^-]+\.whl (\(([0-9]{2,}\.[0-9] M|[0-9.]+ G)B\)).*/  \1 \2/p; s/^Installing collected.*/  Unpacking them (about a minute)/p' \
 		|| { tail -n 15 $(VENV)/install.log; echo 'Installing failed: see above and $(VENV)/install.log'; exit 1; }
 	@touch $@
