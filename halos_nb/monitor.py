@@ -37,7 +37,7 @@ from halos_nb.show import (
     Shown,
     TRUTH,
     display_mode,
-    inert,
+    escape,
     summary_table,
     visible,
 )
@@ -703,9 +703,9 @@ def static(self: RunMonitor) -> Shown:
         else ""
     )
     if w := self.warning(s):
-        warn = f"<p><b>{inert(w)}</b></p>"
+        warn = f"<p><b>{escape(w)}</b></p>"
     return Shown(
-        f"<div {BOX}><p>{inert(s)}</p>{warn}{table.html if self.rounds else ''}{log}</div>",
+        f"<div {BOX}><p>{escape(s)}</p>{warn}{table.html if self.rounds else ''}{log}</div>",
         "\n".join(filter(None, [str(s), w, table.text * bool(self.rounds), *s.log])),
     )
 

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from .records import atomic_write, read_jsonl
-from .show import DARK, Shown, inert, pairs_table, samples_table, spread, summary_table
+from .show import DARK, Shown, escape, pairs_table, samples_table, spread, summary_table
 from .figures import margin_histogram, reward_distributions, training_curves
 from halos_nb.rewards import (
     calibration_curve,
@@ -82,9 +82,9 @@ h2 { margin-top: 2em; border-bottom: 1px solid #8A9099 } nav { display: flex; fl
 def part(i: int, x) -> str:  # i: number of the figure; x: a figure or something shown
     "One thing on the page."
     if not isinstance(x, go.Figure):
-        return x.html if isinstance(x, Shown) else f"<p>{inert(x)}</p>"
+        return x.html if isinstance(x, Shown) else f"<p>{escape(x)}</p>"
     title = x.layout.title
-    label = inert(f"{title.text}. {title.subtitle.text}").replace("&lt;br&gt;", " ")
+    label = escape(f"{title.text}. {title.subtitle.text}").replace("&lt;br&gt;", " ")
     return f'{data_block(f"figure{i}", x.to_json())}<div data-figure="figure{i}" role="img" aria-label="{label}"></div>'
 
 
@@ -98,13 +98,13 @@ def page(title: str, sections: dict[str, list]) -> str:  # heading -> figures, t
     sections = {h: xs for h, xs in sections.items() if xs}
     for i, (heading, xs) in enumerate(sections.items()):
         body += [
-            f'<h2 id="s{i}">{inert(heading)}</h2>',
+            f'<h2 id="s{i}">{escape(heading)}</h2>',
             *(part(100 * i + j, x) for j, x in enumerate(xs)),
         ]
-    links = "".join(f'<a href="#s{i}">{inert(h)}</a>' for i, h in enumerate(sections))
+    links = "".join(f'<a href="#s{i}">{escape(h)}</a>' for i, h in enumerate(sections))
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy(nonce)}"><meta name="viewport" content="width=device-width">'
-        f"<title>{inert(title)}</title><style>{STYLE}</style></head><body><h1>{inert(title)}</h1><nav>{links}</nav>{''.join(body)}{data_block('dark', json.dumps(DARK))}"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1><nav>{links}</nav>{''.join(body)}{data_block('dark', json.dumps(DARK))}"
         f'<script nonce="{nonce}">{get_plotlyjs()}</script><script nonce="{nonce}">{SCRIPT}</script></body></html>'
     )
 

@@ -27,12 +27,20 @@ from halos_nb.records import (
     read_rows,
     write_records,
 )
-from .stats import floats, margins
+from .stats import floats, pair_margins
 from .configs import checked, make_config
 from .feedback import convert_to_pairwise_feedback
 from .verdicts import pair_of, pair_table
-from .show import CHOSEN, inert, known_as, pairs_table, summary_table, visible, words
-from .figures import dressed, hover
+from halos_nb.show import (
+    CHOSEN,
+    escape,
+    labeller_name,
+    pairs_table,
+    summary_table,
+    visible,
+    readable,
+)
+from .figures import styled, hover
 from .people import most_disputed
 
 # %% ../nbs/45_pairs.ipynb #aa4cc834
@@ -166,7 +174,11 @@ def columns_of(
         2 * floats(records, "label") - 1,
     )
     long_a, long_b = long
-    a, b, margin = floats(records, "reward_A"), floats(records, "reward_B"), margins(records)
+    a, b, margin = (
+        floats(records, "reward_A"),
+        floats(records, "reward_B"),
+        pair_margins(records),
+    )
     return dict(
         margin=margin,
         near=np.abs(margin),
@@ -293,13 +305,13 @@ def detail(pairs: Pairs, i: int) -> dict:
     "One pair for the page."
     r, c = pairs.records[i], pairs.columns
     side = lambda s: dict(
-        text=words(r[f"output_{s}"]),
+        text=readable(r[f"output_{s}"]),
         reward=some(r.get(f"reward_{s}")),
         chosen=r["label"] == (s == "A"),
         length=len(as_text(r[f"output_{s}"])),
     )
     said = [
-        dict(labeller=known_as(who), winner="AB"[x < 0] if x else "tie", margin=some(x))
+        dict(labeller=labeller_name(who), winner="AB"[x < 0] if x else "tie", margin=some(x))
         for who, x in pairs.said[i].items()
     ]
     same = [
@@ -327,7 +339,7 @@ def pair_scatter(
     "Margin against difference in length, for every pair or a draw of them."
     at = np.random.default_rng(seed).permutation(len(pairs))[:most]
     x, y = (pairs.columns[k][at].astype(np.float32) for k in ("length", "margin"))
-    text = [f"pair {i + 1}, {inert(pairs.rounds[i])}" for i in at]
+    text = [f"pair {i + 1}, {escape(pairs.rounds[i])}" for i in at]
     fig = go.Figure(
         go.Scatter(
             x=x,
@@ -342,7 +354,7 @@ def pair_scatter(
         f"{len(pairs):,} pairs" + f", {most:,} of them drawn" * (len(pairs) > most),
         "above 0: the chosen answer scores higher; right of 0: it is longer",
     ]
-    return dressed(
+    return styled(
         fig,
         "Margin and length of chosen against rejected",
         notes,

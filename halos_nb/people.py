@@ -30,7 +30,7 @@ from halos_nb.records import (
     read_jsonl,
     show as brief,
 )
-from .stats import Interval, agree, exact_interval
+from .stats import Interval, agree, share_interval
 from .feedback import by_key, convert_to_binary_feedback, convert_to_scalar_feedback
 from halos_nb.verdicts import (
     Converted,
@@ -498,7 +498,7 @@ def self_agreement(session: Session) -> Interval:
                 r["winner"]
             )
     twice = [w for w in looks.values() if len(w) == 2]
-    return exact_interval(sum(a == b for a, b in twice), len(twice))
+    return share_interval(sum(a == b for a, b in twice), len(twice))
 
 # %% ../nbs/44_people.ipynb #c3e2a43d
 def report(
@@ -520,7 +520,7 @@ def report(
         open=len(session.open),
         **{c: counts[c] for c in CHOICES},
         undone=session.state.undone,
-        left_rate=exact_interval(counts["left"], counts["left"] + counts["right"]),
+        left_rate=share_interval(counts["left"], counts["left"] + counts["right"]),
         self_agreement=self_agreement(session),
         median_seconds=seconds,
         seconds_left=None if seconds is None else seconds * len(session.open),

@@ -18,13 +18,13 @@ from halos_nb.stats import (
     Interval,
     calibration_table,
     floats,
-    margins,
+    pair_margins,
     mean_interval,
-    scored,
+    finite_values,
     slope,
 )
-from .show import BLUE, CHOSEN, GREY, INK, REFERENCE, REJECTED, TRUTH, inert, words
-from .figures import TEMPLATE, dressed, hover, left_out, round_axis, violin
+from .show import BLUE, CHOSEN, GREY, INK, REFERENCE, REJECTED, TRUTH, escape, readable
+from .figures import TEMPLATE, styled, hover, left_out, round_axis, violin
 
 # %% ../nbs/42_rewards.ipynb #7c48e625
 def bars(value, low, high) -> dict:
@@ -53,7 +53,7 @@ def mean_trace(rounds: dict, key: str, color: str, name: str):
         mode="lines+markers",
         line=dict(color=color, width=2.5),
         customdata=np.stack(rest, 1),
-        text=[inert(r) for r in rounds],
+        text=[escape(r) for r in rounds],
         hovertemplate=hover(
             "<b>%{text}</b>",
             f"{name} %{{y:.4g}} [%{{customdata[0]:.4g}}, %{{customdata[1]:.4g}}]",
@@ -85,7 +85,7 @@ def kl_curve(
         "Mean log-ratio of the policy's own samples, 95% bootstrap interval over prompts",
         left_out(trace.customdata[:, 4].sum(), "without log-probabilities"),
     ]
-    return dressed(
+    return styled(
         fig,
         title,
         notes,
@@ -122,7 +122,7 @@ def reward_vs_true(
         "Means with 95% bootstrap intervals over prompts",
         left_out(score.customdata[:, 4].sum()),
     ]
-    return dressed(fig, title, notes, 520, xaxis=axis | dict(showticklabels=False), xaxis2=axis)
+    return styled(fig, title, notes, 520, xaxis=axis | dict(showticklabels=False), xaxis2=axis)
 
 # %% ../nbs/42_rewards.ipynb #2242ac25
 def reward_scatter(
@@ -164,7 +164,7 @@ def reward_scatter(
         left_out(len(ok) - len(x)),
         "line: mean of each tenth, 95% interval",
     ]
-    return dressed(
+    return styled(
         fig,
         title,
         notes,
@@ -202,10 +202,10 @@ def frontier(
                 dash=("solid", "dash", "dot")[i // len(TEMPLATE.layout.colorway) % 3],
             ),
             showlegend=False,
-            text=[""] * (len(x) - 1) + [inert(name)],
+            text=[""] * (len(x) - 1) + [escape(name)],
             textposition="top center",
             textfont_color=color,
-            hovertemplate=hover(f"<b>{inert(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}"),
+            hovertemplate=hover(f"<b>{escape(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}"),
         )
     if best is not None:
         fig.add_hline(
@@ -215,7 +215,7 @@ def frontier(
             annotation_text=f"best: {best:g}",
             annotation_position="bottom left",
         )
-    return dressed(
+    return styled(
         fig,
         title,
         [
@@ -234,7 +234,7 @@ def calibration_curve(
     pairs, bins: int = 10, title: str = "Calibration of the predicted preference"
 ) -> go.Figure:
     "Predicted against observed; below the diagonal the model is too sure of itself."
-    rows, lost = calibration_table(pairs, bins), scored(margins(pairs))[1]
+    rows, lost = calibration_table(pairs, bins), finite_values(pair_margins(pairs))[1]
     predicted, n = floats(rows, "predicted"), floats(rows, "n")
     rate, low, high = np.array([r["observed"] for r in rows]).reshape(-1, 3).T
     fig = go.Figure(
@@ -264,7 +264,7 @@ def calibration_curve(
         if rows
         else ""
     )
-    return dressed(
+    return styled(
         fig,
         title,
         [
@@ -304,7 +304,7 @@ def chosen_rejected_all(
         for j, (rows, color) in enumerate(
             zip([samples, *chosen_rejected(feedback)], [REFERENCE, CHOSEN, REJECTED])
         ):
-            v, unscored = scored(rows)
+            v, unscored = finite_values(rows)
             if len(v):
                 fig.add_trace(violin(v, i + 0.28 * (j - 1), color).update(width=0.27))
             if j == 0:
@@ -319,7 +319,7 @@ def chosen_rejected_all(
             marker=dict(color=color, size=11, symbol="square"),
             showlegend=True,
         )
-    return dressed(
+    return styled(
         fig,
         title,
         ["Boxes: quartiles", left_out(lost)],
@@ -410,22 +410,22 @@ def win_rates(
     )
     fig.add_hline(0.5, line=dict(color=GREY, width=1, dash="dot"))
     notes = [
-        f"Share of comparisons won against {inert(against)}, by score",
+        f"Share of comparisons won against {escape(against)}, by score",
         "95% bootstrap interval over prompts",
-        left_out(sum(scored(r)[1] for r in rounds.values())),
+        left_out(sum(finite_values(r)[1] for r in rounds.values())),
     ]
-    return dressed(
+    return styled(
         fig,
         title,
         notes,
-        xaxis=round_axis(rounds, [len(scored(r)[0]) for r in rounds.values()]),
+        xaxis=round_axis(rounds, [len(finite_values(r)[0]) for r in rounds.values()]),
         yaxis=dict(title_text="win rate", tickformat=".0%"),
     )
 
 # %% ../nbs/42_rewards.ipynb #fc530633
 def length(row: dict) -> int:
     "Words of an output."
-    return len(words(row["output"]).split())
+    return len(readable(row["output"]).split())
 
 # %% ../nbs/42_rewards.ipynb #a76be0eb
 def length_and_reward(
@@ -466,7 +466,7 @@ def length_and_reward(
             row=1,
             col=1,
             hovertemplate=hover(
-                f"<b>{inert(list(rounds)[i])}</b>", "%{x} words", f"{inert(unit)} %{{y:.4g}}"
+                f"<b>{escape(list(rounds)[i])}</b>", "%{x} words", f"{escape(unit)} %{{y:.4g}}"
             ),
         )
     for key, name, color in (
@@ -492,7 +492,7 @@ def length_and_reward(
             hovertemplate=hover(name + " %{y:.4g}"),
         )
     notes = [
-        f"{inert(unit)} per word {raw:.3f}",
+        f"{escape(unit)} per word {raw:.3f}",
         f"within prompts {within:.3f}",
         f"{most:,} of {len(t):,} points drawn" * (len(t) > most),
         left_out(sum(map(len, rounds.values())) - len(t)),
@@ -501,8 +501,8 @@ def length_and_reward(
         **round_axis(rounds, [int((t["round"] == i).sum()) for i in range(len(rounds))])
         | dict(tickfont_size=11),
         col=2,
-    ).update_yaxes(title_text=inert(unit), col=1)
-    return dressed(fig, title, notes, 440, margin_t=110, showlegend=True)
+    ).update_yaxes(title_text=escape(unit), col=1)
+    return styled(fig, title, notes, 440, margin_t=110, showlegend=True)
 
 # %% ../nbs/42_rewards.ipynb #5134618f
 def reward_against_kl(
@@ -542,7 +542,7 @@ def reward_against_kl(
             error_x=bars(*kl[:, :3].T),
             mode="lines+markers+text",
             line=dict(color=color, width=2),
-            text=[inert(n) for n in rounds],
+            text=[escape(n) for n in rounds],
             textposition="top left",
             textfont_size=11,
             row=i,
@@ -560,7 +560,7 @@ def reward_against_kl(
             annotation_position="bottom left",
         )
     fig.update_xaxes(title_text="KL to the reference (nats per completion)", row=len(keys))
-    return dressed(
+    return styled(
         fig,
         title,
         [
@@ -586,7 +586,7 @@ def agreement_figure(
     title: str = "Agreement between labellers",
 ) -> go.Figure:
     "A line per two labellers, a panel per coefficient; the dotted line is chance."
-    names = [f"{inert(r['first'])}<br>{inert(r['second'])} (n={r['items']:,})" for r in rows]
+    names = [f"{escape(r['first'])}<br>{escape(r['second'])} (n={r['items']:,})" for r in rows]
     fig = make_subplots(
         1,
         len(AGREEMENT),
@@ -627,7 +627,7 @@ def agreement_figure(
         )
     fig.update_yaxes(autorange="reversed", ticks="")
     undefined = sum(np.isnan(floats(rows, k)).sum() for k in AGREEMENT)
-    return dressed(
+    return styled(
         fig,
         title,
         [

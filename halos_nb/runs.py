@@ -30,15 +30,15 @@ from halos_nb.show import (
     GREY,
     Shown,
     display_mode,
-    inert,
+    escape,
     number_text,
     summary_table,
     text_box,
     visible,
     word_diff,
-    words,
+    readable,
 )
-from .figures import TEMPLATE, dressed, end_to_end, hover, thin
+from .figures import TEMPLATE, styled, end_to_end, hover, thin
 from .rewards import frontier
 
 # %% ../nbs/43_runs.ipynb #85882fe6
@@ -216,15 +216,15 @@ def named_line(fig, x, y, name: str, line: dict, what: str, markers: bool):
     fig.add_scatter(
         x=x,
         y=y,
-        name=inert(name),
+        name=escape(name),
         mode="lines+markers+text" if markers else "lines+text",
         line=line,
         marker_size=7,
-        text=[""] * (len(x) - 1) + [inert(name)] * bool(len(x)),
+        text=[""] * (len(x) - 1) + [escape(name)] * bool(len(x)),
         textposition="middle right",
         textfont_color=line["color"],
         cliponaxis=False,
-        hovertemplate=hover(f"<b>{inert(name)}</b>", f"{inert(what)} %{{y:.4g}}", "%{x}"),
+        hovertemplate=hover(f"<b>{escape(name)}</b>", f"{escape(what)} %{{y:.4g}}", "%{x}"),
     )
 
 # %% ../nbs/43_runs.ipynb #e7c33b25
@@ -252,16 +252,16 @@ def run_curves(runs: list[Run], key: str = "loss") -> go.Figure:  # key: of metr
         )
     notes = [
         f"running mean over up to {window} steps" * (window > 2),
-        f"not logged by {', '.join(map(inert, without))}" * bool(without),
+        f"not logged by {', '.join(map(escape, without))}" * bool(without),
     ]
-    return dressed(
+    return styled(
         fig,
-        f"{inert(key)} of each run",
+        f"{escape(key)} of each run",
         ["Rounds end to end", *notes],
         460,
         margin_r=120,
         xaxis_title_text="optimiser step",
-        yaxis_title_text=inert(key),
+        yaxis_title_text=escape(key),
     )
 
 
@@ -288,18 +288,18 @@ def round_curves(runs: list[Run], key: str = "reward") -> go.Figure:  # key: of 
             key,
             True,
         )
-    return dressed(
+    return styled(
         fig,
-        f"{inert(key).replace('_', ' ')} per round",
+        f"{escape(key).replace('_', ' ')} per round",
         ["Before the round's training; final: the last policy on unseen prompts"],
         460,
         margin_r=120,
         xaxis=dict(
             title_text="round",
             tickvals=list(range(len(names))),
-            ticktext=list(map(inert, names)),
+            ticktext=list(map(escape, names)),
         ),
-        yaxis_title_text=inert(key).replace("_", " "),
+        yaxis_title_text=escape(key).replace("_", " "),
     )
 
 # %% ../nbs/43_runs.ipynb #071df5f1
@@ -352,7 +352,7 @@ def same_prompt(answers: list) -> Shown:  # [(run, its samples)] of one prompt
             "border-left: 5px solid "
             f'{GREY}"><b>{html.escape(head)}</b>{text_box(s["output"], marked)}</td>'
         )
-        texts.append(f"--- {head}\n{words(s['output'])}")
+        texts.append(f"--- {head}\n{readable(s['output'])}")
     prompt, rows = shown[0][1]["prompt"], [cells[i : i + 3] for i in range(0, len(cells), 3)]
     table = "".join(f"<tr>{''.join(r)}</tr>" for r in rows)
     page = (
@@ -360,7 +360,7 @@ def same_prompt(answers: list) -> Shown:  # [(run, its samples)] of one prompt
         f'0.8">{text_box(prompt)}</div><table style="width: 100%; table-layout: '
         f'fixed">{table}</table></div>'
     )
-    return Shown(page, "\n".join([words(prompt), *texts]))
+    return Shown(page, "\n".join([readable(prompt), *texts]))
 
 # %% ../nbs/43_runs.ipynb #64aae593
 class RunComparer:
@@ -486,7 +486,7 @@ def show(self: RunComparer, only_differences: bool = True, prompts: int = 3):
         description="runs",
     )
     only = w.Checkbox(value=only_differences, description="only parameters that differ")
-    label = lambda i, a: f"{i}. {visible(words(a[0][1][0]['prompt']))[:100]}"
+    label = lambda i, a: f"{i}. {visible(readable(a[0][1][0]['prompt']))[:100]}"
     prompt = w.Dropdown(
         options=[(label(i, a), p) for i, (p, a) in enumerate(found.items(), 1)],
         description="prompt",

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'GREY', 'INK', 'PALE', 'CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'DARK', 'BOX',
-           'display_mode', 'visible', 'inert', 'known_as', 'Shown', 'number_text', 'row_html', 'summary_table',
-           'spread', 'words', 'text_box', 'cell', 'word_diff', 'gallery', 'pairs_table', 'samples_table']
+           'display_mode', 'visible', 'escape', 'labeller_name', 'templates', 'render', 'Shown', 'number_text',
+           'row_html', 'summary_table', 'spread', 'readable', 'text_box', 'cell', 'word_diff', 'gallery', 'pairs_table',
+           'samples_table']
 
 # %% ../nbs/40_show.ipynb #8818d359
 import difflib
@@ -14,14 +15,17 @@ import os
 import re
 import sys
 import unicodedata
+from functools import cache
 from itertools import groupby
 from numbers import Integral, Number
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
-from .stats import Interval, margins
+from .stats import Interval, pair_margins
 
 # %% ../nbs/40_show.ipynb #e97428a1
 BLUE, ORANGE, GREEN, PINK, GREY, INK, PALE = (
@@ -77,17 +81,40 @@ def visible(x) -> str:
     )
 
 
-def inert(x) -> str:
+def escape(x) -> str:
     "Any text as HTML that says exactly that text."
     return html.escape(visible(x))
 
 
-def known_as(labeller: str) -> str:  # such as rm:/home/me/models/rm/FINAL, api:gpt, human:ada
+def labeller_name(
+    labeller: str,
+) -> str:  # such as rm:/home/me/models/rm/FINAL, api:gpt, human:ada
     "A labeller's name for the screen; of a path its last two folders."
     kind, _, name = labeller.partition(":")
     return visible(
         f"{kind}:{'/'.join(Path(name).parts[-2:])}" if Path(name).is_absolute() else labeller
     )
+
+# %% ../nbs/40_show.ipynb #7d20c1a2
+@cache
+def templates() -> jinja2.Environment:
+    "The templates of `halos_nb/static`: whatever they print is visible and escaped."
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("halos_nb", "static"),
+        autoescape=True,
+        finalize=lambda x: x if isinstance(x, Markup) else visible(x),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(
+    template: str,  # a file of halos_nb/static, such as "table.html"
+    **values,  # what the template's names stand for; HTML of our own as `Markup`
+) -> Markup:
+    "A template of `halos_nb/static`, filled in."
+    return Markup(templates().get_template(template).render(**values))
 
 # %% ../nbs/40_show.ipynb #2b117970
 class Shown(NamedTuple):
@@ -153,7 +180,7 @@ def summary_table(
     body = "".join(row_html("td", c, right) for c in cells)
     page = (
         "<div "
-        f"{BOX}><table><caption>{inert(title)}</caption><thead>{row_html('th', heads, right)}</thead><tbody>{body}</tbody></table></div>"
+        f"{BOX}><table><caption>{escape(title)}</caption><thead>{row_html('th', heads, right)}</thead><tbody>{body}</tbody></table></div>"
     )
     wide = [max(map(len, column)) for column in zip(heads, *cells)]
     text = [
@@ -165,14 +192,14 @@ def summary_table(
 # %% ../nbs/40_show.ipynb #b35b6e32
 def spread(pairs: list[dict], n: int = 5) -> list[dict]:
     "`n` pairs evenly spaced by margin, the widest first; pairs without rewards come last."
-    ranked = [pairs[i] for i in np.argsort(-np.abs(margins(pairs)), kind="stable")]
+    ranked = [pairs[i] for i in np.argsort(-np.abs(pair_margins(pairs)), kind="stable")]
     return [
         ranked[i]
         for i in np.unique(np.linspace(0, len(ranked) - 1, min(n, len(ranked))).astype(int))
     ]
 
 # %% ../nbs/40_show.ipynb #a1ef9723
-def words(x) -> str:  # turns or a text
+def readable(x) -> str:  # turns or a text
     "The text; each turn's role before it where there are several."
     if isinstance(x, str):
         return visible(x)
@@ -193,7 +220,7 @@ def text_box(
     )
     return (
         '<pre dir="auto" '
-        f'style="{style}">\n{html.escape(words(x)) if marked is None else marked}</pre>'
+        f'style="{style}">\n{html.escape(readable(x)) if marked is None else marked}</pre>'
     )
 
 
@@ -210,7 +237,9 @@ def word_diff(
     a: str, b: str, most: int = 3000
 ) -> tuple[str, str]:  # most: words and marks, of both together
     "Both texts as escaped HTML; words that only the first has in <del>, only the second in <ins>."
-    a, b = ([html.escape(t) for t in re.findall(r"\s+|\w+|[^\w\s]", words(x))] for x in (a, b))
+    a, b = (
+        [html.escape(t) for t in re.findall(r"\s+|\w+|[^\w\s]", readable(x))] for x in (a, b)
+    )
     if len(a) + len(b) > most:
         return "".join(a), "".join(b)
 
@@ -245,8 +274,8 @@ def gallery(
         )
         texts.append(
             "\n".join(
-                [head, words(prompt)]
-                + [f"--- {h}\n{words(x)}" for row in rows for h, x, _ in row]
+                [head, readable(prompt)]
+                + [f"--- {h}\n{readable(x)}" for row in rows for h, x, _ in row]
             )
         )
     return Shown(f"<div {BOX}>{''.join(pages)}</div>", "\n\n".join(texts))
@@ -272,7 +301,7 @@ def pairs_table(
 
     def head(i, p):
         return (
-            f"{i}. margin {number_text(float(margins([p])[0]), '+.3f')}, prompt "
+            f"{i}. margin {number_text(float(pair_margins([p])[0]), '+.3f')}, prompt "
             f"{visible(p.get('prompt_id', '–'))}"
         )
 

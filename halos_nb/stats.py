@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'sign', 'coded', 'ratio', 'kappa_of', 'midranks', 'spearman_of', 'alpha_of', 'cohen_kappa', 'spearman',
-           'krippendorff', 'Interval', 'exact_interval', 'bootstrap', 'share_interval', 'Agreement', 'agree',
-           'common_alpha', 'Calibration', 'fitted_slope', 'calibrate', 'Report', 'agreement_report', 'floats', 'scored',
-           'accuracy_interval', 'mean_interval', 'margins', 'calibration_table', 'slope']
+           'krippendorff', 'Interval', 'share_interval', 'bootstrap', 'share_over_prompts', 'Agreement', 'agree',
+           'common_alpha', 'Calibration', 'fitted_slope', 'calibrate', 'Report', 'agreement_report', 'floats',
+           'finite_values', 'mean_interval', 'pair_margins', 'calibration_table', 'slope']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -138,28 +138,17 @@ class Interval(NamedTuple):
 NOTHING = Interval(math.nan, math.nan, math.nan)
 
 # %% ../nbs/01_stats.ipynb #7fe136e0
-def exact_interval(k: int, n: int) -> Interval:  # k of n
+def share_interval(k: float, n: int) -> Interval:  # k of n; a half counts half
     "A share with its Clopper-Pearson interval."
-    if not n:
+    from scipy.special import betaincinv
+
+    if not 0 <= k <= n:
+        raise ValueError(f"share_interval: k must be in 0..n, got {k} of {n}")
+    if n == 0:
         return NOTHING
-    i = np.arange(n + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    ways = log_factorial[n] - log_factorial - log_factorial[::-1]
-
-    def bound(
-        keep, low, high
-    ):  # the p at which the outcomes kept have a chance of 2.5%; it grows with p from low to high
-        for _ in range(50):
-            p = (low + high) / 2
-            grown = (
-                np.exp(ways + i * math.log(p) + (n - i) * math.log1p(-p))[keep].sum() > 0.025
-            )
-            low, high = (low, p) if grown else (p, high)
-        return p
-
-    return Interval(
-        k / n, bound(i >= k, 0.0, 1.0) if k else 0.0, bound(i <= k, 1.0, 0.0) if k < n else 1.0
-    )
+    low = betaincinv(k, n - k + 1, 0.025) if k > 0 else 0.0
+    high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
+    return Interval(float(k / n), float(low), float(high))
 
 # %% ../nbs/01_stats.ipynb #72838006
 def bootstrap(
@@ -189,11 +178,11 @@ def bootstrap(
     return Interval(stat(np.ones(len(owner))), float(low), float(high))
 
 # %% ../nbs/01_stats.ipynb #9598860f
-def share_interval(hits: list[bool], prompts: list, **how) -> Interval:  # how: draws, seed
+def share_over_prompts(hits: list[bool], prompts: list, **how) -> Interval:  # how: draws, seed
     "The share of hits; exact where the bootstrap is blind or not needed."
     n = len(set(prompts))
     if len(prompts) == n or len(set(hits)) == 1:
-        return exact_interval(sum(hits) * n // len(hits) if hits else 0, n)
+        return share_interval(sum(hits) * n // len(hits) if hits else 0, n)
     return bootstrap(lambda w: ratio(w @ np.array(hits), w.sum()), prompts, **how)
 
 # %% ../nbs/01_stats.ipynb #1386613a
@@ -253,7 +242,7 @@ def agree(
         second,
         n,
         len(set(prompts)),
-        share_interval([p == q for p, q in zip(a, b)], prompts, draws=draws, seed=seed),
+        share_over_prompts([p == q for p, q in zip(a, b)], prompts, draws=draws, seed=seed),
         interval(kappa_of(both(a), both(b))),
         interval(alpha_of([*range(n * k)] * 2, both(a) + both(b), level)),
         interval(spearman_of(both(x), both(y))),
@@ -341,7 +330,7 @@ def calibrate(
     rows = [
         dict(
             claimed=float(claimed[p].mean()),
-            chosen=share_interval(
+            chosen=share_over_prompts(
                 right[p].tolist(), [prompts[k] for k in p], draws=draws, seed=seed
             ),
             items=len(p),
@@ -421,24 +410,10 @@ def floats(rows, key: str = "reward") -> np.ndarray:  # float64, one per row
     return np.where(np.isfinite(x), x, np.nan)
 
 
-def scored(rows, key: str = "reward") -> tuple[np.ndarray, int]:
+def finite_values(rows, key: str = "reward") -> tuple[np.ndarray, int]:
     "The finite numbers, and how many rows had none."
     x = floats(rows, key)
     return (v := x[np.isfinite(x)]), len(x) - len(v)
-
-# %% ../nbs/01_stats.ipynb #82ae4337
-def accuracy_interval(correct: float, n: int) -> Interval:
-    "Share `correct / n` with Wilson's 95% score interval (Wilson 1927)."
-    if not 0 <= correct <= n:
-        raise ValueError(f"accuracy_interval: correct must be in 0..n, got {correct} of {n}")
-    if n == 0:
-        return Interval(np.nan, 0.0, 1.0)
-    p, z2 = correct / n, 1.959964**2
-    centre, half = (
-        (p + z2 / (2 * n)) / (1 + z2 / n),
-        np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n),
-    )
-    return Interval(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 # %% ../nbs/01_stats.ipynb #193763cc
 def mean_interval(
@@ -464,7 +439,7 @@ def mean_interval(
     return Interval(float(x[keep].mean()), float(low), float(high))
 
 # %% ../nbs/01_stats.ipynb #2d04282d
-def margins(pairs) -> np.ndarray:  # per pair; NaN where a score is missing
+def pair_margins(pairs) -> np.ndarray:  # per pair; NaN where a score is missing
     "Margins as they are given, or of pairwise records: reward of the preferred answer minus reward of the other."
     if not all(isinstance(p, dict) for p in pairs):
         return floats(pairs)
@@ -478,13 +453,13 @@ def calibration_table(
     bins: int = 10,
 ) -> list[dict]:  # fewer where a bin would hold fewer than 10 pairs
     "Per bin of equal count: mean predicted preference, observed rate with Wilson interval, n."
-    m, _ = scored(margins(pairs))
+    m, _ = finite_values(pair_margins(pairs))
     m = m[np.argsort(np.abs(m), kind="stable")]
     parts = np.array_split(m, max(1, min(bins, len(m) // 10))) if len(m) else []
     return [
         dict(
             predicted=float((1 / (1 + np.exp(-np.abs(p)))).mean()),
-            observed=accuracy_interval((1 + np.sign(p)).sum() / 2, len(p)),
+            observed=share_interval((1 + np.sign(p)).sum() / 2, len(p)),
             n=len(p),
         )
         for p in parts

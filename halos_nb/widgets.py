@@ -20,7 +20,7 @@ import numpy as np
 from .records import as_text, atomic_write, write_json, write_records
 from .verdicts import convert_comparisons, pair_of
 from .jobs import clock
-from .show import Shown, display_mode, known_as, summary_table, visible
+from .show import Shown, display_mode, labeller_name, summary_table, visible
 from .people import Session, comparisons, report
 from .pairs import Pairs, detail, export, flag, pick, read_pairs, some, still
 
@@ -155,7 +155,7 @@ def report_rows(
         "median seconds": "–" if seconds is None else f"{seconds:.1f}",
     }
     for a in r["agreement"]:
-        lines[f"agrees with {known_as(a.second)}"] = (
+        lines[f"agrees with {labeller_name(a.second)}"] = (
             f"{share(a.rate)} of {a.items}, kappa {a.kappa.value:.2f} "
             f"[{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
         )

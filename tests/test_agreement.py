@@ -17,9 +17,9 @@ from halos_nb.stats import (
     bootstrap,
     calibrate,
     cohen_kappa,
-    exact_interval,
-    krippendorff,
     share_interval,
+    krippendorff,
+    share_over_prompts,
     spearman,
     spearman_of,
 )
@@ -64,23 +64,33 @@ def test_spearman_of_published_and_tied_values():
     "k, n, low, high",
     [(8, 10, 0.4439, 0.9748), (5, 10, 0.1871, 0.8129), (0, 20, 0, 0.1684), (20, 20, 0.8316, 1)],
 )
-def test_exact_interval_of_published_values(k, n, low, high):
-    assert exact_interval(k, n)[1:] == (
+def test_share_interval_of_published_values(k, n, low, high):
+    assert share_interval(k, n)[1:] == (
         pytest.approx(low, abs=6e-5),
         pytest.approx(high, abs=6e-5),
     )
 
 
 @given(st.integers(1, 60), st.data())
-def test_exact_interval_by_its_definition(n, data):
+def test_share_interval_by_its_definition(n, data):
     "At its ends, what was seen or more (or less) has a chance of 2.5%."
     k = data.draw(st.integers(0, n))
-    _, low, high = exact_interval(k, n)
+    _, low, high = share_interval(k, n)
     chance = lambda p, counts: sum(math.comb(n, j) * p**j * (1 - p) ** (n - j) for j in counts)
     if k:
         assert chance(low, range(k, n + 1)) == pytest.approx(0.025, rel=1e-6)
     if k < n:
         assert chance(high, range(k + 1)) == pytest.approx(0.025, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 10, 37])
+def test_share_interval_keeps_its_promise(n):
+    "Whatever the true share, at least 95% of the counts have an interval that holds it."
+    intervals = [share_interval(k, n) for k in range(n + 1)]
+    for p in np.linspace(0.001, 0.999, 333):
+        chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+        held = [i.low <= p <= i.high for i in intervals]
+        assert sum(c for c, holds in zip(chances, held) if holds) >= 0.95
 
 
 # ---- the definitions, written out
@@ -209,7 +219,7 @@ def test_intervals_hold_the_truth():
         level = rng.beta(2, 1, 60)  # the prompts' own shares; 2/3 on average
         hits = (rng.random((60, 4)) < level[:, None]).ravel().tolist()
         clusters, alone = (
-            share_interval(hits, prompts, draws=200, seed=study)
+            share_over_prompts(hits, prompts, draws=200, seed=study)
             for prompts in ([p for p in range(60) for _ in range(4)], list(range(240)))
         )
         inside += clusters.low <= 2 / 3 <= clusters.high
