@@ -30,7 +30,7 @@ _NAMES = {
     "load_data": ("hub_sets", "load_data"),
     "RunMonitor": ("monitor", "RunMonitor"),
     "browse_pairs": ("widgets", "browse_pairs"),
-    "compare_runs": ("runs", "RunComparer"),
+    "compare_runs": ("compare", "RunComparer"),
     "report": ("page", "report"),
 }
 __all__ = list(_NAMES)

@@ -389,7 +389,7 @@ def test_report_would_hold_even_if_a_text_came_through(page, hostile_runs):
 def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
     write_notebook(
         tmp_path / "compare.ipynb",
-        f"from halos_nb.runs import RunComparer\nRunComparer({str(hostile_runs)!r}).show()",
+        f"from halos_nb.compare import RunComparer\nRunComparer({str(hostile_runs)!r}).show()",
         f"RunComparer({str(hostile_runs)!r}, mode='static').show()",
         DONE,
     )

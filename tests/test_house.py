@@ -19,7 +19,7 @@ FLOORS = {
     1: "trees loaders processes attention models reference losses trainers",
     2: "generate api answers backends sample score replies judge label train",
     3: "supervise preload jobs ledger loop",
-    4: "show figures rewards runs people pairs monitor widgets page",
+    4: "show figures rewards runs people pairs monitor widgets compare page",
     5: "playground",
 }
 SEES = {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 3}, 4: {0, 3, 4}, 5: {0, 1, 2, 3, 4}}

@@ -14,19 +14,18 @@ import pytest
 from test_plots import HOSTILE, turns
 
 from halos_nb import rewards
-from halos_nb.runs import (
+from halos_nb.compare import (
     RunComparer,
     csv_cell,
     differing,
-    flat,
-    read_runs,
+    flatten,
     same_prompt,
     shared_prompts,
 )
 from halos_nb.configs import LoopConfig
 from halos_nb.settings import Settings
 from halos_nb.loop import run_rounds
-from halos_nb.runs import run_summary
+from halos_nb.runs import read_runs, run_summary
 from halos_nb.page import report
 from halos_nb.show import visible, word_diff
 from halos_nb.records import read_jsonl
@@ -335,8 +334,8 @@ def test_damaged_runs_are_named_not_fatal(runs, tmp_path):
     "d, expected",
     [({}, {}), ({"a": {"b": {"c": 1}}, "d": 2}, {"a.b.c": 1, "d": 2}), ({"a": {}}, {})],
 )
-def test_flat(d, expected):
-    assert flat(d) == expected
+def test_flatten(d, expected):
+    assert flatten(d) == expected
 
 
 def test_differing_sees_type_and_absence():
