@@ -365,7 +365,9 @@ def prompt_options(prompts: dict[str, Answers]) -> list[tuple[str, str]]:
 def answers_html(self: RunComparer, answers: Answers, chosen: Sequence[str]) -> str:
     "The chosen runs' answers to a prompt, or why there are none."
     answers = [(run, samples) for run, samples in answers if run in chosen]
-    return same_prompt(answers).html if answers else "none of these runs have answered this prompt"
+    return (
+        same_prompt(answers).html if answers else "none of these runs have answered this prompt"
+    )
 
 # %% ../nbs/48_compare.ipynb #642f55fd
 @patch
