@@ -1,4 +1,6 @@
-"""A million scored samples to feedback, from file to file: seconds and peak memory of each form, each in a process of its own."""
+"""A million scored samples to feedback, from file to file: seconds and peak memory of each
+form, each in a process of its own.
+"""
 
 import argparse
 import json

@@ -1,7 +1,9 @@
 """Data and models for the measurements, the same every time: `python bench/inputs.py FOLDER`.
 
-Texts are real preference records where ../shared/data holds them, else words drawn from a seed with lengths like theirs. Only texts that fit `LONGEST` tokens
-are kept, so that no side drops or cuts what the other computes. Models are small Llamas with fresh weights: hidden 256, 4 layers, vocabulary 8k or 64k.
+Texts are real preference records where ../shared/data holds them, else words drawn from a seed
+with lengths like theirs. Only texts that fit `LONGEST` tokens
+are kept, so that no side drops or cuts what the other computes. Models are small Llamas with
+fresh weights: hidden 256, 4 layers, vocabulary 8k or 64k.
 """
 
 import json, random, sys
@@ -26,7 +28,9 @@ def real_texts():
 
 
 def drawn_texts():
-    "The same of made-up words: prompts of about 40, answers of about 300 words, both with long tails; more than is kept, for many are too long."
+    """The same of made-up words: prompts of about 40, answers of about 300 words, both with
+    long tails; more than is kept, for many are too long.
+    """
     rng = random.Random(0)
     words = [
         "".join(
@@ -86,7 +90,9 @@ def write_samples(path: Path, groups):
 
 
 def save_models(folder: Path, tokenizer):
-    "small and big (policies, vocabulary 8k and 64k), rm1 and rm2 (reward models of one and two logits)."
+    """small and big (policies, vocabulary 8k and 64k), rm1 and rm2 (reward models of one and
+    two logits).
+    """
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
     from halos_nb.models import small_llama

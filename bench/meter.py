@@ -1,4 +1,6 @@
-"""What the measuring scripts share: seconds, memory and tokens of one job in a process of its own, as one JSON line."""
+"""What the measuring scripts share: seconds, memory and tokens of one job in a process of its
+own, as one JSON line.
+"""
 
 import argparse, json, os, resource, sys, time
 
@@ -69,7 +71,9 @@ def count_tokens(*models) -> list[int]:
 
 
 def run_trainer(trainer, profile: bool = False) -> Meter:
-    "`trainer.train()` of a transformers Trainer, from its first step to its last; one tiny pass goes before, for the costs of a first call."
+    """`trainer.train()` of a transformers Trainer, from its first step to its last; one tiny
+    pass goes before, for the costs of a first call.
+    """
     import torch
     from transformers import TrainerCallback
 

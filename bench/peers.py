@@ -1,6 +1,8 @@
-"""TRL and plain transformers at the same jobs, for a machine without ../shared/peers: runs in an environment with trl 1.16, without halos_nb.
+"""TRL and plain transformers at the same jobs, for a machine without ../shared/peers: runs in
+an environment with trl 1.16, without halos_nb.
 
-default: the settings TRL ships. best_fp32, best_bf16: no gradient checkpointing, pairs sorted by length, one pair per forward pass and 16 per step, which is fastest on a CPU.
+default: the settings TRL ships. best_fp32, best_bf16: no gradient checkpointing, pairs sorted
+by length, one pair per forward pass and 16 per step, which is fastest on a CPU.
 """
 
 import json, tempfile

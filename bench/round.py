@@ -1,7 +1,10 @@
-"""What a round of the loop takes beyond its stages' own work: `python bench/round.py`, on the playground, in build/bench/rounds.
+"""What a round of the loop takes beyond its stages' own work: `python bench/round.py`, on the
+playground, in build/bench/rounds.
 
-A round lasts from the start of its sampling to the start of the next. Own work: the same three stages once more, one by one, each in a copy of a process that
-has imported everything; so it counts loading models and writing results, and neither imports nor what lies between stages.
+A round lasts from the start of its sampling to the start of the next. Own work: the same three
+stages once more, one by one, each in a copy of a process that
+has imported everything; so it counts loading models and writing results, and neither imports
+nor what lies between stages.
 """
 
 import argparse, gc, json, os, runpy, shutil, statistics, sys, time
@@ -41,7 +44,9 @@ def spans(run: Path) -> list[float]:
 
 
 def own_work(stage: str, folder: Path, scratch: Path) -> float:
-    "Wall seconds of a stage of a round, done once more in a copy of this process and of its folder."
+    """Wall seconds of a stage of a round, done once more in a copy of this process and of its
+    folder.
+    """
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(folder, scratch)
     config = scratch / f"{stage}.config.json"

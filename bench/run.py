@@ -1,8 +1,11 @@
-"""Every job of ours beside its peers in one run, alternated; a table and a figure for the README: `make bench`, or `python bench/run.py --only dpo --n 32`.
+"""Every job of ours beside its peers in one run, alternated; a table and a figure for the
+README: `make bench`, or `python bench/run.py --only dpo --n 32`.
 
-Each case is a process of its own. Rounds go forwards and backwards through a job's cases, and a ratio is taken within a round, per CPU second of one thread,
-so that what else the machine does at that time falls out. Peers run in an environment with trl (--trl), with the scripts of ../shared/peers where they are
-present and with bench/peers.py elsewhere. What is asked for (issue 5) stands beside each ratio.
+Each case is a process of its own. Rounds go forwards and backwards through a job's cases, and a
+ratio is taken within a round, per CPU second of one thread,
+so that what else the machine does at that time falls out. Peers run in an environment with trl
+(--trl), with the scripts of ../shared/peers where they are
+present and with bench/peers.py elsewhere. What was asked for stands beside each ratio.
 """
 
 import argparse, json, os, shlex, statistics, subprocess, sys
@@ -215,11 +218,8 @@ def markdown(table: dict[str, list[dict]]) -> str:
 
     def row(job, r):
         if "error" in r:
-            return (
-                f"| {job} | {r['label']} | failed: "
-                f"{r['error'].strip().splitlines()[-1][:80] if r['error'].strip() else 'no output'} "
-                "| | | | | | | |"
-            )
+            said = r["error"].strip().splitlines() or ["no output"]
+            return f"| {job} | {r['label']} | failed: {said[-1][:80]} | | | | | | | |"
         own, tokens = (
             r is table[job][0],
             f"{r['tokens']:,}" + (f" ({r['tokens'] / r['needed']:.2f})" if r["needed"] else "")

@@ -1,7 +1,10 @@
-"""Samples for the prompts of a pairs file, measured from token ids to token ids: ours, and transformers' own `generate` with the same end tokens.
+"""Samples for the prompts of a pairs file, measured from token ids to token ids: ours, and
+transformers' own `generate` with the same end tokens.
 
-A model with fresh weights never ends an answer. Here `1 / mean` of its vocabulary are end tokens, for both ways alike, so that answers end at all lengths
-and are about `--mean` tokens long. Only tokens of answers count, not what is computed behind their ends.
+A model with fresh weights never ends an answer. Here `1 / mean` of its vocabulary are end
+tokens, for both ways alike, so that answers end at all lengths
+and are about `--mean` tokens long. Only tokens of answers count, not what is computed behind
+their ends.
 """
 
 import json
@@ -16,7 +19,9 @@ def draw_ours(batches, model, tokenizer, cfg):
 
 
 def draw_transformers(batches, model, tokenizer, cfg):
-    "As transformers' users do it: prompts sorted by length, padded on the left, `num_return_sequences`."
+    """As transformers' users do it: prompts sorted by length, padded on the left,
+    `num_return_sequences`.
+    """
     import torch
     from transformers import GenerationConfig
 

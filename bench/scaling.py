@@ -1,7 +1,10 @@
-"""How a training pass (forward and backward over one batch of log-probabilities) costs, against everything that makes it dear: `python bench/scaling.py`.
+"""How a training pass (forward and backward over one batch of log-probabilities) costs, against
+everything that makes it dear: `python bench/scaling.py`.
 
-One thing is varied at a time around a pair of answers of 256 tokens to a prompt of 128. `tree` shares the prompt, `plain` is one padded row per answer.
-Two processes: the DPO run of dpo.py with one and with two, wall seconds; on cores that others use this says little.
+One thing is varied at a time around a pair of answers of 256 tokens to a prompt of 128. `tree`
+shares the prompt, `plain` is one padded row per answer.
+Two processes: the DPO run of dpo.py with one and with two, wall seconds; on cores that others
+use this says little.
 """
 
 import argparse, json, os, random, subprocess, sys, time
@@ -21,7 +24,9 @@ AXES = dict(
 def seconds(
     model, layout: str, answer, prompt, k, vocabulary, trees, repeats: int = 3
 ) -> float:
-    "CPU seconds of one pass over answers whose lengths differ by up to a half; the best of a few."
+    """CPU seconds of one pass over answers whose lengths differ by up to a half; the best of a
+    few.
+    """
     from halos_nb.trees import Tree, make_batch
 
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""A training run of ours as a user starts one, measured: shared by reward_model.py and dpo.py."""
+"A training run of ours as a user starts one, measured; reward_model.py and dpo.py share it."
 
 import tempfile, warnings
 from itertools import islice
@@ -8,7 +8,9 @@ from meter import arguments, count_tokens, report, run_trainer
 
 
 def no_sharing(trainer):
-    "Every branch a tree of its own, packed as before: what sharing the prompt saves is seen by leaving it out."
+    """Every branch a tree of its own, packed as before: what sharing the prompt saves is seen
+    by leaving it out.
+    """
     from halos_nb.trees import make_batch
 
     prepare = trainer.prepare

@@ -54,7 +54,9 @@ def free_port():
 
 
 class Lab:
-    "A JupyterLab server over `folder` that knows nothing of the user's own Jupyter; `kernels=False` gives it none to start."
+    """A JupyterLab server over `folder` that knows nothing of the user's own Jupyter;
+    `kernels=False` gives it none to start.
+    """
 
     def __init__(self, folder: Path, kernels=True):
         self.folder, self.token, self.port = folder, secrets.token_hex(16), free_port()
@@ -161,7 +163,9 @@ def page(chromium, tmp_path_factory):
 
 @pytest.fixture
 def lab(chromium, tmp_path):
-    "`lab(kernels=True)`: a JupyterLab over the test's folder, with this checkout's settings; ended after the test."
+    """`lab(kernels=True)`: a JupyterLab over the test's folder, with this checkout's settings;
+    ended after the test.
+    """
     shutil.copy(ROOT / "settings.ini", tmp_path)
     servers = []
 

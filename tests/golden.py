@@ -1,4 +1,6 @@
-"Reference values for tests: recorded outputs of HALOs, in `tests/golden` (its README says what is in them)."
+"""Reference values for tests: recorded outputs of HALOs, in `tests/golden` (its README says
+what is in them).
+"""
 
 import json
 from pathlib import Path

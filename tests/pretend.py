@@ -1,4 +1,6 @@
-"""Sample, label and train without a model, for the tests of the loop: 40 prompts, a score per sample, weights that depend on all that came before."""
+"""Sample, label and train without a model, for the tests of the loop: 40 prompts, a score per
+sample, weights that depend on all that came before.
+"""
 
 import json, sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The README's pictures, from a run that is there: `python tests/screenshots.py runs/online nbs/images`. A real JupyterLab in a real Chromium."""
+"""The README's pictures, from a run that is there: `python tests/screenshots.py runs/online
+nbs/images`. A real JupyterLab in a real Chromium.
+"""
 
 import shutil
 import sys
