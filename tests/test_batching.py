@@ -374,7 +374,7 @@ def words(tree, meaning):
 def said(loader, tree):
     "A tree as the reference's batch element, texts decoded from our ids."
     i = loader.items[tree.index[0]]
-    e = loader.data[i.prompt]
+    e = loader.examples[i.prompt]
     if isinstance(loader, PairedPreferenceDataLoader):
         return dict(
             prompt_id=e.prompt_id,
@@ -710,7 +710,7 @@ def test_groups_in_the_reference_order(case):
     theirs = run_of(case).get("process_data") or (dealt(case) if case.get("runs") else [])
     for n, k, _, score in theirs:
         seen.setdefault(pool[n]["prompt_id"], {}).setdefault((n, k), []).append(score)
-    prompts = [loader.data[loader.items[t.index[0]].prompt].prompt_id for t in trees]
+    prompts = [loader.examples[loader.items[t.index[0]].prompt].prompt_id for t in trees]
     assert sorted(prompts) == sorted(known) and prompts[: len(seen)] == list(seen)
     if theirs:
         assert len(case["flat_data"]) - len(theirs) < max(
@@ -780,7 +780,7 @@ def test_groups_in_the_reference_order(case):
     for e, steps in enumerate(epochs_of(loader, o["n_epochs"])):
         ids = list(dict.fromkeys(golden[e * whole : (e + 1) * whole]))
         assert [
-            loader.data[loader.items[t.index[0]].prompt].prompt_id for s in steps for t in s
+            loader.examples[loader.items[t.index[0]].prompt].prompt_id for s in steps for t in s
         ][: len(ids)] == ids
 
 
@@ -984,7 +984,7 @@ def test_groups_are_whole(data, options, world, trimmed):
     where = [ranks[0].items[t.index[0]].prompt for t in trees]
     assert len(where) == len(set(where)), "a prompt is in one step of one process"
     for p, t in zip(where, trees):
-        e = ranks[0].data[p]
+        e = ranks[0].examples[p]
         known = [k for k in range(len(e.generations)) if e.known(k)[0] is not None]
         if not known:
             continue  # then scores are from status, see the golden cases
@@ -1069,7 +1069,7 @@ def test_shares_of_good_and_bad(data, good, bad, seed):
     for status, share in (("chosen", good), ("rejected", bad)):
         unique = {
             (p, k)
-            for p, e in enumerate(part.data)
+            for p, e in enumerate(part.examples)
             for u in loaders.status_units(e)
             for k, s in u
             if s == status
@@ -1119,14 +1119,14 @@ def test_mismatched_answers_answer_another_prompt(data, seed, batch_size):
     )
     if loader is None:
         return
-    ids = {loader.data[i.prompt].prompt_id for i in loader.items}
+    ids = {loader.examples[i.prompt].prompt_id for i in loader.items}
     texts = {}
     for i in loader.items:
-        texts.setdefault(loader.data[i.prompt].prompt_id, set()).add(
-            loader.words(i)[0][0]["content"]
+        texts.setdefault(loader.examples[i.prompt].prompt_id, set()).add(
+            loader.outputs(i)[0][0]["content"]
         )
     for t in chain(*loader.plan()):
-        own = loader.data[loader.items[t.index[0]].prompt].prompt_id
+        own = loader.examples[loader.items[t.index[0]].prompt].prompt_id
         (kl,) = words(t, "KL")
         assert any(kl in texts[p] for p in (ids - {own} or ids))
     assert loader.counts["mismatch_same_prompt"] == (len(loader.items) if len(ids) == 1 else 0)
