@@ -167,10 +167,10 @@ def test_nothing_is_invented(reply):
     if value is not None:
         assert value in {
             replies.to_float(m[0])
-            for m in re.finditer(replies.NUMBER, replies.plain(reply), re.I)
+            for m in re.finditer(replies.NUMBER, replies.plain_text(reply), re.I)
         } | {
             replies.to_float(m["x"])
-            for m in re.finditer(replies.VALUE, replies.plain(reply), re.I)
+            for m in re.finditer(replies.VALUE, replies.plain_text(reply), re.I)
         }
     assert read_winner(reply).value in ("A", "B", "tie", None)
 
