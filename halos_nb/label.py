@@ -54,13 +54,15 @@ from halos_nb.verdicts import (
 )
 from .processes import end_process, start_processes
 from .models import fit_vocabulary, load_tokenizer
+from .score import process_batch_with_reward_model as process_batch_with_reward_model
 from .score import Scored, head_at, load_scorer, score_samples, with_rewards
+from .judge import process_samples_with_api as process_samples_with_api
 from halos_nb.judge import (
-    Job,
+    JudgeJob,
     digest,
     estimate,
     estimate_text,
-    last_words,
+    latest_lines,
     question,
     questions_of_pair,
     run_job,
@@ -399,7 +401,7 @@ def read_labels(
     return [
         r
         for name in (names if several else [labeller or names[0]])
-        for r in last_words(x for x in rows if x["labeller"] == name).values()
+        for r in latest_lines(x for x in rows if x["labeller"] == name).values()
     ]
 
 # %% ../nbs/28_label.ipynb #8bf3faf1
@@ -544,7 +546,7 @@ def by_function(data: Data, cfg: LabelConfig) -> Labelled:
     return Labelled(scored, label_rows(data.samples, scored, f"function:{cfg.function}"), {})
 
 # %% ../nbs/28_label.ipynb #6d3779cc
-def judge_job(data: Data, cfg: LabelConfig) -> Job:
+def judge_job(data: Data, cfg: LabelConfig) -> JudgeJob:
     "The questions for an API judge."
     if cfg.judge == "scalar":
         questions = [question(s) for s in data.samples]
@@ -554,7 +556,7 @@ def judge_job(data: Data, cfg: LabelConfig) -> Job:
             for i, j in pairs_to_ask(data, cfg)
             for q in questions_of_pair(data.samples[i], data.samples[j])
         ]
-    return Job(cfg, questions, beside(cfg.output_file, "labels.jsonl"))
+    return JudgeJob(cfg, questions, beside(cfg.output_file, "labels.jsonl"))
 
 
 def by_judge(data: Data, cfg: LabelConfig) -> Labelled:

@@ -22,7 +22,8 @@ import golden
 from halos_nb import api, judge, replies
 from halos_nb.configs import LabelConfig
 from halos_nb.replies import read_number, read_winner
-from halos_nb.judge import Judge, JudgeStopped, interpret, process_samples_with_api
+from halos_nb.api import ServerError
+from halos_nb.judge import Judge, interpret, process_samples_with_api
 from halos_nb.label import main
 from halos_nb.records import (
     RecordError,
@@ -760,7 +761,7 @@ def test_two_runs_at_once(tmp_path):
     with Server(score_of) as server:
         cfg = config(server, tmp_path, 6)
         with (
-            judge.locked(tmp_path / "feedback.labels.jsonl"),
+            judge.lock_journal(tmp_path / "feedback.labels.jsonl"),
             pytest.raises(RuntimeError, match="another process is asking"),
         ):
             main(cfg)
@@ -791,7 +792,7 @@ def test_hopeless_errors_stop_the_job(tmp_path, monkeypatch, status, body):
     with Server(
         lambda b, times: (status, body) if number_of(b) == 30 else score_of(b, times)
     ) as server:
-        with pytest.raises(JudgeStopped, match="keeps what was answered") as e:
+        with pytest.raises(ServerError, match="keeps what was answered") as e:
             main(config(server, tmp_path, 60, max_retries=0))
     assert (
         KEY not in str(e.value)
@@ -803,7 +804,7 @@ def test_hopeless_errors_stop_the_job(tmp_path, monkeypatch, status, body):
 def test_a_dead_server_stops_the_job(tmp_path):
     with Server(score_of) as server:
         pass
-    with pytest.raises(JudgeStopped, match="50 requests in a row failed"):
+    with pytest.raises(ServerError, match="50 requests in a row failed"):
         main(config(server, tmp_path, 80, max_retries=0))
     assert {r["reply"] for r in read_jsonl(tmp_path / "feedback.labels.jsonl")} == {None}
 
