@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAIRINGS', 'scored', 'number', 'iter_scalar_feedback', 'convert_to_scalar_feedback', 'iter_binary_feedback',
            'convert_to_binary_feedback', 'gap', 'ranking', 'neighbours', 'extremes', 'closest', 'by_prompt', 'by_key',
-           'compare', 'iter_pairwise_feedback', 'convert_to_pairwise_feedback', 'group_advantages', 'trace', 'Tally',
-           'feedback_counts']
+           'compare', 'iter_pairwise_feedback', 'convert_to_pairwise_feedback', 'group_advantages', 'sample_keys',
+           'trace', 'Tally', 'feedback_counts']
 
 # %% ../nbs/06_feedback.ipynb #dd285e83
 import math
@@ -79,6 +79,7 @@ def iter_binary_feedback(
     return (
         dict(
             prompt_id=s["prompt_id"],
+            sample_id=s["sample_id"],
             prompt=s["prompt"],
             output=as_turns(s["output"]),
             label=int(s["reward"] >= level),
@@ -116,7 +117,12 @@ def neighbours(group, threshold, rng):  # mode random
 # %% ../nbs/06_feedback.ipynb #c379e115
 def extremes(group, threshold, rng):  # mode max
     ranked = ranking(group)
-    return [(ranked[0], ranked[-1])] if gap(ranked[0], ranked[-1]) > threshold else []
+    best, worst = ranked[0], ranked[-1]
+    # where both say the same, one of them is in the widest pair of different words
+    below = next((s for s in reversed(ranked) if s["output"] != best["output"]), best)
+    above = next((s for s in ranked if s["output"] != worst["output"]), worst)
+    widest = max((best, below), (above, worst), key=lambda pair: gap(*pair))
+    return [widest] if gap(*widest) > threshold else []
 
 
 def closest(
@@ -160,11 +166,15 @@ def by_key(samples: list[dict]) -> dict[tuple, dict]:
 
 def compare(a: dict, b: dict) -> dict:
     "The pairwise record of two scored samples; label 1 if the first is better."
+    ids = {}
+    if "sample_id" in a and "sample_id" in b:  # not in binary feedback of before
+        ids = dict(sample_id_A=a["sample_id"], sample_id_B=b["sample_id"])
     return dict(
         prompt_id=a["prompt_id"],
         prompt=a["prompt"],
         output_A=as_turns(a["output"]),
         output_B=as_turns(b["output"]),
+        **ids,
         label=int(a["reward"] > b["reward"]),
         reward_A=a["reward"],
         reward_B=b["reward"],
@@ -225,28 +235,53 @@ def group_advantages(
     return advantages, [len(groups[p]) for p in prompt_ids]
 
 # %% ../nbs/06_feedback.ipynb #28ce79f0
-def trace(
-    prompt_id, output, reward
-) -> int:  # what a sample and a record made of it have in common
+def sample_keys(record: dict) -> list[tuple] | None:
+    "(prompt_id, sample_id) of a record's answers, A's first; None: a file of before has no ids."
+    names = ("sample_id_A", "sample_id_B") if "output_A" in record else ("sample_id",)
+    if any(name not in record for name in names):
+        return None
+    return [(record["prompt_id"], record[name]) for name in names]
+
+
+def trace(prompt_id, output, reward) -> int:
+    "What a sample and a record without ids that was made of it have in common."
     return hash((prompt_id, as_text(output), reward))
 
 
 class Tally:
     "What the records that pass were made of."
 
-    # records per prompt_id; traces of the samples in them
     def __init__(self):
-        self.made, self.used = Counter(), set()
+        self.made = Counter()  # records per prompt_id
+        self.used = set()  # (prompt_id, sample_id) of the samples in them
+        self.traces = set()  # traces of those in records without ids
+        self.nameless = 0  # how many records have no ids
 
     def count(self, feedback: Iterable[dict]) -> Iterator[dict]:
-        for r in feedback:
-            self.made[r["prompt_id"]] += 1
-            self.used.update(
-                trace(r["prompt_id"], r[f"output{x}"], r[f"reward{x}"])
-                for x in ("", "_A", "_B")
-                if f"output{x}" in r
-            )
-            yield r
+        "The records as they come, counted."
+        for record in feedback:
+            self.made[record["prompt_id"]] += 1
+            keys = sample_keys(record)
+            if keys is not None:
+                self.used.update(keys)
+            else:
+                self.nameless += 1
+                self.add_traces(record)
+            yield record
+
+    def add_traces(self, record: dict) -> None:
+        for side in ("", "_A", "_B"):
+            if f"output{side}" in record:
+                output, reward = record[f"output{side}"], record[f"reward{side}"]
+                self.traces.add(trace(record["prompt_id"], output, reward))
+
+    def holds(self, sample: dict) -> bool:
+        "Is this scored sample in a record?"
+        if (sample["prompt_id"], sample["sample_id"]) in self.used:
+            return True
+        if not self.traces:
+            return False
+        return trace(sample["prompt_id"], sample["output"], sample["reward"]) in self.traces
 
 # %% ../nbs/06_feedback.ipynb #479db23f
 def feedback_counts(
@@ -264,14 +299,15 @@ def feedback_counts(
     kept, made = scored(samples), tally.made
     sizes = Counter(s["prompt_id"] for s in kept)
     expected = {p: n // 2 if mode == "random" else 1 for p, n in sizes.items() if n > 1}
-    return dict(
+    counts = dict(
         samples=len(samples),
         unscored=len(samples) - len(kept),
-        unused=sum(
-            trace(s["prompt_id"], s["output"], s["reward"]) not in tally.used for s in kept
-        ),
+        unused=sum(not tally.holds(s) for s in kept),
         prompts=len({s["prompt_id"] for s in samples}),
         singles=sum(n == 1 for n in sizes.values()),
         ties=sum(max(0, n - made[p]) for p, n in expected.items()),
         records=made.total(),
     )
+    if tally.nameless:
+        counts["matched_by_text"] = tally.nameless
+    return counts

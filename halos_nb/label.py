@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'check_names', 'read_samples', 'Data', 'trim', 'across', 'read_data', 'load_function', 'score_with_function',
-           'to_feedback', 'pair_records', 'wins', 'looks_of', 'both_or_none', 'position_bias', 'pairs_to_ask', 'beside',
-           'label_rows', 'write_labels', 'keep_safe', 'read_labels', 'Labelled', 'margins', 'from_scores',
-           'from_comparisons', 'write_feedback', 'by_reward_model', 'by_function', 'judge_job', 'by_judge',
-           'by_journal', 'scores_of', 'dry_run', 'main']
+           'to_feedback', 'pair_records', 'wins', 'looks_of', 'both_or_none', 'position_bias', 'pairs_to_ask',
+           'pairs_of_different_words', 'beside', 'label_rows', 'write_labels', 'keep_safe', 'read_labels', 'Labelled',
+           'margins', 'from_scores', 'from_comparisons', 'write_feedback', 'by_reward_model', 'by_function',
+           'judge_job', 'by_judge', 'by_journal', 'scores_of', 'dry_run', 'main']
 
 # %% ../nbs/28_label.ipynb #51f9daca
 import copy
@@ -181,7 +181,16 @@ def read_data(cfg: LabelConfig) -> Data:
                 f"{cfg.second_samples_path}: no prompt_id of it is in "
                 f"{cfg.samples_file}; sample for the same prompts"
             )
-        samples += [s | dict(sample_id=f"second:{s['sample_id']}") for s in second]
+        renamed = [s | dict(sample_id=f"second:{s['sample_id']}") for s in second]
+        taken = {(s["prompt_id"], s["sample_id"]) for s in samples}
+        for i, s in enumerate(renamed, 1):
+            if (s["prompt_id"], s["sample_id"]) in taken:
+                raise RecordError(
+                    f"{cfg.second_samples_path}, record {i}: its sample becomes "
+                    f"{s['sample_id']!r} beside the first file's, and that name is taken "
+                    f"in {cfg.samples_file}; number the samples of that file anew"
+                )
+        samples += renamed
         counts["unmatched"] = len(samples) - 2 * len(pairs)
     if other := Counter(k for s in samples for k in s.keys() - FIELDS):
         counts["other_fields"] = dict(other)
@@ -314,18 +323,36 @@ def position_bias(rows: list[dict]) -> dict:
 
 # %% ../nbs/28_label.ipynb #56ba7ea2
 def pairs_to_ask(data: Data, cfg: LabelConfig) -> list[tuple[int, int]]:
-    "The given pairs, or each prompt's samples shuffled and taken two by two; without those that are the same text twice."
+    "The given pairs, or each prompt's samples shuffled and taken two by two; never the same text twice."
     pairs, groups, rng = data.pairs, {}, random.Random(cfg.seed)
     if pairs is None:
         for i, s in enumerate(data.samples):
             groups.setdefault(s["prompt_id"], []).append(i)
-        pairs = [
-            pair
-            for g in groups.values()
-            for shuffled in [rng.sample(g, len(g))]
-            for pair in zip(shuffled[::2], shuffled[1::2])
-        ]
+        pairs = []
+        for group in groups.values():
+            words = {i: data.samples[i]["output"] for i in group}
+            pairs += pairs_of_different_words(rng.sample(group, len(group)), words)
+        return pairs
     return [(i, j) for i, j in pairs if data.samples[i]["output"] != data.samples[j]["output"]]
+
+
+def pairs_of_different_words(shuffled: list[int], words: dict[int, str]) -> list[tuple]:
+    "Two by two; where partners say the same, and for an odd one out, among those left over."
+    pairs, left = [], []
+    for i, j in zip(shuffled[::2], shuffled[1::2]):
+        if words[i] != words[j]:
+            pairs.append((i, j))
+        else:
+            left += [i, j]
+    left += shuffled[len(shuffled) // 2 * 2 :]
+    by_words = {}
+    for i in left:
+        by_words.setdefault(words[i], []).append(i)
+    while len(by_words) > 1:  # two of the commonest texts each time: the fewest stay over
+        first, second = sorted(by_words, key=lambda text: -len(by_words[text]))[:2]
+        pairs.append((by_words[first].pop(0), by_words[second].pop(0)))
+        by_words = {text: group for text, group in by_words.items() if group}
+    return pairs
 
 # %% ../nbs/28_label.ipynb #11d5372c
 def beside(path: str | Path, ending: str) -> Path:

@@ -89,6 +89,7 @@ class BinaryFeedback(Record):
     "A good or a bad answer."
 
     prompt_id: Id  # hash of the conversation
+    sample_id: Id = None  # the sample; missing in files from before 2026-12
     prompt: Turns  # the conversation before the answer
     output: Turns  # the answer
     label: Binary  # 1 good, 0 bad
@@ -102,6 +103,8 @@ class PairwiseFeedback(Record):
     prompt: Turns  # the conversation before the answers
     output_A: Turns  # one answer
     output_B: Turns  # the other
+    sample_id_A: Id = None  # sample of A; missing in files from before 2026-12
+    sample_id_B: Id = None  # sample of B
     label: Binary  # 1: A is preferred, 0: B
     reward_A: FiniteFloat  # score of A
     reward_B: FiniteFloat  # score of B

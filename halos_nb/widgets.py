@@ -72,18 +72,13 @@ class PairBrowser(Talk):
         self.pairs, self.kept = pairs, pick(pairs)
 
     def do_open(self):
-        said = (
-            f"{self.pairs.unknown:,} pairs without labels: their samples were not found"
-            if self.pairs.unknown
-            else ""
-        )
         columns = {k: v.astype(np.float32).tobytes() for k, v in self.pairs.columns.items()}
         return dict(
             columns=list(columns),
             rounds=[visible(r) for r in self.pairs.names],
             total=len(self.pairs),
             flags=sorted(self.pairs.flags),
-            said=said,
+            said=self.pairs.remarks(" pairs"),
         ), list(columns.values())
 
     def do_filter(self, **filter):

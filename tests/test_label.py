@@ -22,7 +22,13 @@ import golden
 from halos_nb.trees import byte_tokenizer, encode, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
-from halos_nb.label import main, process_batch_with_reward_model, read_samples, to_feedback
+from halos_nb.label import (
+    Data,
+    main,
+    pairs_to_ask,
+    read_samples,
+    to_feedback,
+)
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
 from halos_nb.people import Session, choose_pairs, comparisons
 from halos_nb.records import (
@@ -34,7 +40,7 @@ from halos_nb.records import (
     read_records,
     write_records,
 )
-from halos_nb.score import head_of, score_samples
+from halos_nb.score import head_of, process_batch_with_reward_model, score_samples
 
 TWO = [
     "-m",
@@ -299,7 +305,10 @@ def test_golden_label_command():
         }
         cfg = LabelConfig(samples_file="", output_file="", reward_model_path="rm", **options)
         if "file" in case:
-            assert to_feedback(labelled, cfg) == case["file"], case["id"]
+            made = to_feedback(labelled, cfg)
+            if cfg.feedback_type in ("pairwise", "binary"):
+                made = golden.without_ids(made)
+            assert made == case["file"], case["id"]
         elif options["split"]:
             # documented_note
             assert {r["split"] for r in to_feedback(labelled, cfg)} == {options["split"]}, case[
@@ -1051,6 +1060,15 @@ def test_second_file(folder, tmp_path):
         )
         for side, text, reward in sides:
             assert reward == pytest.approx(alone[side][r["prompt_id"], text], abs=1e-5)
+    by_id = {
+        (s["prompt_id"], f"{name}{s['sample_id']}"): s["output"]
+        for name, rows in (("", samples), ("second:", other))
+        for s in rows
+    }
+    for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
+        for x in "AB":
+            key = r["prompt_id"], str(r[f"sample_id_{x}"])
+            assert by_id[key] == r[f"output_{x}"][0]["content"]
     for rows, told in [
         (
             [other[0] | dict(prompt=as_turns("?", "user"))],
@@ -1062,6 +1080,38 @@ def test_second_file(folder, tmp_path):
         write_records(tmp_path / "other.json", rows)
         with pytest.raises(RecordError, match=told):
             label(folder, tmp_path, samples, second_samples_path=str(tmp_path / "other.json"))
+
+
+def test_second_file_whose_ids_are_taken(tmp_path):
+    "A first file that was itself made of two: its ids already begin with `second:`."
+    first = make_samples((2,))
+    first[1] |= dict(sample_id="second:0")
+    write_records(tmp_path / "other.json", make_samples((2,)))
+    with pytest.raises(RecordError, match="other.json, record 1: .*second:0.* is taken"):
+        label(
+            None,
+            tmp_path,
+            first,
+            function="builtins:len",
+            second_samples_path=str(tmp_path / "other.json"),
+        )
+
+
+@pytest.mark.parametrize("words", ["xxyy", "xxy", "xxxx", "xyxyxxyz", "xxxyyyzz"])
+def test_pairs_that_are_asked(words):
+    "A judge is asked of every two samples that can be paired: those shuffled to a partner of equal words find another."
+    prompt = as_turns("Name a star.", "user")
+    samples = [
+        dict(prompt_id="p", sample_id=i, prompt=prompt, output=x) for i, x in enumerate(words)
+    ]
+    judge = dict(api_type="openai", api_model="m", judge="pairwise")
+    cfg = LabelConfig(samples_file="s", output_file="f", **judge)
+    pairs = pairs_to_ask(Data(samples, None, {}), cfg)
+    used = [i for pair in pairs for i in pair]
+    assert len(used) == len(set(used))
+    assert all(words[i] != words[j] for i, j in pairs)
+    left = {words[i] for i in range(len(words)) if i not in used}
+    assert len(left) <= 1, "two samples with different words were both left out"
 
 
 def test_trim_to_sentence(folder, tmp_path, rm, tok):

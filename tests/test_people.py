@@ -373,10 +373,15 @@ def test_feedback_is_what_was_pressed(pressed, tmp_path):
         if len(set(said)) == 1 and "=" not in said
     }
     made = to_feedback(session)
+    words = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
     got = {}
     for r in made.records:
         check_record(r, "pairwise_feedback")
         a, b = r["output_A"][0]["content"], r["output_B"][0]["content"]
+        assert (
+            words[r["prompt_id"], r["sample_id_A"]],
+            words[r["prompt_id"], r["sample_id_B"]],
+        ) == (a, b)
         got[frozenset((a, b))] = a if r["label"] else b
     assert got == expected and len(got) == len(made.records)
     counts = made.counts
@@ -418,7 +423,12 @@ def test_labels_are_shares_of_wins(pressed):
             == made.counts["unanswered"] + made.counts["skipped"] + made.counts["records"]
         )
         for r in made.records:
+<<<<<<< HEAD
             check_record(r, f"{kind}_feedback")
+=======
+            check(r, f"{kind}_feedback")
+            assert text[r["prompt_id"], r["sample_id"]] == r["output"][0]["content"]
+>>>>>>> b1584a3 (Ids travel: pairs and binary feedback name their samples, and what matched words matches ids)
     assert [r["label"] for r in to_feedback(session, "binary").records] == [
         int(r["reward"] >= 0.5) for r in to_feedback(session, "scalar").records
     ]
@@ -501,6 +511,73 @@ def test_pairs_of_a_feedback_file(rows):
     for (p, a, b), m in found.margins.items():
         first, margin = last[p, frozenset(int(text[p, x][5:]) for x in (a, b))]
         assert m == (margin if text[p, a] == f"text {first}" else -margin)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 3)).filter(
+            lambda x: x[1] != x[2]
+        ),
+        max_size=15,
+    )
+)
+@settings(deadline=None)
+def test_samples_of_pairs_by_their_ids(rows):
+    "Samples 2 and 3 of a prompt say the same words and stay two; a pair of both is not to be asked."
+    records = [
+        dict(
+            prompt_id=p,
+            prompt=[dict(role="user", content=str(p))],
+            output_A=as_turns(f"text {min(a, 2)}"),
+            output_B=as_turns(f"text {min(b, 2)}"),
+            sample_id_A=a,
+            sample_id_B=b,
+            reward_A=float(a),
+            reward_B=float(b),
+        )
+        for p, a, b in rows
+    ]
+    found = samples_of_pairs(records)
+    assert {(s["prompt_id"], s["sample_id"]) for s in found.samples} == {
+        (p, i) for p, a, b in rows for i in (a, b)
+    }
+    assert {(s["output"], min(s["sample_id"], 2)) for s in found.samples} <= {
+        (f"text {i}", i) for i in range(3)
+    }
+    assert found.margins == {
+        (p, min(a, b), max(a, b)): min(a, b) - max(a, b)
+        for p, a, b in rows
+        if min(a, 2) != min(b, 2)
+    }
+
+
+def test_samples_of_pairs_of_joined_files():
+    "Rounds that asked a prompt twice, joined: one id, two texts. And a file of before beside a new one."
+    prompt = [dict(role="user", content="Name a star.")]
+
+    def pair(a, b, **ids):
+        return dict(
+            prompt_id="p",
+            prompt=prompt,
+            output_A=as_turns(a),
+            output_B=as_turns(b),
+            reward_A=1.0,
+            reward_B=0.0,
+            **ids,
+        )
+
+    ids = dict(sample_id_A=0, sample_id_B=1)
+    found = samples_of_pairs(
+        [pair("Vega", "Rigel", **ids), pair("Deneb", "Vega", **ids), pair("Rigel", "Sirius")]
+    )
+    text = {s["sample_id"]: s["output"] for s in found.samples}
+    assert len(text) == len(found.samples) == 5
+    assert sorted(text.values()) == ["Deneb", "Rigel", "Sirius", "Vega", "Vega"]
+    said = {
+        (text[a], text[b]) if m > 0 else (text[b], text[a])
+        for (_, a, b), m in found.margins.items()
+    }
+    assert said == {("Vega", "Rigel"), ("Deneb", "Vega"), ("Rigel", "Sirius")}
 
 
 @pytest.mark.parametrize(

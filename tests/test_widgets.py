@@ -1,13 +1,18 @@
 """What the widgets decide, without a screen: which pairs are kept, what is written, what a key does, what may be shown."""
 
-import json, random, subprocess, sys, time
+import hashlib, json, random, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from halos_nb import widgets
-from halos_nb.feedback import convert_to_pairwise_feedback
+from golden import without_ids
+from halos_nb.feedback import (
+    convert_to_binary_feedback,
+    convert_to_pairwise_feedback,
+    convert_to_scalar_feedback,
+)
 from halos_nb.verdicts import pair_of
 from halos_nb.people import Session, choose_pairs
 from halos_nb.records import append_jsonl, as_text, read_jsonl, read_records, write_records
@@ -224,16 +229,92 @@ def test_comparisons_are_labels_too_and_unknown_samples_are_counted(tmp_path):
     )
     assert [p for p in read_pairs(tmp_path).said if p] == [{"human:ada": -1}]
     rows = read_records(folder / "feedback.json")
-    write_records(
-        folder / "feedback.json", [rows[0] | dict(output_A=turns("trimmed")), *rows[1:]]
-    )
+    trimmed = [rows[0] | dict(output_A=turns("trimmed")), *rows[1:]]
+    write_records(folder / "feedback.json", trimmed)
+    # the ids say which sample it was
+    assert [p for p in read_pairs(tmp_path).said if p] == [{"human:ada": -1}]
+    write_records(folder / "feedback.json", without_ids(trimmed))
     pairs = read_pairs(tmp_path)
-    assert pairs.unknown == 1 and "1 without labels" in still(pairs).parts[0].text
-    assert (
-        PairBrowser(pairs)
-        .answer(dict(do="open"))[0]["said"]
-        .startswith("1 pairs without labels")
+    assert (pairs.unknown, pairs.by_text) == (1, 0)
+    assert "1 without labels" in still(pairs).parts[0].text
+    said = PairBrowser(pairs).answer(dict(do="open"))[0]["said"]
+    assert said.startswith("1 pairs without labels")
+    write_records(folder / "feedback.json", without_ids(rows))
+    pairs = read_pairs(tmp_path)
+    assert [p for p in pairs.said if p] == [{"human:ada": -1}]
+    assert (pairs.unknown, pairs.by_text) == (0, 1)
+    assert "1 matched to labels by their words" in still(pairs).parts[0].text
+    said = PairBrowser(pairs).answer(dict(do="open"))[0]["said"]
+    assert said.startswith("1 pairs matched to labels by their words")
+
+
+def vega(folder):
+    "Two of three answers have the same words and the best and the worst score."
+    said = [("Vega", 9.0), ("Rigel", 3.0), ("Vega", 1.0)]
+    samples = [
+        dict(
+            prompt_id="p",
+            sample_id=i,
+            prompt=turns("Name a star.", "user"),
+            output=words,
+            type="sample",
+        )
+        for i, (words, _) in enumerate(said)
+    ]
+    folder.mkdir(parents=True)
+    write_records(folder / "samples.json", samples)
+    scored = [s | dict(reward=score) for s, (_, score) in zip(samples, said)]
+    for s in scored:
+        label = dict(
+            prompt_id="p",
+            sample_id=s["sample_id"],
+            labeller="rm:small",
+            score=s["reward"],
+            reason="",
+            type="label",
+        )
+        append_jsonl(folder / "feedback.labels.jsonl", label)
+    return scored
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "binary", "scalar"])
+def test_a_labellers_margin_where_two_samples_say_the_same(tmp_path, kind):
+    scored = vega(tmp_path / "round-1")
+    convert = dict(
+        pairwise=lambda s: convert_to_pairwise_feedback(s, seed=0, mode="max"),
+        binary=lambda s: convert_to_binary_feedback(s, 5),
+        scalar=convert_to_scalar_feedback,
     )
+    write_records(tmp_path / "round-1" / "feedback.json", convert[kind](scored))
+    pairs = read_pairs(tmp_path)
+    (r,) = pairs.records
+    assert {r["reward_A"], r["reward_B"]} == {9.0, 3.0}
+    assert pairs.said == [{"rm:small": r["reward_A"] - r["reward_B"]}]
+    assert pairs.by_text == 0
+
+
+def test_flags_of_pairs_that_say_the_same(tmp_path):
+    "Pairs of the same words are two pairs; a flag of before ids were kept, by words alone, still counts."
+    scored = vega(tmp_path / "round-1")
+    best, star, worst = scored
+    rows = [*convert_to_pairwise_feedback([best, star], 0, "max")] + [
+        *convert_to_pairwise_feedback([star, worst | dict(reward=2.0)], 0, "max")
+    ]
+    same = ("label", "output_A", "output_B")
+    rows[1] |= {k: rows[0][k] for k in same}
+    write_records(tmp_path / "round-1" / "feedback.json", rows)
+    flag(read_pairs(tmp_path), 0)
+    assert read_pairs(tmp_path).flags == {0}
+    flag(read_pairs(tmp_path), 1)
+    flag(read_pairs(tmp_path), 0, on=False)
+    assert read_pairs(tmp_path).flags == {1}
+    (tmp_path / "flags.jsonl").unlink()
+    words = repr([rows[1][k] for k in ("prompt", "output_A", "output_B")])
+    old = dict(pair=hashlib.sha256(words.encode()).hexdigest()[:16], on=True)
+    append_jsonl(tmp_path / "flags.jsonl", old)
+    assert read_pairs(tmp_path).flags == {1}
+    flag(read_pairs(tmp_path), 1, on=False)
+    assert read_pairs(tmp_path).flags == set()
 
 
 def test_an_export_is_feedback_with_the_records_as_they_were(run, tmp_path):
