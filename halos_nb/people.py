@@ -28,7 +28,7 @@ from halos_nb.records import (
     as_text,
     check_record,
     read_jsonl,
-    show as brief,
+    shortened,
 )
 from .stats import Interval, agree, share_interval
 from .feedback import by_key, convert_to_binary_feedback, convert_to_scalar_feedback
@@ -211,15 +211,15 @@ def problem(
     kind, item, value = (event.get(k) for k in ("event", "item", "value"))
     if kind == "undo" and (not state.past or state.past[-1][1] != item):
         return (
-            f"field `item` is {brief(item)}, and the last answer is that of "
-            f"{brief(state.past[-1][1] if state.past else None)}: nothing to undo"
+            f"field `item` is {shortened(item)}, and the last answer is that of "
+            f"{shortened(state.past[-1][1] if state.past else None)}: nothing to undo"
         )
     if kind not in ("choose", "note", "undo"):
-        return f"field `event` is {brief(kind)}, not choose, note or undo"
+        return f"field `event` is {shortened(kind)}, not choose, note or undo"
     if names is not None and item not in names:
-        return f"field `item` is {brief(item)}, which is no item of this session"
+        return f"field `item` is {shortened(item)}, which is no item of this session"
     if kind == "choose" and value not in CHOICES:
-        return f"field `value` is {brief(value)}, not one of {', '.join(CHOICES)}"
+        return f"field `value` is {shortened(value)}, not one of {', '.join(CHOICES)}"
     if kind == "choose" and not {"time", "seconds"} <= event.keys():
         return "field `time` or `seconds` is missing"
     return (
@@ -259,7 +259,7 @@ def read_session(
     if rows and rows[0].get("event") != "start":
         raise RecordError(
             f"{path}, line 1: field `event` should be start, is "
-            f"{brief(rows[0].get('event'))}; is this a journal of labelling by hand?"
+            f"{shortened(rows[0].get('event'))}; is this a journal of labelling by hand?"
         )
     return (rows[0], rows[1:]) if rows else (None, [])
 
@@ -328,8 +328,8 @@ def same(self: Session, start: dict, mine: dict, pairs):
     for k in ("labeller", *("seed", "items") * (pairs is not None), "texts"):
         if start.get(k) != mine[k]:
             raise RecordError(
-                f"{self.path}: field `{k}` is {brief(start.get(k))}, now "
-                f"{brief(mine[k])}: the journal belongs to another session; go on with "
+                f"{self.path}: field `{k}` is {shortened(start.get(k))}, now "
+                f"{shortened(mine[k])}: the journal belongs to another session; go on with "
                 "the same settings or name a new file"
             )
 

@@ -25,24 +25,12 @@ def load(name):
 
 
 def cases(name, keep=lambda case: True):
-<<<<<<< HEAD
     "`parametrize` over the cases of `name`.json."
     kept = [c for c in load(name)["cases"] if keep(c)]
     return pytest.mark.parametrize("case", [pytest.param(c, id=c["id"]) for c in kept])
-=======
-    "`parametrize` over the cases of `name`.json; one skipped test where there is none."
-    if not (FOLDER / f"{name}.json").is_file():
-        return pytest.mark.parametrize(
-            "case",
-            [pytest.param(None, marks=pytest.mark.skip(reason=ABSENT), id="golden-absent")],
-        )
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c["id"]) for c in load(name)["cases"] if keep(c)]
-    )
 
 
 def without_ids(records):
     "Feedback without the ids of its samples, which the predecessor does not keep."
     ids = ("sample_id", "sample_id_A", "sample_id_B")
     return [{k: v for k, v in r.items() if k not in ids} for r in records]
->>>>>>> b1584a3 (Ids travel: pairs and binary feedback name their samples, and what matched words matches ids)

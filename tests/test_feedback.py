@@ -349,7 +349,7 @@ def test_records_name_their_samples(samples, mode, threshold, seed):
     pairs = convert_to_pairwise_feedback(samples, seed, mode, threshold)
     named = []
     for r in pairs:
-        check(r, "pairwise_feedback")
+        check_record(r, "pairwise_feedback")
         for x in "AB":
             key = r["prompt_id"], r[f"sample_id_{x}"]
             assert known[key]["output"] == r[f"output_{x}"][0]["content"]
@@ -364,7 +364,7 @@ def test_records_name_their_samples(samples, mode, threshold, seed):
     assert [r["sample_id"] for r in binary] == [s["sample_id"] for s in good(samples)]
     assert feedback_counts(samples, binary)["unused"] == 0
     for r in binary:
-        assert list(check(r, "binary_feedback"))[:2] == ["prompt_id", "sample_id"]
+        assert list(check_record(r, "binary_feedback"))[:2] == ["prompt_id", "sample_id"]
 
 
 @given(repeated(), seeds)
@@ -582,13 +582,9 @@ def test_verdicts_become_pairs(rows, how, seed, scores):
             )[w]
     words = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
     for r in records:
-<<<<<<< HEAD
         check_record(r, "pairwise_feedback")
-=======
-        check(r, "pairwise_feedback")
         for x in "AB":
             assert words[r["prompt_id"], r[f"sample_id_{x}"]] == r[f"output_{x}"][0]["content"]
->>>>>>> b1584a3 (Ids travel: pairs and binary feedback name their samples, and what matched words matches ids)
         better, worse = (
             int(r[f"output_{x}"][0]["content"][1:]) for x in ("AB" if r["label"] else "BA")
         )

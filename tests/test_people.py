@@ -423,12 +423,8 @@ def test_labels_are_shares_of_wins(pressed):
             == made.counts["unanswered"] + made.counts["skipped"] + made.counts["records"]
         )
         for r in made.records:
-<<<<<<< HEAD
             check_record(r, f"{kind}_feedback")
-=======
-            check(r, f"{kind}_feedback")
             assert text[r["prompt_id"], r["sample_id"]] == r["output"][0]["content"]
->>>>>>> b1584a3 (Ids travel: pairs and binary feedback name their samples, and what matched words matches ids)
     assert [r["label"] for r in to_feedback(session, "binary").records] == [
         int(r["reward"] >= 0.5) for r in to_feedback(session, "scalar").records
     ]
