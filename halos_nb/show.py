@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'GREY', 'INK', 'PALE', 'CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'DARK', 'BOX',
-           'display_mode', 'visible', 'escape', 'labeller_name', 'templates', 'render', 'Shown', 'number_text',
-           'row_html', 'summary_table', 'spread', 'readable', 'text_box', 'cell', 'word_diff', 'gallery', 'pairs_table',
-           'samples_table']
+           'display_mode', 'visible', 'escape', 'labeller_name', 'templates', 'render', 'static_text', 'Shown',
+           'number_text', 'row_html', 'summary_table', 'spread', 'readable', 'text_box', 'cell', 'word_diff', 'gallery',
+           'pairs_table', 'samples_table']
 
 # %% ../nbs/40_show.ipynb #8818d359
 import difflib
@@ -16,6 +16,7 @@ import re
 import sys
 import unicodedata
 from functools import cache
+from importlib import resources
 from itertools import groupby
 from numbers import Integral, Number
 from pathlib import Path
@@ -115,6 +116,11 @@ def render(
 ) -> Markup:
     "A template of `halos_nb/static`, filled in."
     return Markup(templates().get_template(template).render(**values))
+
+
+def static_text(name: str) -> str:  # a file of halos_nb/static, such as "monitor.js"
+    "A script or style sheet of `halos_nb/static`."
+    return (resources.files("halos_nb") / "static" / name).read_text()
 
 # %% ../nbs/40_show.ipynb #2b117970
 class Shown(NamedTuple):

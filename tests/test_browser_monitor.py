@@ -56,11 +56,12 @@ def quiet(page):
 TRAINING = """
 import os
 from pathlib import Path
-from halos_nb.configs import Profile, TrainConfig
-from halos_nb.loop import Ledger, Stage
+from halos_nb.configs import TrainConfig
+from halos_nb.ledger import Ledger, Stage
 from halos_nb.models import start_from_scratch
 from halos_nb.monitor import RunMonitor
 from halos_nb.records import write_records
+from halos_nb.settings import Profile
 run, turn = Path(os.environ['HALOS_NB_RUNS_DIR']) / 'monitored', lambda text, role='assistant': [dict(role=role, content=text)]
 pairs = [dict(type='pairwise_feedback', prompt_id=f'p{i}', prompt=turn(f'What is {i}?', 'user'), output_A=turn(f'{i} is even.'), output_B=turn(f'{i} is odd.'), label=(i + 1) % 2,
               reward_A=1.0 * ((i + 1) % 2), reward_B=1.0 * (i % 2), reward_difference=1.0) for i in range(4000)]

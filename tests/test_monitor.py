@@ -21,16 +21,15 @@ from halos_nb.monitor import (
     RunState,
     Stopped,
     Tail,
-    held,
+    is_active,
     log_tail,
     look,
     panels,
     stop_run,
     supervisors,
     time_left,
-    worked_on,
 )
-from halos_nb.records import append_jsonl
+from halos_nb.records import append_jsonl, is_locked
 
 HERE = Path(__file__).resolve().parent
 SLOW = (
@@ -116,7 +115,7 @@ def test_stop_ends_this_run_within_two_seconds_and_no_other(tmp_path):
         )
         assert supervisors(tmp_path / "runs/ab") == {
             other.process.pid: other.file("status.json")
-        } and held(other.file("log"))
+        } and is_locked(other.file("log"))
     finally:
         other.stop()
 
@@ -141,9 +140,10 @@ def test_stop_reaches_a_run_of_another_process_between_two_stages(tmp_path):
     "Its lock is held and no stage is there: the next one is ended as it starts."
     script = f"""
 import sys, time
-from halos_nb.configs import Profile, SampleConfig
-from halos_nb.loop import Ledger, Stage
 from pathlib import Path
+from halos_nb.configs import SampleConfig
+from halos_nb.ledger import Ledger, Stage
+from halos_nb.settings import Profile
 run = Path({str(tmp_path / "run")!r})
 with Ledger(run, Profile()) as ledger:
     print('held', flush=True); time.sleep(1.5)
@@ -156,11 +156,11 @@ with Ledger(run, Profile()) as ledger:
         text=True,
     )
     assert p.stdout.readline() == "held\n"
-    assert worked_on(tmp_path / "run") and not supervisors(tmp_path / "run")
+    assert is_active(tmp_path / "run") and not supervisors(tmp_path / "run")
     assert stop_run(tmp_path / "run", patience=20) == "stopped"
     assert "killed by SIGTERM" in p.communicate(timeout=20)[1]
     assert (
-        not worked_on(tmp_path / "run") and stop_run(tmp_path / "run") == "nothing was running"
+        not is_active(tmp_path / "run") and stop_run(tmp_path / "run") == "nothing was running"
     )
 
 
@@ -173,7 +173,7 @@ def test_looking_never_hinders_a_run_that_starts(tmp_path):
     def watch():
         while not over.is_set():
             look(run)
-            worked_on(run)
+            is_active(run)
             time.sleep(0.01)
 
     with Ledger(run, Profile()):
@@ -300,7 +300,7 @@ def test_stopped_and_continued(tmp_path, pretend):
         and done == ["round-1"]
         and stopped.value._render_traceback_() == [f"Stopped: {stopped.value}"]
     )
-    assert look(run).state == "stopped" and not watching.stopping and not worked_on(run)
+    assert look(run).state == "stopped" and not watching.stopping and not is_active(run)
     pretend.clear()
     rounds = list(run_rounds(cfg, settings, watch=watching.wait))
     assert (
@@ -344,9 +344,10 @@ def test_a_killed_process_leaves_a_run_that_says_so(tmp_path):
     run = tmp_path / "run"
     script = f"""
 import time
-from halos_nb.configs import Profile, SampleConfig
-from halos_nb.loop import Ledger, Stage
 from pathlib import Path
+from halos_nb.configs import SampleConfig
+from halos_nb.ledger import Ledger, Stage
+from halos_nb.settings import Profile
 run = Path({str(run)!r})
 with Ledger(run, Profile()) as ledger: ledger.run(Stage('sample', run / 'round-1', SampleConfig(model='m'), [], [run / 'round-1/out'], 1, 'slow'))
 """
@@ -354,12 +355,12 @@ with Ledger(run, Profile()) as ledger: ledger.run(Stage('sample', run / 'round-1
         [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     until(lambda: look(run).row.get("done"))
-    assert look(run).state == "running" and worked_on(run)
+    assert look(run).state == "running" and is_active(run)
     p.kill()
     p.wait()
     until(lambda: look(run).state != "running")
     # its supervisor saw the pipe close and said so
-    assert look(run).state in ("stopped", "killed") and not worked_on(run)
+    assert look(run).state in ("stopped", "killed") and not is_active(run)
     (run / "round-1/sample.status.json").unlink(missing_ok=True)
     assert look(run).state == "killed"
 
@@ -435,11 +436,11 @@ def test_thread_ends_and_second_panel_replaces_first(tmp_path, monkeypatch):
     first, second = (RunMonitor(tmp_path / "run", mode="widget", every=0.05) for _ in range(2))
     first.show()
     second.show()
-    until(lambda: first.over.is_set())
+    until(lambda: first.closed.is_set())
     assert (
         len(shown) == 2
-        and RunMonitor.followed[second.run] is second
-        and not second.over.is_set()
+        and RunMonitor.followers[second.run] is second
+        and not second.closed.is_set()
     )
     job = running(tmp_path / "run")
     try:
