@@ -78,9 +78,12 @@ class Sample(Record):
     output: Text  # the answer
 
 # %% ../nbs/00_records.ipynb #bca9486d
-class ScalarFeedback(Sample):
+class ScalarFeedback(Record):
     "A sample and its score."
 
+    prompt_id: Id  # hash of the conversation
+    sample_id: Id  # number of this sample within its prompt
+    prompt: Turns  # the conversation before the answer
     output: Turns  # the answer, as turns
     reward: FiniteFloat  # higher is better
 
