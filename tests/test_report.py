@@ -463,13 +463,13 @@ def test_report_stands_alone(runs, tmp_path):
         "Margins",
         "Length",
         "Training",
-        "The price",
+        "KL to the reference",
         "Score and truth",
         "Pairs",
         "Answers of final",
         "What was counted",
         "Parameters",
-        "Diary",
+        "Ledger",
     ):
         assert f">{heading}</h2>" in rest
     for block in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', rest, re.S):
