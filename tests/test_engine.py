@@ -23,7 +23,8 @@ from halos_nb.models import Layout, load_policy, load_reward_model
 from halos_nb.records import prompt_id
 from halos_nb.reference import unwrap
 from halos_nb.score import score_samples
-from halos_nb.train import METHODS, make_trainer
+from halos_nb.train import make_trainer
+from halos_nb.trainers import TRAINERS
 
 SHAPE = dict(
     vocab_size=259,
@@ -397,7 +398,7 @@ def test_architectures(homes, pairs, arch, loss, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loss", [m for m in METHODS if m not in ("dpo", "bradley-terry", "csft")]
+    "loss", [m for m in TRAINERS if m not in ("dpo", "bradley-terry", "csft")]
 )
 def test_methods(homes, pairs, loss, tmp_path):
     fast, plain = (

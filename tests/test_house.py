@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # point to lower numbers only. The README's map says the same; change both together and say why.
 FLOORS = {
     0: "records stats configs settings data hub_sets feedback verdicts",
-    1: "trees loaders processes attention models reference losses trainers",
+    1: "trees loaders processes attention models reference losses advantages tree_trainer trainers",
     2: "generate api answers backends sample score replies judge label train",
     3: "supervise preload jobs ledger loop",
     4: "show figures rewards runs people pairs monitor widgets compare page",

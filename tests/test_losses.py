@@ -14,20 +14,17 @@ from halos_nb.losses import (
     bradley_terry_loss,
     cdpo_loss,
     dpo_loss,
-    generalized_advantages,
     grpo_loss,
     ipo_loss,
     kto_kl,
     kto_loss,
     log_ratios,
-    moments,
     ppo_loss,
     sft_loss,
     simpo_loss,
     slic_loss,
-    token_entropy,
-    whiten,
 )
+from halos_nb.advantages import generalized_advantages, moments, whiten
 from halos_nb.attention import token_logps
 
 tol = dict(rtol=1e-4, atol=1e-5)
@@ -278,7 +275,7 @@ def test_ppo(case):
     out = ppo_loss(
         e["logprobs"],
         e["values"],
-        token_entropy(e["logits"]),
+        torch.distributions.Categorical(logits=e["logits"]).entropy(),
         tensor(b["logprobs"]),
         tensor(b["advantages"]),
         tensor(b["discounted_future_rewards"]),
@@ -842,22 +839,6 @@ def test_whitening_without_spread_or_tokens():
     assert not whiten(raw, mask, m.mean, m.variance).any()
     m = moments(raw, ~mask)
     assert not whiten(raw, ~mask, m.mean, m.variance).any() and m.mean == 0
-
-
-@some
-@given(seed=st.integers(0, 10**6), V=st.integers(1, 9))
-def test_entropy(seed, V):
-    logits = 5 * torch.randn(2, 3, V, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(
-        token_entropy(logits.requires_grad_()),
-        torch.distributions.Categorical(logits=logits.detach()).entropy(),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-    assert (
-        not token_entropy(logits).requires_grad
-        and token_entropy(logits.bfloat16()).dtype == torch.float32
-    )
 
 
 # ---- what must fail

@@ -18,8 +18,7 @@ from halos_nb.loaders import Step
 from halos_nb.configs import TrainConfig, config_json
 from halos_nb.hub_sets import load_data
 from halos_nb.feedback import group_advantages
-from halos_nb.losses import token_entropy
-from halos_nb.attention import gather_logps
+from halos_nb.attention import logps_and_entropy
 from halos_nb.models import (
     BranchLogps,
     BranchScores,
@@ -30,10 +29,11 @@ from halos_nb.models import (
     small_llama,
 )
 from halos_nb.records import prompt_id, read_jsonl, write_records
-from halos_nb.train import METHODS, load_model, loader_options, make_trainer, train
-from halos_nb.trainers import PPOTrainer, Sums
+from halos_nb.train import load_model, loader_options, make_trainer, train
+from halos_nb.tree_trainer import Sums
+from halos_nb.trainers import TRAINERS, PPOTrainer
 
-TRAINERS = {c.__name__: c for c in METHODS.values()}
+BY_NAME = {cls.__name__: cls for cls in TRAINERS.values()}
 TOL = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -60,12 +60,11 @@ class Table(torch.nn.Module):
                 (self.tables["classifier"][tree.input_ids] * mask).sum(1) / mask.sum(1)
             )
         logits = self.tables["policy"][ids]
-        logps = tree.table(gather_logps(logits, tree.target))
+        logps, entropy = logps_and_entropy(logits, tree.target)
         if "value" not in self.tables:
-            return BranchLogps(logps)
-        return BranchValues(
-            logps, tree.table(self.tables["value"][ids]), tree.table(token_entropy(logits))
-        )
+            return BranchLogps(tree.table(logps))
+        values = self.tables["value"][ids]
+        return BranchValues(tree.table(logps), tree.table(values), tree.table(entropy))
 
 
 ROLES = dict(target="completion", chosen="chosen", rejected="rejected", KL="KL")
@@ -141,7 +140,7 @@ def bare(cls, model, reference, hyper):
 
 @cases("trainer_end_to_end")
 def test_golden_batches(case):
-    cls, want, inputs = TRAINERS[case["trainer"]], case["outputs"], case["inputs"]
+    cls, want, inputs = BY_NAME[case["trainer"]], case["outputs"], case["inputs"]
     model = Table(*(inputs.get(f"{k}_table") for k in ("policy", "value", "classifier")))
     trainer = bare(
         cls,
@@ -156,7 +155,7 @@ def test_golden_batches(case):
     torch.testing.assert_close(loss.item(), want["loss"], **TOL)
     check_metrics(trainer, metrics, want["metrics"], order)
     if cls is PPOTrainer:
-        check_rollout(trainer.rollouts[id(batch)], batch.mask, case["rollout"])
+        check_rollout(batch.rollout, batch.mask, case["rollout"])
     loss.backward()
     names = dict(policy_table="policy", value_table="value", classifier_table="classifier")
     for name, grad in case["grads"].items():
@@ -319,7 +318,7 @@ def drift(a, b):
     return (same(a, b).norm() / moved).item()
 
 
-LOSSES = list(METHODS)
+LOSSES = list(TRAINERS)
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
 HUMANLINE = dict(humanline=True, log_epsilon_P=-0.02, log_epsilon_R=0.03, sync_reference=2)
 VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
@@ -808,6 +807,44 @@ def test_evaluation_between_two_updates_changes_nothing(home):
     for name, more in dict(seen={"eval_every": 1}, unseen={}).items():
         train(config(home, "ppo", name, ppo_epochs=3, **more))
     assert torch.equal(weights(home / "seen"), weights(home / "unseen"))
+
+
+def ppo_step(home, **more):
+    "A PPO trainer and the batches of its first step, one tree each, still without rollouts."
+    trainer, _ = make_trainer(config(home, "ppo", "x", microbatch_size=1, **more))
+    return trainer, next(iter(trainer.loader))
+
+
+def test_rollouts_hang_on_their_batches(home, monkeypatch):
+    """Two batches whose ids coincide keep their own rollouts.
+
+    CPython gives an id again after garbage collection; here all ids are the same.
+    """
+    trainer, step = ppo_step(home)
+    want = [m for _, m in all_metrics(trainer, trainer.prepare(step))]
+    monkeypatch.setattr("halos_nb.trainers.id", lambda x: 7, raising=False)
+    trainer, step = ppo_step(home)
+    batches = trainer.prepare(step)
+    assert len(batches) > 1
+    for (_, got), known in zip(all_metrics(trainer, batches), want, strict=True):
+        assert got.keys() == known.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], known[name])
+
+
+def all_metrics(trainer, batches):
+    return [trainer.get_batch_metrics(batch, "train") for batch in batches]
+
+
+def test_rollouts_of_a_step_outlive_the_next_step(home):
+    "Batches of a step that is over still have the rollouts that were made for them."
+    trainer, _ = ppo_step(home)
+    first, second = list(trainer.loader)[:2]
+    batches = trainer.prepare(first)
+    before = all_metrics(trainer, batches)
+    trainer.prepare(second)
+    for (losses, _), (again, _) in zip(before, all_metrics(trainer, batches), strict=True):
+        torch.testing.assert_close(losses, again)
 
 
 def test_no_pickle_is_left(home):
