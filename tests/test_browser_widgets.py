@@ -276,10 +276,10 @@ def test_many_pairs_are_quick(lab, watched, tmp_path):
 
 LABEL = """from halos_nb.people import Session, choose_pairs
 from halos_nb.records import read_records
-from halos_nb.widgets import Desk, label_pairs
+from halos_nb.widgets import SessionView, label_pairs
 samples = read_records("round/samples.json", "sample")
-desk = Desk(Session("journal.jsonl", samples, choose_pairs(samples, 20), "human:test"), "feedback.json", "Take the better answer.")
-label_pairs(desk)"""
+view = SessionView(Session("journal.jsonl", samples, choose_pairs(samples, 20), "human:test"), "feedback.json", "Take the better answer.")
+label_pairs(view)"""
 CHOSEN = {"1": "left", "2": "right"}
 
 

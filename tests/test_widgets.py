@@ -1,6 +1,14 @@
 """What the widgets decide, without a screen: which pairs are kept, what is written, what a key does, what may be shown."""
 
-import hashlib, json, random, subprocess, sys, time
+import ast
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +25,7 @@ from halos_nb.verdicts import pair_of
 from halos_nb.people import Session, choose_pairs
 from halos_nb.records import append_jsonl, as_text, read_jsonl, read_records, write_records
 from halos_nb.pairs import detail, export, flag, pick, read_pairs, still
-from halos_nb.widgets import Desk, HumanLabeler, PairBrowser, browse_pairs, finish
+from halos_nb.widgets import SessionView, HumanLabeler, PairBrowser, browse_pairs, finish
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIL = "document.title=String.fromCharCode(114,97,110)"  # would set the title to "ran"
@@ -406,9 +414,9 @@ def samples_of(texts):
     ]
 
 
-def desk_of(folder, texts=("one", "two", "three", "four"), n=8, repeats=0.25, **how):
+def view_of(folder, texts=("one", "two", "three", "four"), n=8, repeats=0.25, **how):
     samples = samples_of(texts)
-    return Desk(
+    return SessionView(
         Session(
             folder / "journal.jsonl",
             samples,
@@ -424,10 +432,10 @@ def desk_of(folder, texts=("one", "two", "three", "four"), n=8, repeats=0.25, **
 def test_random_keys_and_the_files_they_leave(tmp_path):
     "Whatever is pressed, also across restarts, files and screen say what a plain record of the keys says."
     rng, wanted, past = random.Random(0), {}, []
-    desk = desk_of(tmp_path)
+    view = view_of(tmp_path)
     for step in range(120):
         do = rng.choice(["choose"] * 6 + ["undo", "look", "note", "restart"])
-        page = widgets.desk_page(desk)
+        page = widgets.view_content(view)
         if do == "choose" and page["item"]:
             name, value = (
                 page["item"]["name"],
@@ -435,22 +443,22 @@ def test_random_keys_and_the_files_they_leave(tmp_path):
             )
             past.append((name, wanted.get(name)))
             wanted[name] = (value, page["item"]["left"], page["item"]["right"])
-            desk.choose(name, value, 1.0)
-        elif do == "undo" and past and desk.session.state.past[-1][0] == "choose":
+            view.choose(name, value, 1.0)
+        elif do == "undo" and past and view.session.state.past[-1][0] == "choose":
             name, before = past.pop()
-            assert desk.undo() and widgets.desk_page(desk)["item"]["name"] == name
+            assert view.undo() and widgets.view_content(view)["item"]["name"] == name
             if before:
                 wanted[name] = before
             else:
                 del wanted[name]
         elif do == "look":
-            desk.look(rng.randrange(-2, 14))
+            view.look(rng.randrange(-2, 14))
         elif do == "note" and page["item"]:
-            desk.note(page["item"]["name"], f"note {step}")
-            assert widgets.desk_page(desk)["item"]["note"] == f"note {step}"
-            desk.undo()
+            view.note(page["item"]["name"], f"note {step}")
+            assert widgets.view_content(view)["item"]["note"] == f"note {step}"
+            view.undo()
         elif do == "restart":
-            desk = desk_of(tmp_path)
+            view = view_of(tmp_path)
         verdicts = {}
         for value, left, right in wanted.values():
             verdicts.setdefault(frozenset((left, right)), []).extend(
@@ -459,7 +467,7 @@ def test_random_keys_and_the_files_they_leave(tmp_path):
         preferred = {
             p: v[0] for p, v in verdicts.items() if v and len(set(v)) == 1 and v[0] != "tie"
         }
-        records = json.loads(desk.file.read_text()) if desk.file.exists() else []
+        records = json.loads(view.file.read_text()) if view.file.exists() else []
         assert {
             frozenset((as_text(r["output_A"]), as_text(r["output_B"]))): as_text(
                 r["output_A" if r["label"] else "output_B"]
@@ -467,16 +475,16 @@ def test_random_keys_and_the_files_they_leave(tmp_path):
             for r in records
         } == preferred
         assert (
-            {r["item"]: r["answer"] for r in read_jsonl(desk.file.with_suffix(".labels.jsonl"))}
+            {r["item"]: r["answer"] for r in read_jsonl(view.file.with_suffix(".labels.jsonl"))}
             == {k: v[0] for k, v in wanted.items()}
             if wanted
             else True
         )
-        assert widgets.desk_page(desk)["answered"] == len(wanted)
+        assert widgets.view_content(view)["answered"] == len(wanted)
 
 
 def test_nothing_that_should_be_blind_is_sent(tmp_path):
-    labeler = HumanLabeler(desk_of(tmp_path, others={"rm:leak": {}}))
+    labeler = HumanLabeler(view_of(tmp_path, others={"rm:leak": {}}))
     sent = []
     for _ in range(10):
         page = labeler.answer(dict(do="open"))[0]
@@ -488,30 +496,30 @@ def test_nothing_that_should_be_blind_is_sent(tmp_path):
 
 
 def test_an_answer_that_is_not_saved_is_not_shown_as_saved(tmp_path):
-    desk = desk_of(tmp_path)
-    labeler, other = HumanLabeler(desk), desk_of(tmp_path)
+    view = view_of(tmp_path)
+    labeler, other = HumanLabeler(view), view_of(tmp_path)
     other.choose("0001", "left")  # a second window
     reply, _ = labeler.answer(dict(do="choose", item="0001", value="right", seconds=1.0))
     assert "close the other window" in reply["error"] and "item" not in reply
-    assert desk.session.state.choose == {}
+    assert view.session.state.choose == {}
 
 
 def test_policies_for_open_pairs(tmp_path, capsys):
-    desk = desk_of(tmp_path, repeats=0)
-    desk.choose("0001", "left"), desk.choose("0002", "skip")
-    pairs = [pair_of(*i[1:4])[0] for i in desk.session.items]
-    desk.others = {"rm:x": {p: (-1.0) ** k * (k != 7) for k, p in enumerate(pairs)}}
-    with pytest.raises(widgets.Waiting, match="6 of 8 pairs are open"):
-        finish(desk, "judge", "rm:x", "widget")
+    view = view_of(tmp_path, repeats=0)
+    view.choose("0001", "left"), view.choose("0002", "skip")
+    pairs = [pair_of(*i[1:4])[0] for i in view.session.items]
+    view.others = {"rm:x": {p: (-1.0) ** k * (k != 7) for k, p in enumerate(pairs)}}
+    with pytest.raises(widgets.LabelsMissing, match="6 of 8 pairs are open"):
+        finish(view, "judge", "rm:x", "widget")
     with pytest.raises(RuntimeError, match="6 of 8 pairs are not labelled"):
-        finish(desk, "stop", mode="static")
+        finish(view, "stop", mode="static")
     assert (
-        finish(desk, "skip", mode="static")["records"] == 1
+        finish(view, "skip", mode="static")["records"] == 1
         and "6 left out" in capsys.readouterr().out
     )
     # one is a tie
     assert (
-        finish(desk, "judge", "rm:x", "static")["records"] == 1 + 5
+        finish(view, "judge", "rm:x", "static")["records"] == 1 + 5
         and "6 pairs by rm:x" in capsys.readouterr().out
     )
     by = {r["labeller"]: 0 for r in read_jsonl(tmp_path / "feedback.labels.jsonl")}
@@ -528,11 +536,11 @@ def test_policies_for_open_pairs(tmp_path, capsys):
     }
     for k in range(2, 7):
         p, a, b = pairs[k]
-        texts = [desk.session.known[p, s]["output"] for s in (a, b)]
+        texts = [view.session.known[p, s]["output"] for s in (a, b)]
         assert said[frozenset(texts)] == texts[k % 2], (
             "the judge's sign is that of the pair's first sample"
         )
-    empty = desk_of(tmp_path / "e") if (tmp_path / "e").mkdir() is None else None
+    empty = view_of(tmp_path / "e") if (tmp_path / "e").mkdir() is None else None
     with pytest.raises(RuntimeError, match="nothing to train on"):
         finish(empty, "skip", mode="static")
 
@@ -553,11 +561,11 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
     )
     labels = run / "round-1/feedback.labels.jsonl"
     labels.write_text(labels.read_text().replace('"rm:small"', json.dumps(text)))
-    desk = desk_of(tmp_path, texts=[text, "two"], n=4, others={text: {}})
+    view = view_of(tmp_path, texts=[text, "two"], n=4, others={text: {}})
     pairs = read_pairs(run)
     for shown in [
         *still(pairs).parts,
-        widgets.labelled_so_far(desk),
+        widgets.labelling_report(view),
         browse_pairs(run, "static").parts[0],
     ]:
         if not hasattr(shown, "html"):
@@ -572,30 +580,64 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
     assert visible(text) in still(pairs).parts[2].text
     for bundle in (
         PairBrowser(pairs)._repr_mimebundle_()[0],
-        HumanLabeler(desk)._repr_mimebundle_()[0],
+        HumanLabeler(view)._repr_mimebundle_()[0],
     ):
         assert set(Page(bundle["text/html"]).tags) <= TAGS
 
 
-def test_page_code_makes_no_html():
+STATIC = ROOT / "halos_nb/static"
+FORBIDDEN = [
+    "innerHTML",
+    "outerHTML",
+    "insertAdjacentHTML",
+    "document.write",
+    "createContextualFragment",
+    "DOMParser",
+    "srcdoc",
+    "eval(",
+    "new Function",
+    "fetch(",
+    "XMLHttpRequest",
+    "import(",
+    "http:",
+    "https:",
+]
+
+
+@pytest.mark.parametrize("file", sorted(STATIC.glob("*.js")), ids=lambda p: p.name)
+def test_page_code_makes_no_html(file):
     "Text reaches the page as text nodes alone; nothing is fetched, and nothing is run that was not written here."
-    for file in (ROOT / "halos_nb/static").glob("*.js"):
-        code = file.read_text()
-        for word in (
-            "innerHTML",
-            "outerHTML",
-            "insertAdjacentHTML",
-            "document.write",
-            "createContextualFragment",
-            "DOMParser",
-            "srcdoc",
-            "eval(",
-            "new Function",
-            "fetch(",
-            "XMLHttpRequest",
-            "import(",
-            "http:",
-            "https:",
-        ):
-            assert word not in code, f"{file.name}: {word}"
-    assert "url(" not in (ROOT / "halos_nb/static/widgets.css").read_text()
+    # the name of a kind of element, which nobody looks up
+    code = file.read_text().replace('"http://www.w3.org/2000/svg"', "")
+    for word in FORBIDDEN:
+        assert word not in code, word
+
+
+@pytest.mark.parametrize("file", sorted(STATIC.glob("*.css")), ids=lambda p: p.name)
+def test_styles_load_nothing(file):
+    for word in ("url(", "@import"):
+        assert word not in file.read_text(), word
+
+
+@pytest.mark.parametrize("file", sorted(STATIC.glob("*.html")), ids=lambda p: p.name)
+def test_templates_escape_what_they_print(file):
+    for word in ("safe", "autoescape", "<script src", "onclick", "onload"):
+        assert not re.search(rf"\b{word}\b", file.read_text()), word
+
+
+def static_files_named(module):
+    "The files that a module's calls of `render` and `static_text` name."
+    for node in ast.walk(ast.parse(module.read_text())):
+        called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+        if called in ("render", "static_text") and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
+
+
+def test_static_files_go_with_the_package():
+    "What the package's data names holds every file that `static_text` and `render` ask for."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    data = project["tool"]["setuptools"]["package-data"]["halos_nb"]
+    carried = {p.name for pattern in data for p in (ROOT / "halos_nb").glob(pattern)}
+    modules = (ROOT / "halos_nb").glob("*.py")
+    named = {name for module in modules for name in static_files_named(module)}
+    assert {"page.html", "page.js", "monitor.css", "common.js"} <= named <= carried

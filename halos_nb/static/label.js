@@ -17,7 +17,7 @@ function render({ model, el: host }) {
     if (message.guidelines) guidelines.replaceChildren(el("summary", {}, "Guidelines"), message.guidelines);
     if (message.item?.name !== view.item?.name) [view.noting, view.diff] = [false, false];
     [view.item, view.shown, view.hidden] = [message.item, performance.now(), 0];
-    [view.place, view.total, view.answered] = [message.place, message.total, message.answered];
+    [view.position, view.total, view.answered] = [message.position, message.total, message.answered];
     bar.replaceChildren(el("b", { class: "number" }, `${message.answered} of ${message.total}`), el("progress", { value: message.answered, max: message.total, "aria-label": "answered" }), el("span", { class: "number" }, message.speed));
     show(message);
   }
@@ -30,7 +30,7 @@ function render({ model, el: host }) {
     if (!item) return body.replaceChildren(el("p", {}, el("b", {}, "All pairs are answered. "), "The arrows lead back to them; u takes the last answer back."), message.report ? el("table", { class: "said" }, ...message.report.map(([k, v]) => el("tr", {}, el("th", {}, k), el("td", {}, v)))) : "");
     const [left, right] = view.diff ? diffed(item.left, item.right) : [plain(item.left), plain(item.right)];
     const side = (name, text) => el("div", { class: "side", "data-side": name }, el("div", { class: "head" }, name), text);
-    body.replaceChildren(el("div", {}, `pair ${view.place + 1}${item.answer ? ", answered: " + Object.values(KEYS).find(([v]) => v === item.answer)[1] : ""}`), turns(item.prompt), el("div", { class: "two" }, side("left", left), side("right", right)));
+    body.replaceChildren(el("div", {}, `pair ${view.position + 1}${item.answer ? ", answered: " + Object.values(KEYS).find(([v]) => v === item.answer)[1] : ""}`), turns(item.prompt), el("div", { class: "two" }, side("left", left), side("right", right)));
     if (view.noting) {
       const area = el("textarea", { rows: "2", style: "width: 100%", "aria-label": "note on this pair" });
       area.value = item.note;
@@ -48,7 +48,7 @@ function render({ model, el: host }) {
     else if (key === "u") link.ask({ do: "undo" });
     else if (key === "n" && view.item) { view.noting = true; show(); }
     else if (key === "d" && view.item) { view.diff = !view.diff; show(); }
-    else if (key === "ArrowLeft" || key === "ArrowRight") link.ask({ do: "look", place: view.place + (key === "ArrowLeft" ? -1 : 1) });
+    else if (key === "ArrowLeft" || key === "ArrowRight") link.ask({ do: "look", position: view.position + (key === "ArrowLeft" ? -1 : 1) });
     return true;
   }
 
