@@ -27,7 +27,7 @@ from halos_nb.data import (
     get_preferences,
     get_sampled_data,
     merge_examples,
-    not_understood,
+    format_problem,
     pair_up,
     add_answer,
 )
@@ -409,7 +409,7 @@ def load_file(path: str, split: str | None) -> Dataset:
         return get_preferences(path, split, Path(path).stem)
     if "type" not in first:
         raise RecordError(
-            f"{path}, record 1: field `type` is missing, and {not_understood(first)}"
+            f"{path}, record 1: field `type` is missing, and {format_problem(first)}"
         )
     return (get_sampled_data if first["type"] == "sample" else get_feedback)(path, split)
 

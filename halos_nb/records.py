@@ -34,14 +34,14 @@ def zero_or_one(x: Any) -> Any:
         return x
     raise ValueError("should be 0 or 1")
 
-
+# %% ../nbs/00_records.ipynb #c9fc410f
 def text_or_integer(x: Any) -> Any:
     "The value, if it can be an id."
     if isinstance(x, (str, int)) and not isinstance(x, bool):
         return x
     raise ValueError("should be a text or a whole number")
 
-
+# %% ../nbs/00_records.ipynb #f4d45c0e
 def encodable(x: str) -> str:
     "The text, if it can be written as UTF-8."
     x.encode()
@@ -92,7 +92,6 @@ class BinaryFeedback(Record):
     "A good or a bad answer."
 
     prompt_id: Id  # hash of the conversation
-    sample_id: Id = None  # the sample; missing in files from before 2026-12
     prompt: Turns  # the conversation before the answer
     output: Turns  # the answer
     label: Binary  # 1 good, 0 bad
@@ -106,8 +105,6 @@ class PairwiseFeedback(Record):
     prompt: Turns  # the conversation before the answers
     output_A: Turns  # one answer
     output_B: Turns  # the other
-    sample_id_A: Id = None  # sample of A; missing in files from before 2026-12
-    sample_id_B: Id = None  # sample of B
     label: Binary  # 1: A is preferred, 0: B
     reward_A: FiniteFloat  # score of A
     reward_B: FiniteFloat  # score of B
@@ -158,7 +155,7 @@ RECORDS: dict[str, type[Record]] = {
 class RecordError(ValueError):
     "A file or record that is not what it should be."
 
-
+# %% ../nbs/00_records.ipynb #50864e4c
 def shortened(x: object, length: int = 60) -> str:
     "A value in an error message: its beginning, on one line."
     text = repr(x)
@@ -166,13 +163,13 @@ def shortened(x: object, length: int = 60) -> str:
         text = text[:length] + "..."
     return text.replace("\n", " ")
 
-
+# %% ../nbs/00_records.ipynb #127f17e6
 def field_name(loc: tuple) -> str:
     "The place of a pydantic error inside its record, such as `prompt[0].content`."
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc]
     return "".join(steps).removeprefix(".")
 
-
+# %% ../nbs/00_records.ipynb #6962260f
 def problem_of(error: Mapping[str, Any]) -> str:
     "What is wrong with a field, from one of pydantic's error entries."
     if error["type"] == "missing":
@@ -236,7 +233,7 @@ def parse_json(data: bytes, where: str) -> Any:
     except UnicodeDecodeError as e:
         raise RecordError(f"{where}: not JSON: {e}. Save the file as UTF-8") from None
 
-
+# %% ../nbs/00_records.ipynb #3a5283c2
 def parse_lines(data: bytes, path: str | Path) -> list:
     "The values of a text with one JSON value per line; empty lines are passed over."
     rows: list = []
@@ -317,7 +314,7 @@ def sync_folder(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
+# %% ../nbs/00_records.ipynb #f4ed51c6
 @contextmanager
 def atomic_write(
     path: str | Path,  # its folders are made as needed
@@ -394,7 +391,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 class FileLocked(RuntimeError):
     "Another process holds the lock of this file."
 
-
+# %% ../nbs/00_records.ipynb #b8f3b825
 def take_lock(file: IO, kind: int = fcntl.LOCK_EX) -> bool:
     "Whether the lock of an open file could be had at once."
     try:
@@ -403,7 +400,7 @@ def take_lock(file: IO, kind: int = fcntl.LOCK_EX) -> bool:
         return False
     return True
 
-
+# %% ../nbs/00_records.ipynb #f0042ab2
 def is_locked(path: str | Path) -> bool:
     "Whether somebody holds the lock of this file; False if it is not there."
     try:
@@ -437,7 +434,7 @@ def cut_torn_line(file: IO[bytes]) -> int:
         file.truncate(size)
     return size
 
-
+# %% ../nbs/00_records.ipynb #edea24c4
 def append_jsonl(
     path: str | Path,
     row: dict,
@@ -539,7 +536,7 @@ def report(self: Progress) -> None:
     except OSError:
         pass
 
-
+# %% ../nbs/00_records.ipynb #47749174
 @patch
 def close(self: Progress) -> None:
     "Report a last time, and let the bar stand."
@@ -547,12 +544,12 @@ def close(self: Progress) -> None:
     if not self.path:
         self.bar.close()
 
-
+# %% ../nbs/00_records.ipynb #812d20a2
 @patch
 def __enter__(self: Progress) -> Progress:
     return self
 
-
+# %% ../nbs/00_records.ipynb #c829f954
 @patch
 def __exit__(self: Progress, *error: object) -> None:
     self.close()

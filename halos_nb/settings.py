@@ -74,7 +74,7 @@ def find_settings(
             return folder / "settings.ini"
     return None
 
-
+# %% ../nbs/03_settings.ipynb #f618de67
 def environment_values(env: Mapping[str, str]) -> dict[str, str]:
     "The settings that environment variables give, by their names in settings.ini."
     values = {}
@@ -97,7 +97,7 @@ def read_profiles(ini: configparser.ConfigParser, path: Path | None) -> dict[str
         profiles[name] = make_config(Profile, name=name, **dict(ini[section]))
     return profiles
 
-
+# %% ../nbs/03_settings.ipynb #e2fb74c9
 def load_settings(
     path: str | Path | None = None,  # settings.ini; None: the nearest one
     env: Mapping[str, str] = os.environ,
@@ -148,7 +148,7 @@ def wait_for_config(config: str | Path) -> Path:
         time.sleep(0.02)
     return Path(config)
 
-
+# %% ../nbs/03_settings.ipynb #65185550
 def parse_args(
     cls: type[Config],
     args: Sequence[str] | None = None,  # None: those of this process
