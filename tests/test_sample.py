@@ -39,7 +39,7 @@ from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan
 from halos_nb.models import load_policy, load_reference, load_tokenizer
 from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
 from halos_nb.answers import answer_logps, merge, sample_share, shard
-from halos_nb.backends import ask, ask_all, own_end_tokens, sample_seed
+from halos_nb.backends import ask_for_sample, ask_for_samples, own_end_tokens, sample_seed
 from halos_nb.sample import main, sample, sample_batch
 
 TWO = [
@@ -1338,7 +1338,7 @@ def test_name_of_the_longest_answer(host, name):
         chat=SimpleNamespace(completions=SimpleNamespace(create=create)),
     )
     answer = asyncio.run(
-        ask(
+        ask_for_sample(
             client,
             Row(0, examples(["Hi"])[0], 0, []),
             SampleConfig(model="m", backend="openai", max_new_tokens=7),
@@ -1375,7 +1375,7 @@ def test_a_dripping_answer_ends(serve, tmp_path):
             max_retries=1,
         )
         kept = []
-        await ask_all(
+        await ask_for_samples(
             [Row(0, examples(["Hi"])[0], 0, [])], cfg, lambda row, answer: kept.append(answer)
         )
         return kept
