@@ -19,6 +19,7 @@ from .hub_sets import load_data
 from .loaders import add_control_tokens
 from .processes import end_process, start_processes
 from halos_nb.models import (
+    add_lora,
     choose_layout,
     fit_vocabulary,
     load_actor_critic,
@@ -27,7 +28,7 @@ from halos_nb.models import (
     load_reward_model,
     load_tokenizer,
 )
-from .reference import add_lora, cache_reference_logps, make_reference
+from .reference import cache_reference_logps, make_reference
 from .trainers import TRAINERS
 
 # %% ../nbs/29_train.ipynb #60ab17d7

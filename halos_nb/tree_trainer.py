@@ -29,8 +29,7 @@ from .configs import TrainConfig
 from .trees import TreeBatch
 from .loaders import Step, TreeDataLoader
 from .processes import gather_padded
-from .models import Layout
-from .reference import merge_lora, save_adapter
+from .models import Layout, merge_lora, save_adapter
 from .losses import Share, widest_float
 
 # %% ../nbs/18_tree_trainer.ipynb #cddc9dcd

@@ -19,9 +19,8 @@ from halos_nb import attention
 from halos_nb.trees import Segment, Tree, byte_tokenizer, make_batch, tree_mask
 from halos_nb.configs import TrainConfig
 from halos_nb.attention import HeadLogps, flex_fault, head_logps, sees
-from halos_nb.models import Layout, load_policy, load_reward_model
+from halos_nb.models import Layout, load_policy, load_reward_model, unwrap
 from halos_nb.records import prompt_id
-from halos_nb.reference import unwrap
 from halos_nb.score import score_samples
 from halos_nb.train import make_trainer
 from halos_nb.trainers import TRAINERS
@@ -239,8 +238,8 @@ def test_head_s_memory_is_given_back_before_the_layers_go_backward():
     head, x, ids = head_inputs()
     logps = head_logps(head, x, ids, 5)[0]
     node, held = logps.grad_fn, []
-    assert node.room is not None
-    x.register_hook(lambda g: held.append((node.room, node.last)))
+    assert node.memory is not None
+    x.register_hook(lambda g: held.append((node.memory, node.last)))
     logps.sum().backward()
     assert held == [(None, None)]
 

@@ -39,21 +39,18 @@ from halos_nb.models import (
     TreeActorCritic,
     TreePolicy,
     TreeScorer,
+    add_lora,
     choose_layout,
     fit_vocabulary,
     load_actor_critic,
     load_policy,
     load_reference,
     load_reward_model,
-)
-from halos_nb.reference import (
-    add_lora,
-    cache_reference_logps,
-    make_reference,
     merge_lora,
     save_adapter,
     without_adapter,
 )
+from halos_nb.reference import cache_reference_logps, make_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(
