@@ -37,13 +37,13 @@ from halos_nb.records import (
 from .configs import LabelConfig
 from .settings import parse_args
 from halos_nb.feedback import (
-    compare,
+    tossed_pair_record,
     convert_to_binary_feedback,
     convert_to_pairwise_feedback,
     convert_to_scalar_feedback,
     feedback_counts,
     gap,
-    number,
+    finite_threshold,
 )
 from halos_nb.verdicts import (
     combine_labels,
@@ -262,11 +262,11 @@ def pair_records(
     pairs: list[tuple[dict, dict]], cfg: LabelConfig
 ) -> list[dict]:  # samples with `reward`
     "Pairwise feedback of given pairs; the seed decides which of two is A."
-    rng, least = random.Random(cfg.seed), max(number(cfg.threshold or 0, "a number"), 0.0)
+    rng, least = random.Random(cfg.seed), max(finite_threshold(cfg.threshold or 0, "a number"), 0.0)
     apart = [
         (a, b) for a, b in pairs if None not in (a["reward"], b["reward"]) and gap(a, b) > least
     ]
-    return [compare(b, a) if rng.random() < 0.5 else compare(a, b) for a, b in apart]
+    return [tossed_pair_record(a, b, rng) for a, b in apart]
 
 
 def wins(
