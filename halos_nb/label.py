@@ -262,7 +262,10 @@ def pair_records(
     pairs: list[tuple[dict, dict]], cfg: LabelConfig
 ) -> list[dict]:  # samples with `reward`
     "Pairwise feedback of given pairs; the seed decides which of two is A."
-    rng, least = random.Random(cfg.seed), max(finite_threshold(cfg.threshold or 0, "a number"), 0.0)
+    rng, least = (
+        random.Random(cfg.seed),
+        max(finite_threshold(cfg.threshold or 0, "a number"), 0.0),
+    )
     apart = [
         (a, b) for a, b in pairs if None not in (a["reward"], b["reward"]) and gap(a, b) > least
     ]

@@ -90,7 +90,9 @@ def vote_scores(
 # %% ../nbs/07_verdicts.ipynb #1ad382d9
 def choices(table: Table, a: Key, b: Key) -> set[int]:
     "What the labellers who scored both say: 1 if a is better, -1 if b, 0 for a tie."
-    margins = [scores[a] - scores[b] for scores in table.values() if a in scores and b in scores]
+    margins = [
+        scores[a] - scores[b] for scores in table.values() if a in scores and b in scores
+    ]
     return {sign(m) for m in margins}
 
 
