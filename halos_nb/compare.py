@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
-from markupsafe import Markup
 
 from .records import atomic_write
 from .stats import floats
 from halos_nb.show import (
-    BOX,
+    Answer,
     Shown,
     display_mode,
     escape,
@@ -31,7 +30,6 @@ from halos_nb.show import (
     readable,
     render,
     summary_table,
-    text_box,
     visible,
     word_diff,
 )
@@ -213,12 +211,10 @@ def same_prompt(answers: Answers) -> Shown:
         head = f"{visible(run)}, reward {number_text(sample['reward'], '.3f')}"
         if len(samples) > 1:
             head += f" (median of {len(samples)})"
-        marked = word_diff(first["output"], sample["output"])[1] if i else None
-        answer = Markup(text_box(sample["output"], marked))
-        columns.append(dict(head=head, answer=answer))
+        marked = word_diff(first["output"], sample["output"])[1] if i else sample["output"]
+        columns.append(Answer(head, marked, preferred=False))
         texts.append(f"--- {head}\n{readable(sample['output'])}")
-    prompt = Markup(text_box(first["prompt"]))
-    page = render("same_prompt.html", box=Markup(BOX), prompt=prompt, columns=columns)
+    page = render("same_prompt.html", asked=first["prompt"], columns=columns)
     return Shown(page, "\n".join(texts))
 
 # %% ../nbs/48_compare.ipynb #3c267dd0

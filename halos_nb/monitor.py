@@ -38,9 +38,8 @@ from .stats import floats
 from .jobs import Job, StageError, clock, describe, last_line
 from .ledger import OURS
 from halos_nb.show import (
-    BOX,
     INK,
-    PINK,
+    DISTANCE,
     Shown,
     TRUTH,
     display_mode,
@@ -391,7 +390,7 @@ MOST_PANELS = 6
 # panel -> what it draws of `run_summary`'s rows, and in which colour
 ROUND_PANELS = {
     "Mean score per round": ("reward", TRUTH),
-    "KL to the reference (nats)": ("kl", PINK),
+    "KL to the reference (nats)": ("kl", DISTANCE),
 }
 
 
@@ -654,7 +653,6 @@ def static(self: RunMonitor) -> Shown:
     warning = self.warning(s)
     page = render(
         "run_state.html",
-        box=Markup(BOX),
         state=str(s),
         warning=warning,
         rounds=Markup(table.html),
