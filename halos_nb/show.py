@@ -203,7 +203,7 @@ def summary_table(
     lines = aligned([heads, *cells], right)
     if title:
         lines.insert(0, visible(title))
-    return Shown(page, "\n".join(lines))
+    return Shown(str(page), "\n".join(lines))
 
 # %% ../nbs/40_show.ipynb #a589a2df
 def escaped_words(x: str | list[dict]) -> list[str]:
@@ -263,7 +263,8 @@ def gallery(title: str, items: list[Answered], total: str) -> Shown:
         for answer in [answer for row in item.rows for answer in row]:
             parts.append(f"--- {answer.head}\n{readable(answer.output)}")
         texts.append("\n".join(parts))
-    return Shown(render("gallery.html", title=title, items=items), "\n\n".join(texts))
+    page = render("gallery.html", title=title, items=items)
+    return Shown(str(page), "\n\n".join(texts))
 
 # %% ../nbs/40_show.ipynb #fa846187
 def side_of_pair(pair: dict, side: str) -> Answer:  # side: A or B

@@ -12,7 +12,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb.stats import agreement_report
+from halos_nb.stats import compare_labellers
 from halos_nb.configs import TrainConfig
 from halos_nb.verdicts import pair_of, pair_table
 from halos_nb.people import (
@@ -467,9 +467,8 @@ def test_report(pressed):
     assert self_agreement(session) == told["self_agreement"] and told[
         "self_agreement"
     ].value == pytest.approx(sum(a == b for a, b in twice) / len(twice))
-    assert (
-        told["agreement"]
-        == agreement_report(pair_table(comparisons(session)) | {"rm": margins}).pairs
+    assert told["agreement"] == compare_labellers(
+        pair_table(comparisons(session)) | {"rm": margins}
     )
     assert (
         told["agreement"][0].items

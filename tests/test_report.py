@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plots import HOSTILE, turns
+from test_show import HOSTILE, turns
 
 from halos_nb import rewards
 from halos_nb.compare import (
@@ -352,7 +352,7 @@ class Seen(HTMLParser):
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
         self.tags, self.attributes, self.text = [], set(), ""
-        self.feed(page)
+        self.feed(str(page))  # a Markup would escape what is added to it
         self.close()
 
     def handle_starttag(self, tag, attrs):

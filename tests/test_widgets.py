@@ -550,7 +550,7 @@ def test_policies_for_open_pairs(tmp_path, capsys):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
-    from test_plots import ATTRIBUTES, TAGS, Page
+    from test_show import ATTRIBUTES, TAGS, Page
     from halos_nb.show import visible
 
     run = make_run(
