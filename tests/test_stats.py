@@ -2,12 +2,13 @@
 and on real pairs that a model, a judge and a person have labelled."""
 
 import math
+import os
 from collections import Counter
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import FOLDER
 from hypothesis import given, settings, strategies as st
 
 from halos_nb.stats import (
@@ -392,7 +393,8 @@ def test_pairs_of_a_prompt_are_alike_in_calibration_too():
 
 # ---- a model, a judge and a person on the same real pairs
 
-DATA = FOLDER.parent / "data/pairs_test.json"
+SHARED = os.environ.get("HALOS_NB_SHARED") or Path(__file__).resolve().parents[2] / "shared"
+DATA = Path(SHARED) / "data/pairs_test.json"
 MISSING = (
     f"no real pairs: {DATA.parent.name}/ is not beside the repository (HALOS_NB_SHARED may "
     "name the folder that holds it)"
