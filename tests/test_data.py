@@ -426,8 +426,11 @@ def test_oasst_rule(tree):
         dict(message_id=i, parent_id=p if p < i else None, lang=lang, rank=rank, text=f"t{i}")
         for i, (p, lang, rank) in tree.items()
     ]
-    rows = [r for r in rows if r["parent_id"] is None or r["parent_id"] in tree]
-    known = {r["message_id"]: r for r in rows}
+    known = {}
+    for r in sorted(rows, key=lambda r: r["message_id"]):  # parents have smaller numbers
+        if r["parent_id"] is None or r["parent_id"] in known:
+            known[r["message_id"]] = r
+    rows = [r for r in rows if r["message_id"] in known]
 
     def path(r):
         return [] if r is None else path(known.get(r["parent_id"])) + [r]
@@ -463,7 +466,7 @@ def test_oasst_rule(tree):
                     )
     found = [
         ([t["content"] for t in r["prompt"]], r["chosen"], r["rejected"])
-        for r in hub_sets.neighbours(iter(rows), counts)
+        for r in hub_sets.neighbour_pairs(iter(rows), counts)
     ]
     assert sorted(found) == sorted(said)
     ranked = [
@@ -487,7 +490,7 @@ def test_oasst_ties_take_the_first_sibling():
             (3, 0, 1, "assistant"),
         ]
     ]
-    assert [(r["chosen"], r["rejected"]) for r in hub_sets.neighbours(rows, Counter())] == [
+    assert [(r["chosen"], r["rejected"]) for r in hub_sets.neighbour_pairs(rows, Counter())] == [
         ("t1", "t3")
     ]
 
@@ -1162,7 +1165,7 @@ def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch)
                 yield i
 
     rows = Rows()
-    for n, i in enumerate(hub_sets.watched(rows, "x", many=30), 1):
+    for n, i in enumerate(hub_sets.with_progress(rows, "x", many=30), 1):
         assert rows.asked == n == i + 1
     lines = read_jsonl(tmp_path / "progress.jsonl")
     assert (lines[0]["done"], lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (
@@ -1172,9 +1175,9 @@ def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch)
         "rows",
     )
     (tmp_path / "progress.jsonl").unlink()
-    assert list(hub_sets.watched(Rows(), "x", many=31)) == list(range(30))
+    assert list(hub_sets.with_progress(Rows(), "x", many=31)) == list(range(30))
     monkeypatch.setenv("RANK", "1")
     assert (
-        list(hub_sets.watched(Rows(), "x", many=30)) == list(range(30))
+        list(hub_sets.with_progress(Rows(), "x", many=30)) == list(range(30))
         and not (tmp_path / "progress.jsonl").exists()
     )
