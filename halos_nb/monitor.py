@@ -36,7 +36,7 @@ from markupsafe import Markup
 from .records import is_locked
 from .stats import floats
 from .jobs import Job, StageError, clock, describe, last_line
-from .ledger import OURS
+from .ledger import OPEN_LEDGERS
 from halos_nb.show import (
     INK,
     DISTANCE,
@@ -136,7 +136,7 @@ def is_active(run: str | Path) -> bool:
     here = owner[2] == socket.gethostname()
     if here and not psutil.pid_exists(pid):
         return False
-    return run in OURS if pid == os.getpid() else is_locked(run / ".lock")
+    return run in OPEN_LEDGERS if pid == os.getpid() else is_locked(run / ".lock")
 
 # %% ../nbs/46_monitor.ipynb #d90eae19
 def writes_to(pid: int, log: Path) -> bool:
@@ -615,7 +615,7 @@ def stop(
     if said == "stopped":
         self.stopping = False
     else:
-        self.stopping = self.run in OURS
+        self.stopping = self.run in OPEN_LEDGERS
         self.message = said
     self.refresh()
     return said

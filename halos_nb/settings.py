@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['IPYTHON_NAMES', 'DEFINITIONS', 'Profile', 'default_profiles', 'Settings', 'find_settings', 'environment_values',
-           'read_profiles', 'load_settings', 'notebook_config', 'wait_for_config', 'parse_args']
+           'read_profiles', 'load_settings', 'notebook_config', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import configparser
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -138,16 +137,6 @@ def notebook_config(
             given[name] = value
     return make_config(cls, **given)
 
-# %% ../nbs/03_settings.ipynb #8989325e
-def wait_for_config(config: str | Path) -> Path:
-    "The config's file; a stage that was started ahead of its turn waits until it is there."
-    parent = os.getppid()
-    while "HALOS_NB_AHEAD" in os.environ and not Path(config).exists():
-        if os.getppid() != parent:
-            raise SystemExit("who started this stage is gone")
-        time.sleep(0.02)
-    return Path(config)
-
 # %% ../nbs/03_settings.ipynb #65185550
 def parse_args(
     cls: type[Config],
@@ -161,7 +150,7 @@ def parse_args(
     if "--config" not in args:
         return tyro.cli(cls, args=args, description=description)
     i = args.index("--config")
-    text = wait_for_config(args[i + 1]).read_text()
+    text = Path(args[i + 1]).read_text()
     default = make_config(cls, **json.loads(text))
     flags = args[:i] + args[i + 2 :]
     return tyro.cli(cls, args=flags, default=default, description=description)

@@ -5,10 +5,9 @@ sample, weights that depend on all that came before.
 import json, sys
 from pathlib import Path
 
-from halos_nb.settings import wait_for_config
 from halos_nb.feedback import convert_to_pairwise_feedback
 
-cfg = json.loads(wait_for_config(sys.argv[sys.argv.index("--config") + 1]).read_text())
+cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 if "num_skip" in cfg:
     ids = range(40)[cfg["num_skip"] :][: cfg["num_prompts"]]
     rows = [

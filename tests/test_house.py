@@ -18,14 +18,14 @@ FLOORS = {
     0: "records stats configs settings data hub_sets feedback verdicts",
     1: "trees loaders processes attention models reference losses advantages tree_trainer trainers",
     2: "generate api answers backends sample score replies judge label train",
-    3: "supervise preload jobs ledger loop",
+    3: "supervise preload failures progress jobs identity ledger loop",
     4: "show figures rewards runs people pairs monitor widgets compare page",
     5: "playground",
 }
 SEES = {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 3}, 4: {0, 3, 4}, 5: {0, 1, 2, 3, 4}}
 ALONE = ["records", "losses", "supervise"]  # import nothing of ours
 # The only places that name a stage's module as a string: who starts it, and what is imported for it beforehand.
-NAME_STAGES = ["jobs", "preload", "ledger"]
+NAME_STAGES = ["jobs", "preload"]
 
 ROOMS = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 ORDER = list(ROOMS)

@@ -3,9 +3,8 @@
 import json, os, signal, sys, time
 from pathlib import Path
 
-from halos_nb.settings import wait_for_config
 
-cfg = json.loads(wait_for_config(sys.argv[sys.argv.index("--config") + 1]).read_text())
+cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 mode, _, extra = cfg["model"].partition(":")
 rank, out = int(os.environ.get("RANK", 0)), Path(cfg["output_file"])
 
