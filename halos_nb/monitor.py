@@ -35,7 +35,9 @@ from markupsafe import Markup
 
 from .records import is_locked
 from .stats import floats
-from .jobs import Job, StageError, clock, describe, last_line
+from .failures import StageError
+from .progress import clock, describe, last_line
+from .jobs import Job
 from .ledger import OPEN_LEDGERS
 from halos_nb.show import (
     INK,

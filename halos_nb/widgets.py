@@ -21,7 +21,7 @@ import numpy as np
 from .records import as_text, atomic_write, write_json, write_records
 from .stats import Interval
 from .verdicts import convert_comparisons, pair_of
-from .jobs import clock
+from .progress import clock
 from halos_nb.show import (
     Shown,
     display_mode,

@@ -8,7 +8,8 @@ import pytest
 from halos_nb import preload
 from halos_nb.configs import SampleConfig
 from halos_nb.settings import Profile
-from halos_nb.jobs import StageError, launch, prepare
+from halos_nb.failures import StageError
+from halos_nb.jobs import launch, prepare
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -148,7 +149,8 @@ def test_log_line_when_there_is_no_terminal(tmp_path, capfd):
 # --------------------
 
 CELL = """
-from halos_nb.configs import Profile, SampleConfig
+from halos_nb.configs import SampleConfig
+from halos_nb.settings import Profile
 from halos_nb.jobs import launch
 job = launch("sample", SampleConfig(model="hang", output_file="{out}"), Profile(num_processes=2), "{folder}", module="tiny_stage")
 job.wait()
@@ -297,8 +299,8 @@ ONE = Profile()
 def nursery(stages):
     "A nursery that waits; kept from test to test."
     prepare(ONE)
-    assert preload.KEPT[0].waits(60)
-    return preload.KEPT[0]
+    assert preload.SERVERS[0].is_ready(60)
+    return preload.SERVERS[0]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def nursery(stages):
 def test_a_copy_ends_as_a_process_of_its_own_does(mode, says, code, tmp_path, nursery):
     # which may differ between the stages of a nursery
     job = start(mode, tmp_path, Profile(timeout_minutes=11))
-    assert isinstance(job.process, preload.Forked)
+    assert isinstance(job.process, preload.ForkedProcess)
     if not code:
         job.wait()
         assert json.loads((tmp_path / "out").read_text())[:3] == [1, 1, 1]
@@ -357,11 +359,11 @@ def test_a_copy_computes_with_its_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     two = Profile(threads=2)
     prepare(two)
-    assert preload.KEPT[0].waits(60)
+    assert preload.SERVERS[0].is_ready(60)
     for _ in range(2):
         job = launch("sample", SampleConfig(model="m"), two, tmp_path, module="much")
         job.wait()
-        assert isinstance(job.process, preload.Forked) and job.file(
+        assert isinstance(job.process, preload.ForkedProcess) and job.file(
             "log"
         ).read_text().split() == ["700"] * 2 + ["2", "36"]
 
@@ -379,9 +381,9 @@ def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
     ]
     for j in jobs:
         j.wait()
-    assert not any(isinstance(j.process, preload.Forked) for j in jobs)
+    assert not any(isinstance(j.process, preload.ForkedProcess) for j in jobs)
     prepare(ONE)
-    assert preload.KEPT[0].waits(60)
+    assert preload.SERVERS[0].is_ready(60)
     jobs = [
         launch(s, SampleConfig(model="m"), ONE, tmp_path / "run", module="tell")
         for s in ("a", "b")
@@ -396,7 +398,7 @@ def test_copies_get_their_own_surroundings(tmp_path, nursery, monkeypatch):
             True,
             "__main__",
         ]
-        assert state == "True 1 True" and isinstance(j.process, preload.Forked)
+        assert state == "True 1 True" and isinstance(j.process, preload.ForkedProcess)
 
 
 def test_secrets_reach_a_copy_and_are_in_no_file_and_no_argument_list(
@@ -406,13 +408,13 @@ def test_secrets_reach_a_copy_and_are_in_no_file_and_no_argument_list(
     (tmp_path / "tells.py").write_text("import os; print(len(os.environ['OPENAI_API_KEY']))")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     prepare(ONE)  # the nursery that was there is older than the key
-    new = preload.KEPT[0]
-    assert new is not nursery and new.waits(60)
+    new = preload.SERVERS[0]
+    assert new is not nursery and new.is_ready(60)
     assert b"sk-very-secret" not in Path(f"/proc/{new.process.pid}/cmdline").read_bytes()
     job = launch("sample", SampleConfig(model="m"), ONE, tmp_path / "run", module="tells")
     job.wait()
     assert (
-        isinstance(job.process, preload.Forked)
+        isinstance(job.process, preload.ForkedProcess)
         and job.file("log").read_text() == f"{len('sk-very-secret')}\n"
     )
     assert all(b"sk-very-secret" not in f.read_bytes() for f in (tmp_path / "run").iterdir())
@@ -435,7 +437,7 @@ def own_nursery(stages, tmp_path, monkeypatch):
                     [
                         sys.executable,
                         "-c",
-                        "from halos_nb.preload import nursery; nursery('small')",
+                        "from halos_nb.preload import serve; serve('small')",
                     ],
                     stdin=theirs,
                 )
@@ -459,15 +461,10 @@ def test_a_request_that_nobody_waits_for_starts_nothing(own_nursery, tmp_path):
     leash, ours = os.pipe()
     os.close(ours)
     with open(tmp_path / "log", "wb") as log:
-        socket.send_fds(
-            line,
-            [
-                json.dumps(
-                    dict(status=str(tmp_path / "status"), module="this", args=[], env={})
-                ).encode()
-            ],
-            [leash, log.fileno()],
+        request = preload.Request(
+            str(tmp_path / "status"), "this", [], {}, leash, log.fileno()
         )
+        request.send(line)
     assert line.recv(16) == b"" and not (tmp_path / "status").exists()
 
 
@@ -484,14 +481,15 @@ def test_nothing_of_a_copy_is_left(who, tmp_path, nursery):
         job.process.stdin.close()
     seconds = until(lambda: not alive(tmp_path), 10, "all gone")
     print(f"{who}: all gone after {seconds:.1f} s")
-    assert job.poll() == (-9 if who == "job" else -15) and job.process.wait(1) == 0
+    assert job.process.wait(5) == 0  # its files are closed a moment before it has ended
+    assert job.poll() == (-9 if who == "job" else -15)
 
 
 @pytest.mark.parametrize("death", ["TERM", "KILL", "INT"])
 def test_no_copy_outlives_its_notebook(death, tmp_path):
     cell = CELL.replace(
         "import launch\n",
-        "import launch, prepare\nfrom halos_nb.preload import KEPT\nprepare(Profile())\nassert KEPT[0].waits(60)\nopen('{folder}/nursery', 'w').write(str(KEPT[0].process.pid))\n",
+        "import launch, prepare\nfrom halos_nb.preload import SERVERS\nprepare(Profile())\nassert SERVERS[0].is_ready(60)\nopen('{folder}/nursery', 'w').write(str(SERVERS[0].process.pid))\n",
     ).replace("num_processes=2", "")
     papermill = notebook(tmp_path, cell)
     until((tmp_path / "out").exists, 60, "running")
@@ -515,7 +513,7 @@ def test_no_copy_outlives_its_notebook(death, tmp_path):
 def test_a_nursery_that_is_not_needed_ends(tmp_path, nursery):
     job = start("hang", tmp_path, ONE)
     until((tmp_path / "out").exists, 30, "start")
-    preload.KEPT.pop().close()
+    preload.SERVERS.pop().close()
     time.sleep(0.5)
     assert nursery.process.poll() is None and job.poll() is None  # its job goes on
     job.stop()

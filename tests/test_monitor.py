@@ -14,7 +14,9 @@ import pytest
 
 from halos_nb.configs import LoopConfig, SampleConfig
 from halos_nb.settings import Profile, Settings
-from halos_nb.jobs import StageError, last_line, launch
+from halos_nb.failures import StageError
+from halos_nb.jobs import launch
+from halos_nb.progress import last_line
 from halos_nb.loop import run_rounds
 from halos_nb.monitor import (
     RunMonitor,
