@@ -30,8 +30,17 @@ from halos_nb.show import (
     summary_table,
     visible,
 )
-from .people import Session, comparisons, report
-from .pairs import Pairs, detail, export, flag, pick, read_pairs, some, still
+from .people import Session, comparisons, session_report
+from halos_nb.pairs import (
+    Pairs,
+    export_pairs,
+    flag_pair,
+    json_number,
+    pair_detail,
+    pick,
+    read_pairs,
+    static_view,
+)
 
 # %% ../nbs/47_widgets.ipynb #4e1a41ee
 Reply = tuple[dict, list[bytes]]  # what the page gets: an object of JSON, and binary buffers
@@ -81,7 +90,7 @@ class PairBrowser(MessageWidget):
     _esm = page_code("pairs")
 
     def __init__(self, pairs: Pairs) -> None:
-        super().__init__(still(pairs).parts[0])
+        super().__init__(static_view(pairs).parts[0])
         self.pairs = pairs
         self.kept = pick(pairs)  # numbers of the pairs that the filter keeps
 
@@ -103,20 +112,20 @@ class PairBrowser(MessageWidget):
     def list_row(self, i: int) -> dict:
         "What the list says of a pair."
         prompt = as_text(self.pairs.records[i]["prompt"]).replace("\n", " ")
-        margin = some(self.pairs.columns["margin"][i])
+        margin = json_number(self.pairs.columns["margin"][i])
         return dict(i=i, margin=margin, text=visible(prompt[:90]))
 
     # rows: numbers of the pairs in the list, where it changes
     def do_show(self, i: int, rows: list[int] | None = None) -> dict:
         page = rows and [self.list_row(j) for j in rows]
-        return dict(pair=detail(self.pairs, i), rows=page)
+        return dict(pair=pair_detail(self.pairs, i), rows=page)
 
     def do_flag(self, i: int, on: bool) -> dict:
-        flag(self.pairs, i, on)
+        flag_pair(self.pairs, i, on)
         return dict(flags=sorted(self.pairs.flags))
 
     def do_export(self) -> dict:
-        file = export(self.pairs, self.kept)
+        file = export_pairs(self.pairs, self.kept)
         return dict(said=f"{len(self.kept):,} pairs written to {visible(file)}")
 
 # %% ../nbs/47_widgets.ipynb #0d5c1496
@@ -126,7 +135,7 @@ def browse_pairs(
 ):
     "The pair browser, or its static form."
     pairs = source if isinstance(source, Pairs) else read_pairs(source)
-    return PairBrowser(pairs) if display_mode(mode) == "widget" else still(pairs)
+    return PairBrowser(pairs) if display_mode(mode) == "widget" else static_view(pairs)
 
 # %% ../nbs/47_widgets.ipynb #49d2c8b0
 def save_feedback(
@@ -155,7 +164,7 @@ def report_rows(
     others: dict | None = None,  # labeller -> pair -> margin, to compare with
 ) -> list[dict]:
     "How the labelling went, for a table."
-    r = report(session, others)
+    r = session_report(session, others)
     seconds = r["median_seconds"]
     lines = {
         "labeller": r["labeller"],
@@ -259,7 +268,7 @@ def speed_text(r: dict) -> str:
 
 def view_content(view: SessionView) -> dict:
     "All that the page shows; the report once there is no item left."
-    r = report(view.session)
+    r = session_report(view.session)
     item = visible_item(view)
     rows = [] if item else report_rows(view.session, view.others)
     return dict(
@@ -354,7 +363,7 @@ def judge_open_pairs(
     "The judge's verdicts, as comparison records, on the pairs that nobody answered."
     answered = {item[1:4] for item in session.items if item.name in session.state.choose}
     rows = {}
-    for item in session.open:
+    for item in session.open_items:
         shown = item[1:4]  # the pair, in the order of the item
         if shown in answered:
             continue
@@ -366,7 +375,7 @@ def judge_open_pairs(
 def check_pending(view: SessionView, pending: str, mode: str) -> None:
     "An error where open pairs should be labelled first."
     total = len(view.session.items)
-    left = len(view.session.open)
+    left = len(view.session.open_items)
     if left and display_mode(mode) == "widget":
         raise LabelsMissing(
             f"{left} of {total} pairs are open: label them above, then "
@@ -390,7 +399,7 @@ def finish(
     check_pending(view, pending, mode)
     session = view.session
     total = len(session.items)
-    left = len(session.open)
+    left = len(session.open_items)
     more: list[dict] = []
     if left and pending == "judge":
         more = judge_open_pairs(session, judge, (view.others or {})[judge])

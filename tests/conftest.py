@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # a user's runs are never touched
 os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-preload.PER_JOB += ("PYTEST_CURRENT_TEST",)  # it changes from test to test, and no stage reads it
+preload.PER_JOB += (
+    "PYTEST_CURRENT_TEST",
+)  # it changes from test to test, and no stage reads it
 # papermill, accelerate, jupyter of this environment
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
 

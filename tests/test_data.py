@@ -490,9 +490,9 @@ def test_oasst_ties_take_the_first_sibling():
             (3, 0, 1, "assistant"),
         ]
     ]
-    assert [(r["chosen"], r["rejected"]) for r in hub_sets.neighbour_pairs(rows, Counter())] == [
-        ("t1", "t3")
-    ]
+    assert [
+        (r["chosen"], r["rejected"]) for r in hub_sets.neighbour_pairs(rows, Counter())
+    ] == [("t1", "t3")]
 
 
 words = st.text(st.sampled_from("aB: \n\t"), max_size=12) | st.sampled_from(

@@ -461,9 +461,7 @@ def test_a_request_that_nobody_waits_for_starts_nothing(own_nursery, tmp_path):
     leash, ours = os.pipe()
     os.close(ours)
     with open(tmp_path / "log", "wb") as log:
-        request = preload.Request(
-            str(tmp_path / "status"), "this", [], {}, leash, log.fileno()
-        )
+        request = preload.Request(str(tmp_path / "status"), "this", [], {}, leash, log.fileno())
         request.send(line)
     assert line.recv(16) == b"" and not (tmp_path / "status").exists()
 

@@ -14,8 +14,8 @@ from halos_nb.data import get_feedback
 from halos_nb.label import main as label
 from halos_nb.loop import run_rounds
 from halos_nb.page import report
-from halos_nb.pairs import flag, read_pairs, still
-from halos_nb.people import Session, comparisons, samples_of_pairs, to_feedback
+from halos_nb.pairs import flag_pair, read_pairs, static_view
+from halos_nb.people import Session, comparisons, samples_of_pairs, session_feedback
 from halos_nb.records import check_record, read_jsonl, read_records
 from halos_nb.runs import read_run, run_summary
 from halos_nb.settings import Settings
@@ -63,8 +63,8 @@ def test_the_pair_browser_matches_words_and_says_so(tmp_path):
     assert scores == [{"Deneb", "Rigel"}, {"Io", "Titan"}, {"Io", "Europa"}]
     assert pairs.said[0] == {"function:rate:rate": 1.0}
     assert (pairs.unknown, pairs.by_text) == (0, 3)
-    assert "3 matched to labels by their words" in still(pairs).parts[0].text
-    flag(pairs, 1)
+    assert "3 matched to labels by their words" in static_view(pairs).parts[0].text
+    flag_pair(pairs, 1)
     assert read_pairs(tmp_path).flags == {1}
 
 
@@ -124,7 +124,7 @@ def test_a_session_is_replayed_and_continued(tmp_path):
     rows = comparisons(session)
     assert [r["winner"] for r in rows] == ["B", "B", "tie", None, "tie", "B", "B", "B"]
     by_id = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
-    for r in to_feedback(session).records:
+    for r in session_feedback(session).records:
         assert by_id[r["prompt_id"], r["sample_id_A"]] == words(r["output_A"])
 
 

@@ -25,10 +25,10 @@ from halos_nb.people import (
     most_disputed,
     most_uncertain,
     replay,
-    report,
+    session_report,
     samples_of_pairs,
     self_agreement,
-    to_feedback,
+    session_feedback,
 )
 from halos_nb.records import (
     RecordError,
@@ -191,10 +191,10 @@ def test_any_keys_any_order(tmp_path_factory, keys):
             {i: a["value"] for i, a in session.state.choose.items()},
             session.state.note,
         ) == (chosen, notes)
-        assert [i.name for i in session.open] == [
+        assert [i.name for i in session.open_items] == [
             i.name for i in session.items if i.name not in chosen
         ]
-        assert session.current == (session.open or [None])[0]
+        assert session.current == (session.open_items or [None])[0]
     assert replay(read_jsonl(path)[1:]) == session.state
 
 
@@ -372,7 +372,7 @@ def test_feedback_is_what_was_pressed(pressed, tmp_path):
         for pair, said in looks.items()
         if len(set(said)) == 1 and "=" not in said
     }
-    made = to_feedback(session)
+    made = session_feedback(session)
     words = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
     got = {}
     for r in made.records:
@@ -394,7 +394,11 @@ def test_feedback_is_what_was_pressed(pressed, tmp_path):
         counts["no_verdict"] == len({frozenset(x[:2]) for x in seen}) - len(looks) > 0
         and counts["order_decided"] == sum(len(set(x)) > 1 for x in looks.values()) > 0
     )
-    assert to_feedback(session, seed=1).records != made.records == to_feedback(session).records
+    assert (
+        session_feedback(session, seed=1).records
+        != made.records
+        == session_feedback(session).records
+    )
 
 
 def test_labels_are_shares_of_wins(pressed):
@@ -416,7 +420,7 @@ def test_labels_are_shares_of_wins(pressed):
             (pytest.approx(sum(known) / len(known)), "") if known else (None, "skipped")
         )
     for kind in ("binary", "scalar"):
-        made = to_feedback(session, kind)
+        made = session_feedback(session, kind)
         assert (
             made.counts["samples"]
             == len(samples)
@@ -425,8 +429,8 @@ def test_labels_are_shares_of_wins(pressed):
         for r in made.records:
             check_record(r, f"{kind}_feedback")
             assert text[r["prompt_id"], r["sample_id"]] == r["output"][0]["content"]
-    assert [r["label"] for r in to_feedback(session, "binary").records] == [
-        int(r["reward"] >= 0.5) for r in to_feedback(session, "scalar").records
+    assert [r["label"] for r in session_feedback(session, "binary").records] == [
+        int(r["reward"] >= 0.5) for r in session_feedback(session, "scalar").records
     ]
 
 
@@ -450,7 +454,7 @@ def test_report(pressed):
     margins = {
         p: scores[p[0], p[1]] - scores[p[0], p[2]] for p in {i[1:4] for i in session.items}
     }
-    told, keys = report(session, {"rm": margins}), Counter(key for *_, key in seen)
+    told, keys = session_report(session, {"rm": margins}), Counter(key for *_, key in seen)
     assert (told["items"], told["answered"], told["open"], told["undone"]) == (
         24,
         24,
@@ -472,7 +476,7 @@ def test_report(pressed):
     )
     assert (
         told["agreement"][0].items
-        == len({i[1:4] for i in session.items}) - to_feedback(session).counts["no_verdict"]
+        == len({i[1:4] for i in session.items}) - session_feedback(session).counts["no_verdict"]
     )
 
 
@@ -586,7 +590,7 @@ def test_train_takes_it(pressed, tmp_path, kind, loss):
 
     _, session, _ = pressed
     made, tok, file = (
-        to_feedback(session, kind).records,
+        session_feedback(session, kind).records,
         byte_tokenizer(),
         tmp_path / f"{kind}.json",
     )

@@ -24,7 +24,7 @@ from halos_nb.feedback import (
 from halos_nb.verdicts import pair_of
 from halos_nb.people import Session, choose_pairs
 from halos_nb.records import append_jsonl, as_text, read_jsonl, read_records, write_records
-from halos_nb.pairs import detail, export, flag, pick, read_pairs, still
+from halos_nb.pairs import export_pairs, flag_pair, pair_detail, pick, read_pairs, static_view
 from halos_nb.widgets import SessionView, HumanLabeler, PairBrowser, browse_pairs, finish
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +209,7 @@ def test_labels_of_all_labellers_reach_the_right_pair(run):
         assert pairs.said[i] == pytest.approx(
             {w: score[w, a] - score[w, b] for w in ("rm:small", "api:judge")}
         )
-        assert {s["labeller"]: s["winner"] for s in detail(pairs, i)["said"]} == {
+        assert {s["labeller"]: s["winner"] for s in pair_detail(pairs, i)["said"]} == {
             w: "A" if score[w, a] > score[w, b] else "B" for w in ("rm:small", "api:judge")
         }
 
@@ -244,14 +244,14 @@ def test_comparisons_are_labels_too_and_unknown_samples_are_counted(tmp_path):
     write_records(folder / "feedback.json", without_ids(trimmed))
     pairs = read_pairs(tmp_path)
     assert (pairs.unknown, pairs.by_text) == (1, 0)
-    assert "1 without labels" in still(pairs).parts[0].text
+    assert "1 without labels" in static_view(pairs).parts[0].text
     said = PairBrowser(pairs).answer(dict(do="open"))[0]["said"]
     assert said.startswith("1 pairs without labels")
     write_records(folder / "feedback.json", without_ids(rows))
     pairs = read_pairs(tmp_path)
     assert [p for p in pairs.said if p] == [{"human:ada": -1}]
     assert (pairs.unknown, pairs.by_text) == (0, 1)
-    assert "1 matched to labels by their words" in still(pairs).parts[0].text
+    assert "1 matched to labels by their words" in static_view(pairs).parts[0].text
     said = PairBrowser(pairs).answer(dict(do="open"))[0]["said"]
     assert said.startswith("1 pairs matched to labels by their words")
 
@@ -311,17 +311,17 @@ def test_flags_of_pairs_that_say_the_same(tmp_path):
     same = ("label", "output_A", "output_B")
     rows[1] |= {k: rows[0][k] for k in same}
     write_records(tmp_path / "round-1" / "feedback.json", rows)
-    flag(read_pairs(tmp_path), 0)
+    flag_pair(read_pairs(tmp_path), 0)
     assert read_pairs(tmp_path).flags == {0}
-    flag(read_pairs(tmp_path), 1)
-    flag(read_pairs(tmp_path), 0, on=False)
+    flag_pair(read_pairs(tmp_path), 1)
+    flag_pair(read_pairs(tmp_path), 0, on=False)
     assert read_pairs(tmp_path).flags == {1}
     (tmp_path / "flags.jsonl").unlink()
     words = repr([rows[1][k] for k in ("prompt", "output_A", "output_B")])
     old = dict(pair=hashlib.sha256(words.encode()).hexdigest()[:16], on=True)
     append_jsonl(tmp_path / "flags.jsonl", old)
     assert read_pairs(tmp_path).flags == {1}
-    flag(read_pairs(tmp_path), 1, on=False)
+    flag_pair(read_pairs(tmp_path), 1, on=False)
     assert read_pairs(tmp_path).flags == set()
 
 
@@ -329,10 +329,10 @@ def test_an_export_is_feedback_with_the_records_as_they_were(run, tmp_path):
     pairs = read_pairs(run)
     pairs.folder = tmp_path
     at = pick(pairs, margin=(1, None), sort="margin")
-    file = export(pairs, at)
+    file = export_pairs(pairs, at)
     assert read_records(file, "pairwise_feedback") == [pairs.records[i] for i in at]
     for k in (2, 3):
-        assert export(pairs, at).name == f"selection-{k}.json"
+        assert export_pairs(pairs, at).name == f"selection-{k}.json"
 
 
 def test_the_page_gets_plain_json_and_what_it_asks_for(run):
@@ -359,7 +359,7 @@ def test_the_page_gets_plain_json_and_what_it_asks_for(run):
         assert list(browser.answer(wrong)[0]) == ["error"]
     saved = json.dumps(browser.get_state(), default=str)
     assert len(saved) < 60_000 and "Answer" not in saved, "no data is saved with a notebook"
-    flag(browser.pairs, 3, on=False)
+    flag_pair(browser.pairs, 3, on=False)
 
 
 def test_twenty_thousand_pairs(tmp_path):
@@ -389,7 +389,7 @@ def test_twenty_thousand_pairs(tmp_path):
         filters.append(time.process_time() - start)
     print(f"opened in {opened:.2f} s, filters {[round(f, 3) for f in filters]}")
     assert opened < 2 and max(filters) < 0.3 and len(pick(browser.pairs)) > 19_000
-    parts = still(browser.pairs, 2).parts
+    parts = static_view(browser.pairs, 2).parts
     assert (
         sum(len(p.html) if hasattr(p, "html") else len(p.to_json()) for p in parts) < 300_000
     ), "the static form stays small"
@@ -564,7 +564,7 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
     view = view_of(tmp_path, texts=[text, "two"], n=4, others={text: {}})
     pairs = read_pairs(run)
     for shown in [
-        *still(pairs).parts,
+        *static_view(pairs).parts,
         widgets.labelling_report(view),
         browse_pairs(run, "static").parts[0],
     ]:
@@ -577,7 +577,7 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
             continue
         page = Page(shown.html)
         assert set(page.tags) <= TAGS and page.attributes <= ATTRIBUTES and not page.stack
-    assert visible(text) in still(pairs).parts[2].text
+    assert visible(text) in static_view(pairs).parts[2].text
     for bundle in (
         PairBrowser(pairs)._repr_mimebundle_()[0],
         HumanLabeler(view)._repr_mimebundle_()[0],
