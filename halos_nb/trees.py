@@ -61,7 +61,7 @@ def train_tokenizer(
         chat_template=CHATML,
     )
 
-
+# %% ../nbs/10_trees.ipynb #12bc8005
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
     "A tokenizer of 256 bytes and three markers, for examples and tests."
     return train_tokenizer()
@@ -85,7 +85,7 @@ def encode_all(
         ids += encoded["input_ids"]
     return ids
 
-
+# %% ../nbs/10_trees.ipynb #a6a163ea
 def encode(
     tokenizer: "PreTrainedTokenizerBase",
     turns: list[dict],
@@ -109,7 +109,7 @@ def next_to_go(turns: list[dict], drop: str) -> int:
     begins_with_system = turns[0]["role"] == "system" and len(turns) > 2
     return 1 if begins_with_system else 0
 
-
+# %% ../nbs/10_trees.ipynb #b049fb0e
 def drop_turns(
     tokenizer: "PreTrainedTokenizerBase",
     turns: list[dict],
@@ -144,9 +144,9 @@ def cut_text(
     "The first `n` tokens of a text, never ending inside a character."
     kept = text_ids(tokenizer, text)[: max(n, 0)]
     decoded = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
-    return decoded.rstrip("\ufffd")
+    return str(decoded).rstrip("\ufffd")
 
-
+# %% ../nbs/10_trees.ipynb #c846ab7b
 def cut_turn(
     tokenizer: "PreTrainedTokenizerBase",
     turn: dict,
@@ -182,7 +182,7 @@ def encode_prompt(
     counts["prompts_cut"] += 1
     return cut_turn(tokenizer, left.turns[0], max_prompt_length)
 
-
+# %% ../nbs/10_trees.ipynb #af9a4781
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[dict]],  # each a list of turns
@@ -266,7 +266,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
             return i
     return min(len(a), len(b))
 
-
+# %% ../nbs/10_trees.ipynb #197742ee
 def as_tree(
     prompt_ids: list[int],  # with generation prompt
     full: list[list[int]],  # ids of the whole conversation, one list per branch
@@ -355,7 +355,7 @@ class Rows(NamedTuple):
     places: list[Place]  # one per branch
     segments: list[Segment] | None  # tree layout only
 
-
+# %% ../nbs/10_trees.ipynb #668e4418
 def plain_rows(trees: list[Tree]) -> Rows:
     "One row per branch."
     rows = Rows([], [], [], None)
@@ -452,7 +452,7 @@ def table(
     out = values.new_zeros(len(self.last), int(self.column.max()) + 1)
     return out.index_put((self.branch, self.column), values)
 
-
+# %% ../nbs/10_trees.ipynb #07dc626a
 @patch(as_prop=True)
 def mask(self: TreeBatch) -> Tensor:
     "(K, S) which cells of a table are predicted tokens."
@@ -465,7 +465,7 @@ def rows_of(self: TreeBatch, *meanings: str) -> Tensor:
     rows = [k for k, meaning in enumerate(self.meanings) if meaning in meanings]
     return torch.tensor(rows, dtype=torch.long, device=self.input_ids.device)
 
-
+# %% ../nbs/10_trees.ipynb #e3081b89
 @patch(as_prop=True)
 def tree_of(self: TreeBatch) -> Tensor:
     "(K,) the number of each branch's tree."
@@ -492,7 +492,7 @@ def fact(self: TreeBatch, name: str) -> Tensor:
         )
     return self.floats([value for tree in self.trees for value in tree.facts[name]])
 
-
+# %% ../nbs/10_trees.ipynb #349dfc4c
 @patch(as_prop=True)
 def reference(self: TreeBatch) -> Tensor | None:
     "(K, S) cached log-probs of the reference; None if a tree has none."
@@ -514,7 +514,7 @@ def to(self: TreeBatch, device: torch.device | str) -> TreeBatch:
             fields[name] = value.to(device, non_blocking=True)
     return TreeBatch(**fields)
 
-
+# %% ../nbs/10_trees.ipynb #42600f7a
 @patch
 def only(self: TreeBatch, *meanings: str) -> TreeBatch | None:
     "A batch of the branches with these meanings; None if there are none."
