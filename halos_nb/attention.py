@@ -392,10 +392,12 @@ def keep_for_backward(ctx: Any, chunk: int, memory: Tensor, last: Tensor) -> Non
 
 def zeros_where_needed(ctx: Any, tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list:
     "Zeros for the gradient of each tensor, None where none is wanted."
-    zeros = []
+    zeros: list[Tensor | None] = []
     for x, needed in zip(tensors, ctx.needs_input_grad):
-        wanted = needed and x is not None
-        zeros.append(torch.zeros_like(x, dtype=dtype) if wanted else None)
+        if x is None or not needed:
+            zeros.append(None)
+        else:
+            zeros.append(torch.zeros_like(x, dtype=dtype))
     return zeros
 
 # %% ../nbs/13_attention.ipynb #841b2816
