@@ -761,6 +761,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.models.score_logits': ('models.html#score_logits', 'halos_nb/models.py'),
                                  'halos_nb.models.small_llama': ('models.html#small_llama', 'halos_nb/models.py'),
                                  'halos_nb.models.start_from_scratch': ('models.html#start_from_scratch', 'halos_nb/models.py'),
+                                 'halos_nb.models.take_value_head': ('models.html#take_value_head', 'halos_nb/models.py'),
                                  'halos_nb.models.unwrap': ('models.html#unwrap', 'halos_nb/models.py'),
                                  'halos_nb.models.use_tree_attention': ('models.html#use_tree_attention', 'halos_nb/models.py'),
                                  'halos_nb.models.why_not_trees': ('models.html#why_not_trees', 'halos_nb/models.py'),
