@@ -54,7 +54,7 @@ def in_jupyterlab() -> bool:
     shell = ipython.get_ipython() if ipython else None
     return hasattr(shell, "kernel") and "JPY_SESSION_NAME" in os.environ
 
-
+# %% ../nbs/40_show.ipynb #df4bafbf
 def display_mode(mode: str = "auto") -> str:  # auto, widget or static
     "`widget` where somebody can press a button, otherwise `static`."
     if mode == "auto":
@@ -77,12 +77,12 @@ def spelt_out(character: str) -> str:
         return f"⟨U+{ord(character):04X}⟩"
     return character
 
-
+# %% ../nbs/40_show.ipynb #2c2924b5
 def visible(x: object) -> str:
     "The text with characters that would not appear spelt out; newline and tab stay."
     return re.sub(r"[^\n\t -~\u200c\u200d]", lambda match: spelt_out(match[0]), str(x))
 
-
+# %% ../nbs/40_show.ipynb #d9c94555
 def escape(x: object) -> str:
     "Any text as HTML that says exactly that text."
     return html.escape(visible(x))
@@ -96,7 +96,7 @@ def readable(x: str | list[dict]) -> str:  # a text, or turns
         return visible(x[0]["content"])
     return "\n\n".join(f"{visible(t['role'])}: {visible(t['content'])}" for t in x)
 
-
+# %% ../nbs/40_show.ipynb #a7b53ee9
 def labeller_name(labeller: str) -> str:  # such as rm:/home/me/models/rm/FINAL, human:ada
     "A labeller's name for the screen; of a path its last two folders."
     kind, _, name = labeller.partition(":")
@@ -120,7 +120,7 @@ def templates() -> jinja2.Environment:
     environment.globals.update(CHOSEN=CHOSEN, REJECTED=REJECTED, TRUTH=TRUTH, EDGE=EDGE)
     return environment
 
-
+# %% ../nbs/40_show.ipynb #13d3886f
 def render(
     template: str,  # a file of halos_nb/static, such as "table.html"
     **values: Any,  # what the template's names stand for; HTML of our own as `Markup`
@@ -128,7 +128,7 @@ def render(
     "A template of `halos_nb/static`, filled in."
     return Markup(templates().get_template(template).render(**values))
 
-
+# %% ../nbs/40_show.ipynb #093888b9
 def static_text(name: str) -> str:  # a file of halos_nb/static, such as "monitor.js"
     "A script or style sheet of `halos_nb/static`."
     return (resources.files("halos_nb") / "static" / name).read_text()
@@ -153,7 +153,7 @@ def number_format(x: Number) -> str:
         return ","
     return ",.0f" if abs(x) >= 1000 else ".4g"
 
-
+# %% ../nbs/40_show.ipynb #2abd5e0f
 def number_text(
     x: object,
     spec: str = "",  # a format such as ".1%" (empty: up to 4 digits)
@@ -175,7 +175,7 @@ def numeric_column(rows: list[dict], name: str) -> bool:
     values = [row[name] for row in rows if row.get(name) is not None]
     return all(isinstance(x, (Number, Interval)) for x in values)
 
-
+# %% ../nbs/40_show.ipynb #05a0c96d
 def aligned(lines: list[list[str]], right: list[bool]) -> list[str]:
     "Lines of text with their cells under each other; `right`: which columns stand right."
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -210,7 +210,7 @@ def escaped_words(x: str | list[dict]) -> list[str]:
     "The text in words, marks and spaces, each escaped."
     return [html.escape(word) for word in re.findall(r"\s+|\w+|[^\w\s]", readable(x))]
 
-
+# %% ../nbs/40_show.ipynb #2669c2dd
 def word_diff(
     a: str | list[dict],
     b: str | list[dict],
@@ -274,7 +274,7 @@ def side_of_pair(pair: dict, side: str) -> Answer:  # side: A or B
     reward = number_text(pair.get(f"reward_{side}"), ".3f")
     return Answer(f"{side}{mark}, reward {reward}", pair[f"output_{side}"], preferred)
 
-
+# %% ../nbs/40_show.ipynb #4272b2c6
 def pairs_table(
     pairs: Sequence[dict],  # pairwise records
     n: int = 5,  # how many are shown, from the first
@@ -296,7 +296,7 @@ def answer_of_sample(sample: dict) -> Answer:
     head = f"reward {number_text(sample.get('reward'), '.3f')}{called}"
     return Answer(head, sample["output"], sample.get("label") == 1)
 
-
+# %% ../nbs/40_show.ipynb #296d7aa5
 def samples_table(
     # samples, scalar or binary feedback; neighbours with one prompt_id stand together
     samples: Sequence[dict],
