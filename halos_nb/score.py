@@ -5,16 +5,13 @@
 # %% auto #0
 __all__ = ['reads_at_most', 'fitting', 'output_lengths', 'SampleTrees', 'sample_trees', 'split_tree', 'split_batch',
            'micro_batches', 'Head', 'objectives', 'read_weight', 'read_weights', 'has_own_code', 'head_of_logits',
-           'head_of', 'head_at', 'OwnScore', 'load_scorer', 'as_scorer', 'Scored', 'to_scored', 'evaluating',
-           'weighted_logits', 'score_batch', 'score_batches', 'score_samples', 'with_rewards',
-           'process_batch_with_reward_model']
+           'head_of', 'head_at', 'OwnScore', 'load_scorer', 'as_scorer', 'Scored', 'to_scored', 'weighted_logits',
+           'score_batch', 'score_batches', 'score_samples', 'with_rewards', 'process_batch_with_reward_model']
 
 # %% ../nbs/25_score.ipynb #548fafcd
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +23,7 @@ from .records import Progress, as_turns
 from .configs import require_path
 from .trees import Tree, cut, make_batch, trees_from_samples
 from .processes import in_turns
-from .models import BranchScores, TreeScorer, choose_layout, mix_in
+from .models import BranchScores, TreeScorer, choose_layout, evaluating, mix_in
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -308,16 +305,6 @@ def to_scored(x: float, truncated: bool) -> Scored:
     if math.isfinite(x):
         return Scored(x, "", truncated)
     return Scored(None, f"the reward model gave {x}", truncated)
-
-# %% ../nbs/25_score.ipynb #dfe9356c
-@contextmanager
-def evaluating(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
-    "No dropout in this block; afterwards the model is in the mode that it was in."
-    was = model.training
-    try:
-        yield model.eval()
-    finally:
-        model.train(was)
 
 # %% ../nbs/25_score.ipynb #044f2b6b
 def weighted_logits(
