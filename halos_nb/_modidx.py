@@ -1219,7 +1219,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.score.SampleTrees': ('score.html#sampletrees', 'halos_nb/score.py'),
                                 'halos_nb.score.Scored': ('score.html#scored', 'halos_nb/score.py'),
                                 'halos_nb.score.as_scorer': ('score.html#as_scorer', 'halos_nb/score.py'),
-                                'halos_nb.score.evaluating': ('score.html#evaluating', 'halos_nb/score.py'),
                                 'halos_nb.score.fitting': ('score.html#fitting', 'halos_nb/score.py'),
                                 'halos_nb.score.has_own_code': ('score.html#has_own_code', 'halos_nb/score.py'),
                                 'halos_nb.score.head_at': ('score.html#head_at', 'halos_nb/score.py'),
