@@ -1,16 +1,20 @@
 """Records: what is refused, what comes back, and what a killed writer leaves."""
 
-import io, json, math, os, subprocess, sys, time
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from halos_nb import records as r
 
-PROMPT, OUTPUT = (
-    [dict(role="user", content="Name a star.")],
-    [dict(role="assistant", content="Vega.")],
-)
+PROMPT = [dict(role="user", content="Name a star.")]
+OUTPUT = [dict(role="assistant", content="Vega.")]
 GOOD = dict(
     sample=dict(prompt_id="p", sample_id=0, prompt=PROMPT, output="Vega.", type="sample"),
     scalar_feedback=dict(
@@ -43,6 +47,16 @@ GOOD = dict(
         reason="no number in the reply",
         type="label",
     ),
+    comparison=dict(
+        prompt_id="p",
+        sample_id_A=0,
+        sample_id_B=1,
+        labeller="human:ada",
+        winner="A",
+        reason="",
+        order="BA",
+        type="comparison",
+    ),
 )
 every_type = pytest.mark.parametrize("type", list(GOOD))
 
@@ -65,12 +79,11 @@ def fields():
 
 @pytest.mark.parametrize("type, name", fields())
 def test_missing_field(type, name, path):
-    path.write_text(
-        json.dumps([GOOD[type], {k: v for k, v in GOOD[type].items() if k != name}])
-    )
-    with pytest.raises(
-        r.RecordError, match=rf"file\.json, record 2: field `{name}` is missing.*mend or remove"
-    ):
+    without = GOOD[type].copy()
+    del without[name]
+    path.write_text(json.dumps([GOOD[type], without]))
+    told = rf"file\.json, record 2: field `{name}` is missing.*mend or remove"
+    with pytest.raises(r.RecordError, match=told):
         r.read_records(path)
 
 
@@ -86,9 +99,10 @@ def test_wrong_type(type, name, wrong, path):
         r.read_records(path)
 
 
-@pytest.mark.parametrize(
-    "type, name", [(t, f) for t, f in fields() if f.startswith(("reward", "score"))]
-)
+NUMBERS = [(type, name) for type, name in fields() if name.startswith(("reward", "score"))]
+
+
+@pytest.mark.parametrize("type, name", NUMBERS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1.0", "NaN"])
 def test_rewards_are_finite_numbers(type, name, bad, path):
     # Python writes NaN and Infinity, which are not JSON
@@ -154,25 +168,18 @@ def test_not_utf8(path):
 
 
 texts = st.text(st.characters(codec="utf-8"))
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | texts,
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3),
-    max_leaves=8,
-)
+numbers = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 
 
-@given(
-    st.lists(
-        st.dictionaries(texts.filter(lambda k: k != "type"), values, max_size=4),
-        min_size=1,
-        max_size=5,
-    ),
-    st.sampled_from([".json", ".jsonl"]),
-)
+def collections(x):
+    return st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3)
+
+
+values = st.recursive(st.none() | st.booleans() | numbers | texts, collections, max_leaves=8)
+objects = st.dictionaries(texts.filter(lambda k: k != "type"), values, max_size=4)
+
+
+@given(st.lists(objects, min_size=1, max_size=5), st.sampled_from([".json", ".jsonl"]))
 @settings(max_examples=60, deadline=None)
 def test_what_is_written_is_read(tmp_path_factory, rows, suffix):
     path = tmp_path_factory.mktemp("x") / f"f{suffix}"
@@ -188,15 +195,18 @@ def test_what_is_written_is_read(tmp_path_factory, rows, suffix):
 
 
 def test_streaming_to_an_open_file_leaves_it_open():
-    f = io.StringIO()
-    writer = r.StreamingJSONWriter(f)
-    for row in (dict(a=1), dict(b="é\n")):
+    file = io.StringIO()
+    rows = [dict(a=1), dict(b="é\n")]
+    writer = r.StreamingJSONWriter(file)
+    for row in rows:
         writer.write_item(row)
     writer.close()
-    assert not f.closed and json.loads(f.getvalue()) == [dict(a=1), dict(b="é\n")]
-    with r.StreamingJSONWriter(g := io.StringIO()):
+    assert not file.closed
+    assert json.loads(file.getvalue()) == rows
+    empty = io.StringIO()
+    with r.StreamingJSONWriter(empty):
         pass
-    assert json.loads(g.getvalue()) == []
+    assert json.loads(empty.getvalue()) == []
 
 
 def test_writer_is_atomic(path):
@@ -208,20 +218,23 @@ def test_writer_is_atomic(path):
     assert r.read_rows(path) == [dict(a=1)]
     with pytest.raises(TypeError), r.StreamingJSONWriter(path) as out:
         out.write_item(object())
+    good = GOOD["binary_feedback"]
     with pytest.raises(r.RecordError, match="record 2, not written: field `reward`"):
-        r.write_records(
-            path, [GOOD["binary_feedback"], GOOD["binary_feedback"] | dict(reward=math.nan)]
-        )
-    assert r.read_rows(path) == [dict(a=1)] and os.listdir(path.parent) == [path.name]
+        r.write_records(path, [good, good | dict(reward=math.nan)])
+    assert r.read_rows(path) == [dict(a=1)]
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_kill_leaves_the_old_file(path):
     r.write_json(path, ["old"])
-    code = (
-        f"from halos_nb.records import *\nwith StreamingJSONWriter({str(path)!r}) as out:\n  "
-        "  for i in range(10**9):\n        out.write_item(dict(i=i))\n        if i == 1000: "
-        "print(flush=True)"
-    )
+    code = f"""
+from halos_nb.records import StreamingJSONWriter
+with StreamingJSONWriter({str(path)!r}) as out:
+    for i in range(10**9):
+        out.write_item(dict(i=i))
+        if i == 1000:
+            print(flush=True)
+"""
     job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     job.stdout.readline()
     job.kill()
@@ -246,27 +259,31 @@ def test_a_torn_journal_line_is_gone(tmp_path_factory, cut):
 
 def test_two_processes_share_a_journal(tmp_path):
     path = tmp_path / "j.jsonl"
-    code = (
-        "import sys\nfrom halos_nb.records import *\nfor i in range(300): "
-        "append_jsonl(sys.argv[1], dict(who=sys.argv[2], i=i, text='x' * 9000))"
-    )
+    code = """
+import sys
+from halos_nb.records import append_jsonl
+for i in range(300):
+    append_jsonl(sys.argv[1], dict(who=sys.argv[2], i=i, text="x" * 9000))
+"""
     jobs = [subprocess.Popen([sys.executable, "-c", code, str(path), who]) for who in "AB"]
     assert [j.wait() for j in jobs] == [0, 0]
     rows = r.read_jsonl(path)
-    assert {w: [x["i"] for x in rows if x["who"] == w] for w in "AB"} == {
-        w: list(range(300)) for w in "AB"
-    }
+    assert len(rows) == 600
+    for who in "AB":
+        assert [x["i"] for x in rows if x["who"] == who] == list(range(300))
 
 
-@given(
-    st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
-    st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+conversations = st.lists(
+    st.fixed_dictionaries(dict(role=texts, content=texts)), min_size=1, max_size=3
 )
+
+
+@given(conversations, conversations)
 @settings(deadline=None)
 def test_prompt_id_tells_conversations_apart(a, b):
-    a, b = ([dict(role=x, content=y) for x, y in turns] for turns in (a, b))
     assert (r.prompt_id(a) == r.prompt_id(b)) == (a == b)
-    assert len(r.prompt_id(a)) == 16 and int(r.prompt_id(a), 16) >= 0
+    assert len(r.prompt_id(a)) == 16
+    assert int(r.prompt_id(a), 16) >= 0
 
 
 def test_prompt_id_stays_what_it_is():
@@ -292,10 +309,11 @@ def test_progress(tmp_path, monkeypatch, capsys):
             p.update(loss=1 / (i + 1))
             time.sleep(0.03)
     rows = r.read_jsonl(tmp_path / "p.jsonl")
-    assert [rows[0]["done"], rows[-1]["done"], rows[-1]["loss"]] == [0, 10, 0.1] and 3 <= len(
-        rows
-    ) < 10
-    assert rows[-1]["rate"] == pytest.approx(10 / rows[-1]["seconds"])
+    last = rows[-1]
+    assert rows[0]["done"] == 0
+    assert (last["done"], last["loss"]) == (10, 0.1)
+    assert 3 <= len(rows) < 10
+    assert last["rate"] == pytest.approx(10 / last["seconds"])
     assert capsys.readouterr() == ("", "")
     # cannot be written; goes on
     with r.Progress(1, "steps", path=tmp_path / "no folder" / "p.jsonl") as p:
