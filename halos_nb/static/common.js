@@ -1,6 +1,7 @@
-// Shared by the widgets. Text of models and people reaches the page as text nodes only; no HTML is ever made of it.
+// Shared by the widgets. Text of models and people reaches the page as text nodes only; no HTML
+// is ever made of it.
 
-// An element; attributes that begin with "on" are listeners, children that are strings become text.
+// An element; attributes that begin with "on" are listeners, children that are strings text.
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -12,67 +13,121 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-// The widget's outermost element: it takes the keyboard, so that JupyterLab's own keys (b: new cell) stay out of it.
+// The widget's outermost element: it takes the keyboard, so that JupyterLab's own keys (b: new
+// cell) stay out of it.
 function frame(...children) {
-  const root = el("div", { class: "hnb", tabindex: "0", "data-lm-suppress-shortcuts": "true" }, ...children);
+  const focus = { tabindex: "0", "data-lm-suppress-shortcuts": "true" };
+  const root = el("div", { class: "hnb", ...focus }, ...children);
   root.addEventListener("keydown", (e) => e.stopPropagation());
   return root;
 }
 
-// Calls press(key) for keys that are meant for the widget, not for a field in it or the browser.
+// Whether a key is meant for something other than the widget: a field in it, or the browser.
+function meantForOthers(event) {
+  const target = event.target;
+  if (event.ctrlKey || event.metaKey || event.altKey) return true;
+  if (event.repeat || event.isComposing) return true;
+  if (target.matches("input, textarea, select")) return true;
+  return ["Enter", " "].includes(event.key) && target.matches("button, summary");
+}
+
+// Calls press(key) for keys that are meant for the widget; press says whether it took one.
 function onKeys(root, press) {
-  root.addEventListener("keydown", (e) => {
-    if (e.ctrlKey || e.metaKey || e.altKey || e.repeat || e.isComposing || e.target.matches("input, textarea, select")) return;
-    if (["Enter", " "].includes(e.key) && e.target.matches("button, summary")) return;
-    if (press(e.key)) e.preventDefault();
+  root.addEventListener("keydown", (event) => {
+    if (!meantForOthers(event) && press(event.key)) event.preventDefault();
   });
 }
 
-// Sends messages to the kernel and hands its replies to receive; says so while no reply comes. `waiting` until there is one.
+const UNHEARD =
+  "The kernel does not answer: it is busy with another cell, or gone. What was pressed last " +
+  "counts only when this line goes away; if it stays, run this cell again.";
+
+// Sends messages to the kernel and hands its replies to receive; says so while no reply comes.
+// `waiting` until there is one.
 function connect(model, status, receive) {
   const link = { waiting: false };
   let late;
-  const say = (text, wrong) => status.replaceChildren(text ? el("span", { class: wrong ? "wrong" : "", role: wrong ? "alert" : "status" }, text) : "");
-  const unheard = () => say("The kernel does not answer: it is busy with another cell, or gone. What was pressed last counts only when this line goes away; if it stays, run this cell again.", true);
+
+  function say(text, wrong) {
+    const looks = { class: wrong ? "wrong" : "", role: wrong ? "alert" : "status" };
+    status.replaceChildren(text ? el("span", looks, text) : "");
+  }
+  const unheard = () => say(UNHEARD, true);
+
   model.on("msg:custom", (message, buffers) => {
     clearTimeout(late);
     link.waiting = false;
     say(message.error ?? message.said ?? "", "error" in message);
     receive(message, buffers);
   });
+
   link.ask = (message) => {
     clearTimeout(late);
     late = setTimeout(unheard, 4000);
     link.waiting = true;
-    try { model.send(message); } catch { unheard(); } // the kernel was started again without us
+    try {
+      model.send(message);
+    } catch {
+      unheard(); // the kernel was started again without us
+    }
   };
   return link;
 }
 
+// ---- texts and their differences
+
 // Words, spaces and signs of a text, one by one.
 const words = (text) => text.match(/\p{L}[\p{L}\p{M}\p{N}'’]*|\p{N}+|\s+|[^]/gu) ?? [];
 
-// What each side has and the other has not: two lists of [part, is it new]; null if the texts are too long.
+// Lengths of the longest common subsequences of all pairs of ends of two lists, row by row.
+function commonLengths(x, y) {
+  const columns = y.length + 1;
+  const longest = new Uint16Array((x.length + 1) * columns);
+  for (let i = x.length - 1; i >= 0; i--) {
+    for (let j = y.length - 1; j >= 0; j--) {
+      const below = longest[(i + 1) * columns + j];
+      const beside = longest[i * columns + j + 1];
+      const both = longest[(i + 1) * columns + j + 1] + 1;
+      longest[i * columns + j] = x[i] === y[j] ? both : Math.max(below, beside);
+    }
+  }
+  return longest;
+}
+
+// What each side has and the other has not: two lists of [part, is it new]; null if the texts
+// are too long.
 function diff(a, b) {
-  let [x, y, start] = [words(a), words(b), 0];
+  const x = words(a);
+  const y = words(b);
+  let start = 0; // what both begin with, and what both end with, need not be compared
   while (start < x.length && start < y.length && x[start] === y[start]) start++;
   let [m, n] = [x.length, y.length];
-  while (m > start && n > start && x[m - 1] === y[n - 1]) { m--; n--; }
-  const [rows, columns] = [m - start + 1, n - start + 1];
-  if (rows * columns > 9e6) return null;
-  const longest = new Uint16Array(rows * columns); // of a common subsequence of the rests
-  for (let i = rows - 2; i >= 0; i--)
-    for (let j = columns - 2; j >= 0; j--)
-      longest[i * columns + j] = x[start + i] === y[start + j] ? longest[(i + 1) * columns + j + 1] + 1 : Math.max(longest[(i + 1) * columns + j], longest[i * columns + j + 1]);
-  const [left, right] = [x.slice(0, start).map((w) => [w, false]), y.slice(0, start).map((w) => [w, false])];
-  let [i, j] = [0, 0];
-  while (i < rows - 1 || j < columns - 1) {
-    if (i < rows - 1 && j < columns - 1 && x[start + i] === y[start + j]) { left.push([x[start + i++], false]); right.push([y[start + j++], false]); }
-    else if (j === columns - 1 || (i < rows - 1 && longest[(i + 1) * columns + j] >= longest[i * columns + j + 1])) left.push([x[start + i++], true]);
-    else right.push([y[start + j++], true]);
+  while (m > start && n > start && x[m - 1] === y[n - 1]) {
+    m--;
+    n--;
   }
-  for (const w of x.slice(m)) { left.push([w, false]); right.push([w, false]); }
-  return [left, right];
+  const [left, right] = [x.slice(start, m), y.slice(start, n)];
+  if ((left.length + 1) * (right.length + 1) > 9e6) return null;
+
+  const longest = commonLengths(left, right);
+  const at = (i, j) => longest[i * (right.length + 1) + j];
+  const old = (list) => list.map((word) => [word, false]);
+  const sides = [old(x.slice(0, start)), old(y.slice(0, start))];
+  let [i, j] = [0, 0];
+  while (i < left.length || j < right.length) {
+    const bothLeft = i < left.length && j < right.length;
+    if (bothLeft && left[i] === right[j]) {
+      sides[0].push([left[i++], false]);
+      sides[1].push([right[j++], false]);
+    } else if (j === right.length || (bothLeft && at(i + 1, j) >= at(i, j + 1))) {
+      sides[0].push([left[i++], true]);
+    } else {
+      sides[1].push([right[j++], true]);
+    }
+  }
+  sides[0].push(...old(x.slice(m)));
+  sides[1].push(...old(y.slice(n)));
+  return sides;
 }
 
 // The two texts side by side with their differences marked.
@@ -82,7 +137,8 @@ function diffed(a, b) {
   return sides.map((parts, side) => {
     const box = plain("");
     for (let k = 0; k < parts.length;) {
-      let [text, marked] = ["", parts[k][1]];
+      const marked = parts[k][1];
+      let text = "";
       while (k < parts.length && parts[k][1] === marked) text += parts[k++][0];
       box.append(marked ? el(side ? "ins" : "del", {}, text) : text);
     }
@@ -104,4 +160,10 @@ function plain(text, pattern) {
 }
 
 // A conversation: each turn under its role, where there are several.
-const turns = (prompt, pattern) => el("div", { class: "prompt" }, ...prompt.map((t) => el("div", {}, prompt.length > 1 ? el("span", { class: "role" }, t.role) : "", plain(t.content, pattern))));
+function turns(prompt, pattern) {
+  const several = prompt.length > 1;
+  const role = (turn) => (several ? el("span", { class: "role" }, turn.role) : "");
+  const shown = prompt.map((turn) => el("div", {}, role(turn), plain(turn.content, pattern)));
+  return el("div", { class: "prompt" }, ...shown);
+}
+

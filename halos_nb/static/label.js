@@ -1,64 +1,179 @@
-// HumanLabeler: one blind pair and its keys. The next pair appears when the last answer is on disk.
-const KEYS = { 1: ["left", "left is better"], 2: ["right", "right is better"], 3: ["tie", "equally good"], 4: ["bad", "both bad"], 0: ["skip", "skip"] };
+// HumanLabeler: one blind pair and its keys. The next pair appears when the last answer is on
+// disk.
+const CHOICES = {
+  1: ["left", "left is better"],
+  2: ["right", "right is better"],
+  3: ["tie", "equally good"],
+  4: ["bad", "both bad"],
+  0: ["skip", "skip"],
+};
 const ORDER = ["1", "2", "3", "4", "0"];
+const OTHER_KEYS = ["u", "n", "d", "ArrowLeft", "ArrowRight"];
+const choiceText = (value) => Object.values(CHOICES).find(([v]) => v === value)[1];
+
+// Measures how long the page is looked at; time in other windows does not count.
+function stopwatch() {
+  let [start, away, left] = [0, 0, 0];
+  function visibility() {
+    if (document.hidden) {
+      left = performance.now();
+    } else if (left) {
+      away += performance.now() - left;
+      left = 0;
+    }
+  }
+  document.addEventListener("visibilitychange", visibility);
+  return {
+    restart: () => ([start, away] = [performance.now(), 0]),
+    seconds: () => (performance.now() - start - away) / 1000,
+    end: () => document.removeEventListener("visibilitychange", visibility),
+  };
+}
 
 function render({ model, el: host }) {
-  const view = { item: null, diff: false, noting: false, shown: 0, hidden: 0, since: 0 };
-  const [status, bar, body, note] = [el("div", { class: "status" }), el("div", { class: "bar" }), el("div", {}), el("div", {})];
-  const buttons = ORDER.map((key) => [key, ...KEYS[key]]).map(([key, value, text]) => el("button", { "data-value": value, "aria-label": `${text}, key ${key}`, onclick: () => { press(key); root.focus(); } }, el("kbd", {}, key), " ", text));
+  const view = { item: null, position: 0, diff: false, noting: false };
+  const watch = stopwatch();
+  const status = el("div", { class: "status" });
+  const bar = el("div", { class: "bar" });
+  const body = el("div", {});
+  const note = el("div", {});
   const guidelines = el("details", { class: "guidelines", open: true });
+  const buttons = ORDER.map(choiceButton);
   const link = connect(model, status, receive);
 
-  document.addEventListener("visibilitychange", hidden); // the time a pair is looked at does not include other windows
-  function hidden() { if (document.hidden) view.since = performance.now(); else if (view.since) { view.hidden += performance.now() - view.since; view.since = 0; } }
+  function choiceButton(key) {
+    const [value, text] = CHOICES[key];
+    const named = { "data-value": value, "aria-label": `${text}, key ${key}` };
+    const click = () => {
+      press(key);
+      root.focus();
+    };
+    return el("button", { ...named, onclick: click }, el("kbd", {}, key), " ", text);
+  }
 
   function receive(message) {
     if (message.error) return;
-    if (message.guidelines) guidelines.replaceChildren(el("summary", {}, "Guidelines"), message.guidelines);
-    if (message.item?.name !== view.item?.name) [view.noting, view.diff] = [false, false];
-    [view.item, view.shown, view.hidden] = [message.item, performance.now(), 0];
-    [view.position, view.total, view.answered] = [message.position, message.total, message.answered];
-    bar.replaceChildren(el("b", { class: "number" }, `${message.answered} of ${message.total}`), el("progress", { value: message.answered, max: message.total, "aria-label": "answered" }), el("span", { class: "number" }, message.speed));
-    show(message);
+    if (message.guidelines) {
+      guidelines.replaceChildren(el("summary", {}, "Guidelines"), message.guidelines);
+    }
+    if (message.item?.name !== view.item?.name) {
+      view.noting = false;
+      view.diff = false;
+    }
+    view.item = message.item;
+    view.position = message.position;
+    watch.restart();
+    showProgress(message);
+    show(message.report);
   }
 
-  function show(message = {}) {
+  function showProgress({ answered, total, speed }) {
+    bar.replaceChildren(
+      el("b", { class: "number" }, `${answered} of ${total}`),
+      el("progress", { value: answered, max: total, "aria-label": "answered" }),
+      el("span", { class: "number" }, speed),
+    );
+  }
+
+  function show(report) {
     const item = view.item;
-    for (const b of buttons) { b.disabled = !item; b.setAttribute("aria-pressed", String(item?.answer === b.dataset.value)); }
+    for (const button of buttons) {
+      button.disabled = !item;
+      button.setAttribute("aria-pressed", String(item?.answer === button.dataset.value));
+    }
     root.dataset.item = item?.name ?? "";
     note.replaceChildren();
-    if (!item) return body.replaceChildren(el("p", {}, el("b", {}, "All pairs are answered. "), "The arrows lead back to them; u takes the last answer back."), message.report ? el("table", { class: "said" }, ...message.report.map(([k, v]) => el("tr", {}, el("th", {}, k), el("td", {}, v)))) : "");
-    const [left, right] = view.diff ? diffed(item.left, item.right) : [plain(item.left), plain(item.right)];
-    const side = (name, text) => el("div", { class: "side", "data-side": name }, el("div", { class: "head" }, name), text);
-    body.replaceChildren(el("div", {}, `pair ${view.position + 1}${item.answer ? ", answered: " + Object.values(KEYS).find(([v]) => v === item.answer)[1] : ""}`), turns(item.prompt), el("div", { class: "two" }, side("left", left), side("right", right)));
-    if (view.noting) {
-      const area = el("textarea", { rows: "2", style: "width: 100%", "aria-label": "note on this pair" });
-      area.value = item.note;
-      const save = () => { view.noting = false; link.ask({ do: "note", item: item.name, text: area.value }); root.focus(); };
-      area.addEventListener("keydown", (e) => { if (e.key === "Escape") { view.noting = false; show(); root.focus(); } else if (e.key === "Enter" && !e.shiftKey) { e.preventDefault(); save(); } });
-      note.replaceChildren(el("label", {}, "note (Enter saves, Escape leaves it as it was)"), area);
-      area.focus();
-    } else if (item.note) note.replaceChildren(el("div", {}, "note: ", item.note));
+    if (!item) return showReport(report);
+    showPair(item);
+    if (view.noting) editNote(item);
+    else if (item.note) note.replaceChildren(el("div", {}, "note: ", item.note));
   }
 
+  function showReport(report) {
+    const hint = "The arrows lead back to them; u takes the last answer back.";
+    const row = ([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value));
+    body.replaceChildren(
+      el("p", {}, el("b", {}, "All pairs are answered. "), hint),
+      report ? el("table", { class: "said" }, ...report.map(row)) : "",
+    );
+  }
+
+  function showPair(item) {
+    const texts = view.diff
+      ? diffed(item.left, item.right)
+      : [plain(item.left), plain(item.right)];
+    const side = (name, text) =>
+      el("div", { class: "side", "data-side": name }, el("div", { class: "head" }, name), text);
+    const answered = item.answer ? `, answered: ${choiceText(item.answer)}` : "";
+    body.replaceChildren(
+      el("div", {}, `pair ${view.position + 1}${answered}`),
+      turns(item.prompt),
+      el("div", { class: "two" }, side("left", texts[0]), side("right", texts[1])),
+    );
+  }
+
+  function editNote(item) {
+    const looks = { rows: "2", style: "width: 100%", "aria-label": "note on this pair" };
+    const area = el("textarea", looks);
+    area.value = item.note;
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        view.noting = false;
+        show();
+        root.focus();
+      } else if (event.key === "Enter" && !event.shiftKey) {
+        event.preventDefault();
+        view.noting = false;
+        link.ask({ do: "note", item: item.name, text: area.value });
+        root.focus();
+      }
+    });
+    const label = el("label", {}, "note (Enter saves, Escape leaves it as it was)");
+    note.replaceChildren(label, area);
+    area.focus();
+  }
+
+  function choose(value) {
+    link.ask({ do: "choose", item: view.item.name, value, seconds: watch.seconds() });
+  }
+
+  // A key; whether it was one of ours.
   function press(key) {
-    if (!(key in KEYS || ["u", "n", "d", "ArrowLeft", "ArrowRight"].includes(key))) return false;
-    if (link.waiting) return true; // a key counts for the pair that is on the screen; until the next one is, for nothing
-    if (key in KEYS && view.item) link.ask({ do: "choose", item: view.item.name, value: KEYS[key][0], seconds: (performance.now() - view.shown - view.hidden) / 1000 });
-    else if (key === "u") link.ask({ do: "undo" });
-    else if (key === "n" && view.item) { view.noting = true; show(); }
-    else if (key === "d" && view.item) { view.diff = !view.diff; show(); }
-    else if (key === "ArrowLeft" || key === "ArrowRight") link.ask({ do: "look", position: view.position + (key === "ArrowLeft" ? -1 : 1) });
+    if (!(key in CHOICES || OTHER_KEYS.includes(key))) return false;
+    // a key counts for the pair that is on the screen; until the next one is, for nothing
+    if (link.waiting) return true;
+    if (key === "u") link.ask({ do: "undo" });
+    else if (key === "ArrowLeft") link.ask({ do: "look", position: view.position - 1 });
+    else if (key === "ArrowRight") link.ask({ do: "look", position: view.position + 1 });
+    else if (!view.item) return true;
+    else if (key in CHOICES) choose(CHOICES[key][0]);
+    else {
+      if (key === "n") view.noting = true;
+      else view.diff = !view.diff;
+      show();
+    }
     return true;
   }
 
   const hint = (key, text) => [el("kbd", {}, key), ` ${text} `];
-  const root = frame(guidelines, bar, status, body, el("div", { class: "bar", style: "margin: 10px 0" }, ...buttons), note,
-    el("div", {}, ...hint("u", "undo"), ...hint("n", "note"), ...hint("d", "word diff"), ...hint("←", ""), ...hint("→", "look at others"), "· every key is saved at once ", el("span", { class: "unfocused", role: "note" }, "Click here to label with the keyboard.")));
+  const unfocused = { class: "unfocused", role: "note" };
+  const keys = el(
+    "div",
+    {},
+    ...hint("u", "undo"),
+    ...hint("n", "note"),
+    ...hint("d", "word diff"),
+    ...hint("←", ""),
+    ...hint("→", "look at others"),
+    "· every key is saved at once ",
+    el("span", unfocused, "Click here to label with the keyboard."),
+  );
+  const choices = el("div", { class: "bar", style: "margin: 10px 0" }, ...buttons);
+  const root = frame(guidelines, bar, status, body, choices, note, keys);
   onKeys(root, press);
   host.append(root);
   link.ask({ do: "open" });
-  return () => document.removeEventListener("visibilitychange", hidden);
+  return watch.end;
 }
 
 export default { render };

@@ -52,7 +52,7 @@ function nearest(curve, X, place) {
   return best;
 }
 
-// One picture: a frame, where rounds end, the curves with their last values, and the axes' ends.
+// One picture: a frame, where rounds end, the curves with their last values, the axes' ends.
 function draw(box, panel) {
   const lines = panel.lines;
   const xs = lines.flatMap((c) => c.x);
