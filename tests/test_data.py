@@ -1,6 +1,10 @@
 """Data: golden files and sets, TRL rows, joining files without loss."""
 
-import contextlib, gzip, json, random, re
+import contextlib
+import gzip
+import json
+import random
+import re
 from collections import Counter
 
 import pytest
@@ -51,18 +55,13 @@ def test_local_files_golden(case, tmp_path):
     ]
 
 
-def single_spaced(
-    x,
-):  # deliberate: HALOs collapses runs of spaces and tabs in named sets, texts are not altered here
+def single_spaced(x):
+    "Deliberate: HALOs collapses runs of blanks in named sets, texts are not altered here."
     if isinstance(x, dict):
-        return {k: single_spaced(v) if k != "key" else v for k, v in x.items()}
-    return (
-        [single_spaced(v) for v in x]
-        if isinstance(x, list)
-        else re.sub(r"[ \t]+", " ", x)
-        if isinstance(x, str)
-        else x
-    )
+        return {k: v if k == "key" else single_spaced(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [single_spaced(v) for v in x]
+    return re.sub(r"[ \t]+", " ", x) if isinstance(x, str) else x
 
 
 HH = ("hh", "hh_helpful", "hh_harmless")
@@ -70,35 +69,33 @@ HH = ("hh", "hh_helpful", "hh_harmless")
 REFUSED = re.compile(r"(\A|\n\n(Human|Assistant):)\s*\Z")
 
 
-def same_words_once(
-    example,
-):  # deliberate: the same words are one answer; the first score of it stands
+def same_words_once(example):
+    "Deliberate: the same words are one answer; the first score of it stands."
     texts = [json.dumps(g) for g in example["generations"]]
     kept = list(dict.fromkeys(texts))
-    number = [kept.index(t) for t in texts]
-    pairs = [[number[a], number[b]] for a, b in example["pairs"] if number[a] != number[b]]
+    number = [kept.index(text) for text in texts]
+    pairs = [[number[better], number[worse]] for better, worse in example["pairs"]]
+    scores = example["scores"]
+    imitated = example["sft_index"]
     return example | dict(
-        generations=[json.loads(t) for t in kept],
-        pairs=pairs,
-        scores=[example["scores"][texts.index(t)] for t in kept] if example["scores"] else [],
-        sft_index=number[example["sft_index"]]
-        if example["sft_index"] >= 0
-        else example["sft_index"],
+        generations=[json.loads(text) for text in kept],
+        pairs=[pair for pair in pairs if pair[0] != pair[1]],
+        scores=[scores[texts.index(text)] for text in kept] if scores else [],
+        sft_index=number[imitated] if imitated >= 0 else imitated,
     )
 
 
-def answered(
-    example,
-):  # an example of HH, in which every answer stands in one pair, without the pairs that lack one
-    pairs = [
-        p
-        for p in example["pairs"]
-        if not any(REFUSED.search(t["content"]) for i in p for t in example["generations"][i])
-    ]
-    kept = sorted({i for p in pairs for i in p})
+def answered(example):
+    "An example of HH, in which every answer stands in one pair, without pairs that lack one."
+    empty = set()
+    for i, generation in enumerate(example["generations"]):
+        if any(REFUSED.search(turn["content"]) for turn in generation):
+            empty.add(i)
+    pairs = [pair for pair in example["pairs"] if not empty.intersection(pair)]
+    kept = sorted({i for pair in pairs for i in pair})
     return example | dict(
         generations=[example["generations"][i] for i in kept],
-        pairs=[[kept.index(i) for i in p] for p in pairs],
+        pairs=[[kept.index(better), kept.index(worse)] for better, worse in pairs],
     )
 
 
@@ -166,18 +163,19 @@ def test_hub_sets_alter_no_text(case, monkeypatch):
 
     rows = load("datasets")["raw_rows"][case["rows"]]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    said = "\0".join(str(x) for r in rows for x in texts_in(r))
-    for e in hub_sets.load_data(case["function"], case["split"]):
-        for t in e.prompt + sum(e.generations, []):
-            parts = (
-                t["content"].split("<|im_start|>")[1:]
-                if case["function"] == "s1k_11" and t["role"] == "assistant"
-                else [t["content"]]
-            )
-            assert all(
-                p.removeprefix("think\n").removeprefix("answer\n").removesuffix("\n") in said
-                for p in parts
-            )
+    said = "\0".join(str(x) for row in rows for x in texts_in(row))
+    for ex in hub_sets.load_data(case["function"], case["split"]):
+        for turn in ex.prompt + sum(ex.generations, []):
+            for part in parts_of(turn, case["function"]):
+                assert part in said
+
+
+def parts_of(turn, function):
+    "The texts of a turn that a row holds; s1k_11 joins two of them with markers."
+    if function != "s1k_11" or turn["role"] != "assistant":
+        return [turn["content"]]
+    parts = turn["content"].split("<|im_start|>")[1:]
+    return [re.sub(r"^(think|answer)\n|\n\Z", "", part) for part in parts]
 
 
 def texts_in(x):
@@ -199,72 +197,90 @@ OTHER_SPLIT = dict(
 )
 
 
-def other_words(x):  # rows of the same types, which were not asked for
+def other_words(x):
+    "Rows of the same types, which were not asked for."
     if isinstance(x, dict):
         return {k: other_words(v) for k, v in x.items()}
-    return (
-        [other_words(v) for v in x]
-        if isinstance(x, list)
-        else "\n\nHuman: other\n\nAssistant: words"
-        if isinstance(x, str)
-        else x
-    )
+    if isinstance(x, list):
+        return [other_words(v) for v in x]
+    return "\n\nHuman: other\n\nAssistant: words" if isinstance(x, str) else x
+
+
+def write_parquet(path, rows):
+    import datasets
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def file_in_card(split, path):
+    return f"  - split: {split}\n    path: {path}\n"
+
+
+def copy_with_configs(folder, config, split, rows, other):
+    "A set with two configurations, named in its card."
+    card = "---\nconfigs:\n"
+    for name, own in ((config, rows), ("v1-legacy", other)):
+        path = f"{name}/{split}-00000-of-00001.parquet"
+        write_parquet(folder / path, own)
+        card += f"- config_name: {name}\n  data_files:\n" + file_in_card(split, path)
+    (folder / "README.md").write_text(card + "---\n")
+
+
+def copy_with_folders(folder, asked, split, rows, other):
+    "HH: a folder for each kind of conversation."
+    for kind in ("helpful-base", "harmless-base"):
+        for name in ("train", "test"):
+            taken = name == split and asked in (None, kind)
+            write_lines(folder / kind / f"{name}.jsonl.gz", rows if taken else other)
+
+
+def copy_with_splits(folder, splits):
+    "A set with some splits, named in its card."
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    for name, rows in splits.items():
+        path = f"data/{name}-00000-of-00001.parquet"
+        write_parquet(folder / path, rows)
+        card += file_in_card(name, path)
+    (folder / "README.md").write_text(card + "---\n")
 
 
 @cases("datasets", lambda c: "error" not in c)
 def test_hub_sets_from_a_local_copy(case, tmp_path, monkeypatch):
-    "The real load_dataset, which takes a folder of the repository's name before it asks the hub; laid out as on the hub, beside what was not asked for."
+    """The real load_dataset, which takes a folder of the repository's name before it asks the
+    hub; laid out as on the hub, beside what was not asked for."""
     import datasets
 
-    call, rows = case["load_call"], load("datasets")["raw_rows"][case["rows"]]
-    split, folder, other = (
-        call["split"] or call["split_taken_from_result"],
-        tmp_path / call["repository"],
-        other_words(rows),
-    )
-
-    def parquet(path, rows):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(path)
-        return f"  - split: {path.name.split('-')[0]}\n    path: {path.relative_to(folder)}\n"
-
-    def lines(path, rows):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
-
-    card = "---\nconfigs:\n"
+    function, call = case["function"], case["load_call"]
+    rows = load("datasets")["raw_rows"][case["rows"]]
+    other = other_words(rows)
+    split = call["split"] or call["split_taken_from_result"]
+    folder = tmp_path / call["repository"]
     if call["config_name"]:
-        for c, r in ((call["config_name"], rows), ("v1-legacy", other)):
-            card += f"- config_name: {c}\n  data_files:\n" + parquet(
-                folder / c / f"{split}-00000-of-00001.parquet", r
-            )
-        (folder / "README.md").write_text(card + "---\n")
-    elif case["function"] in HH:
-        for place in ("helpful-base", "harmless-base"):
-            for s in ("train", "test"):
-                lines(
-                    folder / place / f"{s}.jsonl.gz",
-                    rows if s == split and call["data_dir"] in (None, place) else other,
-                )
-    elif case["function"] in ("shp", "safe_rlhf"):
-        for s, r in ((split, rows), (OTHER_SPLIT[split], other)):
-            lines(folder / "data/sub" / f"{s}.jsonl", r)
+        copy_with_configs(folder, call["config_name"], split, rows, other)
+    elif function in HH:
+        copy_with_folders(folder, call["data_dir"], split, rows, other)
+    elif function in ("shp", "safe_rlhf"):
+        write_lines(folder / f"data/sub/{split}.jsonl", rows)
+        write_lines(folder / f"data/sub/{OTHER_SPLIT[split]}.jsonl", other)
+    elif split in OTHER_SPLIT and function != "s1k_11":
+        copy_with_splits(folder, {split: rows, OTHER_SPLIT[split]: other})
     else:
-        card += "- config_name: default\n  data_files:\n" + parquet(
-            folder / f"data/{split}-00000-of-00001.parquet", rows
-        )
-        if split in OTHER_SPLIT and case["function"] != "s1k_11":
-            card += parquet(folder / f"data/{OTHER_SPLIT[split]}-00000-of-00001.parquet", other)
-        (folder / "README.md").write_text(card + "---\n")
+        copy_with_splits(folder, {split: rows})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with contextlib.chdir(tmp_path):
-        data = getattr(hub_sets, f"get_{case['function']}")(case["split"])
+        data = getattr(hub_sets, f"get_{function}")(case["split"])
     want = expected(case)
-    # both folders hold the rows, so every pair is said twice
-    if case["function"] == "hh":
+    if function == "hh":  # both folders hold the rows, so every pair is said twice
         want = [e | dict(pairs=e["pairs"] * 2) for e in want]
-    assert as_expected(data, case["function"]) == want
+    assert as_expected(data, function) == want
 
 
 def test_every_named_set_is_public_and_says_what_it_is():
@@ -299,184 +315,166 @@ def test_alpacaeval_reads_the_file_where_scripts_are_refused(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (example,) = hub_sets.get_alpacaeval("test")
-    assert (example.generations, example.dataset_name, calls[1][1]["split"]) == (
-        [as_turns("Hello.")],
-        "koala",
-        "train",
-    )
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("disk on fire")),
-    )
+    assert example.generations == [as_turns("Hello.")]
+    assert example.dataset_name == "koala"
+    assert calls[1][1]["split"] == "train"
+
+
+def test_alpacaeval_tells_other_errors_as_they_are(monkeypatch):
+    import datasets
+
+    def load_dataset(path, **where):
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(RuntimeError, match="on fire"):
         hub_sets.get_alpacaeval("test")
 
 
-def test_passed_over_is_counted(monkeypatch):
-    def talk(*turns):
-        return "".join(
-            f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}:{' ' + t if t else ''}"
-            for i, t in enumerate(turns)
-        )
+def talk(*turns):
+    "A transcript; an empty turn is a bare marker."
+    text = ""
+    for i, turn in enumerate(turns):
+        speaker = "Assistant" if i % 2 else "Human"
+        text += f"\n\n{speaker}:" + (f" {turn}" if turn else "")
+    return text
 
-    stub(
-        monkeypatch,
-        [
-            dict(chosen=talk("a", "b"), rejected=talk("a", "c")),
-            dict(chosen=talk("a", ""), rejected=talk("a", "c")),
-            dict(chosen=talk("a", "b"), rejected=talk("z", "c")),
-            dict(chosen=talk("a", "b", "c"), rejected=talk("a", "b", "d")),
-            dict(chosen="no marker", rejected=talk("a", "c")),
-            dict(chosen=talk("a", "b"), rejected=talk("a", "b")),
-        ],
-    )
+
+def test_transcripts_without_two_answers_to_one_prompt_are_passed_over(monkeypatch):
+    rows = [
+        dict(chosen=talk("a", "b"), rejected=talk("a", "c")),
+        dict(chosen=talk("a", ""), rejected=talk("a", "c")),
+        dict(chosen=talk("a", "b"), rejected=talk("z", "c")),
+        dict(chosen=talk("a", "b", "c"), rejected=talk("a", "b", "d")),
+        dict(chosen="no marker", rejected=talk("a", "c")),
+        dict(chosen=talk("a", "b"), rejected=talk("a", "b")),
+    ]
+    stub(monkeypatch, rows)
     data = hub_sets.get_hh("train")
-    assert [e.pairs for e in data] == [[(0, 1)]] and data.counts == dict(
-        no_answer=3, two_prompts=1, equal_pairs=1
-    )
-    stub(
-        monkeypatch,
-        [
-            dict(
-                conversation_input=[dict(role="user", content="a", toxic=False)] * n,
-                references=None if n == 3 else {"gpt-4": "b"},
-            )
-            for n in (1, 3)
-        ],
-    )
+    assert [e.pairs for e in data] == [[(0, 1)]]
+    assert data.counts == dict(no_answer=3, two_prompts=1, equal_pairs=1)
+
+
+def test_wildbench_asks_the_first_turn(monkeypatch):
+    turn = dict(role="user", content="a", toxic=False)
+    rows = [
+        dict(conversation_input=[turn], references={"gpt-4": "b"}),
+        dict(conversation_input=[turn] * 3, references=None),
+    ]
+    stub(monkeypatch, rows)
     data = hub_sets.get_wildbench("test")
-    assert data.counts == dict(later_turns=2, no_answer=1) and [
-        e.generations for e in data
-    ] == [[as_turns("b")]]
+    assert data.counts == dict(later_turns=2, no_answer=1)
+    assert [e.generations for e in data] == [[as_turns("b")]]
     # v2-hard as it is now
     stub(monkeypatch, [dict(session_id=1, conversation_input=[dict(role="user", content="a")])])
-    assert [(e.generations, e.sft_index) for e in hub_sets.get_wildbench("v2-hard")] == [
-        ([], -1)
-    ]
+    (example,) = hub_sets.get_wildbench("v2-hard")
+    assert (example.generations, example.sft_index) == ([], -1)
+
+
+def test_answers_that_are_not_imitated_are_counted(monkeypatch):
     stub(monkeypatch, [dict(messages=as_turns("a", "user") + as_turns(x)) for x in "bcb"])
     data = hub_sets.get_ultrachat("train")
-    assert [(len(e.generations), e.sft_index) for e in data] == [
-        (2, 0)
-    ] and data.counts == dict(not_imitated=1)
+    (example,) = data
+    assert (len(example.generations), example.sft_index) == (2, 0)
+    assert data.counts == dict(not_imitated=1)
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 2),
-            st.sampled_from("abcdef"),
-            st.sampled_from("abcdef"),
-            st.integers(1, 20),
-            st.integers(1, 20),
-        ),
-        max_size=40,
-    ),
-    st.sampled_from(["train", "test"]),
-)
+@st.composite
+def comments(draw):
+    "A row of SHP: two comments on one of three posts, and their votes."
+    votes_a, votes_b = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    return dict(
+        history=f"Post {draw(st.integers(0, 2))}",
+        human_ref_A=f"A {draw(st.sampled_from('abcdef'))}",
+        human_ref_B=f"B {draw(st.sampled_from('abcdef'))}",
+        score_A=votes_a,
+        score_B=votes_b,
+        labels=int(votes_a >= votes_b),
+        score_ratio=max(votes_a, votes_b) / min(votes_a, votes_b),
+    )
+
+
+def better_first(row):
+    answers = row["human_ref_A"], row["human_ref_B"]
+    return answers if row["score_A"] >= row["score_B"] else answers[::-1]
+
+
+@given(st.lists(comments(), max_size=40), st.sampled_from(["train", "test"]))
 @settings(max_examples=50, deadline=None)
 def test_shp_rule(rows, split):
-    rows = [
-        dict(
-            history=f"Post {p}",
-            human_ref_A=f"A {a}",
-            human_ref_B=f"B {b}",
-            score_A=x,
-            score_B=y,
-            labels=int(x >= y),
-            score_ratio=max(x, y) / min(x, y),
-        )
-        for p, a, b, x, y in rows
-    ]
     with pytest.MonkeyPatch.context() as m:
         stub(m, rows)
         data = hub_sets.get_shp(split)
-    good = [r for r in rows if split == "test" or r["score_ratio"] >= 2]
-    assert list(data.data) == list(dict.fromkeys(r["history"] for r in good)) and data.counts[
-        "low_ratio"
-    ] == len(rows) - len(good)
+    good = [row for row in rows if split == "test" or row["score_ratio"] >= 2]
+    assert list(data.data) == list(dict.fromkeys(row["history"] for row in good))
+    assert data.counts["low_ratio"] == len(rows) - len(good)
     for ex in data:
-        said = [
-            (r["human_ref_A"], r["human_ref_B"])[:: 1 if r["score_A"] >= r["score_B"] else -1]
-            for r in good
-            if r["history"] == ex.original_prompt
-        ]
+        said = [better_first(row) for row in good if row["history"] == ex.original_prompt]
         if split == "train":
             said = random.Random(0).sample(said, min(5, len(said)))
         words = [g[0]["content"] for g in ex.generations]
-        assert [(words[a], words[b]) for a, b in ex.pairs] == said and ex.scores[
-            ex.sft_index
-        ] == max(ex.scores)
-    assert sum(len(e.pairs) for e in data) + data.counts["pairs_left_out"] == len(good)
+        assert [(words[a], words[b]) for a, b in ex.pairs] == said
+        assert ex.scores[ex.sft_index] == max(ex.scores)
+    kept = sum(len(e.pairs) for e in data)
+    assert kept + data.counts["pairs_left_out"] == len(good)
 
 
-@given(
-    st.dictionaries(
+def path_of(row, known):
+    "The messages from the root to this one."
+    if row is None:
+        return []
+    return [*path_of(known.get(row["parent_id"]), known), row]
+
+
+@st.composite
+def forests(draw):
+    "Messages of OASST, parents before their answers."
+    nodes = st.tuples(
         st.integers(0, 30),
-        st.tuples(
-            st.integers(0, 30),
-            st.sampled_from(["en", "en", "de"]),
-            st.one_of(st.none(), st.integers(0, 3)),
-        ),
+        st.sampled_from(["en", "en", "de"]),
+        st.one_of(st.none(), st.integers(0, 3)),
     )
-)
-@settings(max_examples=200, deadline=None)
-def test_oasst_rule(tree):
-    rows = [
-        dict(message_id=i, parent_id=p if p < i else None, lang=lang, rank=rank, text=f"t{i}")
-        for i, (p, lang, rank) in tree.items()
-    ]
+    drawn = draw(st.dictionaries(st.integers(0, 30), nodes))
     known = {}
-    for r in sorted(rows, key=lambda r: r["message_id"]):  # parents have smaller numbers
-        if r["parent_id"] is None or r["parent_id"] in known:
-            known[r["message_id"]] = r
-    rows = [r for r in rows if r["message_id"] in known]
+    for i in sorted(drawn):
+        parent, lang, rank = drawn[i]
+        row = dict(message_id=i, parent_id=None, lang=lang, rank=rank, text=f"t{i}")
+        if parent < i and parent in drawn:
+            row["parent_id"] = parent
+        known[i] = row
+        depth = len(path_of(row, known))
+        row["role"] = "assistant" if depth % 2 == 0 else "prompter"
+    return [known[i] for i in drawn]
 
-    def path(r):
-        return [] if r is None else path(known.get(r["parent_id"])) + [r]
 
-    for r in rows:
-        r["role"] = "assistant" if len(path(r)) % 2 == 0 else "prompter"
-    counts, said = Counter(), []
-    for better in rows:  # every two siblings, looked at directly
-        for worse in rows:
-            if (
-                better["parent_id"] == worse["parent_id"] is not None
-                and None not in (better["rank"], worse["rank"])
-                and better["rank"] + 1 == worse["rank"]
-            ):
-                first = (
-                    next(
-                        r
-                        for r in rows
-                        if r["parent_id"] == better["parent_id"]
-                        and r["rank"] == better["rank"]
-                        and r["lang"] == "en"
-                    )
-                    if better["lang"] == "en"
-                    else None
-                )
-                if (
-                    first is better
-                    and better["role"] == "assistant"
-                    and {r["lang"] for r in path(worse)} == {"en"}
-                ):
-                    said.append(
-                        ([r["text"] for r in path(worse)[:-1]], better["text"], worse["text"])
-                    )
-    found = [
-        ([t["content"] for t in r["prompt"]], r["chosen"], r["rejected"])
-        for r in hub_sets.neighbour_pairs(iter(rows), counts)
-    ]
-    assert sorted(found) == sorted(said)
-    ranked = [
-        r
-        for r in rows
-        if r["lang"] == "en"
-        and r["role"] == "assistant"
-        and r["parent_id"] is not None
-        and r["rank"]
-    ]
+def neighbours_by_definition(rows):
+    "Every two siblings, looked at directly."
+    known = {row["message_id"]: row for row in rows}
+    english = [row for row in rows if row["lang"] == "en"]
+    for better in english:
+        place = better["parent_id"], better["rank"]
+        siblings = [r for r in english if (r["parent_id"], r["rank"]) == place]
+        if None in place or siblings[0] is not better or better["role"] != "assistant":
+            continue
+        for worse in english:
+            path = path_of(worse, known)
+            if (worse["parent_id"], worse["rank"]) != (place[0], place[1] + 1):
+                continue
+            if all(row["lang"] == "en" for row in path):
+                yield [row["text"] for row in path[:-1]], better["text"], worse["text"]
+
+
+@given(forests())
+@settings(max_examples=200, deadline=None)
+def test_oasst_rule(rows):
+    counts = Counter()
+    found = []
+    for pair in hub_sets.neighbour_pairs(iter(rows), counts):
+        texts = [turn["content"] for turn in pair["prompt"]]
+        found.append((texts, pair["chosen"], pair["rejected"]))
+    assert sorted(found) == sorted(neighbours_by_definition(rows))
+    answers = [r for r in rows if r["lang"] == "en" and r["role"] == "assistant"]
+    ranked = [r for r in answers if r["rank"]]
     assert len(found) + counts["rank_gaps"] + counts["other_language"] == len(ranked)
 
 
