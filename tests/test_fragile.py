@@ -7,14 +7,33 @@ import inspect
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 
+from halos_nb import attention, reference
 from halos_nb.configs import TrainConfig
-from halos_nb.models import load_policy, small_llama
-from halos_nb.trees import byte_tokenizer
+from halos_nb.models import (
+    REFERENCE,
+    TreePolicy,
+    add_lora,
+    attention_name,
+    evaluating,
+    load_policy,
+    mix_in,
+    small_llama,
+)
+from halos_nb.trees import Tree, byte_tokenizer, make_batch
 from halos_nb.train import make_trainer
 
 # ---- transformers.Trainer, for halos_nb.tree_trainer
@@ -187,3 +206,199 @@ def test_a_checkpoint_has_what_a_round_needs(home):
     files = {file.name for file in Path(folder).iterdir()}
     needed = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
     assert needed <= files, moved("save_checkpoint", f"it wrote {sorted(files)}")
+
+
+# ---- transformers' models, for halos_nb.attention and halos_nb.models
+
+TREES = [
+    Tree([9, 8, 7, 6], [[20, 21, 22], [30, 31]], ["chosen", "rejected"], [0, 0]),
+    Tree([5, 4], [[50, 51]], ["completion"], [0]),
+]
+
+
+def changed(library, room, name, what):
+    "What a new version of a library has moved, and who relies on it."
+    return f"{library.__name__} {library.__version__}: {what}; see {name} in halos_nb.{room}"
+
+
+def model_changed(name, what):
+    return changed(transformers, "models", name, what)
+
+
+def attention_changed(name, what):
+    return changed(transformers, "attention", name, what)
+
+
+@pytest.fixture
+def model():
+    "A plain model of transformers, two layers, nothing of ours mixed in."
+    return small_llama(byte_tokenizer(), hidden_size=32, initializer_range=0.3).eval()
+
+
+def test_a_fresh_model_attends_by_sdpa_and_says_so(model):
+    assert hasattr(model.config, "_attn_implementation"), model_changed(
+        "attention_name", "configs have no _attn_implementation"
+    )
+    assert attention_name(model.config) == "sdpa", model_changed(
+        "use_tree_attention", f"a fresh model's attention is {attention_name(model.config)!r}"
+    )
+
+
+def test_a_model_is_switched_by_its_config(model):
+    own = type(model)
+    mixed = mix_in(model, TreePolicy)
+    assert attention_name(mixed.config) == attention.TREE_ATTENTION, model_changed(
+        "use_tree_attention", "setting _attn_implementation changes nothing"
+    )
+    assert isinstance(mixed, own) and isinstance(mixed, TreePolicy), model_changed(
+        "mix_in", "a model's class cannot be exchanged"
+    )
+
+
+def test_tree_attention_is_known_by_name():
+    for table in (AttentionInterface(), AttentionMaskInterface()):
+        assert attention.TREE_ATTENTION in table, attention_changed(
+            "register_attention", f"{type(table).__name__} does not keep what is registered"
+        )
+    assert AttentionInterface()[attention.TREE_ATTENTION] is attention.tree_attention
+
+
+def test_what_a_model_is_called_with_reaches_every_layer(model, monkeypatch):
+    "The segments unchanged, and the 4-D placeholder instead of a mask of transformers' own."
+    calls = []
+
+    def spy(module, query, key, value, attention_mask, **options):
+        calls.append((attention_mask, options.get("segments")))
+        return attention.tree_attention(module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("halos_spy", spy)
+    AttentionMaskInterface.register("halos_spy", attention.sdpa_mask)
+    model.config._attn_implementation = "halos_spy"
+    batch = make_batch(TREES)
+    attention.hidden_states(model, batch)
+    assert len(calls) == model.config.num_hidden_layers, attention_changed(
+        "register_attention", f"{len(calls)} calls of a registered attention in two layers"
+    )
+    for mask, segments in calls:
+        assert segments is batch.segments, attention_changed(
+            "tree_arguments", "unknown keywords do not reach the attention"
+        )
+        assert mask.shape == (1, 1, 1, batch.input_ids.shape[1]), attention_changed(
+            "tree_arguments", f"a 4-D mask is not passed on, but {tuple(mask.shape)}"
+        )
+
+
+def test_sdpa_s_own_functions_take_what_we_give():
+    known = ["module", "query", "key", "value", "attention_mask", "dropout", "scaling"]
+    takes = list(inspect.signature(attention.sdpa_attention_forward).parameters)
+    assert takes[: len(known)] == known, attention_changed(
+        "tree_attention", f"sdpa_attention_forward takes {takes}"
+    )
+    heads = torch.arange(2.0).view(1, 2, 1, 1)
+    repeated = attention.repeat_kv(heads, 2).flatten().tolist()
+    assert repeated == [0, 0, 1, 1], attention_changed(
+        "by_pieces", f"repeat_kv orders heads as {repeated}"
+    )
+
+
+def test_layers_say_how_many_heads_share_a_key(model):
+    layer = model.base_model.layers[0].self_attn
+    assert layer.num_key_value_groups == 1, attention_changed(
+        "by_pieces", "num_key_value_groups means something else"
+    )
+
+
+def test_a_mixed_model_is_saved_as_what_it_is(model, tmp_path):
+    mix_in(model, TreePolicy).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["architectures"] == ["LlamaForCausalLM"], model_changed(
+        "mix_in", f"config.json names {saved['architectures']}"
+    )
+    assert attention.TREE_ATTENTION not in json.dumps(saved), model_changed(
+        "use_tree_attention", "config.json names the attention"
+    )
+    assert type(LlamaForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+
+
+def test_the_hub_s_cache_is_read_for_its_commit():
+    commit = "0123456789abcdef" * 2 + "01234567"
+    file = f"/hub/models--someone--small/snapshots/{commit}/config.json"
+    assert reference.extract_commit_hash(file, None) == commit, changed(
+        transformers, "reference", "hub_commit", "extract_commit_hash reads paths otherwise"
+    )
+
+
+# ---- torch, for halos_nb.attention
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_where_we_look_for_them(register):
+    layer = torch.nn.Linear(2, 2)
+    assert not attention.has_hooks(layer)
+    handle = getattr(layer, register)(lambda *args: None)
+    assert attention.has_hooks(layer), changed(
+        torch, "attention", "has_hooks", f"{register} keeps its hooks elsewhere"
+    )
+    handle.remove()
+    assert not attention.has_hooks(layer)
+
+
+def test_a_function_s_context_is_its_node_in_the_graph():
+    "What head_gradients takes from it is given back before the layers go backward."
+    head = torch.nn.Linear(3, 5)
+    x = torch.randn(4, 3, requires_grad=True)
+    node = attention.head_logps(head, x, torch.zeros(4, dtype=torch.long)).logps.grad_fn
+    assert hasattr(node, "memory") and hasattr(node, "last"), changed(
+        torch, "attention", "keep_for_backward", "attributes of ctx are kept elsewhere"
+    )
+
+
+# ---- peft, for halos_nb.models and halos_nb.reference
+
+
+def peft_changed(room, name, what):
+    return changed(peft, room, name, what)
+
+
+@pytest.fixture
+def lora(model):
+    return add_lora(mix_in(model, TreePolicy), r=2, alpha=4, dropout=0.0)
+
+
+def test_an_adapter_is_called_default_and_its_weights_say_so(lora):
+    assert list(lora.peft_config) == ["default"], peft_changed(
+        "models", "save_adapter", f"the first adapter is called {list(lora.peft_config)}"
+    )
+    trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in name for name in trained), peft_changed(
+        "reference", "FrozenAdapter.weights", f"weights are called {trained[:1]}"
+    )
+
+
+def test_a_second_adapter_has_the_names_of_the_first(lora):
+    own = reference.make_reference(lora, lora=True, sync=True)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    assert len(own.weights()) == len(trained) > 0, peft_changed(
+        "reference", "FrozenAdapter.weights", f"{len(own.weights())} pairs of weights"
+    )
+    assert REFERENCE in lora.peft_config, peft_changed(
+        "models", "merge_lora", "peft_config does not list a second adapter"
+    )
+
+
+def test_flags_that_switching_moves_are_put_back(lora):
+    "The reason why a reference pass keeps requires_grad."
+    lora.add_adapter(REFERENCE, lora.peft_config["default"])
+    lora.set_adapter("default")
+    before = [p.requires_grad for p in lora.parameters()]
+    with evaluating(lora):
+        lora.set_adapter(REFERENCE)
+        lora.set_adapter("default")
+    assert [p.requires_grad for p in lora.parameters()] == before
+
+
+def test_layers_are_listed_as_a_set_that_can_be_sorted(lora):
+    names = lora.peft_config["default"].target_modules
+    assert isinstance(names, set | list), peft_changed(
+        "models", "save_adapter", f"target_modules is {type(names).__name__}"
+    )
