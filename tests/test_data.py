@@ -675,88 +675,108 @@ def test_names_are_helped():
 
 
 PROMPTS = [as_turns(f"Question {i}?", "user") for i in range(3)]
-outputs, rewards = (
-    st.sampled_from([as_turns(x) for x in "abcd"]),
-    st.sampled_from([0.0, 0.5, 1.0]),
-)
+outputs = st.sampled_from([as_turns(x) for x in "abcd"])
+rewards = st.sampled_from([0.0, 0.5, 1.0])
+
+
+def binary_record(prompt, output, reward, label):
+    return dict(
+        prompt_id=prompt_id(prompt),
+        prompt=prompt,
+        output=output,
+        reward=reward,
+        label=label,
+        type="binary_feedback",
+    )
+
+
+def pair_record(prompt, answers, scores, label):
+    return dict(
+        prompt_id=prompt_id(prompt),
+        prompt=prompt,
+        output_A=answers[0],
+        output_B=answers[1],
+        label=label,
+        reward_A=scores[0],
+        reward_B=scores[1],
+        reward_difference=abs(scores[0] - scores[1]),
+        type="pairwise_feedback",
+    )
 
 
 @st.composite
 def feedback_file(draw):
-    def single(p):
-        return dict(
-            prompt_id=prompt_id(p),
-            prompt=p,
-            output=draw(outputs),
-            reward=(reward := draw(rewards)),
-            label=int(reward > 0.4),
-            type="binary_feedback",
-        )
-
-    def pair(p):
-        return dict(
-            prompt_id=prompt_id(p),
-            prompt=p,
-            output_A=draw(outputs),
-            output_B=draw(outputs),
-            label=draw(st.integers(0, 1)),
-            reward_A=(x := draw(rewards)),
-            reward_B=(y := draw(rewards)),
-            reward_difference=abs(x - y),
-            type="pairwise_feedback",
-        )
-
-    one = draw(st.sampled_from([single, pair]))
-    return [one(draw(st.sampled_from(PROMPTS))) for _ in range(draw(st.integers(1, 8)))]
-
-
-def facts(rows):  # what each file says, independent of how it is stored
-    said = Counter()
-    for r in rows:
-        if "output" in r:
-            said[r["prompt_id"], r["output"][0]["content"], r["reward"], bool(r["label"])] += 1
+    "Records of one kind about a few prompts."
+    binary = draw(st.booleans())
+    rows = []
+    for prompt in draw(st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=8)):
+        if binary:
+            reward = draw(rewards)
+            rows.append(binary_record(prompt, draw(outputs), reward, int(reward > 0.4)))
         else:
-            a, b = (r[f"output_{x}"][0]["content"] for x in ("AB" if r["label"] else "BA"))
-            said[r["prompt_id"], a, b] += 1
+            answers = draw(outputs), draw(outputs)
+            scores = draw(rewards), draw(rewards)
+            rows.append(pair_record(prompt, answers, scores, draw(st.integers(0, 1))))
+    return rows
+
+
+def facts(rows):
+    "What a file says, independent of how it is stored, and how often."
+    said = Counter()
+    for row in rows:
+        if "output" in row:
+            text = row["output"][0]["content"]
+            said[row["prompt_id"], text, row["reward"], bool(row["label"])] += 1
+        else:
+            sides = "AB" if row["label"] else "BA"
+            better, worse = (row[f"output_{side}"][0]["content"] for side in sides)
+            said[row["prompt_id"], better, worse] += 1
     return said
+
+
+def stored_facts(ex):
+    "What an example says, in the same words."
+    stored = Counter()
+    words = [g[0]["content"] for g in ex.generations]
+    for i, text in enumerate(words):
+        score, good = ex.known(i)
+        if good is not None:
+            stored[ex.prompt_id, text, score, good] += 1
+    for better, worse in ex.pairs:
+        stored[ex.prompt_id, words[better], words[worse]] += 1
+    return stored
+
+
+def scored_answers(rows):
+    "(prompt, answer, score) of all rows."
+    for row in rows:
+        for side in ("",) if "output" in row else ("_A", "_B"):
+            text = row[f"output{side}"][0]["content"]
+            yield row["prompt_id"], text, row[f"reward{side}"]
 
 
 @given(st.lists(feedback_file(), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_joining_files_loses_and_invents_nothing(tmp_path_factory, files):
-    folder, names = tmp_path_factory.mktemp("x"), []
-    for i, rows in enumerate(files):
-        names.append(str(folder / f"{i}.json"))
-        write_records(names[-1], rows)
-    data, said = hub_sets.load_data(names), Counter()
-    # in several files: as often as in the one that says it most
-    for rows in files:
+    folder = tmp_path_factory.mktemp("x")
+    names = [str(folder / f"{i}.json") for i in range(len(files))]
+    for name, rows in zip(names, files):
+        write_records(name, rows)
+    data = hub_sets.load_data(names)
+    everything = sum(files, [])
+    assert list(data.data) == list(dict.fromkeys(row["prompt_id"] for row in everything))
+    said = Counter()
+    for rows in files:  # in several files: as often as in the one that says it most
         said |= facts(rows)
-    assert list(data.data) == list(
-        dict.fromkeys(r["prompt_id"] for rows in files for r in rows)
-    )
-    stored = Counter()
+    assert sum((stored_facts(ex) for ex in data), Counter()) == said
     for ex in data:
-        assert all(len(x) in (0, len(ex.generations)) for x in (ex.scores, ex.desirable))
-        words = [(g[0]["content"], *ex.known(i)) for i, g in enumerate(ex.generations)]
-        for text, score, good in words:
-            if good is not None:
-                stored[ex.prompt_id, text, score, good] += 1
-        for a, b in ex.pairs:
-            stored[ex.prompt_id, words[a][0], words[b][0]] += 1
-        assert max(x[1] for x in words) == words[ex.sft_index][1]
-        assert {x[:2] for x in words} <= {
-            (o[0]["content"], s)
-            for rows in files
-            for r in rows
-            if r["prompt_id"] == ex.prompt_id
-            for o, s in (
-                [(r["output"], r["reward"])]
-                if "output" in r
-                else [(r["output_A"], r["reward_A"]), (r["output_B"], r["reward_B"])]
-            )
-        }
-    assert stored == said
+        assert len(ex.scores) in (0, len(ex.generations))
+        assert len(ex.desirable) in (0, len(ex.generations))
+        scores = [ex.known(i).score for i in range(len(ex.generations))]
+        assert max(scores) == scores[ex.sft_index]
+        for generation, score in zip(ex.generations, scores):
+            known = ex.prompt_id, generation[0]["content"], score
+            assert known in set(scored_answers(everything))
     again = hub_sets.load_data(names + names)
     assert list(again) == list(data)
 
@@ -1078,72 +1098,59 @@ def test_hub_sets_and_files_join(monkeypatch, tmp_path):
     )
 
 
+@st.composite
+def labelled_round(draw, number):
+    "Labelled samples of one round, as feedback of some kind, and what is known of each."
+    kind = draw(st.sampled_from(["scalar", "binary", "pairwise"]))
+    rows, known = [], {}
+    for j in range(draw(st.integers(1, 6))):
+        prompt = draw(st.sampled_from(PROMPTS))
+        different = st.lists(st.integers(-3, 3), min_size=2, max_size=2, unique=True)
+        scores = draw(different)
+        answers = [as_turns(f"{number} {j} {side}") for side in "ab"]  # all answers differ
+        better = 0 if scores[0] > scores[1] else 1
+        for n in range(2):
+            good = scores[n] > 0 if kind == "binary" else None
+            beaten = None
+            if kind == "pairwise" and n == better:
+                beaten = answers[1 - better][0]["content"]
+            known[prompt_id(prompt), answers[n][0]["content"]] = (scores[n], good, beaten)
+        if kind == "pairwise":
+            rows.append(pair_record(prompt, answers, scores, label=1 - better))
+            continue
+        for n in range(2):
+            row = binary_record(prompt, answers[n], scores[n], int(scores[n] > 0))
+            row |= dict(sample_id=2 * j + n, type=f"{kind}_feedback")
+            if kind == "scalar":
+                del row["label"]
+            rows.append(row)
+    return draw(st.permutations(rows)), known
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_rounds_join_in_any_order(tmp_path_factory, data):
-    "Rounds of labelled samples, cut into files of any kind: every score, label and pair is there under the right answer."
-    folder, words, names = tmp_path_factory.mktemp("rounds"), {}, []
+    "Rounds of labelled samples, cut into files of any kind: all is under the right answer."
+    folder = tmp_path_factory.mktemp("rounds")
+    names, known = [], {}
     for i in range(data.draw(st.integers(1, 4))):
-        rows, kind = [], data.draw(st.sampled_from(["scalar", "binary", "pairwise"]))
-        for j in range(data.draw(st.integers(1, 6))):
-            p, scores = (
-                data.draw(st.sampled_from(PROMPTS)),
-                data.draw(st.lists(st.integers(-3, 3), min_size=2, max_size=2, unique=True)),
-            )
-            a, b = (as_turns(f"{i} {j} {x}") for x in "ab")  # all answers differ
-            known = [(prompt_id(p), x[0]["content"], s) for x, s in zip((a, b), scores)]
-            for (pid, text, s), x in zip(known, (a, b)):
-                words[pid, text] = (
-                    s,
-                    s > 0 if kind == "binary" else None,
-                    None
-                    if kind != "pairwise"
-                    else known[1 if x is a else 0][1]
-                    if s == max(scores)
-                    else None,
-                )
-            if kind == "pairwise":
-                rows.append(
-                    dict(
-                        prompt_id=known[0][0],
-                        prompt=p,
-                        output_A=a,
-                        output_B=b,
-                        label=int(scores[0] > scores[1]),
-                        reward_A=scores[0],
-                        reward_B=scores[1],
-                        reward_difference=abs(scores[0] - scores[1]),
-                        type="pairwise_feedback",
-                    )
-                )
-            else:
-                rows += [
-                    dict(
-                        prompt_id=known[0][0],
-                        sample_id=2 * j + n,
-                        prompt=p,
-                        output=x,
-                        reward=s,
-                        type=f"{kind}_feedback",
-                        **(dict(label=int(s > 0)) if kind == "binary" else {}),
-                    )
-                    for n, (x, s) in enumerate(zip((a, b), scores))
-                ]
+        rows, of_round = data.draw(labelled_round(i))
         names.append(str(folder / f"{i}.json"))
-        write_records(names[-1], data.draw(st.permutations(rows)))
+        known |= of_round
+        write_records(names[-1], rows)
     joined = hub_sets.load_data(data.draw(st.permutations(names)))
     found = {}
     for ex in joined:
         # so groups of GRPO and the converters have every score
-        assert len(ex.scores) == len(ex.generations) and None not in ex.scores
-        beats = {a: b for a, b in ex.pairs}
-        assert len(beats) == len(ex.pairs)
-        for n, g in enumerate(ex.generations):
-            found[ex.prompt_id, g[0]["content"]] = (
-                *ex.known(n),
-                ex.generations[beats[n]][0]["content"] if n in beats else None,
-            )
-    assert found == words and not joined.counts
+        assert len(ex.scores) == len(ex.generations)
+        assert None not in ex.scores
+        words = [g[0]["content"] for g in ex.generations]
+        beaten = {words[better]: words[worse] for better, worse in ex.pairs}
+        assert len(beaten) == len(ex.pairs)
+        for n, text in enumerate(words):
+            found[ex.prompt_id, text] = (*ex.known(n), beaten.get(text))
+    assert found == known
+    assert not joined.counts
 
 
 def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch):
