@@ -402,3 +402,64 @@ def test_layers_are_listed_as_a_set_that_can_be_sorted(lora):
     assert isinstance(names, set | list), peft_changed(
         "models", "save_adapter", f"target_modules is {type(names).__name__}"
     )
+
+
+# ---- JupyterLab's kernel and widgets, for halos_nb.monitor and halos_nb.widgets
+
+
+def test_a_comm_chooses_its_thread_by_the_method_that_we_take_away():
+    "Else a press of Stop waits for the cell to end."
+    import ipykernel
+    from ipykernel.comm.comm import BaseComm
+    from ipykernel.kernelbase import Kernel
+
+    route = getattr(Kernel, "shell_channel_thread_main", None)
+    if route is None or "get_comm(" not in inspect.getsource(route):
+        return  # this version sends a widget's messages where the front end wants them
+    where = (
+        f"ipykernel {ipykernel.__version__}: a comm's messages are routed in another way; "
+        "see answer_while_busy in halos_nb.monitor, which relies on it"
+    )
+    assert 'getattr(comm, "_reply_subshell_for", None)' in inspect.getsource(route), where
+    assert callable(getattr(BaseComm, "_reply_subshell_for", None)), where
+
+
+def test_a_comm_lets_itself_be_told():
+    from ipykernel.comm.comm import BaseComm
+    from halos_nb.monitor import answer_while_busy
+
+    class Widget:
+        comm = BaseComm(target_name="test", primary=False)
+
+    answer_while_busy(Widget)
+    assert Widget.comm._reply_subshell_for is None
+
+
+def test_anywidget_sends_script_and_style_and_shows_a_bundle():
+    "MessageWidget adds a form without a kernel to what anywidget displays."
+    import anywidget
+    from halos_nb.monitor import Panel
+    from halos_nb.show import static_text
+
+    where = f"anywidget {anywidget.__version__}: see Panel and MessageWidget._repr_mimebundle_"
+    panel = Panel()
+    state = panel.get_state()
+    assert state["_esm"] == static_text("monitor.js"), where
+    assert state["_css"] == static_text("monitor.css"), where
+    data, metadata = panel._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data, where
+    assert isinstance(metadata, dict), where
+
+
+@pytest.mark.parametrize("room, name", [("monitor", "Stopped"), ("widgets", "LabelsMissing")])
+def test_ipython_shows_what_an_error_renders(room, name, capsys):
+    "One line, no traceback."
+    import IPython
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_cell(f"from halos_nb.{room} import {name}\nraise {name}('on purpose')")
+    said = "".join(capsys.readouterr())
+    where = f"IPython {IPython.__version__}: see {name}._render_traceback_ in halos_nb.{room}"
+    assert "on purpose" in said, where
+    assert "Traceback" not in said, where
