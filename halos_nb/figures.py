@@ -214,11 +214,12 @@ def reward_distributions(
             fig.add_trace(violin(scores, i, colors[i]))
     facts = np.array(found).reshape(-1, 6)
     fig.add_trace(median_line(rounds, facts))
-    n, lost = facts[:, 4], facts[:, 5]
+    n = facts[:, 4]
+    unscored = facts[:, 5]
     notes = [
         "Circles: medians",
         "boxes: quartiles",
-        left_out(lost.sum()),
+        left_out(unscored.sum()),
         "shapes from 501 quantiles" if (n > MANY).any() else "",
         f"points where n < {FEW}" if (n < FEW).any() else "",
     ]
@@ -386,7 +387,7 @@ def end_to_end(rounds: dict[str, list[dict]]) -> tuple[list[dict], list[float]]:
 def running_mean(y: pd.Series, rounds: Sequence[int], window: int) -> np.ndarray:
     "Mean over a window around each value, inside its round."
 
-    def smooth(part):
+    def smooth(part: pd.Series) -> pd.Series:
         return part.rolling(window, center=True, min_periods=1).mean()
 
     return y.groupby(np.asarray(rounds)).transform(smooth).to_numpy(np.float32)

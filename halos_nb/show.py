@@ -147,7 +147,7 @@ class Shown(NamedTuple):
         return self.text
 
 # %% ../nbs/40_show.ipynb #7d655e7f
-def number_format(x: Number) -> str:
+def number_format(x: Any) -> str:
     "The format of a number for which none was asked: up to four digits."
     if isinstance(x, Integral):
         return ","
@@ -155,7 +155,7 @@ def number_format(x: Number) -> str:
 
 # %% ../nbs/40_show.ipynb #2abd5e0f
 def number_text(
-    x: object,
+    x: Any,
     spec: str = "",  # a format such as ".1%" (empty: up to 4 digits)
 ) -> str:
     "A value as a person writes it; a dash where there is none."
@@ -217,15 +217,19 @@ def word_diff(
     most: int = 3000,  # words and marks, of both together
 ) -> tuple[Markup, Markup]:
     "Both as HTML; words that only the first has in <del>, only the second in <ins>."
-    a, b = escaped_words(a), escaped_words(b)
-    if len(a) + len(b) > most:
-        return Markup("".join(a)), Markup("".join(b))
+    words_a = escaped_words(a)
+    words_b = escaped_words(b)
+    if len(words_a) + len(words_b) > most:
+        return Markup("".join(words_a)), Markup("".join(words_b))
+    matcher = difflib.SequenceMatcher(None, words_a, words_b, autojunk=False)
     left, right = [], []
-    for step, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        ours, theirs = "".join(a[i:j]), "".join(b[k:n])
-        if step != "equal":
-            ours = f"<del>{ours}</del>" if ours else ""
-            theirs = f"<ins>{theirs}</ins>" if theirs else ""
+    for step, i, j, k, n in matcher.get_opcodes():
+        ours = "".join(words_a[i:j])
+        theirs = "".join(words_b[k:n])
+        if ours and step != "equal":
+            ours = f"<del>{ours}</del>"
+        if theirs and step != "equal":
+            theirs = f"<ins>{theirs}</ins>"
         left.append(ours)
         right.append(theirs)
     return Markup("".join(left)), Markup("".join(right))
@@ -292,9 +296,12 @@ def pairs_table(
 # %% ../nbs/40_show.ipynb #35893fce
 def answer_of_sample(sample: dict) -> Answer:
     "A sample, or a scalar or binary record."
-    called = {1: ", desirable", 0: ", undesirable"}.get(sample.get("label"), "")
+    label = sample.get("label")
+    called = ""
+    if label is not None:
+        called = ", desirable" if label == 1 else ", undesirable"
     head = f"reward {number_text(sample.get('reward'), '.3f')}{called}"
-    return Answer(head, sample["output"], sample.get("label") == 1)
+    return Answer(head, sample["output"], label == 1)
 
 # %% ../nbs/40_show.ipynb #296d7aa5
 def samples_table(
@@ -304,9 +311,8 @@ def samples_table(
     title: str = "Samples",
 ) -> Shown:
     "Prompts with their outputs below them, reward beside each, escaped."
-    groups = []
-    for _, rows in groupby(samples, key=lambda s: s.get("prompt_id", str(s["prompt"]))):
-        groups.append(list(rows))
+    by_prompt = groupby(samples, key=lambda s: s.get("prompt_id", str(s["prompt"])))
+    groups = [list(neighbours) for _, neighbours in by_prompt]
     items = []
     for i, rows in enumerate(groups[:n], 1):
         head = f"{i}. prompt {visible(rows[0].get('prompt_id', '–'))}"

@@ -15,9 +15,10 @@ __all__ = ['UNKNOWN', 'MOST_GROUPS', 'WeightedEstimate', 'floats', 'finite_value
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # %% ../nbs/01_stats.ipynb #d298d306
 def floats(
@@ -66,7 +67,7 @@ class Interval(NamedTuple):
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 # %% ../nbs/01_stats.ipynb #fb6ba2fb
-def ratio(a: float, b: float) -> float:
+def ratio(a: Any, b: Any) -> float:
     "a / b for b >= 0; NaN, not an error, where b is 0."
     return float(a / b) if b > 1e-12 else math.nan
 
@@ -116,7 +117,7 @@ def drawn_weights(
 
 # %% ../nbs/01_stats.ipynb #43cdee22
 def percentile_interval(
-    value: float,  # the estimate
+    value: float | np.floating,  # the estimate
     replicates: np.ndarray,  # what other draws gave; those not finite are left out
 ) -> Interval:
     "The estimate and the middle 95% of its replicates."
@@ -129,7 +130,7 @@ def percentile_interval(
 # %% ../nbs/01_stats.ipynb #72838006
 def bootstrap(
     estimate: Callable[[np.ndarray], float],  # weights of the items -> number
-    prompts: Sequence[Hashable],  # prompt of each item
+    prompts: Iterable[Hashable],  # prompt of each item
     seed: int = 0,
     draws: int = 1000,
 ) -> Interval:
@@ -146,9 +147,9 @@ def bootstrap(
 # %% ../nbs/01_stats.ipynb #890a5b44
 def bootstrap_sums(
     # the columns' sums -> number; it must also take arrays of sums, one entry a draw
-    estimate: Callable[..., float],
+    estimate: Callable[..., Any],
     columns: Sequence[np.ndarray],  # numbers of the items
-    prompts: Sequence[Hashable],  # prompt of each item
+    prompts: Iterable[Hashable],  # prompt of each item
     seed: int = 0,
     draws: int = 1000,
 ) -> Interval:
@@ -172,15 +173,14 @@ def mean_interval(
 ) -> Interval:
     "Mean with its bootstrap interval over prompts."
     x = floats(values)
-    owners = range(len(x)) if prompts is None else prompts
-    kept = np.isfinite(x)
-    owners = [owner for owner, keep in zip(owners, kept) if keep]
-    x = x[kept]
+    finite = np.isfinite(x)
+    numbers = prompt_numbers(range(len(x)) if prompts is None else prompts)
+    kept = x[finite]
 
-    def mean(total, n):
+    def mean(total: np.ndarray, n: np.ndarray) -> np.ndarray:
         return total / n
 
-    return bootstrap_sums(mean, [x, np.ones(len(x))], owners, seed, draws)
+    return bootstrap_sums(mean, [kept, np.ones(len(kept))], numbers[finite], seed, draws)
 
 # %% ../nbs/01_stats.ipynb #9598860f
 def share_over_prompts(
@@ -205,26 +205,25 @@ def centred(x: np.ndarray, number: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/01_stats.ipynb #ac30da46
 def slope(
-    x: Iterable,
-    y: Iterable,
+    x: Sequence[float],
+    y: Sequence[float],
     prompts: Iterable[Hashable],
     within: bool,  # only differences inside a prompt count
     seed: int = 0,
     draws: int = 1000,
 ) -> Interval:
     "Slope of y on x by least squares, with its bootstrap interval over prompts."
-    prompts = list(prompts)
     number = prompt_numbers(prompts)
-    group = number if within else np.zeros(len(prompts), int)
-    x = centred(np.asarray(x, float), group)
-    y = centred(np.asarray(y, float), group)
+    group = number if within else np.zeros_like(number)
+    a = centred(np.asarray(x, float), group)
+    b = centred(np.asarray(y, float), group)
 
-    def fit(n, sx, sy, sxx, sxy):
+    def fit(n: Any, sa: Any, sb: Any, saa: Any, sab: Any) -> Any:
         if within:  # no constant: each prompt has had its own
-            return sxy / sxx
-        return (sxy - sx * sy / n) / (sxx - sx * sx / n)
+            return sab / saa
+        return (sab - sa * sb / n) / (saa - sa * sa / n)
 
-    return bootstrap_sums(fit, [np.ones(len(x)), x, y, x * x, x * y], prompts, seed, draws)
+    return bootstrap_sums(fit, [np.ones(len(a)), a, b, a * a, a * b], number, seed, draws)
 
 # %% ../nbs/01_stats.ipynb #be366951
 def scores_by_prompt(rows: Sequence[dict]) -> dict[Hashable, list[float]]:
@@ -236,11 +235,11 @@ def scores_by_prompt(rows: Sequence[dict]) -> dict[Hashable, list[float]]:
     return found
 
 # %% ../nbs/01_stats.ipynb #de209fe3
-def beaten(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+def beaten(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     "For each score of a: how many of b it beats, ties half."
-    b = np.sort(b)
-    lower = np.searchsorted(b, a, "left")
-    not_higher = np.searchsorted(b, a, "right")
+    ordered = np.sort(b)
+    lower = np.searchsorted(ordered, a, "left")
+    not_higher = np.searchsorted(ordered, a, "right")
     return (lower + not_higher) / 2
 
 # %% ../nbs/01_stats.ipynb #853bf8e1
@@ -290,7 +289,7 @@ def win_rate(
 WeightedEstimate = Callable[[np.ndarray], float]  # weights of the items -> number
 
 
-def coded(x: Iterable) -> tuple[np.ndarray, np.ndarray]:
+def coded(x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     "The values in order, and for each item the number of its value among them."
     values, code = np.unique(np.asarray(x), return_inverse=True)
     return values, code.reshape(-1)
@@ -324,9 +323,10 @@ def spearman_of(x: Sequence, y: Sequence) -> WeightedEstimate:
     def rho(w: np.ndarray) -> float:
         a = midranks(code_x, w)
         b = midranks(code_y, w)
-        a = a - a @ w / w.sum()
-        b = b - b @ w / w.sum()
-        return ratio(w @ (a * b), math.sqrt((w @ a**2) * (w @ b**2)))
+        a -= a @ w / w.sum()
+        b -= b @ w / w.sum()
+        spread = (w @ a**2) * (w @ b**2)
+        return ratio(w @ (a * b), math.sqrt(spread))
 
     return rho
 
@@ -337,8 +337,7 @@ def nominal_alpha(unit: np.ndarray, code: np.ndarray, units: int) -> WeightedEst
     k = code.max(initial=0) + 1
     cells, cell = coded(unit * k + code)
     squares = np.bincount(cell) ** 2.0  # of how often an item got a value
-    apart = ratings**2 - np.bincount(cells // k, squares, units)
-    apart = apart / np.maximum(ratings - 1, 1)
+    apart = (ratings**2 - np.bincount(cells // k, squares, units)) / np.maximum(ratings - 1, 1)
 
     def alpha(w: np.ndarray) -> float:
         w = w[:units]
@@ -375,21 +374,21 @@ def numeric_alpha(
 
 # %% ../nbs/01_stats.ipynb #225ac776
 def alpha_of(
-    unit: Sequence[int],  # of each rating: number of the item
-    value: Sequence[float],  # and what was said of it
+    unit: ArrayLike,  # of each rating: number of the item
+    value: ArrayLike,  # and what was said of it
     level: str = "nominal",  # or ordinal, interval
 ) -> WeightedEstimate:
     "Krippendorff's alpha, as a function of the items' weights."
     if level not in ("nominal", "ordinal", "interval"):
         raise ValueError(f"level: {level!r} is not one of nominal, ordinal, interval")
-    unit = np.asarray(unit, int)
-    paired = np.bincount(unit)[unit] > 1
-    unit = unit[paired]
-    units = int(unit.max(initial=-1)) + 1  # behind the last rating there is nothing
+    item = np.asarray(unit, int)
+    paired = np.bincount(item)[item] > 1
+    item = item[paired]
+    items = int(item.max(initial=-1)) + 1  # behind the last rating there is nothing
     values, code = coded(np.asarray(value, float)[paired])
     if level == "nominal":
-        return nominal_alpha(unit, code, units)
-    return numeric_alpha(unit, code, units, values if level == "interval" else None)
+        return nominal_alpha(item, code, items)
+    return numeric_alpha(item, code, items, values if level == "interval" else None)
 
 # %% ../nbs/01_stats.ipynb #43c9bd46
 def cohen_kappa(x: Sequence, y: Sequence) -> float:
@@ -428,9 +427,9 @@ class Agreement(NamedTuple):
     confusion: list[list[int]]
 
 # %% ../nbs/01_stats.ipynb #e9d87bd0
-def both_orders(margins: list[float]) -> list[float]:
+def both_orders(margins: Sequence[float]) -> list[float]:
     "What is said of each pair, and of the same pair the other way round."
-    return margins + [-m for m in margins]
+    return [*margins, *(-m for m in margins)]
 
 # %% ../nbs/01_stats.ipynb #45403a93
 def confusion_of(a: list[int], b: list[int]) -> list[list[int]]:
@@ -554,18 +553,18 @@ def calibrate(
     order = np.argsort(np.abs(m), kind="stable")  # NaN last
     order = order[: np.isfinite(m).sum()]
     m = m[order]
-    prompts = prompt_numbers(prompts_of(pairs) if prompts is None else prompts)[order]
+    numbers = prompt_numbers(prompts_of(pairs) if prompts is None else prompts)[order]
     claimed = 1 / (1 + np.exp(-np.abs(m)))
     right = (1 + np.sign(m)) / 2
     squared = right * (1 - claimed) ** 2 + (1 - right) * claimed**2
     surprise = np.logaddexp(0, -m)
-    found = calibration_bins(claimed, right, prompts, bins, seed, draws)
+    found = calibration_bins(claimed, right, numbers, bins, seed, draws)
     distances = [b.pairs * abs(b.claimed - b.right.value) for b in found]
     return Calibration(
         pairs=len(m),
         left_out=len(pairs) - len(m),
-        brier=mean_interval(squared, prompts, seed, draws),
-        log_loss=mean_interval(surprise, prompts, seed, draws),
+        brier=mean_interval(squared, numbers, seed, draws),
+        log_loss=mean_interval(surprise, numbers, seed, draws),
         error=ratio(sum(distances), len(m)),
         slope=best_slope(m),
         bins=found,
