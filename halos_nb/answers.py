@@ -27,7 +27,7 @@ from .generate import Row, cut_at_stop
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# %% ../nbs/22_answers.ipynb #aba882cd
+# %% ../nbs/22_answers.ipynb #902d2bf3
 def distinct_prompts(data: Dataset) -> list[Example]:
     "Each conversation once, in order."
     distinct: dict[str, Example] = {}
@@ -35,7 +35,7 @@ def distinct_prompts(data: Dataset) -> list[Example]:
         distinct.setdefault(example.prompt_id, example)
     return list(distinct.values())
 
-
+# %% ../nbs/22_answers.ipynb #aba882cd
 def next_prompts(
     data: Dataset,
     num_prompts: int | None = None,  # how many (None: all that are left)
@@ -57,7 +57,7 @@ def choose_prompts(cfg: SampleConfig) -> tuple[Dataset, list[Example]]:
     data = load_data(cfg.datasets, cfg.split)
     return data, next_prompts(data, cfg.num_prompts, cfg.num_skip)
 
-# %% ../nbs/22_answers.ipynb #060a773c
+# %% ../nbs/22_answers.ipynb #8f638338
 def answer_trees(
     rows: list[Row],
     answers: list[list[int]],  # token ids
@@ -73,7 +73,7 @@ def answer_trees(
         trees.append(Tree(rows[numbers[0]].ids, branches, meanings, skip, numbers))
     return trees
 
-
+# %% ../nbs/22_answers.ipynb #060a773c
 @torch.inference_mode()
 def answer_logps(
     rows: list[Row],
@@ -120,20 +120,21 @@ def as_record(
     counts: Counter,  # what `count_names` names is added here
 ) -> dict:
     "One sample as it is written."
-    text, stopped = cut_at_stop(text, cfg.stop)
+    text, stopped = cut_at_stop(text, list(cfg.stop))
     counts["samples"] += 1
     counts["outputs_cut"] += not (finished or stopped)
     counts["empty_outputs"] += not text
     if cfg.stop:
         counts["outputs_stopped"] += stopped
     example = row.example
+    dataset = example.dataset_name or "prompts"
     record = dict(
         prompt_id=example.prompt_id,
         sample_id=row.sample_id,
         prompt=example.prompt,
         output=text,
         generator=model_name(cfg.model),
-        dataset=f"{example.dataset_name or 'prompts'}_{cfg.split}",
+        dataset=f"{dataset}_{cfg.split}",
         split=cfg.split,
         type="sample",
         finished=finished or stopped,
@@ -158,7 +159,7 @@ def to_record(
     counts["tokens"] += len(ids)
     counts["outputs_with_special_tokens"] += not special.isdisjoint(body)
     text = tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return as_record(row, text, finished, cfg, counts)
+    return as_record(row, str(text), finished, cfg, counts)
 
 # %% ../nbs/22_answers.ipynb #5dfdbc2c
 def without_lists(record: dict) -> dict:
@@ -173,12 +174,12 @@ def write_samples(path: Path, records: list[dict], mode: str = "train") -> None:
         records = [without_lists(r) for r in records]
     write_records(path, records)
 
-# %% ../nbs/22_answers.ipynb #077f0eaa
+# %% ../nbs/22_answers.ipynb #c40a24cb
 def shard(path: str | Path, rank: int) -> Path:
     "Where one process keeps its samples until all are done."
     return Path(path).with_name(f".{Path(path).name}.shard{rank}.jsonl")
 
-
+# %% ../nbs/22_answers.ipynb #077f0eaa
 def merge(
     path: str | Path,
     world: int,  # how many processes there were
@@ -228,7 +229,7 @@ def sample_share(
         progress.close()
     return counts
 
-
+# %% ../nbs/22_answers.ipynb #696251d8
 def report(
     progress: Progress,
     new: int,  # samples of this turn, over all processes
@@ -259,7 +260,7 @@ def all_counts(
         **counts,
     )
 
-
+# %% ../nbs/22_answers.ipynb #e664d39b
 def write_counts(
     path: Path,  # of the samples
     counts: dict,

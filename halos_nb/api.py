@@ -69,12 +69,12 @@ def is_down(error: Exception) -> bool:
     status = getattr(error, "status_code", None)
     return status is None or status == 429 or status >= 500
 
-# %% ../nbs/21_api.ipynb #e585ee00
+# %% ../nbs/21_api.ipynb #bb97fce9
 def describe(error: Exception) -> str:
     "An error in a message: its kind and how it begins, without the key."
     return f"{type(error).__name__}: {hide(str(error))[:300]}"
 
-
+# %% ../nbs/21_api.ipynb #e585ee00
 async def answer_or_error(
     request: Awaitable[T],
     deadline: float | None,  # seconds for all of it (None: no limit)

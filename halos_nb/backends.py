@@ -7,7 +7,7 @@ __all__ = ['sample_seed', 'load_engine', 'generate_with_engine', 'own_end_tokens
            'run_engine', 'sample_with_vllm', 'request_options', 'read_reply', 'ask_for_sample', 'ask_for_samples',
            'settings_hash', 'row_key', 'AnswerJournal', 'ask_missing', 'answered_records', 'sample_with_server']
 
-# %% ../nbs/23_backends.ipynb #20f0e65d
+# %% ../nbs/23_backends.ipynb #26d00ac6
 import hashlib
 import importlib.util
 import json
@@ -17,16 +17,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+# %% ../nbs/23_backends.ipynb #20f0e65d
 from .records import Progress, append_jsonl, read_jsonl, write_json
 from .configs import SampleConfig
 from .models import load_tokenizer
-from .generate import Row, end_tokens, plan
+from .generate import Row, all_ends, plan
 from halos_nb.api import (
     ServerError,
     answer_or_error,
@@ -90,7 +90,7 @@ def load_engine(cfg: SampleConfig) -> "LLM":
 def generate_with_engine(
     rows: list[Row],
     engine: "LLM",
-    ends: list[int],  # `end_tokens`
+    ends: list[int],  # `own_end_tokens`
     cfg: SampleConfig,
 ) -> list[list[int]]:  # token ids of each answer
     "`generate`, by vLLM."
@@ -130,9 +130,9 @@ def own_end_tokens(
     except OSError:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         own = GenerationConfig.from_model_config(config)
-    return end_tokens(SimpleNamespace(generation_config=own), tokenizer)
+    return all_ends(own.eos_token_id, tokenizer)
 
-# %% ../nbs/23_backends.ipynb #a3ce35a1
+# %% ../nbs/23_backends.ipynb #2c936ba2
 def visible_gpus() -> list[str]:
     "The GPUs that this process may use, by CUDA's names."
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -140,7 +140,7 @@ def visible_gpus() -> list[str]:
         return [str(i) for i in range(torch.cuda.device_count())]
     return [gpu for gpu in named.split(",") if gpu]
 
-
+# %% ../nbs/23_backends.ipynb #a3ce35a1
 def gpu_groups(cfg: SampleConfig) -> list[str | None]:  # None: all that there are
     "CUDA_VISIBLE_DEVICES of each engine."
     engines, size = cfg.data_parallel_size, cfg.tensor_parallel_size
@@ -154,12 +154,12 @@ def gpu_groups(cfg: SampleConfig) -> list[str | None]:  # None: all that there a
         )
     return [",".join(gpus[i * size : (i + 1) * size]) for i in range(engines)]
 
-# %% ../nbs/23_backends.ipynb #0267130c
+# %% ../nbs/23_backends.ipynb #0d65b58c
 def counts_file(path: Path, rank: int) -> Path:
     "Where one engine leaves its counts until all are done."
     return shard(path, rank).with_suffix(".counts")
 
-
+# %% ../nbs/23_backends.ipynb #0267130c
 def run_engine(
     rank: int,  # number of this engine
     cfg: SampleConfig,
@@ -220,14 +220,12 @@ def request_options(
     "What to send to the server for one sample."
     # OpenAI's newer models refuse the older name, which is known everywhere else
     longest = "max_completion_tokens" if host == "api.openai.com" else "max_tokens"
-    options = dict(
-        model=cfg.model,
-        messages=row.example.prompt,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        seed=sample_seed(cfg.seed, row.example.prompt_id, row.sample_id),
-        extra_body=json.loads(cfg.extra_body or "{}"),
-    )
+    prompt, prompt_id = row.example.prompt, row.example.prompt_id
+    options: dict = dict(model=cfg.model, messages=prompt)
+    options["temperature"] = cfg.temperature
+    options["top_p"] = cfg.top_p
+    options["seed"] = sample_seed(cfg.seed, prompt_id, row.sample_id)
+    options["extra_body"] = json.loads(cfg.extra_body or "{}")
     options[longest] = cfg.max_new_tokens
     if cfg.stop:
         options["stop"] = cfg.stop
@@ -315,7 +313,7 @@ def settings_hash(cfg: SampleConfig) -> str:
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/23_backends.ipynb #0009147a
 def row_key(row: Row) -> tuple:
     "The ids of a sample: its prompt's and its own."
     return row.example.prompt_id, row.sample_id
@@ -370,7 +368,7 @@ def ask_missing(rows: list[Row], cfg: SampleConfig, journal: AnswerJournal) -> i
             raise ServerError(f"{error}. {kept}") from None
     return known
 
-
+# %% ../nbs/23_backends.ipynb #b93c6fb9
 def answered_records(
     rows: list[Row],
     cfg: SampleConfig,

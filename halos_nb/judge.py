@@ -9,9 +9,9 @@ __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS'
            'read_answer', 'count_in', 'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob',
            'key_of', 'refuse_other_judges', 'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines',
            'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask',
-           'lock_journal', 'JudgeResult', 'run_job', 'job_counts']
+           'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
 
-# %% ../nbs/27_judge.ipynb #d0d0ec6c
+# %% ../nbs/27_judge.ipynb #ac6e8a19
 import asyncio
 import hashlib
 import inspect
@@ -27,6 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from fastcore.basics import patch
+
+# %% ../nbs/27_judge.ipynb #d0d0ec6c
 from halos_nb.records import (
     Progress,
     RecordError,
@@ -358,7 +361,7 @@ def request_options(
         options["response_format"] = schema(judge)
     return options
 
-
+# %% ../nbs/27_judge.ipynb #f09294e0
 def refused_option(error: Exception, options: dict) -> str | None:
     "The name of the option that a server's error is about, if it is one we can do without."
     if getattr(error, "status_code", None) not in (400, 422):
@@ -411,7 +414,7 @@ def read_answer(
         row["refusal"] = str(refusal)
     return row
 
-
+# %% ../nbs/27_judge.ipynb #8511e375
 def count_in(usage: Any, name: str) -> int | None:
     "How many tokens a server says it used; None if it does not say."
     n = getattr(usage, name, None)
@@ -421,10 +424,9 @@ def count_in(usage: Any, name: str) -> int | None:
 def blank_line(judge: Judge, question: Question, reason: str = "") -> dict:
     "A journal line before anything was said."
     scalar = judge.kind == "scalar"
-    return dict(
-        question.ids,
-        labeller=f"api:{judge.model}",
-        **{"score" if scalar else "winner": None},
+    line = dict(question.ids, labeller=f"api:{judge.model}")
+    line["score" if scalar else "winner"] = None
+    return line | dict(
         reason=reason,
         reply=None,
         time=None,
@@ -586,14 +588,14 @@ def read_journal(job: JudgeJob) -> list[dict]:
     refuse_changed_samples(job, rows)
     return rows
 
-# %% ../nbs/27_judge.ipynb #7f34985c
+# %% ../nbs/27_judge.ipynb #befba6d5
 def says_something(row: dict) -> bool:
     "Whether there is a reply, or a score or winner without words."
     if row.get("reply") is not None:
         return True
     return row.get("score", row.get("winner")) is not None
 
-
+# %% ../nbs/27_judge.ipynb #217f815f
 def latest_lines(
     rows: Iterable[dict],  # labels and comparisons of one labeller
 ) -> dict[tuple, dict]:
@@ -605,12 +607,12 @@ def latest_lines(
             latest[key] = row
     return latest
 
-
+# %% ../nbs/27_judge.ipynb #a127540d
 def latest_answers(rows: list[dict], judge: Judge) -> dict[tuple, dict]:
     "The answer to each question, read anew."
     return {key: interpret(row, judge) for key, row in latest_lines(rows).items()}
 
-
+# %% ../nbs/27_judge.ipynb #29896783
 def unanswered(job: JudgeJob, answers: dict[tuple, dict]) -> list[Question]:
     "The questions that no reply is there to."
     todo = []
@@ -645,7 +647,7 @@ def budget_of(
             budget.spent += row["cost"] or 0.0
     return budget
 
-# %% ../nbs/27_judge.ipynb #d4477c4c
+# %% ../nbs/27_judge.ipynb #ee4bad7b
 def estimate(job: JudgeJob) -> dict:
     "How much there is to ask, and what that costs at most."
     rows = read_journal(job)
@@ -653,17 +655,19 @@ def estimate(job: JudgeJob) -> dict:
     todo = unanswered(job, latest_answers(rows, job.judge))
     to_read = sum(budget.tokens(q) for q in todo)
     to_write = len(todo) * job.judge.reply_tokens
+    asked = len(job.questions)
+    spent = None if budget.input_price is None else round(budget.spent, 6)
     return dict(
-        questions=len(job.questions),
-        answered=len(job.questions) - len(todo),
+        questions=asked,
+        answered=asked - len(todo),
         to_ask=len(todo),
         input_tokens=to_read,
         max_output_tokens=to_write,
-        spent=None if budget.input_price is None else round(budget.spent, 6),
+        spent=spent,
         max_cost=budget.cost(to_read, to_write),
     )
 
-
+# %% ../nbs/27_judge.ipynb #d4477c4c
 def estimate_text(
     counts: dict,  # of `estimate`
     judge: Judge,
@@ -679,7 +683,7 @@ def estimate_text(
         f"read, at most {counts['max_output_tokens']} to write; cost {money}"
     )
 
-# %% ../nbs/27_judge.ipynb #c6444adc
+# %% ../nbs/27_judge.ipynb #9a479654
 @dataclass
 class JudgeRun:
     "The asking of what has no answer yet."
@@ -692,34 +696,42 @@ class JudgeRun:
     refused: set[str] = field(default_factory=set)  # options that the server does not take
     requests: int = 0  # sent, repeats included
 
-    def take(self) -> Question | None:
-        "The next question that the budget allows, its money held."
-        if not self.todo or not self.budget.allows(self.todo[0]):
-            return None
-        q = self.todo.popleft()
-        self.budget.asked += 1
-        self.budget.held += self.budget.dearest(q)
-        return q
-
     async def before_sending(self, body: str) -> None:
         "Count a request, and let it wait for its place."
         self.requests += 1
         await self.limiter.send(tokens_of(body) + self.job.judge.reply_tokens)
 
-    async def ask(self, client: "AsyncOpenAI", q: Question) -> str:
-        "Ask and journal one question; returns why there is no reply, or an empty text."
-        judge, budget = self.job.judge, self.budget
-        await self.limiter.wait(budget.tokens(q) + judge.reply_tokens)
-        try:
-            row = await ask_judge(client, judge, q, self.refused, self.job.cfg.deadline)
-        finally:
-            budget.held -= budget.dearest(q)
-        row["cost"] = budget.cost(row["input_tokens"], row["output_tokens"])
-        append_jsonl(self.job.journal, check_record(row, row["type"]), sync=True)
-        budget.book(q, row["cost"])
-        known = budget.input_price is not None
-        self.progress.update(1, **(dict(spent=f"${budget.spent:.4f}") if known else {}))
-        return row["reason"] if row["reply"] is None else ""
+
+@patch
+def take(self: JudgeRun) -> Question | None:
+    "The next question that the budget allows, its money held."
+    if not self.todo or not self.budget.allows(self.todo[0]):
+        return None
+    q = self.todo.popleft()
+    self.budget.asked += 1
+    self.budget.held += self.budget.dearest(q)
+    return q
+
+# %% ../nbs/27_judge.ipynb #572f59a4
+@patch
+async def ask(
+    self: JudgeRun,
+    client: "AsyncOpenAI",
+    q: Question,
+) -> str:  # why there is no reply, or an empty text
+    "Ask and journal one question."
+    judge, budget = self.job.judge, self.budget
+    await self.limiter.wait(budget.tokens(q) + judge.reply_tokens)
+    try:
+        row = await ask_judge(client, judge, q, self.refused, self.job.cfg.deadline)
+    finally:
+        budget.held -= budget.dearest(q)
+    row["cost"] = budget.cost(row["input_tokens"], row["output_tokens"])
+    append_jsonl(self.job.journal, check_record(row, row["type"]), sync=True)
+    budget.book(q, row["cost"])
+    spent = {} if budget.input_price is None else dict(spent=f"${budget.spent:.4f}")
+    self.progress.update(1, **spent)
+    return row["reason"] if row["reply"] is None else ""
 
 # %% ../nbs/27_judge.ipynb #9863ffaf
 FAILURES = 50  # in a row: the server is down
@@ -787,19 +799,25 @@ def run_job(job: JudgeJob) -> JudgeResult:
     )
     return JudgeResult(answers, counts)
 
-# %% ../nbs/27_judge.ipynb #81e7469a
+# %% ../nbs/27_judge.ipynb #a864f6a5
 def job_counts(answers: dict[tuple, dict], budget: Budget) -> dict:
     "What was asked and spent, over all runs of the job."
     asked = [r for r in answers.values() if r["time"] is not None]
     replied = [r for r in asked if r["reply"] is not None]
     unreadable = [r for r in replied if r.get("score", r.get("winner")) is None]
-    cost = sum(r["cost"] or 0 for r in asked)
+    unpriced = [r for r in asked if r["cost"] is None]
+    cost = None if budget.input_price is None else round(total(asked, "cost"), 6)
     return dict(
         asked=len(asked),
         unreadable=len(unreadable),
         no_answer=len(asked) - len(replied),
-        input_tokens=sum(r.get("input_tokens") or 0 for r in asked),
-        output_tokens=sum(r.get("output_tokens") or 0 for r in asked),
-        cost=None if budget.input_price is None else round(cost, 6),
-        cost_unknown=sum(r["cost"] is None for r in asked),
+        input_tokens=total(asked, "input_tokens"),
+        output_tokens=total(asked, "output_tokens"),
+        cost=cost,
+        cost_unknown=len(unpriced),
     )
+
+
+def total(rows: list[dict], name: str) -> float:
+    "The sum of a field; what is not known counts as 0."
+    return sum(row.get(name) or 0 for row in rows)

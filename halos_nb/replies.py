@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # %% ../nbs/26_replies.ipynb #fc0e2ff2
@@ -130,14 +131,14 @@ def value_of_last_sentence(text: str) -> list[re.Match]:
     found = find_all(rf"{SAYS}{WORD}{VALUE}{ENDS}\Z", text)
     return [m for m in found if not is_negated(text[: m.start()])]
 
-# %% ../nbs/26_replies.ipynb #480f3bfa
+# %% ../nbs/26_replies.ipynb #909269a7
 class Stated(NamedTuple):
     "The statements of one kind in a reply."
 
     kind: str  # in words
-    values: list[re.Match | None]  # None: stated, but no number
+    values: Sequence[re.Match | None]  # None: stated, but no number
 
-
+# %% ../nbs/26_replies.ipynb #480f3bfa
 def statements(
     text: str,
     scale: float,  # the N of 8/N
@@ -158,14 +159,13 @@ def agreed(stated: Stated, scale: float) -> Reading:
     "The one number that all statements agree on."
     if not stated.values:
         return unread("the reply states no score")
-    numbers = set()
-    for value in stated.values:
-        if value is None:
-            return unread(f"no number behind {stated.kind!r}")
-        numbers.add(to_float(value["x"]))
-    for value in stated.values:
+    values = [value for value in stated.values if value is not None]
+    if len(values) < len(stated.values):
+        return unread(f"no number behind {stated.kind!r}")
+    for value in values:
         if value["of"] and to_float(value["of"]) != scale:
             return unread(f"a score out of {value['of']}, not {scale:g}")
+    numbers = {to_float(value["x"]) for value in values}
     if len(numbers) > 1 or not math.isfinite(min(numbers)):
         several = ", ".join(f"{n:g}" for n in sorted(numbers))
         return unread(f"the reply states several scores: {several}")
@@ -197,7 +197,7 @@ def read_json_number(text: str, scale: float) -> Reading:
         return unread("the reply is JSON without a number as `score`")
     return agreed(Stated("JSON", [stated]), scale)
 
-
+# %% ../nbs/26_replies.ipynb #21188df6
 def read_number(
     reply: str,
     scale: float = 10,  # the N of 8/N

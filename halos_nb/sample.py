@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import set_seed
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# %% ../nbs/24_sample.ipynb #7107db8b
+# %% ../nbs/24_sample.ipynb #dade3296
 class Scorer(NamedTuple):
     "A model under which the answers' log-probabilities are computed."
 
     model: "PreTrainedModel"
     layout: str  # tree or plain
 
-
+# %% ../nbs/24_sample.ipynb #7107db8b
 def make_scorers(
     model: "PreTrainedModel",  # the policy
     reference: "PreTrainedModel | None",
@@ -60,13 +60,13 @@ def make_scorers(
         scorers[name] = Scorer(scored, layout)
     return scorers
 
-# %% ../nbs/24_sample.ipynb #fb8d7f26
+# %% ../nbs/24_sample.ipynb #609c544e
 def score_answers(
     rows: list[Row],
     answers: list[list[int]],  # token ids
     scorers: dict[str, Scorer],
 ) -> dict[str, list[float]]:
-    "Log-probabilities of the answers under each scorer; a model that comes twice is asked once."
+    "Log-probabilities of the answers under each scorer; the same model is asked only once."
     logps: dict[str, list[float]] = {}
     by_model: dict[int, list[float]] = {}
     for name, scorer in scorers.items():
@@ -76,7 +76,7 @@ def score_answers(
         logps[name] = by_model[model]
     return logps
 
-
+# %% ../nbs/24_sample.ipynb #fb8d7f26
 def sample_batch(
     rows: list[Row],
     model: "PreTrainedModel",
@@ -104,7 +104,7 @@ def sample(
     tokenizer: "PreTrainedTokenizerBase",
     reference: "PreTrainedModel | None" = None,  # a model to score the samples under, too
     counts: Counter | None = None,  # what was cut, shortened or empty is added here
-    **settings: object,  # fields of SampleConfig: num_samples_per_prompt, temperature, seed, ...
+    **settings: Any,  # fields of SampleConfig, such as num_samples_per_prompt and seed
 ) -> list[dict]:  # sample records, in the order of the prompts
     "Sample in this process."
     cfg = make_config(SampleConfig, model=model.name_or_path or "policy", **settings)

@@ -59,14 +59,14 @@ def output_lengths(trees: list[Tree]) -> dict[int, int]:
             lengths[i] = len(branch) - skip
     return lengths
 
-# %% ../nbs/25_score.ipynb #475f4ddb
+# %% ../nbs/25_score.ipynb #05c5e1ed
 class SampleTrees(NamedTuple):
     "Samples, ready to be scored."
 
     trees: list[Tree]  # `index` says which samples the branches are
     truncated: list[bool]  # per sample: whether its end is cut off
 
-
+# %% ../nbs/25_score.ipynb #475f4ddb
 def sample_trees(
     samples: list[dict],
     tokenizer: "PreTrainedTokenizerBase",
@@ -112,7 +112,7 @@ def split_tree(
         used += cost
     return [tree.pick(branches) for branches in parts]
 
-# %% ../nbs/25_score.ipynb #1a27e54c
+# %% ../nbs/25_score.ipynb #73e24b5c
 def split_batch(
     batch: list[Tree],
     most: float,  # samples in one forward pass; no tree has more
@@ -128,7 +128,7 @@ def split_batch(
         samples += len(tree.index)
     return parts
 
-
+# %% ../nbs/25_score.ipynb #1a27e54c
 def micro_batches(
     trees: list[Tree],
     token_budget: int,  # tokens in one forward pass
@@ -145,19 +145,20 @@ def micro_batches(
         batches += split_batch(batch, most)
     return batches
 
-# %% ../nbs/25_score.ipynb #e7ca9bb4
+# %% ../nbs/25_score.ipynb #d72cb3a4
 class Head(NamedTuple):
     "Which of a reward model's numbers are the score."
 
     weights: tuple[float, ...] | None  # of each logit; None: the model's own `score`
     meaning: str  # in words, for the counts
 
-
+# %% ../nbs/25_score.ipynb #3a0c8f63
 def objectives(config: "PreTrainedConfig") -> list[str]:
     "The names of a model's logits."
-    return [config.id2label[i] for i in range(config.num_labels)]
+    labels: Any = config.id2label
+    return [labels[i] for i in range(len(labels))]
 
-
+# %% ../nbs/25_score.ipynb #e7ca9bb4
 def read_weight(name: str, value: str) -> float:
     "The number in one `name=number`."
     try:
@@ -199,13 +200,13 @@ def has_own_code(config: "PreTrainedConfig") -> bool:
 
 def head_of_logits(config: "PreTrainedConfig", model: str) -> Head:
     "How the logits of a model without weights by name are read."
-    if config.num_labels > 2:
+    names = objectives(config)
+    if len(names) > 2:
         raise ValueError(
-            f"objective_weights: {model} has {config.num_labels} logits, "
-            f"{', '.join(objectives(config))}; weigh "
+            f"objective_weights: {model} has {len(names)} logits, {', '.join(names)}; weigh "
             "them by name, as in 'helpful=0.7,safe=0.3'"
         )
-    if config.num_labels == 2:
+    if len(names) == 2:
         return Head((0.0, 1.0), "second of two logits (Bradley-Terry)")
     return Head((1.0,), "its one logit")
 
@@ -237,7 +238,7 @@ def head_of(
         return read_weights(objective_weights, config, name)
     return head_of_logits(config, name)
 
-# %% ../nbs/25_score.ipynb #4eac8989
+# %% ../nbs/25_score.ipynb #77218aa5
 def head_at(
     path: str | Path,  # a folder or a name on the hub
     objective_weights: str = "",
@@ -248,7 +249,7 @@ def head_at(
     config = AutoConfig.from_pretrained(found, trust_remote_code=trust_remote_code)
     return head_of(config, objective_weights, trust_remote_code, str(path))
 
-
+# %% ../nbs/25_score.ipynb #4eac8989
 class OwnScore:
     "Mixed into a model with code of its own: branch scores are what it calls `score`."
 
@@ -260,7 +261,7 @@ class OwnScore:
         **kwargs: Any,
     ) -> Any:
         "The model's own output, or the scores (K, 1) of a batch."
-        model = super()
+        model: Any = super()
         if tree is None:
             return model.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         out = model.forward(input_ids=tree.input_ids, attention_mask=tree.attention_mask)
@@ -284,7 +285,7 @@ def load_scorer(
     )
     return as_scorer(model, head)
 
-
+# %% ../nbs/25_score.ipynb #572d4539
 def as_scorer(model: "PreTrainedModel", head: Head) -> "PreTrainedModel":
     "The same model, which takes batches of trees now."
     if isinstance(model, TreeScorer | OwnScore):
@@ -306,16 +307,19 @@ def to_scored(x: float, truncated: bool) -> Scored:
         return Scored(x, "", truncated)
     return Scored(None, f"the reward model gave {x}", truncated)
 
-# %% ../nbs/25_score.ipynb #044f2b6b
+# %% ../nbs/25_score.ipynb #fc33c215
 def weighted_logits(
     logits: torch.Tensor,  # (K, number of logits)
     weights: tuple[float, ...],  # of each logit; one of 0 is not looked at
 ) -> torch.Tensor:  # (K,) float64
     "The score of each branch."
-    columns = zip(weights, logits.double().unbind(1))
-    return sum(w * x for w, x in columns if w)
+    scores = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    for weight, column in zip(weights, logits.double().unbind(1)):
+        if weight:
+            scores += weight * column
+    return scores
 
-
+# %% ../nbs/25_score.ipynb #044f2b6b
 @torch.inference_mode()
 def score_batch(
     trees: list[Tree],
@@ -401,7 +405,7 @@ def score_samples(
         )
     return [to_scored(score, end_cut) for score, end_cut in zip(scores, truncated)]
 
-# %% ../nbs/25_score.ipynb #9000b9c8
+# %% ../nbs/25_score.ipynb #4e3427a9
 def with_rewards(samples: list[dict], scored: list[Scored]) -> list[dict]:
     "The samples with their scores, ready for the converters of `halos_nb.feedback`."
     rewarded = []
@@ -410,7 +414,7 @@ def with_rewards(samples: list[dict], scored: list[Scored]) -> list[dict]:
         rewarded.append(sample | new)
     return rewarded
 
-
+# %% ../nbs/25_score.ipynb #9000b9c8
 def process_batch_with_reward_model(
     samples: list[dict],  # sample records
     reward_model: "PreTrainedModel",
