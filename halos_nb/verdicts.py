@@ -6,8 +6,9 @@
 __all__ = ['Key', 'Table', 'Scores', 'HOW', 'PAIR_HOW', 'score_table', 'is_human', 'machines_and_people', 'mean_or_none',
            'mean_scores', 'wins_of', 'vote_scores', 'choices', 'disputed', 'human_scores', 'Combined', 'keys_by_prompt',
            'combine_labels', 'with_scores', 'pair_of', 'Verdicts', 'Look', 'look_of', 'agreed', 'verdict_table',
-           'all_pairs', 'pairs_of', 'score_margins', 'pair_table', 'majority', 'contradict', 'combine_pairs',
-           'Converted', 'two_samples', 'known_margin', 'preferred', 'convert_comparisons']
+           'looked_at', 'winners_by_order', 'without_half_verdicts', 'position_bias', 'all_pairs', 'pairs_of',
+           'score_margins', 'pair_table', 'majority', 'contradict', 'combine_pairs', 'Converted', 'two_samples',
+           'known_margin', 'preferred', 'convert_comparisons']
 
 # %% ../nbs/07_verdicts.ipynb #af2376cc
 import math
@@ -237,6 +238,48 @@ def verdict_table(
         order_decided=sum(len(set(looks.values())) > 1 for looks in seen.values()),
     )
     return Verdicts(table, counts)
+
+# %% ../nbs/07_verdicts.ipynb #3a195c8e
+def looked_at(row: dict) -> tuple:
+    "Who compared what: labeller, prompt_id and the ids of both samples, as they were called."
+    return row["labeller"], row["prompt_id"], row["sample_id_A"], row["sample_id_B"]
+
+
+def winners_by_order(
+    comparisons: list[dict],
+) -> dict[tuple, dict[str, str]]:  # see `looked_at` -> order -> winner
+    "The looks that ended in a verdict."
+    looks: dict[tuple, dict[str, str]] = {}
+    for row in comparisons:
+        if row["winner"]:
+            looks.setdefault(looked_at(row), {})[row["order"]] = row["winner"]
+    return looks
+
+
+def without_half_verdicts(comparisons: list[dict]) -> list[dict]:
+    "The comparisons, without the verdicts of a judge that has one for one order only."
+    winners = winners_by_order(comparisons)
+    none = dict(winner=None, reason="the other order has no verdict")
+    rows = []
+    for row in comparisons:
+        is_judge = row["labeller"].startswith("api:")
+        is_half = is_judge and row["winner"] and len(winners[looked_at(row)]) == 1
+        rows.append(row | none if is_half else row)
+    return rows
+
+# %% ../nbs/07_verdicts.ipynb #f53933da
+def position_bias(comparisons: list[dict]) -> dict[str, float | None]:
+    "How often the two orders disagree, and which place gains by it."
+    looks = winners_by_order(comparisons).values()
+    both = [(by["AB"], by["BA"]) for by in looks if len(by) == 2]
+    first, second = both.count(("A", "B")), both.count(("B", "A"))
+    return dict(
+        compared=len(both),
+        orders_disagree=sum(a != b for a, b in both),
+        first_preferred=first,
+        second_preferred=second,
+        position_bias=round((first + second) / len(both), 4) if both else None,
+    )
 
 # %% ../nbs/07_verdicts.ipynb #71a79406
 def all_pairs(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The rooms in reading order, by floor, and which floors each floor may import. Within what a floor may see, imports
 # point to lower numbers only. The README's map says the same; change both together and say why.
 FLOORS = {
-    0: "records stats configs settings data hub_sets feedback verdicts",
+    0: "records stats configs settings data hub_sets feedback verdicts label_input",
     1: "trees loaders processes attention models reference losses advantages tree_trainer trainers",
     2: "generate api answers backends sample score replies judge label train",
     3: "supervise preload failures progress jobs identity ledger loop",
@@ -46,6 +46,7 @@ LIGHT += [
     "settings",
     "feedback",
     "verdicts",
+    "label_input",
     "api",
     "replies",
     "judge",

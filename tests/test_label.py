@@ -22,13 +22,8 @@ import golden
 from halos_nb.trees import byte_tokenizer, encode, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
-from halos_nb.label import (
-    Data,
-    main,
-    pairs_to_ask,
-    read_samples,
-    to_feedback,
-)
+from halos_nb.label import main, make_feedback
+from halos_nb.label_input import LabelInput, pairs_to_ask, read_samples
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
 from halos_nb.people import Session, choose_pairs, comparisons
 from halos_nb.records import (
@@ -305,22 +300,22 @@ def test_golden_label_command():
         }
         cfg = LabelConfig(samples_file="", output_file="", reward_model_path="rm", **options)
         if "file" in case:
-            made = to_feedback(labelled, cfg)
+            made = make_feedback(labelled, cfg)
             if cfg.feedback_type in ("pairwise", "binary"):
                 made = golden.without_ids(made)
             assert made == case["file"], case["id"]
         elif options["split"]:
             # documented_note
-            assert {r["split"] for r in to_feedback(labelled, cfg)} == {options["split"]}, case[
-                "id"
-            ]
+            assert {r["split"] for r in make_feedback(labelled, cfg)} == {options["split"]}, (
+                case["id"]
+            )
         elif cfg.threshold == 5.5:
-            assert [r["label"] for r in to_feedback(labelled, cfg)] == [
+            assert [r["label"] for r in make_feedback(labelled, cfg)] == [
                 int(r["reward"] >= 5.5) for r in scalar
             ]
         else:
             with pytest.raises(ValueError, match="threshold"):
-                to_feedback(labelled, cfg)
+                make_feedback(labelled, cfg)
 
 
 def test_defaults():
@@ -338,12 +333,12 @@ def test_defaults():
     given = dict(samples_file="", output_file="", reward_model_path="rm")
     assert [
         r["reward_difference"] > 0
-        for r in to_feedback(rows, LabelConfig(feedback_type="pairwise", **given))
+        for r in make_feedback(rows, LabelConfig(feedback_type="pairwise", **given))
     ] == [True]
     assert [
-        r["label"] for r in to_feedback(rows, LabelConfig(feedback_type="binary", **given))
+        r["label"] for r in make_feedback(rows, LabelConfig(feedback_type="binary", **given))
     ] == [0, 1, 1]
-    assert {r["type"] for r in to_feedback(rows, LabelConfig(**given))} == {"scalar_feedback"}
+    assert {r["type"] for r in make_feedback(rows, LabelConfig(**given))} == {"scalar_feedback"}
 
 
 @pytest.mark.parametrize(
@@ -1106,7 +1101,7 @@ def test_pairs_that_are_asked(words):
     ]
     judge = dict(api_type="openai", api_model="m", judge="pairwise")
     cfg = LabelConfig(samples_file="s", output_file="f", **judge)
-    pairs = pairs_to_ask(Data(samples, None, {}), cfg)
+    pairs = pairs_to_ask(LabelInput(samples, None, {}), cfg)
     used = [i for pair in pairs for i in pair]
     assert len(used) == len(set(used))
     assert all(words[i] != words[j] for i, j in pairs)
