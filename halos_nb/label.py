@@ -280,9 +280,7 @@ class Labelled(NamedTuple):
     labels: list[dict] = []  # scores of others who have a say about these pairs
 
 # %% ../nbs/28_label.ipynb #f98fe3a5
-def score_differences(
-    pairs: list[tuple[int, int]], scored: list[Scored]
-) -> list[float | None]:
+def score_differences(pairs: list[tuple[int, int]], scored: list[Scored]) -> list[float | None]:
     "How much higher the first of each pair is scored; None: one is unscored."
     differences: list[float | None] = []
     for i, j in pairs:
