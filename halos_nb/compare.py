@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import ipywidgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -40,7 +41,7 @@ from .runs import Run, Truth, read_runs
 # %% ../nbs/48_compare.ipynb #de506a39
 def flatten(nested: dict, prefix: str = "") -> dict:
     "Nested dicts as one, keys joined by dots; an empty dict vanishes."
-    flat = {}
+    flat: dict = {}
     for key, value in nested.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
@@ -48,7 +49,7 @@ def flatten(nested: dict, prefix: str = "") -> dict:
             flat[f"{prefix}{key}"] = value
     return flat
 
-
+# %% ../nbs/48_compare.ipynb #98193988
 def parameters(run: Run) -> dict:
     "All that was set, in one level: parameters, versions, this machine's settings, revision."
     around = {}
@@ -78,11 +79,11 @@ def run_line(i: int) -> dict:
     dash = dashes[i // len(colors) % len(dashes)]
     return dict(color=colors[i % len(colors)], width=2, dash=dash)
 
-
+# %% ../nbs/48_compare.ipynb #2b0b942c
 def add_run(
     fig: go.Figure,
-    x: Sequence,
-    y: Sequence,
+    x: Sequence | np.ndarray,
+    y: Sequence | np.ndarray,
     run: str,  # its name, which stands at the end of the line
     line: dict,  # see `run_line`
     quantity: str,  # what y is, for who points at the line
@@ -116,7 +117,7 @@ def smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
     rolling = pd.Series(values).rolling(window, center=True, min_periods=1)
     return rolling.mean().to_numpy(np.float32), window
 
-
+# %% ../nbs/48_compare.ipynb #5b95402f
 def run_curves(runs: list[Run], key: str = "loss") -> go.Figure:
     "A training metric (a key of metrics.jsonl) of all runs over their steps, rounds end to end."
     fig = go.Figure()
@@ -148,7 +149,7 @@ def round_names(runs: list[Run]) -> list[str]:
     other = sorted(n for n in names if not n.isdigit() and n != "final")
     return [*other, *numbered, *(["final"] if "final" in names else [])]
 
-
+# %% ../nbs/48_compare.ipynb #d08f5e25
 def round_curves(runs: list[Run], key: str = "reward") -> go.Figure:
     "A result (a key of `run_summary`'s rows) of all runs, round by round."
     fig = go.Figure()
@@ -177,7 +178,7 @@ def spread_of_means(answers: Answers) -> float:
             means.append(np.nanmean(rewards))
     return float(np.ptp(means)) if means else 0.0
 
-
+# %% ../nbs/48_compare.ipynb #34ce6405
 def shared_prompts(runs: list[Run], round: str = "final") -> dict[str, Answers]:
     "Prompts that two runs or more have answered, those that they answer most differently first."
     found: dict = {}
@@ -284,19 +285,19 @@ def frontier(
     title = f"{key.replace('_', ' ').capitalize()} against KL, round by round"
     return reward_frontier({run.name: run.rounds for run in self.runs}, key, best, title)
 
-
+# %% ../nbs/48_compare.ipynb #f475cdb5
 @patch
 def curves(self: RunComparer, key: str = "loss") -> go.Figure:
     "A training metric over the steps, a line per run."
     return run_curves(self.runs, key)
 
-
+# %% ../nbs/48_compare.ipynb #b0e4e84a
 @patch
 def progress(self: RunComparer, key: str = "reward") -> go.Figure:
     "A result round by round, a line per run."
     return round_curves(self.runs, key)
 
-
+# %% ../nbs/48_compare.ipynb #3f6c19fc
 @patch
 def prompts(self: RunComparer, round: str = "final") -> dict[str, Answers]:
     "Prompts that two runs or more have answered in a round: see `shared_prompts`."
@@ -310,7 +311,7 @@ def csv_cell(value: object) -> object:
     text = json.dumps(value) if isinstance(value, list | dict) else visible(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
-
+# %% ../nbs/48_compare.ipynb #87ebb572
 @patch
 def to_csv(self: RunComparer, path: str | Path, only_differences: bool = False) -> Path:
     "Write the table, every parameter unless only differences are asked for."
@@ -336,7 +337,7 @@ def static(
     answers = list(self.prompts().values())[:prompts]
     return [self.table(only_differences), *(same_prompt(a) for a in answers)]
 
-
+# %% ../nbs/48_compare.ipynb #18da756b
 @patch
 def show(self: RunComparer, only_differences: bool = True, prompts: int = 3) -> None:
     "Table and texts, with controls where somebody can use them; see `static`."
@@ -367,10 +368,9 @@ def answers_html(self: RunComparer, answers: Answers, chosen: Sequence[str]) -> 
 
 # %% ../nbs/48_compare.ipynb #642f55fd
 @patch
-def widget(self: RunComparer, only_differences: bool = True):
+def widget(self: RunComparer, only_differences: bool = True) -> ipywidgets.VBox:
     "The table and one prompt's answers, with controls."
-    import ipywidgets as w
-
+    w = ipywidgets
     found = self.prompts()
     names = [run.name for run in self.runs]
     which = w.SelectMultiple(options=names, value=names, rows=min(8, len(names)))

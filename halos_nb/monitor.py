@@ -168,14 +168,14 @@ def was_stopped(status: Path) -> bool:
     config = status.with_name(status.name.replace(".status.json", ".config.json"))
     return bool(read_if_there(status).get("stopped")) and config.exists()
 
-
+# %% ../nbs/46_monitor.ipynb #641e5bba
 def cannot_stop(run: Path, found: dict[int, Path]) -> str:
     "What is told when patience ends; found: supervisors that are still there."
     if found:
         return f"told to stop, but still there: {found}"
     return f"no stage to stop, but the run is held by {(run / '.lock').read_text()}"
 
-
+# %% ../nbs/46_monitor.ipynb #99d12416
 def stop_run(
     run: str | Path,  # the run's folder
     patience: float = 10,  # seconds to wait for a stage, where the run is between two
@@ -233,14 +233,14 @@ def usual_seconds(done: dict[tuple[str, str], float]) -> dict[str, float]:
         times.setdefault(stage, []).append(seconds)
     return {stage: sum(t) / len(t) for stage, t in times.items()}
 
-
+# %% ../nbs/46_monitor.ipynb #e6c7c638
 def stage_left(usual: float | None, row: dict, spent: float) -> float | None:
     "Seconds until a stage is done, by its progress or else by what its kind usually takes."
     if row.get("total") and row.get("rate"):
         return (row["total"] - row["done"]) / row["rate"]
     return None if usual is None else max(0.0, usual - spent)
 
-
+# %% ../nbs/46_monitor.ipynb #8f3f90e1
 def time_left(
     events: list[dict],  # of the session
     rounds: int,  # planned
@@ -353,7 +353,7 @@ def fill_in_stage(
         s.round = ""
         s.note = params.get("ended", "").replace("as planned", "")
 
-
+# %% ../nbs/46_monitor.ipynb #3fab37de
 def session_seconds(s: RunState, events: list[dict], now: float) -> float:
     "Seconds from the start of the session to now, or to where the run ended."
     end = now - s.quiet
@@ -423,7 +423,7 @@ def metric_panels(metrics: dict[str, list[dict]]) -> list[dict]:
             panels.append(dict(title=title, x="step", lines=lines, ends=ends[1:-1], names=[]))
     return panels
 
-
+# %% ../nbs/46_monitor.ipynb #56e441f0
 def round_panels(rounds: list[dict]) -> list[dict]:
     "A panel for each result that some round has, over the rounds."
     names = [row["round"] for row in rounds]
@@ -436,7 +436,7 @@ def round_panels(rounds: list[dict]) -> list[dict]:
             panels.append(dict(title=title, x="round", lines=lines, ends=[], names=names))
     return panels
 
-
+# %% ../nbs/46_monitor.ipynb #75743f70
 def panels(
     metrics: dict[str, list[dict]],  # round's name -> lines of metrics.jsonl
     rounds: list[dict],  # rows of `run_summary`
@@ -451,10 +451,10 @@ class Panel(anywidget.AnyWidget):
 
     _esm = static_text("monitor.js")
     _css = static_text("monitor.css")
-    status = traitlets.Dict(
+    status: traitlets.Dict = traitlets.Dict(
         dict(state="", text="", share=None, warning="", stopping=False, log=[])
     ).tag(sync=True)
-    curves = traitlets.List().tag(sync=True)
+    curves: traitlets.List = traitlets.List().tag(sync=True)
 
     def __repr__(self) -> str:
         return (
@@ -476,7 +476,7 @@ class Stopped(RuntimeError):
     def _render_traceback_(self) -> list[str]:
         return [f"Stopped: {self}"]
 
-
+# %% ../nbs/46_monitor.ipynb #20ad7e23
 class RunMonitor:
     "Watches a run, from its files."
 
@@ -534,7 +534,7 @@ def metrics_file(config: Path) -> Path | None:
         return Path(given["metrics_file"])
     return Path(given["cache_dir"]) / given["exp_name"] / "metrics.jsonl"
 
-
+# %% ../nbs/46_monitor.ipynb #95f6b0cd
 @patch
 def metrics(self: RunMonitor) -> dict[str, list[dict]]:
     "Lines of metrics of this session's training stages, in order, by round's folder."
@@ -547,7 +547,7 @@ def metrics(self: RunMonitor) -> dict[str, list[dict]]:
             found[event["folder"]] = self.tails.setdefault(path, Tail(path)).read()
     return found
 
-
+# %% ../nbs/46_monitor.ipynb #8db5fd44
 @patch
 def summary(self: RunMonitor) -> list[dict]:
     "The finished rounds, as `run_summary` tells them."
@@ -581,7 +581,7 @@ def refresh(self: RunMonitor) -> RunState:
     )
     return s
 
-
+# %% ../nbs/46_monitor.ipynb #083fac6c
 @patch
 def follow(self: RunMonitor) -> None:
     "Until closed: look, wait, look again."
@@ -595,7 +595,7 @@ def follow(self: RunMonitor) -> None:
             self.message = f"the monitor could not read the run: {reason}"
         self.closed.wait(pause)
 
-
+# %% ../nbs/46_monitor.ipynb #4eefa1ba
 @patch
 def close(self: RunMonitor) -> None:
     "Follow it no longer."
@@ -670,7 +670,7 @@ def on_message(self: RunMonitor, _: object, content: dict, buffers: Sequence) ->
     if content == {"stop": True}:
         threading.Thread(target=self.stop, daemon=True).start()
 
-
+# %% ../nbs/46_monitor.ipynb #8c55dd69
 @patch
 def show(self: RunMonitor) -> None:
     "Put the run on the screen: a panel that follows it, or how it stands now."

@@ -145,7 +145,7 @@ def read_params(folder: Path) -> dict:
     except ValueError as e:
         raise ValueError(f"params.json cannot be read: {e}") from None
 
-
+# %% ../nbs/43_runs.ipynb #828ca903
 def read_run(folder: str | Path, truth: Truth | None = None) -> Run:
     "A run; a ValueError that says why it cannot be compared."
     folder = Path(folder)
@@ -169,7 +169,7 @@ def run_folders(runs_dir: Path, names: Sequence[str]) -> list[Path]:
         return [runs_dir / name for name in names]
     return sorted(p for p in runs_dir.iterdir() if p.is_dir() and not p.is_symlink())
 
-
+# %% ../nbs/43_runs.ipynb #4a8d6f18
 def read_runs(
     runs_dir: str | Path,  # the folder of all runs
     names: Sequence[str] = (),  # these only (empty: all)

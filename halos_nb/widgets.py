@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import numpy as np
+from fastcore.basics import patch
 
 from .records import as_text, atomic_write, write_json, write_records
 from .stats import Interval
@@ -33,6 +35,7 @@ from halos_nb.show import (
 from .people import Session, comparisons, session_report
 from halos_nb.pairs import (
     Pairs,
+    StaticView,
     export_pairs,
     flag_pair,
     json_number,
@@ -73,12 +76,12 @@ class MessageWidget(anywidget.AnyWidget):
             return dict(error=visible(f"{type(e).__name__}: {e}")), []
         return reply if isinstance(reply, tuple) else (reply, [])
 
-    def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict, dict]:
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         fallback = {"text/html": self.fallback.html, "text/plain": self.fallback.text}
         return data | fallback, metadata
 
-
+# %% ../nbs/47_widgets.ipynb #2aae801c
 def page_code(name: str) -> str:
     "The script of a widget's page: what all share, then its own."
     return static_text("common.js") + static_text(f"{name}.js")
@@ -117,8 +120,8 @@ class PairBrowser(MessageWidget):
 
     # rows: numbers of the pairs in the list, where it changes
     def do_show(self, i: int, rows: list[int] | None = None) -> dict:
-        page = rows and [self.list_row(j) for j in rows]
-        return dict(pair=pair_detail(self.pairs, i), rows=page)
+        listed = [self.list_row(j) for j in rows] if rows else None
+        return dict(pair=pair_detail(self.pairs, i), rows=listed)
 
     def do_flag(self, i: int, on: bool) -> dict:
         flag_pair(self.pairs, i, on)
@@ -132,7 +135,7 @@ class PairBrowser(MessageWidget):
 def browse_pairs(
     source: str | Path | Pairs,  # pairs, or what `read_pairs` takes
     mode: str = "auto",  # widget, static, or what suits the place
-):
+) -> PairBrowser | StaticView:
     "The pair browser, or its static form."
     pairs = source if isinstance(source, Pairs) else read_pairs(source)
     return PairBrowser(pairs) if display_mode(mode) == "widget" else static_view(pairs)
@@ -158,7 +161,7 @@ def share_text(x: Interval) -> str:
     "A share with its interval, in percent; a dash where there is none."
     return "–" if math.isnan(x.value) else f"{x.value:.0%} [{x.low:.0%}, {x.high:.0%}]"
 
-
+# %% ../nbs/47_widgets.ipynb #f0b3bfaa
 def report_rows(
     session: Session,
     others: dict | None = None,  # labeller -> pair -> margin, to compare with
@@ -208,39 +211,50 @@ class SessionView:
         item = self.session.current
         return self.numbers[item.name] if item else len(self.session.items)
 
-    def choose(
-        self,
-        item: str,  # its name
-        value: str,  # left, right, tie, bad or skip
-        seconds: float | None = None,  # how long it was looked at
-    ) -> None:
-        "Answer an item, and go to the first open one."
-        self.session.choose(value, item, seconds)
-        self.save(self.first_open())
+# %% ../nbs/47_widgets.ipynb #a2d7840f
+@patch
+def save(self: SessionView, position: int) -> None:
+    "Write the feedback, and show the item at a position."
+    self.position = position
+    save_feedback(self.session, self.file, self.seed)
 
-    def undo(self) -> bool:
-        "Take the last answer back and go to its item; False if there was nothing."
-        name = self.session.undo()
-        if name is None:
-            return False
-        self.save(self.numbers[name])
-        return True
 
-    def note(self, item: str, text: str) -> None:
-        "A remark on an item."
-        self.session.note(text, item)
-        self.save(self.position)
+@patch
+def choose(
+    self: SessionView,
+    item: str,  # its name
+    value: str,  # left, right, tie, bad or skip
+    seconds: float | None = None,  # how long it was looked at
+) -> None:
+    "Answer an item, and go to the first open one."
+    self.session.choose(value, item, seconds)
+    self.save(self.first_open())
 
-    def look(self, position: int) -> None:
-        "Show another item; the report lies behind the last one, once all are answered."
-        last = len(self.session.items)
-        if self.session.current:
-            last -= 1
-        self.position = max(0, min(position, last))
 
-    def save(self, position: int) -> None:
-        self.position = position
-        save_feedback(self.session, self.file, self.seed)
+@patch
+def undo(self: SessionView) -> bool:
+    "Take the last answer back and go to its item; False if there was nothing."
+    name = self.session.undo()
+    if name is None:
+        return False
+    self.save(self.numbers[name])
+    return True
+
+# %% ../nbs/47_widgets.ipynb #c5f4d856
+@patch
+def note(self: SessionView, item: str, text: str) -> None:
+    "A remark on an item."
+    self.session.note(text, item)
+    self.save(self.position)
+
+
+@patch
+def look(self: SessionView, position: int) -> None:
+    "Show another item; the report lies behind the last one, once all are answered."
+    last = len(self.session.items)
+    if self.session.current:
+        last -= 1
+    self.position = max(0, min(position, last))
 
 # %% ../nbs/47_widgets.ipynb #04cf2c45
 def visible_item(view: SessionView) -> dict | None:
@@ -257,7 +271,7 @@ def visible_item(view: SessionView) -> dict | None:
     item["right"] = visible(item["right"])
     return item
 
-
+# %% ../nbs/47_widgets.ipynb #13e75c64
 def speed_text(r: dict) -> str:
     "How fast it goes, by `people.report`; empty before the first answer."
     if not r["answered"]:
@@ -265,7 +279,7 @@ def speed_text(r: dict) -> str:
     left = clock(r["seconds_left"])
     return f"{r['median_seconds']:.1f} s each, about {left} left, tied {r['tie'] + r['bad']}"
 
-
+# %% ../nbs/47_widgets.ipynb #85e158c0
 def view_content(view: SessionView) -> dict:
     "All that the page shows; the report once there is no item left."
     r = session_report(view.session)
@@ -286,7 +300,7 @@ def labelling_report(view: SessionView) -> Shown:
     "How far the labelling is, as a table."
     return summary_table(report_rows(view.session, view.others), title="Labelled by hand")
 
-
+# %% ../nbs/47_widgets.ipynb #67da07d0
 class HumanLabeler(MessageWidget):
     "Blind pairs, labelled by keyboard."
 
@@ -315,7 +329,7 @@ class HumanLabeler(MessageWidget):
         self.view.look(position)
         return view_content(self.view)
 
-
+# %% ../nbs/47_widgets.ipynb #e323672b
 def label_pairs(
     view: SessionView,
     mode: str = "auto",  # widget, static, or what suits the place
@@ -330,7 +344,7 @@ class LabelsMissing(Exception):
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
 
-
+# %% ../nbs/47_widgets.ipynb #1ef971fb
 def judge_comparison(
     pair: tuple,  # prompt_id, sample_id of A, sample_id of B
     judge: str,  # its name
@@ -354,7 +368,7 @@ def judge_comparison(
         type="comparison",
     )
 
-
+# %% ../nbs/47_widgets.ipynb #f10be894
 def judge_open_pairs(
     session: Session,
     judge: str,  # its name
@@ -388,7 +402,7 @@ def check_pending(view: SessionView, pending: str, mode: str) -> None:
             "pending=skip"
         )
 
-
+# %% ../nbs/47_widgets.ipynb #a6cbf4fa
 def finish(
     view: SessionView,
     pending: str,  # what is done about open pairs where nobody is there: judge, skip or stop
