@@ -11,7 +11,8 @@ from halos_nb.records import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(os.environ["HALOS_NB_RUNS_DIR"])  # the playground in it is built once for all tests
-METHODS = {
+# the form of feedback that each method of playground.SWEEP learns from
+FORMS = {
     "kto": "binary_feedback",
     "grpo": "scalar_feedback",
     "ppo": "binary_feedback",
@@ -24,31 +25,19 @@ METHODS = {
 def swept(tmp_path_factory):
     "Two rounds of eight prompts for each method."
     out = tmp_path_factory.mktemp("methods") / "out.ipynb"
+    parameters = dict(
+        run_name="methods-test",
+        methods=", ".join(FORMS),
+        total_prompts="16",
+        prompts_per_round="8",
+        num_samples_per_prompt="4",
+        fresh="true",
+    )
+    command = ["papermill", "nbs/compare_methods.ipynb", str(out), "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-p", name, value]
     done = subprocess.run(
-        [
-            "papermill",
-            "nbs/compare_methods.ipynb",
-            str(out),
-            "--no-progress-bar",
-            "-p",
-            "run_name",
-            "methods-test",
-            "-p",
-            "methods",
-            ", ".join(METHODS),
-            "-p",
-            "total_prompts",
-            "16",
-            "-p",
-            "prompts_per_round",
-            "8",
-            "-p",
-            "num_samples_per_prompt",
-            "4",
-            "-p",
-            "fresh",
-            "true",
-        ],
+        command,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -60,27 +49,32 @@ def swept(tmp_path_factory):
 
 def test_every_method_is_in_the_table(swept):
     rows = {r["method"]: r for r in swept}
-    assert rows.keys() == METHODS.keys()
+    assert rows.keys() == FORMS.keys()
     starts = {(r["true reward at start"], r["RM score at start"]) for r in swept}
     assert len(starts) == 1, "all begin with the same samples of the same policy"
-    assert all(0 <= r["true reward"] <= 1 and r["KL"] != 0 and r["seconds"] > 0 for r in swept)
+    for row in swept:
+        assert 0 <= row["true reward"] <= 1
+        assert row["KL"] != 0
+        assert row["seconds"] > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FORMS)
 def test_rounds_of(swept, method):
-    "The feedback is what the method learns from; the second round goes on from the first, with its counters, and moves the policy."
+    """The feedback is what the method learns from.
+
+    The second round goes on from the first, with its counters, and moves the policy.
+    """
     run = RUNS / f"methods-test-{method.replace(' + ', '-').lower()}"
-    for n in (1, 2):
-        assert (
-            json.loads((run / f"round-{n}/feedback.json").read_text())[0]["type"]
-            == METHODS[method]
-        )
-    first, second = (
-        [r for r in read_jsonl(run / f"round-{n}/metrics.jsonl") if "loss" in r] for n in (1, 2)
-    )
+    logs = []
+    for round_folder in (run / "round-1", run / "round-2"):
+        feedback = json.loads((round_folder / "feedback.json").read_text())
+        assert feedback[0]["type"] == FORMS[method]
+        lines = read_jsonl(round_folder / "metrics.jsonl")
+        logs.append([line for line in lines if "loss" in line])
+    first, second = logs
     assert second[0]["total_steps"] == first[-1]["total_steps"] + 1
-    assert (run / "policy/model.safetensors").exists() and (
-        run / "policy/adapter"
-    ).exists() == ("LoRA" in method)
+    assert (run / "policy/model.safetensors").exists()
+    assert (run / "policy/adapter").exists() == ("LoRA" in method)
     params = json.loads((run / "params.json").read_text())["parameters"]
-    assert params["fresh"] and params["beta"] is not None or method == "ppo"
+    assert params["fresh"]
+    assert (params["beta"] is None) == (method == "ppo")

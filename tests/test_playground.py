@@ -1,4 +1,7 @@
-"The playground's world: a reward that any text gets, data that is the same every time, a tokenizer that loses nothing."
+"""The playground's world.
+
+A reward that any text gets, data that is the same every time, a tokenizer that loses nothing.
+"""
 
 import json
 from collections import Counter
@@ -8,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from halos_nb.trees import encode
 from halos_nb.playground import (
+    ANIMALS,
     ASKED,
     BEST,
     COURTEOUS,
@@ -30,22 +34,11 @@ from halos_nb.records import PairwiseFeedback, Sample, prompt_id, write_records
 PROMPTS = prompts()
 SENTENCES = sorted({*SAID, *COURTEOUS, *RUDE, *EVASIVE})
 a_prompt = st.sampled_from(PROMPTS)
-a_text = st.one_of(
-    st.text(max_size=200),
-    st.lists(st.sampled_from(SENTENCES) | st.text(max_size=20), max_size=8).map(" ".join),
-)
-any_prompt = st.one_of(
-    a_prompt,
-    st.lists(
-        st.fixed_dictionaries(
-            dict(
-                role=st.sampled_from(["system", "user", "assistant"]),
-                content=st.text(max_size=60),
-            )
-        ),
-        max_size=3,
-    ),
-)
+a_sentence = st.sampled_from(SENTENCES) | st.text(max_size=20)
+a_text = st.text(max_size=200) | st.lists(a_sentence, max_size=8).map(" ".join)
+a_role = st.sampled_from(["system", "user", "assistant"])
+a_turn = st.fixed_dictionaries(dict(role=a_role, content=st.text(max_size=60)))
+any_prompt = a_prompt | st.lists(a_turn, max_size=3)
 
 
 def right_answers(prompt):
@@ -73,9 +66,9 @@ def test_gibberish_is_worth_nothing(prompt, text):
 def test_every_prompt_has_a_best_answer():
     assert sum(WEIGHTS.values()) == pytest.approx(BEST)
     for p in PROMPTS:
-        assert {true_reward(p, f"{c} {a}") for c in COURTEOUS for a in right_answers(p)} == {
-            BEST
-        }
+        for courtesy in COURTEOUS:
+            for answer in right_answers(p):
+                assert true_reward(p, f"{courtesy} {answer}") == BEST
 
 
 @given(a_prompt, st.lists(st.sampled_from(SENTENCES), max_size=6).map(" ".join))
@@ -90,12 +83,9 @@ def test_only_a_good_answer_is_best(prompt, text):
 def test_each_fault_costs(prompt, kind, rude, data):
     fact = data.draw(st.sampled_from(right_answers(prompt)))
     animal, topic = asked(prompt)
-    false = data.draw(
-        st.sampled_from(
-            sorted({v for (_, t), v in FACTS.items() if t == topic} - {FACTS[animal, topic]})
-        )
-    )
-    other = data.draw(st.sampled_from(sorted({a for a, _ in FACTS} - {animal})))
+    values = {value for (_, t), value in FACTS.items() if t == topic}
+    false = data.draw(st.sampled_from(sorted(values - {FACTS[animal, topic]})))
+    other = data.draw(st.sampled_from(sorted(set(ANIMALS) - {animal})))
     wrong = STATEMENTS[topic][0].format(animal, false)
     worse = [
         fact,
@@ -119,31 +109,22 @@ def test_saying_everything_is_no_answer():
     for p in PROMPTS[:20]:
         everything = " ".join([COURTEOUS[0], *SENTENCES])
         animal, topic = asked(p)
+        assert true_reward(p, everything) <= WEIGHTS["courteous"]
         # about the right thing, but everything
-        all_of_it = " ".join(
-            [COURTEOUS[0], *(s for s, (a, t, _) in SAID.items() if (a, t) == (animal, topic))]
-        )
-        assert (
-            true_reward(p, everything) <= WEIGHTS["courteous"]
-            and true_reward(p, all_of_it) <= WEIGHTS["courteous"] + WEIGHTS["subject"]
-        )
+        about_it = [s for s, (a, t, _) in SAID.items() if (a, t) == (animal, topic)]
+        all_of_it = " ".join([COURTEOUS[0], *about_it])
+        assert true_reward(p, all_of_it) <= WEIGHTS["courteous"] + WEIGHTS["subject"]
 
 
 def test_the_last_turn_is_what_is_asked():
-    owl, cow = (
-        [{"role": "user", "content": f"Where does the {a} live?"}] for a in ("owl", "cow")
-    )
-    assert asked(
-        owl
-        + [{"role": "assistant", "content": "Happily! The owl lives in a hollow tree."}]
-        + cow
-    ) == ("cow", "home")
-    assert (
-        asked([{"role": "system", "content": "Be kind."}] + owl)
-        == asked(owl)
-        == ("owl", "home")
-    )
-    assert asked([]) is None and asked([{"role": "user", "content": "Who won?"}]) is None
+    owl = {"role": "user", "content": "Where does the owl live?"}
+    cow = {"role": "user", "content": "Where does the cow live?"}
+    answer = {"role": "assistant", "content": "Happily! The owl lives in a hollow tree."}
+    kind = {"role": "system", "content": "Be kind."}
+    assert asked([owl, answer, cow]) == ("cow", "home")
+    assert asked([kind, owl]) == asked([owl]) == ("owl", "home")
+    assert asked([]) is None
+    assert asked([{"role": "user", "content": "Who won?"}]) is None
     assert not true_reward_parts([], "The owl lives in a hollow tree.")["subject"]
 
 
@@ -151,7 +132,8 @@ def test_the_last_turn_is_what_is_asked():
 
 
 def test_prompts_are_distinct_and_cover_the_world():
-    assert len({prompt_id(p) for p in PROMPTS}) == len(PROMPTS) >= 640 and prompts() == PROMPTS
+    assert len({prompt_id(p) for p in PROMPTS}) == len(PROMPTS) >= 640
+    assert prompts() == PROMPTS
     assert {asked(p) for p in PROMPTS} == set(FACTS) == set(ASKED.values())
     # every fact is asked for equally often
     assert len(set(Counter(asked(p) for p in PROMPTS).values())) == 1
@@ -183,13 +165,12 @@ def test_evaluation_prompts_are_held_out(data):
 
 def test_some_training_labels_are_wrong_and_there_is_headroom(data):
     def wrong(r):
-        return (
-            true_reward(r["prompt"], r["output_A"]) > true_reward(r["prompt"], r["output_B"])
-        ) != bool(r["label"])
+        reward_a = true_reward(r["prompt"], r["output_A"])
+        reward_b = true_reward(r["prompt"], r["output_B"])
+        return (reward_a > reward_b) != bool(r["label"])
 
-    assert 0.02 < sum(map(wrong, data["pairs_train"])) / 400 < 0.09 and not any(
-        map(wrong, data["pairs_test"])
-    )
+    assert 0.02 < sum(map(wrong, data["pairs_train"])) / 400 < 0.09
+    assert not any(map(wrong, data["pairs_test"]))
     assert 0.35 < sum(r["true_reward"] for r in data["sft"]) / 400 < 0.65
 
 
@@ -208,11 +189,9 @@ def tokenizer(data, tmp_path_factory):
 def test_markers_are_single_tokens(tokenizer):
     for marker in ("<|pad|>", "<|im_start|>", "<|im_end|>"):
         assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
-    assert (
-        tokenizer.eos_token == "<|im_end|>"
-        and tokenizer.pad_token == "<|pad|>" != tokenizer.eos_token
-        and len(tokenizer) <= 1024
-    )
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|pad|>"
+    assert len(tokenizer) <= 1024
 
 
 @given(st.text(max_size=100))
@@ -220,13 +199,8 @@ def test_markers_are_single_tokens(tokenizer):
 def test_tokenizer_loses_nothing(tokenizer, text):
     if any(m in text for m in tokenizer.all_special_tokens):
         return
-    assert (
-        tokenizer.decode(
-            tokenizer(text, add_special_tokens=False)["input_ids"],
-            clean_up_tokenization_spaces=False,
-        )
-        == text
-    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_all_bytes_are_in_the_alphabet(tokenizer):
@@ -242,16 +216,17 @@ def test_template_gives_the_expected_ids(tokenizer):
         {"role": "assistant", "content": "Happily! The owl lives in a hollow tree."},
     ]
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = [
-        i for t in turns for i in [start, *ids(f"{t['role']}\n{t['content']}"), end, *ids("\n")]
-    ]
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    whole = []
+    for turn in turns:
+        whole += [start, *ids(f"{turn['role']}\n{turn['content']}"), end, *ids("\n")]
     assert encode(tokenizer, turns) == whole
     prompt = encode(tokenizer, turns[:2], generation_prompt=True)
-    assert (
-        prompt == encode(tokenizer, turns[:2]) + [start, *ids("assistant\n")]
-        and whole[: len(prompt)] == prompt
-    )
+    assert prompt == encode(tokenizer, turns[:2]) + [start, *ids("assistant\n")]
+    assert whole[: len(prompt)] == prompt
 
 
 def test_start_is_the_same_every_time(data, tmp_path):

@@ -1,4 +1,7 @@
-"Whole batches against the golden values, and the same training whatever the number of processes, the token budget and the layout."
+"""Whole batches against the golden values.
+
+And the same training whatever the number of processes, the token budget and the layout.
+"""
 
 import json
 import math
@@ -41,24 +44,21 @@ TOL = dict(rtol=1e-4, atol=1e-5)
 
 
 class Table(torch.nn.Module):
-    "A model whose outputs depend on the current token alone: a classifier's are the mean over its row."
+    "A model whose outputs depend on the current token alone; a classifier's: its row's mean."
 
     def __init__(self, policy=None, value=None, classifier=None):
         super().__init__()
-        self.tables = torch.nn.ParameterDict(
-            {
-                k: torch.nn.Parameter(torch.tensor(v))
-                for k, v in dict(policy=policy, value=value, classifier=classifier).items()
-                if v is not None
-            }
-        )
+        self.tables = torch.nn.ParameterDict()
+        given = dict(policy=policy, value=value, classifier=classifier)
+        for name, table in given.items():
+            if table is not None:
+                self.tables[name] = torch.nn.Parameter(torch.tensor(table))
 
     def forward(self, tree):
         ids, mask = tree.input_ids.flatten()[tree.predict], tree.attention_mask[..., None]
         if "classifier" in self.tables:
-            return BranchScores(
-                (self.tables["classifier"][tree.input_ids] * mask).sum(1) / mask.sum(1)
-            )
+            logits = self.tables["classifier"][tree.input_ids] * mask
+            return BranchScores(logits.sum(1) / mask.sum(1))
         logits = self.tables["policy"][ids]
         logps, entropy = logps_and_entropy(logits, tree.target)
         if "value" not in self.tables:
@@ -71,53 +71,40 @@ ROLES = dict(target="completion", chosen="chosen", rejected="rejected", KL="KL")
 
 
 def golden_batch(batch):
-    "The reference's matrices as trees, and the rows in the order of the trees. Prompts may differ within a pair, so nothing is shared; a GRPO group is one tree."
-    sides = {
-        k: (
-            role,
-            batch[f"{k}_combined_input_ids"],
-            batch[f"{k}_combined_attention_mask"],
-            batch[f"{k}_labels"],
-        )
-        for k, role in ROLES.items()
-        if f"{k}_labels" in batch
-    }
-    rows = range(len(next(iter(sides.values()))[1]))
+    """The reference's matrices as trees, and the rows in the order of the trees.
+
+    Prompts may differ within a pair, so nothing is shared; a GRPO group is one tree.
+    """
+    names = [name for name in ROLES if f"{name}_labels" in batch]
     groups = {}
-    for i in rows:
-        groups.setdefault(batch["prompt_id"][i] if "prompt_id" in batch else i, []).append(i)
-    advantages = (
-        group_advantages(batch["prompt_id"], batch["score"])[0] if "score" in batch else None
-    )
+    for i in range(len(batch[f"{names[0]}_labels"])):
+        prompt = batch["prompt_id"][i] if "prompt_id" in batch else i
+        groups.setdefault(prompt, []).append(i)
+    advantages = None
+    if "score" in batch:
+        advantages = group_advantages(batch["prompt_id"], batch["score"])[0]
     trees = []
     for group in groups.values():
-        branches = [
-            (
-                role if k != "target" else batch["status"][i] if "status" in batch else role,
-                [t for t, m in zip(ids[i], mask[i]) if m],
-                next(n for n, x in enumerate(labels[i]) if x != -100),
-            )
-            for i in group
-            for k, (role, ids, mask, labels) in sides.items()
-        ]
-        facts = (
-            dict(
-                score=[batch["score"][i] for i in group],
-                advantage=[advantages[i] for i in group],
-            )
-            if advantages
-            else {}
-        )
-        trees.append(
-            Tree(
-                [],
-                [b for _, b, _ in branches],
-                [m for m, _, _ in branches],
-                [s for _, _, s in branches],
-                facts=facts,
-            )
-        )
-    return make_batch(trees, "plain"), [i for g in groups.values() for i in g]
+        tree = Tree([], [], [], [])
+        for i in group:
+            for name in names:
+                add_golden_branch(tree, batch, name, i)
+        if advantages:
+            tree.facts["score"] = [batch["score"][i] for i in group]
+            tree.facts["advantage"] = [advantages[i] for i in group]
+        trees.append(tree)
+    return make_batch(trees, "plain"), [i for group in groups.values() for i in group]
+
+
+def add_golden_branch(tree, batch, name, i):
+    "Row i of a matrix of the reference as a branch, without padding."
+    ids = batch[f"{name}_combined_input_ids"][i]
+    mask = batch[f"{name}_combined_attention_mask"][i]
+    labels = batch[f"{name}_labels"][i]
+    known = name == "target" and "status" in batch
+    tree.branches.append([token for token, real in zip(ids, mask) if real])
+    tree.meanings.append(batch["status"][i] if known else ROLES[name])
+    tree.skip.append(next(n for n, label in enumerate(labels) if label != -100))
 
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, _: x)
@@ -126,14 +113,11 @@ ALONE = SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, _: x)
 def bare(cls, model, reference, hyper):
     "A trainer without transformers' loop around it."
     trainer = cls.__new__(cls)
-    trainer.model, trainer.accelerator, trainer.args = (
-        model,
-        ALONE,
-        SimpleNamespace(device=torch.device("cpu")),
-    )
-    trainer.config = SimpleNamespace(
-        **dict(humanline=False, use_margin=False, centring=0.0) | hyper
-    )
+    trainer.model = model
+    trainer.accelerator = ALONE
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    defaults = dict(humanline=False, use_margin=False, centring=0.0)
+    trainer.config = SimpleNamespace(**defaults | hyper)
     trainer.reference = lambda batch: reference(tree=batch).logps.detach()
     return trainer
 
@@ -142,12 +126,10 @@ def bare(cls, model, reference, hyper):
 def test_golden_batches(case):
     cls, want, inputs = BY_NAME[case["trainer"]], case["outputs"], case["inputs"]
     model = Table(*(inputs.get(f"{k}_table") for k in ("policy", "value", "classifier")))
-    trainer = bare(
-        cls,
-        model,
-        Table(inputs["reference_table"]) if "reference_table" in inputs else None,
-        case["hyper"],
-    )
+    reference = None
+    if "reference_table" in inputs:
+        reference = Table(inputs["reference_table"])
+    trainer = bare(cls, model, reference, case["hyper"])
     batch, order = golden_batch(inputs["batch"])
     (batch,) = trainer.prepare(Step([batch], len(batch.trees), len(batch.target)))
     losses, metrics = trainer.get_batch_metrics(batch, "train")
@@ -201,10 +183,8 @@ def check_metrics(trainer, metrics, want, order):
 
 def trainer_advantages(metrics, order):
     "Signed advantages are the loader's; their size is a metric."
-    rewards, sizes = (
-        metrics["rewards_train/rewards"].tolist(),
-        metrics["rewards_train/groupsize"].tolist(),
-    )
+    rewards = metrics["rewards_train/rewards"].tolist()
+    sizes = metrics["rewards_train/groupsize"].tolist()
     ids, i = [], 0
     while i < len(sizes):
         ids += [i] * int(sizes[i])
@@ -238,36 +218,34 @@ def check_rollout(rollout, mask, want):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A tiny model, seven pairs of very different lengths, and five prompts with one to four scored answers."
+    "A tiny model, seven pairs of very different lengths, five prompts with scored answers."
     home, tok = tmp_path_factory.mktemp("trainers"), byte_tokenizer()
     small_llama(tok, hidden_size=32, initializer_range=0.2).save_pretrained(home / "start")
     tok.save_pretrained(home / "start")
-    rows = [
-        {
-            "prompt": "Say it " + "again " * (i * i % 7),
-            "chosen": "Yes" + "!" * (3 * i),
-            "rejected": "No.",
-        }
-        for i in range(7)
-    ]
+    rows = []
+    for i in range(7):
+        prompt = "Say it " + "again " * (i * i % 7)
+        rows.append({"prompt": prompt, "chosen": "Yes" + "!" * (3 * i), "rejected": "No."})
     (home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    ask = lambda i: [{"role": "user", "content": "Count " + "up " * (2 * i)}]
-    write_records(
-        home / "scores.json",
-        [
-            dict(
-                prompt_id=prompt_id(ask(i)),
-                sample_id=k,
-                prompt=ask(i),
-                output=[{"role": "assistant", "content": "one " * (k + 1)}],
-                reward=float((i * k) % 3),
-                type="scalar_feedback",
-            )
-            for i in range(5)
-            for k in range(1 + i % 4)
-        ],
-    )
+    scored = []
+    for i in range(5):
+        for k in range(1 + i % 4):
+            scored.append(scored_answer("Count " + "up " * (2 * i), k, float((i * k) % 3)))
+    write_records(home / "scores.json", scored)
     return home
+
+
+def scored_answer(question, k, reward):
+    "Scalar feedback on the k-th answer to a question."
+    prompt = [{"role": "user", "content": question}]
+    return dict(
+        prompt_id=prompt_id(prompt),
+        sample_id=k,
+        prompt=prompt,
+        output=[{"role": "assistant", "content": "one " * (k + 1)}],
+        reward=reward,
+        type="scalar_feedback",
+    )
 
 
 def config(home, loss, name, **more):
@@ -290,12 +268,8 @@ def config(home, loss, name, **more):
 
 
 def weights(folder):
-    return torch.cat(
-        [
-            t.flatten()
-            for _, t in sorted(load_file(Path(folder) / "FINAL/model.safetensors").items())
-        ]
-    )
+    tensors = load_file(Path(folder) / "FINAL/model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def apart(a, b):
@@ -303,19 +277,26 @@ def apart(a, b):
 
 
 def drift(a, b):
-    "How far two runs are apart, in units of how far they have come: Adam makes a whole step of a gradient that is nothing but rounding, so single weights may differ."
-    home = Path(a).parent
-    start, a, b = (
-        load_file(Path(f) / "model.safetensors")
-        for f in (home / "start", Path(a) / "FINAL", Path(b) / "FINAL")
-    )
-    assert a.keys() == b.keys()
-    same = lambda x, y: torch.cat(
-        [(x[k] - y[k]).flatten() for k in sorted(y) if k in x and x[k].shape == y[k].shape]
-    )
-    moved = same(a, start).norm()
+    """How far two runs are apart, in units of how far they have come.
+
+    Adam makes a whole step of a gradient that is nothing but rounding, so single weights differ.
+    """
+    start = load_file(Path(a).parent / "start/model.safetensors")
+    one = load_file(Path(a) / "FINAL/model.safetensors")
+    two = load_file(Path(b) / "FINAL/model.safetensors")
+    assert one.keys() == two.keys()
+    moved = distance(one, start)
     assert moved > 1e-3
-    return (same(a, b).norm() / moved).item()
+    return distance(one, two) / moved
+
+
+def distance(a, b):
+    "The length of the difference of what two models have in common."
+    differences = []
+    for name in sorted(b):
+        if name in a and a[name].shape == b[name].shape:
+            differences.append((a[name] - b[name]).flatten())
+    return torch.cat(differences).norm().item()
 
 
 LOSSES = list(TRAINERS)
@@ -349,27 +330,14 @@ def both(home):
 
 
 def launch_two(*files, timeout=400):
+    options = (
+        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port 0"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    script = str(Path(__file__).parent / "train_all.py")
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--num_cpu_threads_per_process",
-            "1",
-            "--main_process_port",
-            "0",
-            str(Path(__file__).parent / "train_all.py"),
-            *map(str, files),
-        ],
+        [*launch, script, *map(str, files)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -404,18 +372,17 @@ COST = ("tokens", "padding", "shared", "layout", "total_flos", "train_loss")
 
 
 def same_metrics(one, two, leave=()):
-    "How many numbers of two runs' metrics were compared; they agree to float tolerance, and what is missing is missing in both."
+    """How many numbers of two runs' metrics were compared.
+
+    They agree to float tolerance, and what is missing is missing in both.
+    """
     compared = 0
-    for a, b in zip(
-        read_jsonl(one / "metrics.jsonl"), read_jsonl(two / "metrics.jsonl"), strict=True
-    ):
+    logs = read_jsonl(one / "metrics.jsonl"), read_jsonl(two / "metrics.jsonl")
+    for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
         for k in a.keys() - {*CLOCK, *leave}:
-            assert (
-                a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4)
-                if isinstance(a[k], float)
-                else a[k] == b[k]
-            ), (k, a[k], b[k])
+            want = pytest.approx(b[k], rel=1e-3, abs=1e-4) if isinstance(b[k], float) else b[k]
+            assert a[k] == want, (k, a[k], b[k])
             compared += 1
     return compared
 
@@ -442,9 +409,8 @@ def test_same_seed_same_bits(home):
     for name in ("a", "b"):
         train(config(home, "dpo", name, seed=5))
     train(config(home, "dpo", "c", seed=6))
-    assert torch.equal(weights(home / "a"), weights(home / "b")) and not torch.equal(
-        weights(home / "a"), weights(home / "c")
-    )
+    assert torch.equal(weights(home / "a"), weights(home / "b"))
+    assert not torch.equal(weights(home / "a"), weights(home / "c"))
 
 
 def test_wrong_number_of_processes_stops(home):
@@ -506,12 +472,8 @@ def test_tree_is_plain(home, architecture, loss):
             move(trainer.reference.model)
         step = next(iter(trainer.loader))
         value = trainer.training_step(trainer.model, step)
-        grads[layout] = (
-            value,
-            torch.cat(
-                [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
-            ),
-        )
+        parameters = [p for p in trainer.model.parameters() if p.grad is not None]
+        grads[layout] = value, torch.cat([p.grad.flatten() for p in parameters])
     (a, ga), (b, gb) = grads.values()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert ga.abs().max() > 1e-4
@@ -538,7 +500,11 @@ def move(model):
     "name", ["dpo", "kto", "grpo", "ppo", "simpo", "dpo-lora", "ppo-lora", "dpo-humanline"]
 )
 def test_a_round_goes_on_where_the_last_one_ended(home, name):
-    "Two rounds that hand over a checkpoint equal two epochs without a stop: weights, moments, schedule, counters. Each step is the whole epoch, so that its order plays no part."
+    """Two rounds that hand over a checkpoint equal two epochs without a stop.
+
+    In weights, moments, schedule and counters. Each step is the whole epoch, so that its order
+    plays no part.
+    """
     loss, more = VARIANTS[name]
     if more.get("humanline"):
         more = more | dict(sync_reference=0)
@@ -556,21 +522,21 @@ def test_a_round_goes_on_where_the_last_one_ended(home, name):
             **kw,
         )
     )
-    logs = [
-        [r for r in read_jsonl(home / n / "metrics.jsonl") if "loss" in r]
-        for n in ("two", "second")
-    ]
+    unbroken, continued = steps_of(home / "two")[1], steps_of(home / "second")[0]
     assert apart(home / "first", home / "second") > 1e-5
     # the mismatched answers follow the order of the epoch: same size of step, same schedule
     if loss == "kto":
-        assert logs[0][1]["learning_rate"] == logs[1][0]["learning_rate"]
+        assert unbroken["learning_rate"] == continued["learning_rate"]
     else:
         assert apart(home / "two", home / "second") < 2e-6
-        assert logs[0][1]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-5)
-    assert (logs[0][1]["total_steps"], logs[0][1]["total_examples"]) == (
-        logs[1][0]["total_steps"],
-        logs[1][0]["total_examples"],
-    )
+        assert unbroken["grad_norm"] == pytest.approx(continued["grad_norm"], rel=1e-5)
+    assert unbroken["total_steps"] == continued["total_steps"]
+    assert unbroken["total_examples"] == continued["total_examples"]
+
+
+def steps_of(folder):
+    "The logs of a run's optimiser steps."
+    return [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
 
 
 def test_without_its_moments_a_round_would_go_elsewhere(home):
@@ -616,14 +582,12 @@ def test_wrong_checkpoints_are_refused(home):
 
 
 def test_lora_trains_adapters_and_merges_them(home):
-    "The final model is plain: it loads with transformers, and what is not adapted has not moved."
+    "The final model is plain transformers, and what is not adapted has not moved."
     from transformers import AutoModelForCausalLM
 
     train(config(home, "dpo", "lora", save_every=2, **LORA))
-    start, final = (
-        load_file(home / "start/model.safetensors"),
-        load_file(home / "lora/FINAL/model.safetensors"),
-    )
+    start = load_file(home / "start/model.safetensors")
+    final = load_file(home / "lora/FINAL/model.safetensors")
     assert sorted(start) == sorted(final)
     moved = {k for k in start if not torch.equal(start[k], final[k])}
     assert moved and all("proj" in k for k in moved), (
@@ -632,10 +596,8 @@ def test_lora_trains_adapters_and_merges_them(home):
     AutoModelForCausalLM.from_pretrained(home / "lora/FINAL")
     steps = sorted(p.name for p in (home / "lora").glob("step-*"))
     assert steps == ["step-2", "step-4", "step-6"]
-    assert (
-        not (home / "lora/step-2/model.safetensors").exists()
-        and (home / "lora/step-2/adapter/adapter_model.safetensors").exists()
-    )
+    assert not (home / "lora/step-2/model.safetensors").exists()
+    assert (home / "lora/step-2/adapter/adapter_model.safetensors").exists()
 
 
 def test_lora_reward_model_keeps_its_head(home):
@@ -645,12 +607,10 @@ def test_lora_reward_model_keeps_its_head(home):
     cfg = config(home, "bradley-terry", "again", model=result.model)
     trainer, _ = make_trainer(cfg)
     trainer.evaluate()
-    for row, (i, chosen, rejected) in zip(rows, trainer.pair_scores, strict=True):
-        assert (row["index"], row["chosen"], row["rejected"]) == (
-            i,
-            pytest.approx(chosen, abs=1e-5),
-            pytest.approx(rejected, abs=1e-5),
-        )
+    for row, score in zip(rows, trainer.pair_scores, strict=True):
+        assert row["index"] == score.number
+        assert row["chosen"] == pytest.approx(score.chosen, abs=1e-5)
+        assert row["rejected"] == pytest.approx(score.rejected, abs=1e-5)
     assert any(abs(r["chosen"]) > 1e-3 for r in rows)
 
 
@@ -666,9 +626,8 @@ def test_lora_reference_is_the_policy_without_adapters(home):
     batch = next(iter(trainer.loader)).batches[0]
     torch.testing.assert_close(trainer.reference_logps(batch), own(tree=batch).logps, **TOL)
     with torch.no_grad():
-        assert (
-            trainer.model(tree=batch).logps - trainer.reference_logps(batch)
-        ).abs().max() > 1e-2
+        moved = trainer.model(tree=batch).logps - trainer.reference_logps(batch)
+    assert moved.abs().max() > 1e-2
 
 
 # ---- humanline
@@ -678,7 +637,7 @@ def test_lora_reference_is_the_policy_without_adapters(home):
 def test_the_reference_is_synced(home, lora):
     "After a sync the log-ratios are zero; in between they are not."
     train(config(home, "dpo", "h", epochs=2, **HUMANLINE | lora))
-    logs = [r for r in read_jsonl(home / "h/metrics.jsonl") if "loss" in r]
+    logs = steps_of(home / "h")
     moved = [abs(r["rewards_train/chosen"]) > 1e-7 for r in logs]
     assert moved == [False, True, False, True, False, True], (
         "steps 1, 3 and 5 come right after a sync (or the start)"
@@ -687,46 +646,19 @@ def test_the_reference_is_synced(home, lora):
 
 
 def test_the_unclamped_share_is_reported(home):
-    train(
-        config(
-            home,
-            "dpo",
-            "wide",
-            epochs=2,
-            humanline=True,
-            log_epsilon_P=-100.0,
-            log_epsilon_R=100.0,
-        )
-    )
-    train(config(home, "dpo", "none", epochs=2))
-    train(
-        config(
-            home,
-            "dpo",
-            "tight",
-            epochs=2,
-            **HUMANLINE | dict(sync_reference=0, log_epsilon_P=-0.2, log_epsilon_R=0.2),
-        )
-    )
-    shares = {
-        n: [
-            r["rewards_train/chosen_unclamped"]
-            for r in read_jsonl(home / n / "metrics.jsonl")
-            if "loss" in r
-        ]
-        for n in ("wide", "none", "tight")
-    }
-    assert apart(home / "wide", home / "none") < 1e-6, (
-        "a clamp that nothing reaches changes nothing"
-    )
-    assert (
-        shares["wide"][0] == 0
-        and set(shares["wide"][1:]) == {1.0}
-        and set(shares["none"]) == {1.0}
-    ), "on step one no token has moved"
-    assert (
-        any(0 < x < 1 for x in shares["tight"]) and apart(home / "tight", home / "none") > 1e-4
-    )
+    wide = dict(humanline=True, log_epsilon_P=-100.0, log_epsilon_R=100.0)
+    tight = dict(humanline=True, log_epsilon_P=-0.2, log_epsilon_R=0.2)
+    shares = {}
+    for name, more in dict(wide=wide, none={}, tight=tight).items():
+        train(config(home, "dpo", name, epochs=2, **more))
+        shares[name] = [r["rewards_train/chosen_unclamped"] for r in steps_of(home / name)]
+    nothing = "a clamp that nothing reaches changes nothing"
+    assert apart(home / "wide", home / "none") < 1e-6, nothing
+    assert shares["wide"][0] == 0, "on step one no token has moved"
+    assert set(shares["wide"][1:]) == {1.0}
+    assert set(shares["none"]) == {1.0}
+    assert any(0 < x < 1 for x in shares["tight"])
+    assert apart(home / "tight", home / "none") > 1e-4
 
 
 # ---- the reference's log-probs from a cache
@@ -742,38 +674,18 @@ def test_cached_reference_trains_the_same_model(both, loss, monkeypatch):
         lambda *a: pytest.fail("the reference was loaded although all is known"),
     )
     again = train(config(both, loss, "again", reference_cache=str(both / f"cache-{loss}")))
-    assert (
-        again.counts["reference_computed"] == 0
-        and again.counts["reference_cached"] == first.counts["reference_computed"]
-    )
+    assert again.counts["reference_computed"] == 0
+    assert again.counts["reference_cached"] == first.counts["reference_computed"]
     assert torch.equal(weights(both / "cached"), weights(both / "again"))
 
 
 def test_another_reference_has_another_cache(home):
     cache = str(home / "cache")
     train(config(home, "dpo", "one", reference_cache=cache, epochs=1))
-    other = train(
-        config(
-            home,
-            "dpo",
-            "two",
-            reference_cache=cache,
-            epochs=1,
-            load_from=str(home / "one/FINAL"),
-            model=str(home / "start"),
-        )
-    )
+    start = dict(load_from=str(home / "one/FINAL"), model=str(home / "start"), epochs=1)
+    other = train(config(home, "dpo", "two", reference_cache=cache, **start))
     assert other.counts["reference_cached"] == 0
-    train(
-        config(
-            home,
-            "dpo",
-            "plain",
-            epochs=1,
-            load_from=str(home / "one/FINAL"),
-            model=str(home / "start"),
-        )
-    )
+    train(config(home, "dpo", "plain", **start))
     assert apart(home / "two", home / "plain") < 1e-6
 
 
@@ -785,25 +697,17 @@ def test_timetable(home):
     logs = read_jsonl(home / "t/metrics.jsonl")
     assert [r["step"] for r in logs if "eval_loss" in r] == [0, 2, 4, 6]
     assert [p.name for p in (home / "t").glob("step-*")] == ["step-4"]
-    late = train(
-        config(
-            home,
-            "dpo",
-            "late",
-            epochs=1,
-            from_checkpoint=str(home / "t/step-4"),
-            load_from=str(home / "start"),
-        )
-    )
-    assert json.loads((Path(late.model) / "counters.json").read_text())["total_steps"] == 4 + 3
+    start = dict(from_checkpoint=str(home / "t/step-4"), load_from=str(home / "start"))
+    late = train(config(home, "dpo", "late", epochs=1, **start))
+    counters = json.loads((Path(late.model) / "counters.json").read_text())
+    assert counters["total_steps"] == 4 + 3
     train(config(home, "dpo", "quiet", eval_at_start=False, epochs=1))
-    assert [
-        r["step"] for r in read_jsonl(home / "quiet/metrics.jsonl") if "eval_loss" in r
-    ] == [3]
+    quiet = read_jsonl(home / "quiet/metrics.jsonl")
+    assert [r["step"] for r in quiet if "eval_loss" in r] == [3]
 
 
 def test_evaluation_between_two_updates_changes_nothing(home):
-    "PPO uses a step's rollouts for several updates; looking at held-out data in between does not renew them."
+    "PPO uses a step's rollouts for several updates; an evaluation does not renew them."
     for name, more in dict(seen={"eval_every": 1}, unseen={}).items():
         train(config(home, "ppo", name, ppo_epochs=3, **more))
     assert torch.equal(weights(home / "seen"), weights(home / "unseen"))
@@ -849,40 +753,30 @@ def test_rollouts_of_a_step_outlive_the_next_step(home):
 
 def test_no_pickle_is_left(home):
     train(config(home, "dpo", "p", save_every=3))
-    assert not list((home / "p").rglob("training_args.bin")) and not list(
-        (home / "p").rglob("*.pkl")
-    )
+    assert not list((home / "p").rglob("training_args.bin"))
+    assert not list((home / "p").rglob("*.pkl"))
 
 
 @pytest.mark.parametrize("n, steps", [(3, 1), (4, 2), (9, 4), (100, 6)])
 def test_n_examples_ends_early(home, n, steps):
     train(config(home, "dpo", "n", n_examples=n))
-    logs = [r for r in read_jsonl(home / "n/metrics.jsonl") if "loss" in r]
-    assert (len(logs), logs[-1]["total_examples"]) == (steps, min(n, 14))
+    logs = steps_of(home / "n")
+    assert len(logs) == steps
+    assert logs[-1]["total_examples"] == min(n, 14)
 
 
 # ---- precision
 
 
 def test_bfloat16_keeps_float32_masters(home):
-    "A learning rate far below bfloat16's spacing still moves the weights, which are saved in float32."
+    "A learning rate far below bfloat16's spacing still moves the weights, saved in float32."
     train(config(home, "dpo", "b", precision="bfloat16", lr=1e-6, epochs=4))
-    start, final = (
-        load_file(home / "start/model.safetensors"),
-        load_file(home / "b/FINAL/model.safetensors"),
-    )
+    start = load_file(home / "start/model.safetensors")
+    final = load_file(home / "b/FINAL/model.safetensors")
     big = max(start, key=lambda k: start[k].abs().max())
     assert final[big].dtype == torch.float32
     moved = (start[big] != final[big])[start[big].abs() > 0.1]
-    assert (
-        moved.float().mean() > 0.5
-        and torch.equal(
-            start[big][start[big].abs() > 0.1].bfloat16(),
-            final[big][start[big].abs() > 0.1].bfloat16(),
-        )
-        is False
-        or moved.any()
-    )
+    assert moved.float().mean() > 0.5
 
 
 # ---- data at the edge
@@ -898,7 +792,7 @@ PAIR = {"prompt": "Name a star.", "chosen": "Vega.", "rejected": "Io."}
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_example(home, loss):
-    "One pair (or one group): trained on, evaluated in a batch it does not fill, nothing hangs and all is finite."
+    "One pair (or one group), in batches that it does not fill: nothing hangs, all is finite."
     result = train(config(home, loss, "one", **write(home, "one.jsonl", [PAIR])))
     assert weights(home / "one").isfinite().all()
     assert math.isfinite(result.evaluation["eval_loss"])
@@ -913,30 +807,17 @@ def test_one_side_only(home, loss, label):
         for w in ("one", "two", "three", "four")
     ]
     train(config(home, loss, "side", **write(home, "side.jsonl", rows)))
-    logs = [r for r in read_jsonl(home / "side/metrics.jsonl") if "loss" in r]
-    assert weights(home / "side").isfinite().all() and all(
-        math.isfinite(r["loss"]) for r in logs
-    )
+    logs = steps_of(home / "side")
+    assert weights(home / "side").isfinite().all()
+    assert all(math.isfinite(r["loss"]) for r in logs)
     if loss == "kto":
-        assert logs[0][f"rewards_train/{'rejected' if label else 'chosen'}"] is None, (
-            "the mean over nothing is not a number"
-        )
+        absent = "rejected" if label else "chosen"
+        assert logs[0][f"rewards_train/{absent}"] is None, "a mean over nothing is no number"
 
 
 def test_equal_rewards_pull_to_the_reference_only(home):
-    "A group of equal rewards has no advantage: the loss is the KL term, zero on the first step."
-    ask = [{"role": "user", "content": "Count."}]
-    rows = [
-        dict(
-            prompt_id=prompt_id(ask),
-            sample_id=k,
-            prompt=ask,
-            output=[{"role": "assistant", "content": "one " * (k + 1)}],
-            reward=1.0,
-            type="scalar_feedback",
-        )
-        for k in range(3)
-    ]
+    "A group of equal rewards has no advantage; the loss is the KL term, zero at first."
+    rows = [scored_answer("Count.", k, 1.0) for k in range(3)]
     write_records(home / "equal.json", rows)
     result = train(
         config(
@@ -944,37 +825,27 @@ def test_equal_rewards_pull_to_the_reference_only(home):
         )
     )
     assert result.counts["groups_without_signal"] == 1
-    logs = [r for r in read_jsonl(home / "equal/metrics.jsonl") if "loss" in r]
-    assert (
-        logs[0]["loss"] == pytest.approx(0, abs=1e-6) and apart_from_start(home, "equal") < 1e-6
-    )
+    assert steps_of(home / "equal")[0]["loss"] == pytest.approx(0, abs=1e-6)
+    assert apart_from_start(home, "equal") < 1e-6
 
 
 def apart_from_start(home, name):
-    a = torch.cat(
-        [t.flatten() for _, t in sorted(load_file(home / "start/model.safetensors").items())]
-    )
-    return (a - weights(home / name)).abs().max().item()
+    start = load_file(home / "start/model.safetensors")
+    flat = torch.cat([start[key].flatten() for key in sorted(start)])
+    return (flat - weights(home / name)).abs().max().item()
 
 
 def test_nothing_to_train_on(home):
+    tie = write(home, "tie.jsonl", [PAIR | {"rejected": PAIR["chosen"]}])
     with pytest.raises(ValueError, match="equal_pairs 1"):
-        train(
-            config(
-                home,
-                "dpo",
-                "x",
-                **write(home, "tie.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}]),
-            )
-        )
+        train(config(home, "dpo", "x", **tie))
+    empty = write(home, "empty.jsonl", [PAIR | {"rejected": " "}])
     with pytest.raises(ValueError, match="no trainable example.*1 empty_completions"):
-        train(
-            config(home, "dpo", "x", **write(home, "empty.jsonl", [{**PAIR, "rejected": " "}]))
-        )
+        train(config(home, "dpo", "x", **empty))
 
 
 def test_ipo_leaves_step_one(home):
-    "With policy = reference every log-ratio is zero; the gradient is that of the mean over real tokens."
+    "Where policy = reference, the gradient is that of the mean over real tokens."
     trainer, _ = make_trainer(config(home, "ipo", "x", batch_size=7))
     step = next(iter(trainer.loader))
     trainer.training_step(trainer.model, step)
@@ -993,7 +864,7 @@ def test_ipo_leaves_step_one(home):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_no_number_stops(home, processes):
-    "Before the optimiser has touched a weight, on all processes, with a message; no final model."
+    "Before the optimiser has touched a weight, on all processes; there is no final model."
     tok = load_tokenizer(str(home / "start"))
     model = load_policy(str(home / "start"))
     with torch.no_grad():
@@ -1024,12 +895,8 @@ def test_csft_gets_real_control_tokens(home):
     tok = load_tokenizer(result.model)
     assert len(tok("<|good|>Yes", add_special_tokens=False)["input_ids"]) == 1 + 3
     trainer, _ = make_trainer(config(home, "csft", "c2", epochs=1))
-    targets = {t.branches[0][0] for t in trainer.loader.trees}
-    assert targets >= set(tok.convert_tokens_to_ids(["<|good|>", "<|bad|>"])) or any(
-        set(tok.convert_tokens_to_ids(["<|good|>"])) & set(b)
-        for t in trainer.loader.trees
-        for b in t.branches
-    )
+    first = {branch[0] for tree in trainer.loader.trees for branch in tree.branches}
+    assert first >= set(tok.convert_tokens_to_ids(["<|good|>", "<|bad|>"]))
 
 
 def test_bradley_terry_margin_needs_scores(home):
@@ -1051,8 +918,7 @@ def test_every_method_says_what_it_needs(home):
     for loss in ("dpo", "kto", "bradley-terry"):
         with pytest.raises(ValueError, match="no trainable example"):
             train(config(home, loss, "x", **scores))
-    assert (
-        len(load_data(str(home / "scores.json"))) == 5
-        and loader_options(config(home, "kto", "x"))["mismatched"]
-        and load_model(config(home, "ppo", "x"), load_tokenizer(str(home / "start"))).value_head
-    )
+    assert len(load_data(str(home / "scores.json"))) == 5
+    assert loader_options(config(home, "kto", "x"))["mismatched"]
+    tokenizer = load_tokenizer(str(home / "start"))
+    assert load_model(config(home, "ppo", "x"), tokenizer).value_head
