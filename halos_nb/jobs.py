@@ -90,7 +90,10 @@ def lock_log(
     patience: float = 10,  # seconds to wait for processes that are ending
 ) -> IO[bytes]:
     "The log, emptied, once no earlier job writes to it; who has it as stdout holds the lock."
-    busy = f"{log}: an earlier job is still running and writes here; stop it, or use another folder"
+    busy = (
+        f"{log}: an earlier job is still running and writes here; stop it, or use another "
+        "folder"
+    )
     file = lock_file(log, busy, patience)
     file.truncate(0)
     return file
@@ -135,7 +138,7 @@ class Job:
         self.started = time.monotonic()
 
     def poll(self) -> int | None:
-        "None while anything of it lives, then its exit code; one that nobody recorded is a failure."
+        "None while anything of it lives, then its exit code; not 0 if nobody recorded it."
         if self.process.poll() is None:
             return None
         try:
@@ -145,7 +148,8 @@ class Job:
 
     def stop(self) -> None:
         "End it; when this returns, nothing of it is alive."
-        self.process.stdin.close()
+        if self.process.stdin:
+            self.process.stdin.close()
         self.process.wait()
 
     def wait(

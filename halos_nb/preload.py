@@ -100,7 +100,7 @@ class Request(NamedTuple):
 
 def receive(channel: socket.socket) -> Request | None:
     "The next request; None if no more will come."
-    message, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 2)
+    message, descriptors = socket.recv_fds(channel, 1 << 16, 2)[:2]
     return Request(*json.loads(message), *descriptors) if message else None
 
 # %% ../nbs/31_preload.ipynb #4597147d
@@ -290,7 +290,7 @@ class PreloadServer:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "halos_nb.preload"],
                 env=self.env,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -318,7 +318,7 @@ class PreloadServer:
 def ask(server: PreloadServer, request: Request) -> tuple[int, int]:
     "Have a job forked: pid and pidfd of its supervisor."
     request.send(server.channel)
-    answer, descriptors, _, _ = socket.recv_fds(server.channel, 16, 1)
+    answer, descriptors = socket.recv_fds(server.channel, 16, 1)[:2]
     (life,) = descriptors  # none came from a server that ends
     return int(answer), life
 

@@ -108,7 +108,7 @@ def in_kernel() -> bool:
 
 # %% ../nbs/33_progress.ipynb #40428714
 class StatusLine:
-    "One line, rewritten in place in a notebook and a terminal; whole lines, far apart, in a log."
+    "One line, rewritten in place in a notebook or terminal; whole lines, far apart, in a log."
 
     def __init__(self) -> None:
         self.notebook = in_kernel()
@@ -131,7 +131,7 @@ class StatusLine:
             self.shown_at = now
         pause = 0.2 if self.rewrites else 10
         if self.terminal is not None and (last or now - self.written_at >= pause):
-            self.write(text, last)
+            self.write(self.terminal, text, last)
             self.written_at = now
 
     def show(self, text: str, share: float | None) -> None:
@@ -143,10 +143,10 @@ class StatusLine:
         else:
             self.display = display(mime_bundle(text, share), raw=True, display_id=True)
 
-    def write(self, text: str, last: bool) -> None:
+    def write(self, descriptor: int, text: str, last: bool) -> None:
         "Rewrite the terminal's line, or add one to a log."
         line = f"{text}\n"
         if self.rewrites:
             line = f"\r\x1b[2K{text}" + ("\n" if last else "")
         with suppress(OSError):
-            os.write(self.terminal, line.encode())
+            os.write(descriptor, line.encode())

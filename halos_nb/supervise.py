@@ -34,7 +34,7 @@ def descendants() -> set[psutil.Process]:
 
 # %% ../nbs/30_supervise.ipynb #6b61c70e
 def reap() -> dict[int, int]:
-    "Exit codes of the children that ended since the last call, by pid; -9 is killed by signal 9."
+    "Exit codes, by pid, of the children that ended since the last call; -9: by signal 9."
     ended: dict[int, int] = {}
     while True:
         try:
@@ -95,7 +95,7 @@ def spawn(*command: str) -> int:
 # %% ../nbs/30_supervise.ipynb #9b6a3dcf
 def pipe_is_closed(seconds: float) -> bool:
     "Whether whoever held the other end of our stdin let it go within so many seconds."
-    readable, _, _ = select.select([0], [], [], seconds)
+    readable = select.select([0], [], [], seconds)[0]
     return bool(readable) and not os.read(0, 1)
 
 

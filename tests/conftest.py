@@ -30,6 +30,15 @@ def missing(what):
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
 
 
+@pytest.fixture
+def stages_on_path(monkeypatch):
+    "Jobs find the stages of this folder (tiny_stage, pretend), and so does this process."
+    here = str(Path(__file__).parent)
+    known = [here, str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(known))
+    monkeypatch.syspath_prepend(here)
+
+
 # ---- a browser with a JupyterLab in it
 
 CHROMIUM_FLAGS = [

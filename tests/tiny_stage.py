@@ -1,12 +1,12 @@
-"""A stage for the tests of launch and loop: real processes, and with `joined` a real gloo group; `model` of its config says what to do."""
+"A stage for the tests of jobs and the ledger; `model` of its config says what it does."
 
-import json, os, signal, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-
-
-cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
-mode, _, extra = cfg["model"].partition(":")
-rank, out = int(os.environ.get("RANK", 0)), Path(cfg["output_file"])
 
 
 def progress(total, pause):
@@ -18,70 +18,84 @@ def progress(total, pause):
             p.update(cut=0)
 
 
-if mode == "early":
-    raise RuntimeError("broken before joining")
-if mode in ("gather", "raise", "hang", "die", "segfault", "quiet"):  # over all processes
+def fail_with_a_cause():
+    try:
+        {}["reward"]
+    except KeyError as e:
+        raise ValueError("record 7: no reward") from e
+
+
+def hang(out):
+    "Say that it runs, and run."
+    out.write_text("joined")
+    time.sleep(600)
+
+
+def end_badly(mode, out):
+    "What the last rank does instead of its work."
+    if mode == "raise":
+        fail_with_a_cause()
+    if mode == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if mode == "quiet":
+        os._exit(7)
+    if mode == "hang":
+        hang(out)
+
+
+def in_a_group(mode, cfg, out):
+    "Join the other processes; the last of them does what `mode` says."
     import torch
     from accelerate import Accelerator
 
     a = Accelerator()
     total = int(a.gather(torch.tensor([a.process_index + 1])).sum())
-    if rank == a.num_processes - 1:
-        if mode == "raise":
-            try:
-                {}["reward"]
-            except KeyError as e:
-                raise ValueError("record 7: no reward") from e
-        if mode == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if mode == "segfault":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if mode == "quiet":
-            os._exit(7)
-        if mode == "hang":
-            out.write_text("joined")
-            time.sleep(600)
+    if int(os.environ.get("RANK", 0)) == a.num_processes - 1:
+        end_badly(mode, out)
     if mode == "gather" and a.is_main_process:
         progress(5, 0.02)
-        out.write_text(
-            json.dumps(
-                [
-                    total,
-                    a.num_processes,
-                    cfg["num_processes"],
-                    str(a.device),
-                    os.environ["OMP_NUM_THREADS"],
-                ]
-            )
-        )
+        found = [total, a.num_processes, cfg["num_processes"], str(a.device)]
+        out.write_text(json.dumps([*found, os.environ["OMP_NUM_THREADS"]]))
     a.wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)
-# children in sessions of their own that ignore TERM, as a rank in native code does
-if mode == "deaf":
-    import subprocess
 
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+def with_deaf_children(out):
+    "Children in sessions of their own that ignore TERM, as a rank in native code does."
     for _ in range(3):
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                (
-                    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-                    "time.sleep(600)"
-                ),
-            ],
-            start_new_session=True,
-        )
+        subprocess.Popen([sys.executable, "-c", DEAF], start_new_session=True)
     time.sleep(0.5)
-    out.write_text("joined")
-    time.sleep(600)
-# for the loop: the output is a function of the inputs, written after a while
-if mode == "append":
-    text = "".join(Path(f).read_text() for f in cfg["datasets"]) + extra + "\n"
+    hang(out)
+
+
+def append(cfg, words, out):
+    "The output is a function of the inputs, written after a while and in two parts."
+    text = "".join(Path(f).read_text() for f in cfg["datasets"]) + words + "\n"
     progress(4, 0.03)
     out.write_text(text[: len(text) // 2])
     time.sleep(0.05)
     out.write_text(text)
-if mode == "nothing":
-    pass
+
+
+def main():
+    cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+    mode, _, words = cfg["model"].partition(":")
+    out = Path(cfg["output_file"])
+    if mode == "early":
+        raise RuntimeError("broken before joining")
+    if mode in ("gather", "raise", "hang", "die", "segfault", "quiet"):
+        in_a_group(mode, cfg, out)
+    if mode == "deaf":
+        with_deaf_children(out)
+    if mode == "append":
+        append(cfg, words, out)
+
+
+if __name__ == "__main__":
+    main()

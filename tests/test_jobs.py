@@ -1,0 +1,202 @@
+"Jobs: real processes, real deaths. Nothing outlives its notebook, and no failure may look like success."
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from job_helpers import CELL, NEEDS_LINUX, ONE, alive, papermill, start, until
+
+from halos_nb.configs import SampleConfig
+from halos_nb.failures import StageError
+from halos_nb.jobs import launch
+from halos_nb.settings import Profile
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.usefixtures("stages_on_path"),
+    NEEDS_LINUX,
+]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_runs_the_processes_asked_for(n, tmp_path):
+    job = start("gather", tmp_path, Profile(num_processes=n, threads=1))
+    job.wait()
+    total, found, asked, device, threads = json.loads((tmp_path / "out").read_text())
+    assert total == n * (n + 1) // 2
+    assert (found, asked) == (n, n)
+    assert device.split(":")[0] == "cpu"
+    assert threads == "1"
+    assert job.poll() == 0
+    assert not alive(tmp_path)
+    assert json.loads(job.file("config.json").read_text())["num_processes"] == n
+
+
+KILLED = "killed by SIGKILL (out of memory, or by hand)"
+
+
+@pytest.mark.parametrize(
+    "n, mode, says, code",
+    [
+        (1, "early", "RuntimeError: broken before joining", 1),
+        (1, "die", KILLED, -9),
+        (2, "early", "RuntimeError: broken before joining", 1),
+        (2, "raise", "ValueError: record 7: no reward", 1),
+        (2, "die", KILLED, -9),
+        (2, "segfault", "killed by SIGSEGV", -11),
+        (2, "quiet", "exit code 7", 7),
+    ],
+)
+def test_failure_is_raised_with_its_cause(n, mode, says, code, tmp_path):
+    job = start(mode, tmp_path, Profile(num_processes=n))
+    with pytest.raises(StageError, match=re.escape(says)) as raised:
+        job.wait()
+    error = raised.value
+    first_line = str(error).splitlines()[0]
+    assert first_line.startswith("sample failed")
+    assert says in first_line
+    assert str(job.file("log")) in str(error)
+    assert error.code == code
+    assert mode == "early" or error.rank == n - 1
+    assert "ChildFailedError" not in str(error)
+    if code > 0:
+        assert "Connection" not in error.traceback
+    if mode == "raise":
+        assert error.traceback.count("Traceback") == 2
+        assert "KeyError: 'reward'" in error.traceback
+    assert not alive(tmp_path)
+
+
+def test_secrets_are_in_no_file_and_no_argument_list(tmp_path, monkeypatch):
+    secret = b"sk-very-secret"
+    monkeypatch.setenv("OPENAI_API_KEY", secret.decode())
+    job = start("deaf", tmp_path, ONE)
+    until((tmp_path / "out").exists, 60, "start")
+    for pid in alive(tmp_path):
+        assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    job.stop()
+    for file in tmp_path.iterdir():
+        assert secret not in file.read_bytes()
+    assert not alive(tmp_path)  # three of them were deaf to TERM
+
+
+def test_second_attempt_waits_for_the_first_to_be_gone(tmp_path):
+    first = start("deaf", tmp_path, ONE)
+    until((tmp_path / "out").exists, 60, "start")
+    first.process.stdin.close()  # dying takes it a second
+    stale = tmp_path / "stale"
+    stale.write_text("of the first attempt")
+    cfg = SampleConfig(model="nothing", output_file=str(tmp_path / "out"))
+    second = launch("sample", cfg, ONE, tmp_path, module="tiny_stage", clear=[stale])
+    assert first.process.wait(1) == 0
+    assert first.poll() is not None
+    assert not stale.exists()
+    second.wait()
+
+
+def test_log_line_when_there_is_no_terminal(tmp_path, capfd):
+    job = start("gather", tmp_path, ONE)
+    job.wait(title="round 1 of 2 · sample", next="label")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("round 1 of 2 · sample: starting")
+    assert lines[0].endswith("next: label")
+    assert "done" in lines[-1]
+    assert "5/5 prompts" in lines[-1]
+    seconds = 10 * (len(lines) - 2)  # a line every ten seconds, on a slow machine
+    assert len(lines) <= 3 or seconds < 240
+
+
+# ---- deaths
+
+
+def is_launcher(args, environ):
+    runs_it = b"accelerate.commands.launch" in args and b"LOCAL_RANK=" not in environ
+    return runs_it and b"halos_nb.supervise" not in args and b"halos_nb.preload" not in args
+
+
+def pid_of(folder, what):
+    "The launcher, or rank 0, of a job."
+    for pid in alive(folder):
+        args = Path(f"/proc/{pid}/cmdline").read_bytes()
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+        if what == "launcher" and is_launcher(args, environ):
+            return pid
+        if what == "rank" and b"LOCAL_RANK=0" in environ:
+            return pid
+    return None
+
+
+@pytest.mark.parametrize(
+    "death",
+    ["papermill TERM", "papermill KILL", "papermill INT", "launcher KILL", "rank KILL"],
+)
+def test_nothing_outlives_its_notebook(death, tmp_path):
+    notebook = papermill(tmp_path)
+    until((tmp_path / "out").exists, 120, "both ranks running")
+    assert len(alive(tmp_path)) == 4  # supervisor, launcher, two ranks
+    who, how = death.split()
+    pid = notebook.pid if who == "papermill" else pid_of(tmp_path, who)
+    os.kill(pid, getattr(signal, f"SIG{how}"))
+    seconds = until(lambda: not alive(tmp_path), 15, "all gone")
+    _, said = notebook.communicate(timeout=60)
+    print(f"{death}: all gone after {seconds:.1f} s")
+    assert notebook.returncode != 0
+    assert not (tmp_path / "next").exists()
+    if who != "papermill":
+        assert "killed by SIGKILL" in said
+
+
+@pytest.fixture
+def kernel():
+    "A kernel's manager and client."
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel()
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def reply_to(client, request):
+    "The answer to a request, whatever else comes before it."
+    while True:
+        reply = client.get_shell_msg(timeout=30)
+        if reply["parent_header"]["msg_id"] == request:
+            return reply["content"]
+
+
+@pytest.mark.parametrize("death", ["interrupt", "KILL"])
+def test_nothing_outlives_its_kernel(death, tmp_path, kernel):
+    manager, client = kernel
+    request = client.execute(CELL.format(out=tmp_path / "out", folder=tmp_path))
+    until((tmp_path / "out").exists, 120, "both ranks running")
+    if death == "interrupt":
+        manager.interrupt_kernel()
+    else:
+        os.kill(manager.provisioner.pid, signal.SIGKILL)
+    seconds = until(lambda: not alive(tmp_path), 15, "all gone")
+    print(f"kernel {death}: all gone after {seconds:.1f} s")
+    if death == "interrupt":
+        assert reply_to(client, request)["ename"] == "KeyboardInterrupt"
+        asked = client.execute("assert job.poll() == -15")
+        assert reply_to(client, asked)["status"] == "ok"
+
+
+def test_a_notebook_keeps_one_line(tmp_path, kernel):
+    _, client = kernel
+    said = []
+    cell = CELL.format(out=tmp_path / "out", folder=tmp_path).replace("hang", "gather")
+    client.execute_interactive(
+        cell,
+        timeout=120,
+        output_hook=lambda m: said.append((m["msg_type"], m["content"])),
+    )
+    outputs = ("display_data", "update_display_data", "stream")
+    kinds = [kind for kind, _ in said if kind in outputs]
+    assert kinds[0] == "display_data"
+    assert set(kinds[1:]) == {"update_display_data"}
+    texts = [m["data"]["text/plain"] for kind, m in said if kind in outputs]
+    assert "done" in texts[-1]
