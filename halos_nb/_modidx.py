@@ -699,6 +699,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.loop.Round.labels_file': ('loop.html#round.labels_file', 'halos_nb/loop.py'),
                                'halos_nb.loop.Round.metrics_file': ('loop.html#round.metrics_file', 'halos_nb/loop.py'),
                                'halos_nb.loop.Round.samples_file': ('loop.html#round.samples_file', 'halos_nb/loop.py'),
+                               'halos_nb.loop.absolute': ('loop.html#absolute', 'halos_nb/loop.py'),
                                'halos_nb.loop.derive_seed': ('loop.html#derive_seed', 'halos_nb/loop.py'),
                                'halos_nb.loop.git': ('loop.html#git', 'halos_nb/loop.py'),
                                'halos_nb.loop.label_stage': ('loop.html#label_stage', 'halos_nb/loop.py'),
