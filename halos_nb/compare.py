@@ -119,7 +119,7 @@ def smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 # %% ../nbs/48_compare.ipynb #5b95402f
 def run_curves(runs: list[Run], key: str = "loss") -> go.Figure:
-    "A training metric (a key of metrics.jsonl) of all runs over their steps, rounds end to end."
+    "A metric (a key of metrics.jsonl) of all runs over their steps, rounds end to end."
     fig = go.Figure()
     widest = 0
     missing = []
@@ -180,7 +180,7 @@ def spread_of_means(answers: Answers) -> float:
 
 # %% ../nbs/48_compare.ipynb #34ce6405
 def shared_prompts(runs: list[Run], round: str = "final") -> dict[str, Answers]:
-    "Prompts that two runs or more have answered, those that they answer most differently first."
+    "Prompts that two runs or more have answered, those that divide them most first."
     found: dict = {}
     for run in runs:
         if round not in [row["round"] for row in run.rounds]:
@@ -305,7 +305,7 @@ def prompts(self: RunComparer, round: str = "final") -> dict[str, Answers]:
 
 # %% ../nbs/48_compare.ipynb #560e0678
 def csv_cell(value: object) -> object:
-    "A value as a spreadsheet should read it: numbers and nothing as they are, no text as a formula."
+    "A value as a spreadsheet should read it: numbers as they are, no text as a formula."
     if value is None or isinstance(value, int | float):
         return value
     text = json.dumps(value) if isinstance(value, list | dict) else visible(value)

@@ -195,7 +195,7 @@ DRIVERS = {  # small enough for a test: two rounds of eight prompts
 
 @pytest.mark.parametrize("name", DRIVERS)
 def test_driver_runs_in_the_lab(name, lab, page, tmp_path):
-    "Opened and run by hand, from the menu, as a user does; then looked at again without a kernel."
+    "Opened and run from the menu, as a user does; then looked at again without a kernel."
     driver = ROOT / "nbs" / f"{name}.ipynb"
     assert driver.exists(), f"{driver.name} is gone"
     with_parameters(driver, tmp_path / "driver.ipynb", **DRIVERS[name])

@@ -1,4 +1,4 @@
-"The monitor, the comparer and the report page, as a person sees them: real JupyterLab, real Chromium, real jobs."
+"Monitor, comparer and report page in a real JupyterLab and Chromium, over real jobs."
 
 import json
 import re
@@ -28,7 +28,7 @@ XSS = [
 
 @pytest.fixture
 def quiet(page):
-    "The page; at the end of the test nothing of a run has been executed, nothing was asked of another machine and the console holds no error."
+    "The page; at the end nothing of a run was executed or asked elsewhere, and no error said."
     page.goto("about:blank")  # an earlier test's page asks for its server, which is gone
     errors, asked = [], []
     said = lambda m: (
@@ -62,19 +62,36 @@ from halos_nb.models import start_from_scratch
 from halos_nb.monitor import RunMonitor
 from halos_nb.records import write_records
 from halos_nb.settings import Profile
-run, turn = Path(os.environ['HALOS_NB_RUNS_DIR']) / 'monitored', lambda text, role='assistant': [dict(role=role, content=text)]
-pairs = [dict(type='pairwise_feedback', prompt_id=f'p{i}', prompt=turn(f'What is {i}?', 'user'), output_A=turn(f'{i} is even.'), output_B=turn(f'{i} is odd.'), label=(i + 1) % 2,
-              reward_A=1.0 * ((i + 1) % 2), reward_B=1.0 * (i % 2), reward_difference=1.0) for i in range(4000)]
+run = Path(os.environ['HALOS_NB_RUNS_DIR']) / 'monitored'
+
+def turn(text, role='assistant'):
+    return [dict(role=role, content=text)]
+
+pairs = []
+for i in range(4000):
+    pair = dict(type='pairwise_feedback', prompt_id=f'p{i}')
+    pair['prompt'] = turn(f'What is {i}?', 'user')
+    pair |= dict(output_A=turn(f'{i} is even.'), output_B=turn(f'{i} is odd.'))
+    odd = i % 2
+    pair |= dict(label=1 - odd, reward_A=1.0 - odd, reward_B=float(odd), reward_difference=1.0)
+    pairs.append(pair)
 run.mkdir(parents=True)
 write_records(run / 'pairs.json', pairs)
-start_from_scratch(str(run / 'start'), [p[k][0]['content'] for p in pairs[:200] for k in ('prompt', 'output_A')])
-config = TrainConfig(loss='dpo', model=str(run / 'start'), train_datasets=[str(run / 'pairs.json')], exp_name='policy', cache_dir=str(run / 'dpo'), metrics_file=str(run / 'dpo/metrics.jsonl'), batch_size=4, lr=1e-3)
-stage = Stage('train', run / 'dpo', config, [run / 'start', run / 'pairs.json'], [run / 'dpo/policy/FINAL'], 1)
+texts = [p[k][0]['content'] for p in pairs[:200] for k in ('prompt', 'output_A')]
+start_from_scratch(str(run / 'start'), texts)
+config = TrainConfig(
+    loss='dpo', model=str(run / 'start'), train_datasets=[str(run / 'pairs.json')],
+    exp_name='policy', cache_dir=str(run / 'dpo'),
+    metrics_file=str(run / 'dpo/metrics.jsonl'), batch_size=4, lr=1e-3,
+)
+inputs, made = [run / 'start', run / 'pairs.json'], [run / 'dpo/policy/FINAL']
+stage = Stage('train', run / 'dpo', config, inputs, made, 1)
 """
 WATCHED = """
 monitor = RunMonitor(run)
 monitor.show()
-with Ledger(run, Profile(), watch=monitor.wait) as ledger: ledger.run(stage, 'training', 'nothing')
+with Ledger(run, Profile(), watch=monitor.wait) as ledger:
+    ledger.run(stage, 'training', 'nothing')
 """
 
 
@@ -84,7 +101,7 @@ def press_run_all(page):
 
 
 def test_stop_a_real_job_in_its_own_notebook(lab, quiet, tmp_path, monkeypatch):
-    "The cell that trains is running, so the kernel's main thread is taken; the panel moves and its button works all the same."
+    "The running cell has the kernel's main thread; the panel moves, its button works."
     monkeypatch.setenv("HALOS_NB_RUNS_DIR", str(tmp_path / "runs"))
     page, run = quiet, tmp_path / "runs/monitored"
     write_notebook(tmp_path / "training.ipynb", TRAINING, WATCHED, DONE)
@@ -129,7 +146,7 @@ def press_stop(panel, run):
 
 
 def test_attach_from_another_kernel(lab, quiet, tmp_path, monkeypatch):
-    "The run goes on in a script; its monitor's kernel is restarted, attaches again, and stops it."
+    "The run goes on in a script; its monitor's kernel is restarted, attaches, and stops it."
     monkeypatch.setenv("HALOS_NB_RUNS_DIR", str(tmp_path / "runs"))
     page, run = quiet, tmp_path / "runs/monitored"
     script = subprocess.Popen(
@@ -225,7 +242,7 @@ def test_what_a_stage_says_is_text(lab, quiet, tmp_path):
 
 @pytest.fixture
 def hostile_runs(tmp_path):
-    "Two runs whose prompts, answers and parameters want to run something; made as the loop writes them."
+    "Two runs whose prompts, answers and parameters want to run something."
     for r, name in enumerate(["one", "two"]):
         for n, folder in enumerate(["round-1", "final"]):
             run = tmp_path / "runs" / name
@@ -363,7 +380,7 @@ def test_report_opens_offline_and_runs_nothing_it_was_not_given(quiet, hostile_r
 
 
 def test_report_would_hold_even_if_a_text_came_through(page, hostile_runs):
-    "The second lock: its policy lets nothing be asked of anybody, and no script run that it was not given."
+    "The second lock: its policy lets nothing be asked, and no foreign script run."
     from halos_nb.page import report
 
     page.goto(report(hostile_runs / "one").as_uri())

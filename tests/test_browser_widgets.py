@@ -1,4 +1,4 @@
-"What a person sees and does: pairs to look through and to label by hand, in a real JupyterLab in headless Chromium."
+"Pairs to look through and to label by hand, in a real JupyterLab in headless Chromium."
 
 import json
 import os
@@ -31,7 +31,7 @@ BROWSE = "from halos_nb.widgets import browse_pairs\nbrowser = browse_pairs({!r}
 
 @pytest.fixture
 def watched(page):
-    "The page; a console error, an exception, a dialog or a request that leaves this machine fails the test."
+    "The page; a console error, an exception, a dialog or a request elsewhere fails it."
     seen = []
 
     def request(r):
@@ -220,8 +220,30 @@ def wait_time(page, name):
     )
 
 
+# when the first pair was shown, and when each number of pairs was kept first
+NOTE_TIMES = """() => {
+    window.times = {};
+    const note = () => {
+        const widget = document.querySelector('.hnb');
+        const now = Date.now() / 1000;
+        if (widget?.querySelector('.detail[data-i]')) window.times.open ??= now;
+        if (widget?.dataset.kept) window.times[widget.dataset.kept] ??= now;
+    };
+    const all = {subtree: true, childList: true, attributes: true};
+    new MutationObserver(note).observe(document.body, all);
+}"""
+# types a search; when that was
+SEARCH = """text => {
+    const box = document.querySelector('.hnb input[name=text]');
+    box.value = text;
+    const now = Date.now() / 1000;
+    box.dispatchEvent(new Event('input', {bubbles: true}));
+    return now;
+}"""
+
+
 def test_many_pairs_are_quick(lab, watched, tmp_path):
-    "20,000 pairs: open in 2 s after the import, a filter in 0.3 s, a notebook under 3 MB; longer where more than one process wants a core."
+    "20,000 pairs: open in 2 s, a filter in 0.3 s, longer where processes share a core; < 3 MB."
     page = watched
     make_round(
         tmp_path / "run/round-1",
@@ -236,10 +258,7 @@ def test_many_pairs_are_quick(lab, watched, tmp_path):
         DONE,
     )
     open_notebook(page, lab(), "browse.ipynb")
-    page.evaluate("""() => { window.times = {}; new MutationObserver(() => { const w = document.querySelector('.hnb');
-        if (w?.querySelector('.detail[data-i]')) window.times.open ??= Date.now() / 1000;
-        if (w?.dataset.kept) window.times[w.dataset.kept] ??= Date.now() / 1000;
-    }).observe(document.body, {subtree: true, childList: true, attributes: true}) }""")
+    page.evaluate(NOTE_TIMES)
     run_all(page)
     opened = wait_time(page, "open") - float(
         outputs(page).locator(".jp-OutputArea-output", has_text="began").inner_text().split()[1]
@@ -248,8 +267,7 @@ def test_many_pairs_are_quick(lab, watched, tmp_path):
     # three searches that keep different numbers of pairs
     for text in ("to 10.", "to 123", "word word"):
         start = page.evaluate(
-            """text => { const box = document.querySelector('.hnb input[name=text]');
-            box.value = text; const t = Date.now() / 1000; box.dispatchEvent(new Event('input', {bubbles: true})); return t }""",
+            SEARCH,
             text,
         )
         filtered.append(wait_time(page, str(len(pick(pairs, text=text)))) - start)
@@ -278,7 +296,8 @@ LABEL = """from halos_nb.people import Session, choose_pairs
 from halos_nb.records import read_records
 from halos_nb.widgets import SessionView, label_pairs
 samples = read_records("round/samples.json", "sample")
-view = SessionView(Session("journal.jsonl", samples, choose_pairs(samples, 20), "human:test"), "feedback.json", "Take the better answer.")
+session = Session("journal.jsonl", samples, choose_pairs(samples, 20), "human:test")
+view = SessionView(session, "feedback.json", "Take the better answer.")
 label_pairs(view)"""
 CHOSEN = {"1": "left", "2": "right"}
 
@@ -387,7 +406,7 @@ def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
 
 
 def check_feedback(folder, pressed):
-    "The file holds what was pressed: of each pair with one verdict the answer that was preferred on the screen, and no other pair."
+    "The file holds what was pressed: of each pair with one verdict the preferred answer."
     verdicts = {}
     for key, left, right in pressed.values():
         said = verdicts.setdefault(frozenset((left, right)), [])
@@ -464,7 +483,7 @@ def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
 
 
 def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
-    "The driver as it stands, but for six pairs: it stops where somebody should label, and goes on when that is done."
+    "The driver, with six pairs: it stops where somebody should label, and goes on afterwards."
     page, server = watched, lab()
     with_parameters(
         ROOT / "nbs/label_by_hand.ipynb",

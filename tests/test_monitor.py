@@ -1,4 +1,4 @@
-"The monitor tells from files alone where a run is, reads each line once, and stops what runs, and nothing else."
+"The monitor tells from files where a run is, reads each line once, and stops only what runs."
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_stop_ends_this_run_within_two_seconds_and_no_other(tmp_path):
 
 
 def test_a_number_that_is_used_again_is_not_told_to_end(tmp_path):
-    "Of a supervisor that was killed its number stays; whoever has it now does not write to the stage's log."
+    "Of a killed supervisor its number stays; who has it now does not write to the stage's log."
     job, bystander = running(tmp_path / "run"), subprocess.Popen(["sleep", "60"])
     try:
         job.file("status.json.pid").write_text(str(bystander.pid))
@@ -149,7 +149,8 @@ from halos_nb.settings import Profile
 run = Path({str(tmp_path / "run")!r})
 with Ledger(run, Profile()) as ledger:
     print('held', flush=True); time.sleep(1.5)
-    ledger.run(Stage('sample', run / 'round-1', SampleConfig(model='m'), [], [run / 'round-1/out'], 1, 'slow'))
+    config, made = SampleConfig(model='m'), [run / 'round-1/out']
+    ledger.run(Stage('sample', run / 'round-1', config, [], made, 1, 'slow'))
 """
     p = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -167,7 +168,7 @@ with Ledger(run, Profile()) as ledger:
 
 
 def test_looking_never_hinders_a_run_that_starts(tmp_path):
-    "A hundred looks a second while jobs start in the same folder and its lock is taken again and again."
+    "A hundred looks a second while jobs start in the same folder and its lock is taken often."
     from halos_nb.ledger import Ledger
 
     over, run = threading.Event(), tmp_path / "run"
@@ -270,7 +271,7 @@ def test_a_run_of_the_loop_from_start_to_end(tmp_path, pretend):
 
 
 def test_stopped_and_continued(tmp_path, pretend):
-    "Stop in round 2: one line, no error page; started again the run ends as if nothing had happened."
+    "Stop in round 2: one line, no error page; started again the run ends as it should."
     cfg, settings = pretend_run(tmp_path)
     run = tmp_path / "runs/pretended"
     watching = RunMonitor(run, mode="static")
@@ -351,7 +352,9 @@ from halos_nb.configs import SampleConfig
 from halos_nb.ledger import Ledger, Stage
 from halos_nb.settings import Profile
 run = Path({str(run)!r})
-with Ledger(run, Profile()) as ledger: ledger.run(Stage('sample', run / 'round-1', SampleConfig(model='m'), [], [run / 'round-1/out'], 1, 'slow'))
+config, made = SampleConfig(model='m'), [run / 'round-1/out']
+with Ledger(run, Profile()) as ledger:
+    ledger.run(Stage('sample', run / 'round-1', config, [], made, 1, 'slow'))
 """
     p = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -414,7 +417,7 @@ def test_time_left_follows_progress_and_history():
 
 
 def test_panel_gets_json_only(tmp_path):
-    "What goes to the page survives strict JSON: no NaN, at most 400 points, whatever the numbers."
+    "What goes to the page is strict JSON: no NaN, at most 400 points, whatever the numbers."
     rows = [
         dict(step=i, loss=[0.5, None, float("inf"), float("nan")][i % 4], grad_norm=1e300)
         for i in range(5000)

@@ -1,4 +1,4 @@
-"Reward views, the comparer and the report page: the numbers of the files, nothing lost in silence, and whatever a model wrote is text."
+"Reward views, comparer and report page: the files' numbers, nothing lost, model text is text."
 
 import csv
 import json
@@ -52,7 +52,7 @@ PAYLOADS = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "Three runs that the loop has made, over stages without a model: two seeds of DPO and one of another threshold; and a folder that is no run."
+    "Runs of the loop over stages without a model: two seeds, another threshold; and no run."
     from halos_nb import ledger
 
     tmp, patch = tmp_path_factory.mktemp("compared"), pytest.MonkeyPatch()
@@ -127,7 +127,7 @@ def test_win_rate_is_the_share_of_pairs_won():
 
 
 def test_win_rate_interval_covers():
-    "Both sides random: of 200 draws from known distributions about 95% of the intervals hold the truth; answers of a prompt are alike."
+    "Of 200 draws about 95% of the intervals hold the truth; answers of a prompt are alike."
     # P(N(0.5, 2) > N(0, 2)) = Phi(0.5 / sqrt(2 * 2))
     rng, truth, hits = np.random.default_rng(1), 0.6382, 0
     from math import erf
@@ -365,7 +365,7 @@ class Seen(HTMLParser):
 
 @pytest.mark.parametrize("text", PAYLOADS)
 def test_hostile_text_is_inert(text):
-    "In a diff, side by side, in names of runs: the page has the same elements as one of harmless text."
+    "In a diff, side by side, in names of runs: the same elements as of harmless text."
     a, b = word_diff(text, f"{text} more"), word_diff("x", "x more")
     for hostile, plain in zip(a, b):
         assert set(Seen(hostile).tags) <= {"ins", "del"} and set(Seen(plain).tags) <= {
@@ -399,7 +399,7 @@ def test_hostile_text_is_inert(text):
 
 
 def hostile_run(runs, tmp_path):
-    "A copy of a run in which everything a model, a file name or a person could have written is hostile."
+    "A run in which all that a model, a file name or a person could have written is hostile."
     import shutil
 
     run = tmp_path / "runs" / "<img src=x onerror=hit=1>"
@@ -531,7 +531,7 @@ def test_package_offers_report_and_stays_light():
 
 
 def test_driver_runs_and_converts_with_every_figure(runs, tmp_path):
-    "As people do it: papermill, then nbconvert; the page shows each figure as a picture and each text, and needs no script of ours."
+    "Papermill, then nbconvert: each figure is a picture, each text is there, without scripts."
     env = os.environ | {"HALOS_NB_RUNS_DIR": str(runs)}
     driver = HERE.parent / "nbs/compare_runs.ipynb"
     subprocess.run(

@@ -1,4 +1,4 @@
-"""What the widgets decide, without a screen: which pairs are kept, what is written, what a key does, what may be shown."""
+"What widgets decide, without a screen: pairs kept, files written, keys, what may be shown."
 
 import ast
 import hashlib
@@ -56,7 +56,7 @@ def make_round(
     samples=4,
     judges=True,
 ):
-    "A round's files as the loop leaves them: samples, pairs by score, and the scores of two labellers who often disagree."
+    "A round's files: samples, pairs by score, scores of two labellers who often disagree."
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -302,7 +302,7 @@ def test_a_labellers_margin_where_two_samples_say_the_same(tmp_path, kind):
 
 
 def test_flags_of_pairs_that_say_the_same(tmp_path):
-    "Pairs of the same words are two pairs; a flag of before ids were kept, by words alone, still counts."
+    "Pairs of the same words are two; a flag of before ids were kept, by words, still counts."
     scored = vega(tmp_path / "round-1")
     best, star, worst = scored
     rows = [*convert_to_pairwise_feedback([best, star], 0, "max")] + [
@@ -430,7 +430,7 @@ def view_of(folder, texts=("one", "two", "three", "four"), n=8, repeats=0.25, **
 
 
 def test_random_keys_and_the_files_they_leave(tmp_path):
-    "Whatever is pressed, also across restarts, files and screen say what a plain record of the keys says."
+    "Whatever is pressed, also across restarts: files and screen say what was pressed."
     rng, wanted, past = random.Random(0), {}, []
     view = view_of(tmp_path)
     for step in range(120):
@@ -606,7 +606,7 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("file", sorted(STATIC.glob("*.js")), ids=lambda p: p.name)
 def test_page_code_makes_no_html(file):
-    "Text reaches the page as text nodes alone; nothing is fetched, and nothing is run that was not written here."
+    "Text reaches the page as text nodes alone; nothing is fetched, no code is made of text."
     # the name of a kind of element, which nobody looks up
     code = file.read_text().replace('"http://www.w3.org/2000/svg"', "")
     for word in FORBIDDEN:
