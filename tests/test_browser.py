@@ -80,8 +80,9 @@ def figure_notebook(path):
     write_notebook(
         path,
         (
-            "from halos_nb.figures import pairs_table, reward_distributions, "
-            "setup_display\nsetup_display()"
+            "from halos_nb.figures import reward_distributions, setup_display\n"
+            "from halos_nb.show import pairs_table\n"
+            "setup_display()"
         ),
         (
             "reward_distributions({'round 1': [0.1, 0.4, 0.5, 0.7], 'round 2': [0.3, 0.6, "
