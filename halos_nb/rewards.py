@@ -96,7 +96,9 @@ def band(intervals: Sequence | np.ndarray) -> Band:  # each begins with value, l
     return Band(*rows.reshape(-1, 3).T)
 
 # %% ../nbs/42_rewards.ipynb #581fad32
-def mean_trace(rounds: dict[str, Sequence[dict]], key: str, color: str, name: str) -> go.Scatter:
+def mean_trace(
+    rounds: dict[str, Sequence[dict]], key: str, color: str, name: str
+) -> go.Scatter:
     "`round_means` as a line with error bars."
     means = round_means(rounds, key)
     mean = band(means)
@@ -548,9 +550,7 @@ def agreement_figure(
 ) -> go.Figure:
     "A line per two labellers, a panel per coefficient; the dotted line is chance."
     titles = list(COEFFICIENTS.values())
-    fig = make_subplots(
-        1, 4, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03
-    )
+    fig = make_subplots(1, 4, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03)
     undefined = 0
     for col, key in enumerate(COEFFICIENTS, 1):
         points = agreement_points(found, key)
