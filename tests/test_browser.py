@@ -142,9 +142,11 @@ def assert_shows_figure_and_pairs(page):
     width, height = box(area.locator(f"{FIGURE}, {PICTURE}").first)
     assert width > 300 and height > 150, f"the figure is {width} x {height} pixels"
     text = " ".join(area.all_inner_texts())
-    assert "Name a warm colour." in text and "Red is warm." in text
+    assert "Name a warm colour." in text
+    assert "Red is warm." in text
     assert ANSWER in text, "a model's answer is shown as the text it is"
-    assert area.locator("b", has_text=re.compile("^bold$")).count() == 0 and page.title() != "1"
+    assert area.locator("b", has_text=re.compile("^bold$")).count() == 0
+    assert page.title() != "1"
 
 
 def test_figures_and_pairs_in_a_running_notebook(lab, page, tmp_path):
@@ -161,7 +163,8 @@ def test_figures_and_pairs_in_a_running_notebook(lab, page, tmp_path):
     # JupyterLab shows the picture until the pointer comes: then the figure is live
     outputs(page).locator(f"{FIGURE}, {PICTURE}").first.hover(force=True)
     width, height = box(outputs(page).locator(FIGURE).first)
-    assert width > 300 and height > 150
+    assert width > 300
+    assert height > 150
 
 
 def test_executed_notebook_opens_without_a_kernel(lab, page, tmp_path):

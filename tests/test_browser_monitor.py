@@ -125,9 +125,8 @@ def test_stop_a_real_job_in_its_own_notebook(lab, quiet, tmp_path, monkeypatch):
     outputs(page).locator(
         ".jp-OutputArea-output", has_text="Stopped: monitored, training"
     ).wait_for(timeout=30_000)
-    assert "Traceback" not in " ".join(
-        outputs(page).all_inner_texts()
-    ) and "alldone" not in " ".join(outputs(page).all_inner_texts())
+    assert "Traceback" not in " ".join(outputs(page).all_inner_texts())
+    assert "alldone" not in " ".join(outputs(page).all_inner_texts())
     panel.locator(".badge", has_text="stopped").wait_for(timeout=10_000)
     assert json.loads((run / "dpo/train.status.json").read_text())["stopped"] is True
     assert panel.locator("button").is_disabled()
@@ -352,11 +351,9 @@ def test_report_opens_offline_and_runs_nothing_it_was_not_given(quiet, hostile_r
         d.evaluate("d => { d.open = false; d.open = true }")
     quiet.locator("input[data-filters=pairs]").fill("srcdoc")
     left = quiet.locator("#pairs details:visible").count()
-    assert (
-        0 < left < len(XSS)
-        and quiet.locator("#pairs details:visible").first.inner_text().count("srcdoc")
-        and quiet.locator("output").first.inner_text() == f"{left} of {len(XSS)}"
-    )
+    assert 0 < left < len(XSS)
+    assert quiet.locator("#pairs details:visible").first.inner_text().count("srcdoc")
+    assert quiet.locator("output").first.inner_text() == f"{left} of {len(XSS)}"
     assert (
         quiet.locator(
             ".modebar-btn[data-title*='hare'], .modebar-btn[data-title*='loud']"
@@ -375,7 +372,8 @@ def test_report_opens_offline_and_runs_nothing_it_was_not_given(quiet, hostile_r
         ),
         arg=light,
     )
-    assert (light, paper()) == ("rgb(255, 255, 255)", "rgb(13, 17, 23)")
+    assert light == "rgb(255, 255, 255)"
+    assert paper() == "rgb(13, 17, 23)"
     quiet.emulate_media(color_scheme="light")
 
 
@@ -415,10 +413,8 @@ def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
     run_all(page)
     live = outputs(page).nth(0)
     live.locator("select").nth(1).wait_for(timeout=30_000)
-    assert (
-        "only parameters that differ" in live.inner_text()
-        and "total_prompts" not in live.inner_text()
-    )
+    assert "only parameters that differ" in live.inner_text()
+    assert "total_prompts" not in live.inner_text()
     live.locator("input[type=checkbox]").uncheck()
     live.locator("th", has_text="total_prompts").wait_for(timeout=10_000)
     for i in range(3):
@@ -426,9 +422,16 @@ def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
         live.locator("pre").first.wait_for()
         page.wait_for_timeout(300)
         shown = live.locator("pre").first.inner_text().strip()
-        assert shown in XSS and live.locator("select").nth(1).locator("option").nth(
-            i
-        ).inner_text().replace("\xa0", " ").endswith(shown[:100])
+        assert shown in XSS
+        assert (
+            live.locator("select")
+            .nth(1)
+            .locator("option")
+            .nth(i)
+            .inner_text()
+            .replace("\xa0", " ")
+            .endswith(shown[:100])
+        )
     assert live.locator("ins").count() > 0
     for where in (live, outputs(page).nth(1)):
         everything_is_text(where)

@@ -110,7 +110,8 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     page = watched
     pairs = read_pairs(make_run(tmp_path / "run"))
     open_browser(page, lab, tmp_path)
-    assert kept(page) == len(pairs) == 32 and here(page) == 0
+    assert kept(page) == len(pairs) == 32
+    assert here(page) == 0
     assert sides(page) == {s: as_text(pairs.records[0][f"output_{s}"]) for s in "AB"}
 
     # a point of the scatter: the pair with the widest margin stands alone
@@ -140,10 +141,8 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     # the same prompt in another round
     page.locator(".hnb .detail button", has_text="round-3").click()
     page.wait_for_function(f"document.querySelector('.hnb .detail').dataset.i !== '{far}'")
-    assert (
-        pairs.rounds[here(page)] == "round-3"
-        and pairs.records[here(page)]["prompt_id"] == pairs.records[far]["prompt_id"]
-    )
+    assert pairs.rounds[here(page)] == "round-3"
+    assert pairs.records[here(page)]["prompt_id"] == pairs.records[far]["prompt_id"]
 
     page.locator(".hnb select[name=round]").select_option("round-2")
     page.locator(".hnb input[name=low]").fill("1")
@@ -167,10 +166,8 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     low, high = (
         float(page.locator(f".hnb input[name={n}]").input_value()) for n in ("low", "high")
     )
-    assert (
-        kept(page) == len(pick(pairs, margin=(low, high))) > 0
-        and low <= pairs.columns["margin"][at] <= high + 1e-6
-    )
+    assert kept(page) == len(pick(pairs, margin=(low, high))) > 0
+    assert low <= pairs.columns["margin"][at] <= high + 1e-6
 
     page.locator(".hnb button", has_text="clear").click()
     page.locator(".hnb input[name=text]").fill("prompt 3 of ROUND-1")
@@ -180,9 +177,8 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     if shots:
         page.locator(".hnb").screenshot(path=f"{shots}/browser.png")
     assert page.locator(".hnb mark").all_inner_texts()[0].startswith("Answer ")
-    assert {f.name for f in (tmp_path / "run").glob("flags.jsonl")} and read_pairs(
-        tmp_path / "run"
-    ).flags == {far + 1}
+    assert {f.name for f in (tmp_path / "run").glob("flags.jsonl")}
+    assert read_pairs(tmp_path / "run").flags == {far + 1}
 
 
 def test_hostile_text_is_text_in_the_pair_browser(lab, watched, tmp_path):
@@ -282,12 +278,10 @@ def test_many_pairs_are_quick(lab, watched, tmp_path):
         f"{', '.join(f'{x:.3f}' for x in filtered)} s, notebook {len(saved):,} bytes; "
         f"{crowd:.1f} processes per core"
     )
-    assert (
-        opened < 2 * crowd
-        and min(filtered) < 0.3 * crowd
-        and len(saved) < 3e6
-        and "widget-view+json" in saved
-    )
+    assert opened < 2 * crowd
+    assert min(filtered) < 0.3 * crowd
+    assert len(saved) < 3e6
+    assert "widget-view+json" in saved
 
 
 # ---- labelling by hand
@@ -368,7 +362,8 @@ def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
     # a and b: new cells in JupyterLab; d: here the differences
     for key in "bad":
         page.keyboard.press(key)
-    assert cells(page) == before and page.locator(".hnb del").count() > 0
+    assert cells(page) == before
+    assert page.locator(".hnb del").count() > 0
     label(page, "12", pressed)
     page.keyboard.press("n")  # a note; its text is no key
     page.keyboard.type("12340u <b>note</b>")
@@ -379,7 +374,8 @@ def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
     page.locator(".hnb", has_text="answered: both bad").wait_for()
     texts, name = shown(page), item(page)
     pressed[press(page, "1")] = ("1", *texts)
-    assert name in pressed and len(pressed) == 6
+    assert name in pressed
+    assert len(pressed) == 6
     label(page, "212", pressed)
     if shots:
         page.locator(".hnb").screenshot(path=f"{shots}/label.png")
@@ -391,16 +387,19 @@ def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
     page.locator(".hnb .side").first.click()
     page.keyboard.press("1")  # nobody hears it; it must not look saved
     page.locator(".hnb .wrong", has_text="does not answer").wait_for(timeout=15_000)
-    assert (tmp_path / "journal.jsonl").read_bytes() == journal and len(pressed) == n
+    assert (tmp_path / "journal.jsonl").read_bytes() == journal
+    assert len(pressed) == n
 
     page.goto("about:blank")
     open_notebook(page, server, "label.ipynb")  # reopened: the journal says where it was
     run_all(page)
     take_keyboard(page)
-    assert item(page) == f"{n + 1:04d}" and page.locator(".hnb", has_text=f"{n} of 21").count()
+    assert item(page) == f"{n + 1:04d}"
+    assert page.locator(".hnb", has_text=f"{n} of 21").count()
     label(page, "1213012321124"[: 21 - n], pressed)
     page.locator(".hnb", has_text="All pairs are answered").wait_for()
-    assert len(pressed) == 21 and page.locator(".hnb th", has_text="second look").count() == 1
+    assert len(pressed) == 21
+    assert page.locator(".hnb th", has_text="second look").count() == 1
     check_feedback(tmp_path, pressed)
     train_on(tmp_path)
 
@@ -424,7 +423,9 @@ def check_feedback(folder, pressed):
         )
         for r in records
     }
-    assert got == wanted and len(records) == len(wanted) > 8 and len(verdicts) == 20
+    assert got == wanted
+    assert len(records) == len(wanted) > 8
+    assert len(verdicts) == 20
     for r in records:
         assert r["reward_A"] - r["reward_B"] == (1 if r["label"] else -1)
 
@@ -509,10 +510,8 @@ def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
         outputs(page).locator(FAILED)
     ).wait_for(timeout=400_000)
     assert outputs(page).locator(FAILED).count() == 0
-    assert (
-        len(read_records(folder / "feedback.json")) == 4
-        and (folder / "policy/FINAL/model.safetensors").exists()
-    )
+    assert len(read_records(folder / "feedback.json")) == 4
+    assert (folder / "policy/FINAL/model.safetensors").exists()
     assert [
         json.loads(row)["answer"]
         for row in (folder / "feedback.labels.jsonl").read_text().splitlines()

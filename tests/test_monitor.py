@@ -79,7 +79,8 @@ def test_tail_reads_what_read_jsonl_reads_however_it_is_cut(tmp_path):
     path.unlink()
     assert tail.read() == []
     path.write_bytes(b'{"step": 9}\n[1]\nnull\n\n')
-    assert (tail.read(), tail.bad) == ([dict(step=9)], 2)
+    assert tail.read() == [dict(step=9)]
+    assert tail.bad == 2
 
 
 def test_log_tail_takes_the_end_only(tmp_path):
@@ -90,12 +91,10 @@ def test_log_tail_takes_the_end_only(tmp_path):
         + b"\xff\xfe broken\n\x1b]0;title\x07bell"
     )
     lines = log_tail(tmp_path / "a.log")
-    assert (
-        len(lines) == 20
-        and lines[0] == "line 82"
-        and "\x1b" not in "".join(lines)
-        and "\x07" not in "".join(lines)
-    )
+    assert len(lines) == 20
+    assert lines[0] == "line 82"
+    assert "\x1b" not in "".join(lines)
+    assert "\x07" not in "".join(lines)
     assert len(log_tail(tmp_path / "a.log", 3)) == 3
 
 
@@ -111,13 +110,12 @@ def test_stop_ends_this_run_within_two_seconds_and_no_other(tmp_path):
             "exit": -signal.SIGTERM,
             "stopped": True,
         }
-        assert (
-            look(tmp_path / "runs/a").state == "stopped"
-            and look(tmp_path / "runs/ab").state == "running"
-        )
+        assert look(tmp_path / "runs/a").state == "stopped"
+        assert look(tmp_path / "runs/ab").state == "running"
         assert supervisors(tmp_path / "runs/ab") == {
             other.process.pid: other.file("status.json")
-        } and is_locked(other.file("log"))
+        }
+        assert is_locked(other.file("log"))
     finally:
         other.stop()
 
@@ -127,7 +125,8 @@ def test_a_number_that_is_used_again_is_not_told_to_end(tmp_path):
     job, bystander = running(tmp_path / "run"), subprocess.Popen(["sleep", "60"])
     try:
         job.file("status.json.pid").write_text(str(bystander.pid))
-        assert not supervisors(tmp_path / "run") and bystander.poll() is None
+        assert not supervisors(tmp_path / "run")
+        assert bystander.poll() is None
         job.file("status.json.pid").write_text("")
         assert not supervisors(tmp_path / "run")
         job.file("status.json.pid").write_text(str(job.process.pid))
@@ -159,12 +158,12 @@ with Ledger(run, Profile()) as ledger:
         text=True,
     )
     assert p.stdout.readline() == "held\n"
-    assert is_active(tmp_path / "run") and not supervisors(tmp_path / "run")
+    assert is_active(tmp_path / "run")
+    assert not supervisors(tmp_path / "run")
     assert stop_run(tmp_path / "run", patience=20) == "stopped"
     assert "killed by SIGTERM" in p.communicate(timeout=20)[1]
-    assert (
-        not is_active(tmp_path / "run") and stop_run(tmp_path / "run") == "nothing was running"
-    )
+    assert not is_active(tmp_path / "run")
+    assert stop_run(tmp_path / "run") == "nothing was running"
 
 
 def test_looking_never_hinders_a_run_that_starts(tmp_path):
@@ -238,11 +237,9 @@ def test_a_run_of_the_loop_from_start_to_end(tmp_path, pretend):
     cfg, settings = pretend_run(tmp_path)
     run, seen = tmp_path / "runs/pretended", []
     watching = RunMonitor(run, mode="static")
-    assert (watching.look().state, watching.summary(), watching.metrics()) == (
-        "nothing yet",
-        [],
-        {},
-    )
+    assert watching.look().state == "nothing yet"
+    assert watching.summary() == []
+    assert watching.metrics() == {}
 
     def watch(job, title="", next=""):
         s = watching.look()
@@ -258,16 +255,18 @@ def test_a_run_of_the_loop_from_start_to_end(tmp_path, pretend):
     # a time is told once every kind of stage has been seen
     assert [s[3] for s in seen] == [False] * 3 + [True] * 8
     s = watching.look()
-    assert (s.state, s.left, s.stage) == ("finished", None, "") and [
-        r["round"] for r in watching.summary()
-    ] == ["1", "2", "3", "final"]
+    assert s.state == "finished"
+    assert s.left is None
+    assert s.stage == ""
+    assert [r["round"] for r in watching.summary()] == ["1", "2", "3", "final"]
     assert [p["title"] for p in panels(watching.metrics(), watching.summary())] == [
         "Loss",
         "Accuracy (share of pairs)",
         "Mean score per round",
         "KL to the reference (nats)",
     ]
-    assert "round" in watching.static().text and "final" in watching.static().html
+    assert "round" in watching.static().text
+    assert "final" in watching.static().html
 
 
 def test_stopped_and_continued(tmp_path, pretend):
@@ -298,19 +297,17 @@ def test_stopped_and_continued(tmp_path, pretend):
         for r in run_rounds(cfg, settings, watch=watching.wait):
             done.append(r.name)
     thread.join()
-    assert (
-        said == ["stopped"]
-        and done == ["round-1"]
-        and stopped.value._render_traceback_() == [f"Stopped: {stopped.value}"]
-    )
-    assert look(run).state == "stopped" and not watching.stopping and not is_active(run)
+    assert said == ["stopped"]
+    assert done == ["round-1"]
+    assert stopped.value._render_traceback_() == [f"Stopped: {stopped.value}"]
+    assert look(run).state == "stopped"
+    assert not watching.stopping
+    assert not is_active(run)
     pretend.clear()
     rounds = list(run_rounds(cfg, settings, watch=watching.wait))
-    assert (
-        [r.name for r in rounds] == ["round-1", "round-2", "round-3", "final"]
-        and rounds[0].skipped == ["sample", "label", "train"]
-        and rounds[1].skipped == ["sample"]
-    )
+    assert [r.name for r in rounds] == ["round-1", "round-2", "round-3", "final"]
+    assert rounds[0].skipped == ["sample", "label", "train"]
+    assert rounds[1].skipped == ["sample"]
     assert look(run).state == "finished"
 
 
@@ -326,7 +323,8 @@ def test_stop_between_two_stages_of_this_process(tmp_path, pretend):
     with pytest.raises(Stopped):
         next(rounds)
     thread.join()
-    assert not watching.stopping and not supervisors(tmp_path / "runs/pretended")
+    assert not watching.stopping
+    assert not supervisors(tmp_path / "runs/pretended")
 
 
 def test_a_failure_is_told_and_not_hidden_as_a_stop(tmp_path, pretend):
@@ -335,12 +333,10 @@ def test_a_failure_is_told_and_not_hidden_as_a_stop(tmp_path, pretend):
     with pytest.raises(StageError, match="no pairs; lower"):
         list(run_rounds(replace(cfg, threshold=99.0), settings, watch=watching.wait))
     s = watching.look()
-    assert (
-        s.state == "failed"
-        and "no pairs; lower" in s.note
-        and "no pairs" in watching.warning(s)
-        and "Traceback" in "".join(s.log)
-    )
+    assert s.state == "failed"
+    assert "no pairs; lower" in s.note
+    assert "no pairs" in watching.warning(s)
+    assert "Traceback" in "".join(s.log)
 
 
 def test_a_killed_process_leaves_a_run_that_says_so(tmp_path):
@@ -360,12 +356,14 @@ with Ledger(run, Profile()) as ledger:
         [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     until(lambda: look(run).row.get("done"))
-    assert look(run).state == "running" and is_active(run)
+    assert look(run).state == "running"
+    assert is_active(run)
     p.kill()
     p.wait()
     until(lambda: look(run).state != "running")
     # its supervisor saw the pipe close and said so
-    assert look(run).state in ("stopped", "killed") and not is_active(run)
+    assert look(run).state in ("stopped", "killed")
+    assert not is_active(run)
     (run / "round-1/sample.status.json").unlink(missing_ok=True)
     assert look(run).state == "killed"
 
@@ -427,10 +425,8 @@ def test_panel_gets_json_only(tmp_path):
         [dict(round="1", reward=None, kl=0.0), dict(round="final", reward=1.0, kl=None)],
     )
     json.dumps(got, allow_nan=False)
-    assert (
-        all(len(c["x"]) == len(c["y"]) <= 400 for p in got for c in p["lines"])
-        and len(got) <= 6
-    )
+    assert all(len(c["x"]) == len(c["y"]) <= 400 for p in got for c in p["lines"])
+    assert len(got) <= 6
 
 
 def test_thread_ends_and_second_panel_replaces_first(tmp_path, monkeypatch):
@@ -442,11 +438,9 @@ def test_thread_ends_and_second_panel_replaces_first(tmp_path, monkeypatch):
     first.show()
     second.show()
     until(lambda: first.closed.is_set())
-    assert (
-        len(shown) == 2
-        and RunMonitor.followers[second.run] is second
-        and not second.closed.is_set()
-    )
+    assert len(shown) == 2
+    assert RunMonitor.followers[second.run] is second
+    assert not second.closed.is_set()
     job = running(tmp_path / "run")
     try:
         until(
@@ -455,7 +449,8 @@ def test_thread_ends_and_second_panel_replaces_first(tmp_path, monkeypatch):
     finally:
         second.stop()
     until(lambda: second.panel.status["state"] == "stopped")
-    assert job.process.wait(10) == 0 and second.panel.status["stopping"] is False
+    assert job.process.wait(10) == 0
+    assert second.panel.status["stopping"] is False
     second.close()
 
 

@@ -163,10 +163,8 @@ def test_many_prompts_are_grouped_without_changing_the_result():
     x, y = np.array([r["reward"] for r in a]), np.sort([r["reward"] for r in b])
     i = win_rate(a, b)
     # 2 * 1.96 * sqrt(1 / (12 n) * 2) = 0.029
-    assert (
-        i.value == pytest.approx(np.searchsorted(y, x).mean() / 3000)
-        and 0.02 < i.high - i.low < 0.04
-    )
+    assert i.value == pytest.approx(np.searchsorted(y, x).mean() / 3000)
+    assert 0.02 < i.high - i.low < 0.04
     assert win_rates({"r0": b, "r1": a}).data[0].y[1] == i.value
 
 
@@ -196,7 +194,8 @@ def test_length_control_takes_out_what_length_gave():
     as_it_is, equal = (
         t.y for t in length_and_reward({f"round {r}": made(r) for r in range(3)}).data[-2:]
     )
-    assert as_it_is[2] - as_it_is[0] > 0.8 and np.ptp(equal) < 1e-9
+    assert as_it_is[2] - as_it_is[0] > 0.8
+    assert np.ptp(equal) < 1e-9
 
 
 def test_views_count_what_they_leave_out():
@@ -228,9 +227,8 @@ def test_views_count_what_they_leave_out():
 )
 def test_nothing_to_show_is_a_figure(make):
     fig = make()
-    assert fig.layout.title.text and fig.layout.template.layout.modebar.remove == (
-        "sendChartToCloud",
-    )
+    assert fig.layout.title.text
+    assert fig.layout.template.layout.modebar.remove == ("sendChartToCloud",)
     json.loads(fig.to_json())
 
 
@@ -261,29 +259,26 @@ def test_views_stay_small():
 
 def test_comparer_reads_what_the_loop_wrote(runs):
     both = RunComparer(runs, mode="static")
-    assert [r.name for r in both.runs] == ["one", "two", "wide"] and list(both.left_out) == [
-        "playground"
-    ]
+    assert [r.name for r in both.runs] == ["one", "two", "wide"]
+    assert list(both.left_out) == ["playground"]
     for run, row in zip(both.runs, both.rows()):
         summary = run_summary(runs / run.name)
-        assert (row["rounds"], row["reward"], row["kl"]) == (
-            len(summary),
-            summary[-1]["reward"],
-            summary[-1]["kl"],
-        ) and row["gain"] == summary[-1]["reward"] - summary[0]["reward"]
+        assert row["rounds"] == len(summary)
+        assert row["reward"] == summary[-1]["reward"]
+        assert row["kl"] == summary[-1]["kl"]
+        assert row["gain"] == summary[-1]["reward"] - summary[0]["reward"]
     assert set(both.rows()[0]) - {"run", "rounds", "reward", "kl", "gain", "seconds"} == {
         "seed",
         "threshold",
         "train_options.gamma_beta_ratio",
     }
-    assert (
-        "playground (no params.json: not a run of the loop)" in both.table().text
-        and "playground" in both.table().html
-    )
+    assert "playground (no params.json: not a run of the loop)" in both.table().text
+    assert "playground" in both.table().html
     assert both.rows(only_differences=False)[2]["train_options.gamma_beta_ratio"] == "0.3"
-    assert [t.name for t in both.curves("loss").data] == ["one", "two", "wide"] and list(
-        both.progress("reward").data[0].y
-    ) == [r["reward"] for r in run_summary(runs / "one")]
+    assert [t.name for t in both.curves("loss").data] == ["one", "two", "wide"]
+    assert list(both.progress("reward").data[0].y) == [
+        r["reward"] for r in run_summary(runs / "one")
+    ]
 
 
 def test_table_goes_to_csv_and_back(runs, tmp_path):
@@ -294,22 +289,20 @@ def test_table_goes_to_csv_and_back(runs, tmp_path):
         assert set(row) <= set(line)
         for k, v in row.items():
             assert line[k] == ("" if v is None else str(csv_cell(v))), k
-    assert (
-        csv_cell("=HYPERLINK(1)") == "'=HYPERLINK(1)"
-        and csv_cell(-1.5) == -1.5
-        and csv_cell("a,b\n") == "a,b\n"
-    )
+    assert csv_cell("=HYPERLINK(1)") == "'=HYPERLINK(1)"
+    assert csv_cell(-1.5) == -1.5
+    assert csv_cell("a,b\n") == "a,b\n"
 
 
 def test_same_prompt_across_runs(runs):
     shared = shared_prompts(read_runs(runs)[0])
-    assert len(shared) == 4 and all(
-        [n for n, _ in a] == ["one", "two", "wide"] for a in shared.values()
-    )
+    assert len(shared) == 4
+    assert all([n for n, _ in a] == ["one", "two", "wide"] for a in shared.values())
     first = next(iter(shared.values()))
     assert {s["prompt_id"] for _, ss in first for s in ss} == {first[0][1][0]["prompt_id"]}
     shown = same_prompt(first)
-    assert shown.text.count("reward 1.000 (median of 3)") == 3 and shown.html.count("<td") == 3
+    assert shown.text.count("reward 1.000 (median of 3)") == 3
+    assert shown.html.count("<td") == 3
 
 
 def test_damaged_runs_are_named_not_fatal(runs, tmp_path):
@@ -319,11 +312,9 @@ def test_damaged_runs_are_named_not_fatal(runs, tmp_path):
     (tmp_path / "runs/two/params.json").write_text("{")
     (tmp_path / "runs/wide/final/samples.json").unlink()
     both = RunComparer(tmp_path / "runs", mode="static")
-    assert (
-        [r.name for r in both.runs] == ["one"]
-        and "params.json cannot be read" in both.left_out["two"]
-        and "missing or damaged" in both.left_out["wide"]
-    )
+    assert [r.name for r in both.runs] == ["one"]
+    assert "params.json cannot be read" in both.left_out["two"]
+    assert "missing or damaged" in both.left_out["wide"]
     both.frontier().to_json()
     both.static()
     with pytest.raises(ValueError, match="no run to compare"):
@@ -368,7 +359,8 @@ def test_hostile_text_is_inert(text):
     "In a diff, side by side, in names of runs: the same elements as of harmless text."
     a, b = word_diff(text, f"{text} more"), word_diff("x", "x more")
     for hostile, plain in zip(a, b):
-        assert set(Seen(hostile).tags) <= {"ins", "del"} and set(Seen(plain).tags) <= {
+        assert set(Seen(hostile).tags) <= {"ins", "del"}
+        assert set(Seen(plain).tags) <= {
             "ins",
             "del",
         }
@@ -385,17 +377,16 @@ def test_hostile_text_is_inert(text):
     hostile, plain = Seen(page(text).html), Seen(page("x").html)
     assert [t for t in hostile.tags if t not in ("ins", "del")] == [
         t for t in plain.tags if t not in ("ins", "del")
-    ] and hostile.attributes == plain.attributes
+    ]
+    assert hostile.attributes == plain.attributes
     for fig in (
         win_rates({text: rows("a", 1.0), "b": rows("b", 1.0)}),
         length_and_reward({text: rows("a", 1.0, 2.0)}),
         reward_against_kl({text: rows("a", 1.0)}),
     ):
         strings = fig.to_json()
-        assert (
-            not re.search(r"<(script|img|svg|iframe|details|!--)", strings)
-            and "\\u202e" not in strings
-        )
+        assert not re.search(r"<(script|img|svg|iframe|details|!--)", strings)
+        assert "\\u202e" not in strings
 
 
 def hostile_run(runs, tmp_path):
@@ -433,26 +424,24 @@ def test_report_stands_alone(runs, tmp_path):
         best=2.0,
     )
     text = page.read_text()
-    assert page.name == "report.html" and page.stat().st_size < 8e6
+    assert page.name == "report.html"
+    assert page.stat().st_size < 8e6
     from plotly.offline import get_plotlyjs
 
     assert text.count(get_plotlyjs()) == 1
     rest = text.replace(get_plotlyjs(), "")
     seen = Seen(re.sub(r"<script.*?</script>", "", rest, flags=re.S))
-    assert (
-        not {"script", "img", "iframe", "svg", "link", "object", "textarea"} & set(seen.tags)
-        and not any(a.startswith("on") for a in seen.attributes)
-        and "src" not in seen.attributes
-    )
-    assert (
-        set(re.findall(r'href="([^"]*)"', rest)) == set(re.findall(r'href="(#s\d+)"', rest))
-        and "connect-src" not in rest
-        and "default-src 'none'" in rest
-    )
+    assert not {"script", "img", "iframe", "svg", "link", "object", "textarea"} & set(seen.tags)
+    assert not any(a.startswith("on") for a in seen.attributes)
+    assert "src" not in seen.attributes
+    assert set(re.findall(r'href="([^"]*)"', rest)) == set(re.findall(r'href="(#s\d+)"', rest))
+    assert "connect-src" not in rest
+    assert "default-src 'none'" in rest
     # the two with the page's word
     assert len(re.findall("<script", rest)) == rest.count('<script type="application/json"') + 2
     nonces = set(re.findall(r'nonce="([^"]+)"', rest))
-    assert len(nonces) == 1 and nonces != set(
+    assert len(nonces) == 1
+    assert nonces != set(
         re.findall(
             r'nonce="([^"]+)"', report(runs / "one", tmp_path / "other.html").read_text()
         )
@@ -480,12 +469,10 @@ def test_report_says_what_the_files_say(runs, tmp_path):
     page = Seen(report(runs / "wide", tmp_path / "r.html").read_text()).text
     for r in run_summary(runs / "wide"):
         assert f"{r['reward']:.4g}" in page
-    assert (
-        "gamma_beta_ratio" in page
-        and "0.3" in page
-        and f"{len(read_jsonl(runs / 'wide/ledger.jsonl'))} events" in page
-        and "finished" in page
-    )
+    assert "gamma_beta_ratio" in page
+    assert "0.3" in page
+    assert f"{len(read_jsonl(runs / 'wide/ledger.jsonl'))} events" in page
+    assert "finished" in page
     with pytest.raises(ValueError, match="report: .*playground: no params.json"):
         report(runs / "playground")
 
@@ -511,7 +498,8 @@ def test_report_of_a_large_run_stays_small(runs, tmp_path):
             )
         )
     page = report(tmp_path / "big")
-    assert page.stat().st_size < 8e6 and "more characters]" in page.read_text()
+    assert page.stat().st_size < 8e6
+    assert "more characters]" in page.read_text()
 
 
 def test_package_offers_report_and_stays_light():
@@ -556,11 +544,9 @@ def test_driver_runs_and_converts_with_every_figure(runs, tmp_path):
         for o in c.get("outputs", [])
         if "application/vnd.plotly.v1+json" in o.get("data", {})
     ]
-    assert (
-        len(figures) == 3
-        and (tmp_path / "t.csv").exists()
-        and (tmp_path / "out.ipynb").stat().st_size < 3e6
-    )
+    assert len(figures) == 3
+    assert (tmp_path / "t.csv").exists()
+    assert (tmp_path / "out.ipynb").stat().st_size < 3e6
     if not all("image/png" in d for d in figures):
         pytest.skip("no browser to draw pictures with")
     subprocess.run(
@@ -571,8 +557,6 @@ def test_driver_runs_and_converts_with_every_figure(runs, tmp_path):
         timeout=120,
     )
     page = (tmp_path / "out.html").read_text()
-    assert (
-        len(re.findall(r"<img[^>]*data:image/png", page)) == 3
-        and "only parameters that differ" in page
-        and page.count("(median of 3)") == 9
-    )
+    assert len(re.findall(r"<img[^>]*data:image/png", page)) == 3
+    assert "only parameters that differ" in page
+    assert page.count("(median of 3)") == 9

@@ -184,11 +184,9 @@ def test_filters(run, filter):
 def test_sorting(run, column):
     pairs = read_pairs(run)
     up, down = (pairs.columns[column][pick(pairs, sort=column, down=d)] for d in (False, True))
-    assert (
-        up.tolist() == sorted(up)
-        and down.tolist() == sorted(up, reverse=True)
-        and len(up) == 45
-    )
+    assert up.tolist() == sorted(up)
+    assert down.tolist() == sorted(up, reverse=True)
+    assert len(up) == 45
 
 
 def test_labels_of_all_labellers_reach_the_right_pair(run):
@@ -243,14 +241,16 @@ def test_comparisons_are_labels_too_and_unknown_samples_are_counted(tmp_path):
     assert [p for p in read_pairs(tmp_path).said if p] == [{"human:ada": -1}]
     write_records(folder / "feedback.json", without_ids(trimmed))
     pairs = read_pairs(tmp_path)
-    assert (pairs.unknown, pairs.by_text) == (1, 0)
+    assert pairs.unknown == 1
+    assert pairs.by_text == 0
     assert "1 without labels" in static_view(pairs).parts[0].text
     said = PairBrowser(pairs).answer(dict(do="open"))[0]["said"]
     assert said.startswith("1 pairs without labels")
     write_records(folder / "feedback.json", without_ids(rows))
     pairs = read_pairs(tmp_path)
     assert [p for p in pairs.said if p] == [{"human:ada": -1}]
-    assert (pairs.unknown, pairs.by_text) == (0, 1)
+    assert pairs.unknown == 0
+    assert pairs.by_text == 1
     assert "1 matched to labels by their words" in static_view(pairs).parts[0].text
     said = PairBrowser(pairs).answer(dict(do="open"))[0]["said"]
     assert said.startswith("1 pairs matched to labels by their words")
@@ -388,7 +388,9 @@ def test_twenty_thousand_pairs(tmp_path):
         browser.answer(dict(do="filter", **f))
         filters.append(time.process_time() - start)
     print(f"opened in {opened:.2f} s, filters {[round(f, 3) for f in filters]}")
-    assert opened < 2 and max(filters) < 0.3 and len(pick(browser.pairs)) > 19_000
+    assert opened < 2
+    assert max(filters) < 0.3
+    assert len(pick(browser.pairs)) > 19_000
     parts = static_view(browser.pairs, 2).parts
     assert (
         sum(len(p.html) if hasattr(p, "html") else len(p.to_json()) for p in parts) < 300_000
@@ -446,7 +448,8 @@ def test_random_keys_and_the_files_they_leave(tmp_path):
             view.choose(name, value, 1.0)
         elif do == "undo" and past and view.session.state.past[-1][0] == "choose":
             name, before = past.pop()
-            assert view.undo() and widgets.view_content(view)["item"]["name"] == name
+            assert view.undo()
+            assert widgets.view_content(view)["item"]["name"] == name
             if before:
                 wanted[name] = before
             else:
@@ -500,7 +503,8 @@ def test_an_answer_that_is_not_saved_is_not_shown_as_saved(tmp_path):
     labeler, other = HumanLabeler(view), view_of(tmp_path)
     other.choose("0001", "left")  # a second window
     reply, _ = labeler.answer(dict(do="choose", item="0001", value="right", seconds=1.0))
-    assert "close the other window" in reply["error"] and "item" not in reply
+    assert "close the other window" in reply["error"]
+    assert "item" not in reply
     assert view.session.state.choose == {}
 
 
@@ -513,15 +517,11 @@ def test_policies_for_open_pairs(tmp_path, capsys):
         finish(view, "judge", "rm:x", "widget")
     with pytest.raises(RuntimeError, match="6 of 8 pairs are not labelled"):
         finish(view, "stop", mode="static")
-    assert (
-        finish(view, "skip", mode="static")["records"] == 1
-        and "6 left out" in capsys.readouterr().out
-    )
+    assert finish(view, "skip", mode="static")["records"] == 1
+    assert "6 left out" in capsys.readouterr().out
     # one is a tie
-    assert (
-        finish(view, "judge", "rm:x", "static")["records"] == 1 + 5
-        and "6 pairs by rm:x" in capsys.readouterr().out
-    )
+    assert finish(view, "judge", "rm:x", "static")["records"] == 1 + 5
+    assert "6 pairs by rm:x" in capsys.readouterr().out
     by = {r["labeller"]: 0 for r in read_jsonl(tmp_path / "feedback.labels.jsonl")}
     for r in read_jsonl(tmp_path / "feedback.labels.jsonl"):
         by[r["labeller"]] += 1
@@ -576,7 +576,9 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
             }
             continue
         page = Page(shown.html)
-        assert set(page.tags) <= TAGS and page.attributes <= ATTRIBUTES and not page.stack
+        assert set(page.tags) <= TAGS
+        assert page.attributes <= ATTRIBUTES
+        assert not page.stack
     assert visible(text) in static_view(pairs).parts[2].text
     for bundle in (
         PairBrowser(pairs)._repr_mimebundle_()[0],
