@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'round_means',
            'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'calibration_points', 'calibration_curve',
            'chosen_rejected', 'chosen_rejected_all', 'win_rate_points', 'win_rates', 'word_count', 'length_table',
            'at_equal_length', 'length_points', 'score_line', 'length_and_reward', 'priced_rewards', 'reward_against_kl',
-           'frontier', 'agreement_points', 'agreement_figure']
+           'run_line', 'frontier', 'agreement_points', 'agreement_figure']
 
 # %% ../nbs/42_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -477,6 +477,13 @@ def reward_against_kl(
     ]
     return styled(fig, title, notes, 260 + 160 * len(panels))
 
+# %% ../nbs/42_rewards.ipynb #181858a6
+def run_line(i: int) -> dict:
+    "Colour and dash of the i-th run; beyond six the dash changes too."
+    dashes = ("solid", "dash", "dot")
+    dash = dashes[i // len(SERIES) % len(dashes)]
+    return dict(color=SERIES[i % len(SERIES)], width=2, dash=dash)
+
 # %% ../nbs/42_rewards.ipynb #47b635e8
 def frontier(
     # run's name -> rows with `kl` and the reward, in order of the rounds, such as those of
@@ -489,8 +496,7 @@ def frontier(
     "One line per run through its rounds, named at its end."
     fig = go.Figure()
     for i, (name, rows) in enumerate(runs.items()):
-        color = SERIES[i % len(SERIES)]
-        dash = ("solid", "dash", "dot")[i // len(SERIES) % 3]
+        line = run_line(i)
         known = hover(f"<b>{escape(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}")
         at_the_end = [""] * (len(rows) - 1) + [escape(name)]
         fig.add_scatter(
@@ -498,10 +504,10 @@ def frontier(
             y=floats(rows, key),
             name=name,
             mode="lines+markers+text",
-            line=dict(color=color, width=2, dash=dash),
+            line=line,
             text=at_the_end,
             textposition="top center",
-            textfont_color=color,
+            textfont_color=line["color"],
             hovertemplate=known,
         )
     draw_best(fig, best)
