@@ -39,6 +39,22 @@ def stages_on_path(monkeypatch):
     monkeypatch.syspath_prepend(here)
 
 
+# ---- models of two blocks
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    "The folder of a model with fresh weights, by architecture; nothing is written there."
+    from tiny_models import CONFIGS, save_small
+
+    return {arch: save_small(arch, tmp_path_factory.mktemp(arch)) for arch in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def llama(folders):
+    return folders["llama"]
+
+
 # ---- a browser with a JupyterLab in it
 
 CHROMIUM_FLAGS = [

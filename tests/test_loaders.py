@@ -1,4 +1,4 @@
-"Trees, batches and loaders: against the reference's tokens and items, and what must hold for any data, process count and cut."
+"Loaders: against the reference's items, and what must hold for any data, process count and cut."
 
 import copy
 import math
@@ -9,24 +9,15 @@ from functools import lru_cache
 from itertools import chain, islice, zip_longest
 from statistics import fmean, pstdev
 
-import jinja2
 import pytest
 import torch
-from golden import FOLDER, cases, load
+from golden import cases, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
 
 from halos_nb import loaders
-from halos_nb.trees import (
-    byte_tokenizer,
-    encode,
-    encode_prompt,
-    make_batch,
-    make_tree,
-    trees_from_samples,
-)
+from halos_nb.trees import byte_tokenizer, make_batch
 from halos_nb.loaders import (
     ConditionalSFTDataLoader,
     GroupUnpairedPreferenceDataLoader,
@@ -57,223 +48,6 @@ LOADERS = [
 @lru_cache
 def told(name):
     return load(name)
-
-
-# ---- tokens
-
-
-class Plain:
-    "The template and the tokenizer by themselves: jinja2 and `tokenizers`, nothing of ours."
-
-    def __init__(self, name):
-        self.tok = Tokenizer.from_file(str(FOLDER / f"tokenizer_{name}.json"))
-        self.template = jinja2.Environment().from_string(told("tokenization")["chat_template"])
-
-    def text(self, turns, ask=False):
-        return self.template.render(messages=turns, add_generation_prompt=ask)
-
-    def ids(self, turns, ask=False):
-        return self.tok.encode(self.text(turns, ask), add_special_tokens=False).ids
-
-
-def golden_tokenizer(name):
-    special = {
-        k: v
-        for k, v in told("tokenization")["tokenizers"][name].items()
-        if k in ("bos_token", "eos_token", "pad_token") and v
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(FOLDER / f"tokenizer_{name}.json"),
-        chat_template=told("tokenization")["chat_template"],
-        **special,
-    )
-
-
-def going(turns, drop="oldest"):
-    "The turns in the order in which they may go: never the last; a leading system turn after all others."
-    system = [0] if turns[0]["role"] == "system" and len(turns) > 1 else []
-    others = [i for i in range(len(turns) - 1) if i not in system]
-    return (others if drop == "oldest" else others[::-1]) + system
-
-
-def left(plain, turns, limit, drop="oldest"):
-    "The turns that must be left of a prompt, by trying: as many as fit, else the last, as many tokens of it as fit."
-    order = going(turns, drop)
-    for gone in range(len(order) + 1):
-        kept = [t for i, t in enumerate(turns) if i not in order[:gone]]
-        if len(plain.ids(kept, True)) <= limit:
-            return kept
-    tokens = plain.tok.encode(turns[-1]["content"], add_special_tokens=False).ids
-    for n in range(len(tokens), -1, -1):
-        kept = [
-            turns[-1]
-            | dict(
-                content=plain.tok.decode(tokens[:n], skip_special_tokens=False).rstrip("\ufffd")
-            )
-        ]
-        if len(plain.ids(kept, True)) <= limit:
-            return kept
-
-
-def labelled(tree):
-    "(ids, labels) of a one-branch tree, as the reference writes them."
-    own = len(tree.prompt_ids) + tree.skip[0]
-    ids = tree.prompt_ids + tree.branches[0]
-    return ids, [-100] * own + ids[own:]
-
-
-def built(case):
-    "Our tree of a case; what it must hold, computed from template and tokenizer alone; which parts the reference left whole."
-    tok, plain, n = (
-        golden_tokenizer(case["tokenizer"]),
-        Plain(case["tokenizer"]),
-        case["max_length"],
-    )
-    counts = Counter()
-    tree = make_tree(
-        tok,
-        case["conversation"],
-        [case["generation"]],
-        ["completion"],
-        n,
-        case["max_prompt_length"],
-        counts,
-    )
-    kept = left(plain, case["conversation"], min(case["max_prompt_length"], n - 1))
-    prompt, whole = plain.ids(kept, True), plain.ids(kept + case["generation"])
-    want = whole[:n], ([-100] * len(prompt) + whole[len(prompt) :])[:n]
-    same = (
-        case["outputs"]["prompt"] == case["conversation"],
-        case["outputs"]["target"] == case["generation"],
-    )
-    return tok, tree, counts, kept, want, same
-
-
-@cases("tokenization")
-def test_tokenization_golden(case):
-    """Where the reference cut nothing, its ids and labels; where it cut, superseded are `prompt`, `target` and all texts and ids made of them:
-    whole turns go first, oldest first, then the last turn is cut, and completions are cut in ids. `untruncated_conversation` is superseded: nothing is edited."""
-    before, out, n = copy.deepcopy(case), case["outputs"], case["max_length"]
-    tok, tree, counts, kept, want, (same_prompt, same_target) = built(case)
-    assert case == before
-    assert labelled(tree) == want
-    limit = min(case["max_prompt_length"], n - 1)
-    turns, ids = encode_prompt(tok, case["conversation"], limit, Counter())
-    assert (turns, ids) == (kept, Plain(case["tokenizer"]).ids(kept, True)) and len(
-        ids
-    ) <= limit
-    assert counts["prompts_shortened"] == (len(kept) < len(case["conversation"])) and counts[
-        "prompts_cut"
-    ] == (kept[-1] != case["conversation"][-1])
-    assert counts["outputs_cut"] == (len(encode(tok, kept + case["generation"])) > n)
-    assert kept[-1]["role"] == case["conversation"][-1]["role"] and case["conversation"][-1][
-        "content"
-    ].startswith(kept[-1]["content"])
-    if same_prompt:
-        assert kept == case["conversation"] and ids == out["prompt_input_ids"]
-        assert (
-            tok.apply_chat_template(kept, tokenize=False, add_generation_prompt=True)
-            == out["prompt_text"]
-        )
-    if same_prompt and same_target:
-        assert labelled(tree) == (
-            out["target_combined_input_ids"][:n],
-            out["target_labels"][:n],
-        )
-        assert (
-            tok.apply_chat_template(kept + case["generation"], tokenize=False)
-            == out["target_combined_text"]
-        )
-    elif same_prompt:
-        # the reference cut the text and encoded it anew, with an end of turn; both are
-        # beginnings of the same completion
-        assert len(tree.branches[0]) + len(tree.prompt_ids) == n and out[
-            "target_combined_text"
-        ].startswith(tok.decode(labelled(tree)[0]).rstrip("\ufffd")[: -8 * len("<|im_end|>")])
-
-
-@cases("tokenization")
-def test_newest_turns_can_go_first(case):
-    limit = min(case["max_prompt_length"], case["max_length"] - 1)
-    turns, ids = encode_prompt(
-        golden_tokenizer(case["tokenizer"]),
-        case["conversation"],
-        limit,
-        Counter(),
-        drop="newest",
-    )
-    assert (
-        turns == left(Plain(case["tokenizer"]), case["conversation"], limit, "newest")
-        and len(ids) <= limit
-    )
-
-
-def collate_cases():
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c["id"]) for c in told("tokenization")["collate_cases"]]
-    )
-
-
-@collate_cases()
-def test_collation_golden(case):
-    "Unpadded, our rows are the reference's where it cut nothing; padding reaches the longest row, not `max_length`."
-    elements = [
-        built(next(c for c in told("tokenization")["cases"] if c["id"] == name))
-        for name in case["elements"]
-    ]
-    batch, out = (
-        make_batch([tree for _, tree, *_ in elements], "plain", case["pad_token_id"]),
-        case["outputs"],
-    )
-    width = batch.input_ids.shape[1]
-    labels = torch.full((len(elements), width), -100)
-    labels[batch.predict // width, batch.predict % width + 1] = batch.target
-    assert width == max(len(want[0]) for *_, want, _ in elements)
-    for i, (*_, kept, want, same) in enumerate(elements):
-        n = len(want[0])
-        assert (
-            batch.input_ids[i].tolist(),
-            labels[i].tolist(),
-            batch.attention_mask[i].tolist(),
-        ) == (
-            want[0] + [case["pad_token_id"]] * (width - n),
-            want[1] + [-100] * (width - n),
-            [1] * n + [0] * (width - n),
-        )
-        if all(same):
-            real = sum(out["target_combined_attention_mask"][i])
-            assert (want[0], want[1]) == (
-                out["target_combined_input_ids"][i][:real],
-                out["target_labels"][i][:real],
-            )
-        if same[0]:
-            assert [
-                t
-                for t, m in zip(out["prompt_input_ids"][i], out["prompt_attention_mask"][i])
-                if m
-            ] == Plain(case["tokenizer"]).ids(kept, True)
-
-
-STRICT = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("drop", ["oldest", "newest"])
-def test_a_template_that_wants_roles_to_alternate(drop):
-    "What it refuses is dropped on; what is refused from the start is an error."
-    tok = byte_tokenizer()
-    tok.chat_template = STRICT
-    talk = [
-        dict(role=("user", "assistant")[i % 2], content=f"Turn number {i}") for i in range(5)
-    ]
-    turns, ids = encode_prompt(tok, talk, 120, Counter(), drop)
-    assert [t["content"][-1] for t in turns] == dict(
-        oldest=["2", "3", "4"], newest=["0", "1", "4"]
-    )[drop] and len(ids) <= 120
-    with pytest.raises(jinja2.TemplateError):
-        encode_prompt(tok, talk[1:], 120, Counter(), drop)
 
 
 # ---- loaders against the reference
@@ -416,7 +190,8 @@ def units(e, cls):
 
 def orders(case, cls):
     "Each epoch's items in order, from the README's words alone."
-    rng, most = random.Random(case["options"]["seed"]), case["options"].get("max_prompt_count")
+    rng = random.Random(case["options"]["seed"])
+    most = case["options"].get("max_prompt_count")
     while True:
         flat = []
         for n, e in enumerate(pool_of(case)):
@@ -455,11 +230,11 @@ def test_cases_that_the_reference_cannot_load(case):
         with pytest.raises(ValueError, match=case["datasets"][0]):
             load_data(case["datasets"], case["split"])
         return
-    assert (
-        case["loader"] == "ConditionalSFTDataLoader" and "control_tokens" not in case["options"]
-    )
+    assert case["loader"] == "ConditionalSFTDataLoader"
+    assert "control_tokens" not in case["options"]
     loader = golden_loader(case | dict(pool=pool))
-    assert loader.trees and all(
+    assert loader.trees
+    assert all(
         words(t, "completion")[-1].startswith(("<|good|>", "<|bad|>")) for t in loader.trees
     )
 
@@ -481,26 +256,21 @@ def test_items_in_the_reference_order(case):
     """One process, steps of the reference's microbatch: the same items, the same texts, in its order, in every epoch.
     Normalised: piled-up control tokens; its forgotten last batches; later epochs under max_prompt_count, which it draws from what the first left. Where a prompt is refused (it
     names no SFT target, or is empty), the order cannot be the reference's; then the items are."""
-    cls, o, pool, run = (
-        getattr(loaders, case["loader"]),
-        case["options"],
-        pool_of(case),
-        run_of(case),
-    )
-    micro, golden = (
-        o["microbatch_size"],
-        [
-            without_piles(x, o.get("control_tokens", {}).values())
-            for b in run.get("batches", [])
-            for x in b
-        ],
-    )
-    first, skip, total = (
-        run.get("process_data") or dealt(case),
-        o.get("num_skip", 0),
-        o["n_epochs"] or 1 + len(golden),
-    )
-    loader, ours = golden_loader(case, "n_examples", batch_size=micro), []
+    cls = getattr(loaders, case["loader"])
+    o = case["options"]
+    pool = pool_of(case)
+    run = run_of(case)
+    micro = o["microbatch_size"]
+    golden = [
+        without_piles(x, o.get("control_tokens", {}).values())
+        for b in run.get("batches", [])
+        for x in b
+    ]
+    first = run.get("process_data") or dealt(case)
+    skip = o.get("num_skip", 0)
+    total = o["n_epochs"] or 1 + len(golden)
+    loader = golden_loader(case, "n_examples", batch_size=micro)
+    ours = []
     for steps, flat in zip(epochs_of(loader, total), orders(case, cls)):
         assert [item(loader, t)[: len(flat[0])] for t in chain(*steps)] == flat[skip:], (
             "every item once, in the order of the drawing"
@@ -534,11 +304,9 @@ def test_items_in_the_reference_order(case):
 )
 def test_steps_of_two_processes(case):
     "Two processes of ours share the steps that one process takes; they are the reference's global batches, whose items it deals alternately, and more where it cuts the end off."
-    size, cls, pool = (
-        case["options"]["global_batch_size"],
-        getattr(loaders, case["loader"]),
-        pool_of(case),
-    )
+    size = case["options"]["global_batch_size"]
+    cls = getattr(loaders, case["loader"])
+    pool = pool_of(case)
     two = [golden_loader(case, "n_examples", "num_skip", rank=r, world=2) for r in range(2)]
     shared = [
         [
@@ -555,7 +323,10 @@ def test_steps_of_two_processes(case):
         for step in golden_loader(case, "n_examples", "num_skip").plan()
     ]
     theirs = dealt(case)
-    assert len(theirs) % size == 0 and all(next(iter(loader)).batches for loader in two), (
+    assert len(theirs) % size == 0, (
+        "every process has its steps, also where the reference waits for ever or stops with an error"
+    )
+    assert all(next(iter(loader)).batches for loader in two), (
         "every process has its steps, also where the reference waits for ever or stops with an error"
     )
     if any(refused(e, cls) for e in pool):
@@ -571,10 +342,8 @@ def test_steps_of_two_processes(case):
 @cases("dataloaders", is_share)
 def test_shares_are_random_parts_of_each_class(case):
     "Deliberate: the reference takes the first so many of all. Ours are parts of each class, drawn from the seed, of the items the reference knows; order and steps are tested with any data below."
-    whole, part = (
-        golden_loader(case, "frac_unique_desirable", "frac_unique_undesirable"),
-        golden_loader(case),
-    )
+    whole = golden_loader(case, "frac_unique_desirable", "frac_unique_undesirable")
+    part = golden_loader(case)
     parts = [golden_loader(case, seed=s) for s in range(20)]
     for status, name in (
         ("chosen", "frac_unique_desirable"),
@@ -588,11 +357,9 @@ def test_shares_are_random_parts_of_each_class(case):
             if s == status
         }
         want = round(case["options"].get(name, 1) * len(unique))
-        assert (
-            {len(p.used[status]) for p in [part, *parts]} == {want}
-            and part.counts[f"{status}_left_out"] == len(unique) - want
-            and part.used[status] <= unique
-        )
+        assert {len(p.used[status]) for p in [part, *parts]} == {want}
+        assert part.counts[f"{status}_left_out"] == len(unique) - want
+        assert part.used[status] <= unique
         if 0 < want < len(unique):
             assert len({frozenset(p.used[status]) for p in parts}) > 1, (
                 "another seed, another share"
@@ -605,11 +372,10 @@ def test_shares_are_random_parts_of_each_class(case):
         kept, known = (
             [(i.prompt, *i.answers, *i.meanings) for i in x.items] for x in (part, whole)
         )
-    assert (
-        kept
-        and set(kept) <= set(known)
-        and (len(kept) < len(known))
-        == any(part.counts[f"{s}_left_out"] for s in ("chosen", "rejected"))
+    assert kept
+    assert set(kept) <= set(known)
+    assert (len(kept) < len(known)) == any(
+        part.counts[f"{s}_left_out"] for s in ("chosen", "rejected")
     )
     if is_group(case):  # advantages are from all scored samples nevertheless
         facts = {
@@ -630,22 +396,20 @@ def test_shares_are_random_parts_of_each_class(case):
 )
 def test_mismatched_completions(case):
     "The reference's own wherever its next item has another prompt; otherwise what the rule says, worked out here item by item."
-    micro, pool, skip = (
-        case["options"]["microbatch_size"],
-        pool_of(case),
-        case["options"].get("num_skip", 0),
-    )
-    loader, flat = (
-        golden_loader(case, "n_examples", batch_size=micro, mismatched=True),
-        next(orders(case, UnpairedPreferenceDataLoader)),
-    )
-    ours, size = [t for s in next(epochs_of(loader, 1)) for t in s], len(flat)
+    micro = case["options"]["microbatch_size"]
+    pool = pool_of(case)
+    skip = case["options"].get("num_skip", 0)
+    loader = golden_loader(case, "n_examples", batch_size=micro, mismatched=True)
+    flat = next(orders(case, UnpairedPreferenceDataLoader))
+    ours = [t for s in next(epochs_of(loader, 1)) for t in s]
+    size = len(flat)
 
     def prompt(at):
         return pool[flat[at][0]]["prompt_id"]
 
     for n, tree in enumerate(ours):
-        at, start = skip + n, skip + n - n % micro
+        at = skip + n
+        start = skip + n - n % micro
         stop = min(start + micro, size)
         candidates = [
             *range(at + 1, stop),
@@ -657,9 +421,8 @@ def test_mismatched_completions(case):
         assert words(tree, "KL") == [
             t["content"] for t in pool[flat[other][0]]["generations"][flat[other][1]]
         ]
-        assert math.isnan(tree.facts["score"][tree.meanings.index("KL")]) and not math.isnan(
-            tree.facts["score"][0]
-        )
+        assert math.isnan(tree.facts["score"][tree.meanings.index("KL")])
+        assert not math.isnan(tree.facts["score"][0])
     batches = run_of(case).get("batches", [])[: len(ours) // micro]  # of the first epoch
     compared = 0
     for b, batch in enumerate(batches):
@@ -680,7 +443,8 @@ def test_mismatched_completions(case):
 
 def samples_of(case):
     "prompt_id -> {(example, answer): score} of the scored samples, +1 and -1 by status where a prompt has no scores."
-    pool, out = pool_of(case), {}
+    pool = pool_of(case)
+    out = {}
     for n, e in enumerate(pool):
         for k in range(len(e["generations"])):
             out.setdefault(e["prompt_id"], {})[n, k] = (
@@ -704,28 +468,30 @@ def samples_of(case):
 def test_groups_in_the_reference_order(case):
     """The reference's prompts in its order (as far as it does not cut the last off), each with every sample it has there and, deliberately, all other scored ones;
     once each, never split, with advantages from all of them. Scalar feedback, which it refuses, works."""
-    pool, o, known = pool_of(case), case["options"], samples_of(case)
+    pool = pool_of(case)
+    o = case["options"]
+    known = samples_of(case)
     loader = golden_loader(case, "n_examples", "num_skip", batch_size=1)
-    trees, seen = [t for s in next(epochs_of(loader, 1)) for t in s], {}
+    trees = [t for s in next(epochs_of(loader, 1)) for t in s]
+    seen = {}
     theirs = run_of(case).get("process_data") or (dealt(case) if case.get("runs") else [])
     for n, k, _, score in theirs:
         seen.setdefault(pool[n]["prompt_id"], {}).setdefault((n, k), []).append(score)
     prompts = [loader.examples[loader.items[t.index[0]].prompt].prompt_id for t in trees]
-    assert sorted(prompts) == sorted(known) and prompts[: len(seen)] == list(seen)
+    assert sorted(prompts) == sorted(known)
+    assert prompts[: len(seen)] == list(seen)
     if theirs:
         assert len(case["flat_data"]) - len(theirs) < max(
             o["microbatch_size"], o["global_batch_size"]
         )
     for p, tree in zip(prompts, trees):
-        mine, everything = (
-            [words(tree.pick([n]), "sample") for n in range(len(tree.branches))],
-            [
-                (n, k)
-                for n, e in enumerate(pool)
-                if e["prompt_id"] == p
-                for k in range(len(e["generations"]))
-            ],
-        )
+        mine = [words(tree.pick([n]), "sample") for n in range(len(tree.branches))]
+        everything = [
+            (n, k)
+            for n, e in enumerate(pool)
+            if e["prompt_id"] == p
+            for k in range(len(e["generations"]))
+        ]
         keys = iter(everything)
         # in the data's order
         found = [
@@ -743,7 +509,8 @@ def test_groups_in_the_reference_order(case):
         else:
             assert set(found) == set(known[p]) >= set(seen.get(p, []))
         assert tree.facts["score"] == pytest.approx([known[p][x] for x in found])
-        mean, std = fmean(known[p].values()), pstdev(known[p].values())
+        mean = fmean(known[p].values())
+        std = pstdev(known[p].values())
         assert tree.facts["advantage"] == pytest.approx(
             [(known[p][x] - mean) / (std + 0.01) for x in found], rel=1e-6, abs=1e-9
         )
@@ -772,10 +539,8 @@ def test_groups_in_the_reference_order(case):
         or not run_of(case).get("batches")
     ):
         return
-    golden, whole = (
-        [x["prompt_id"] for b in run_of(case)["batches"] for x in b],
-        len(run_of(case)["process_data"]),
-    )
+    golden = [x["prompt_id"] for b in run_of(case)["batches"] for x in b]
+    whole = len(run_of(case)["process_data"])
     assert len(golden) == whole * o["n_epochs"]
     for e, steps in enumerate(epochs_of(loader, o["n_epochs"])):
         ids = list(dict.fromkeys(golden[e * whole : (e + 1) * whole]))
@@ -788,22 +553,25 @@ def test_groups_in_the_reference_order(case):
 def test_number_of_steps(case):
     """As many steps as are announced, by `len`, by `num_training_steps` and by counting.
     The reference's number, which counts full steps only and answers in pairs only, wherever there are no others."""
-    o, loader, cls = case["options"], golden_loader(case), getattr(loaders, case["loader"])
-    epochs, limit, skip, size = (
-        o["n_epochs"],
-        o.get("n_examples"),
-        o.get("num_skip", 0),
-        o["global_batch_size"],
-    )
-    before, steps, n = 0, 0, 0
+    o = case["options"]
+    loader = golden_loader(case)
+    cls = getattr(loaders, case["loader"])
+    epochs = o["n_epochs"]
+    limit = o.get("n_examples")
+    skip = o.get("num_skip", 0)
+    size = o["global_batch_size"]
+    before = 0
+    steps = 0
+    n = 0
     for e in range(1000 if epochs is None else epochs):
         loader.set_epoch(e)
-        n, this = len(loader.this_epoch()[0]), list(loader)
+        n = len(loader.this_epoch()[0])
+        this = list(loader)
         want = max(0, min(before + n, math.inf if limit is None else limit) - max(before, skip))
-        assert sum(s.examples for s in this) == want and len(this) == len(loader) == math.ceil(
-            want / size
-        )
-        before, steps = before + n, steps + len(this)
+        assert sum(s.examples for s in this) == want
+        assert len(this) == len(loader) == math.ceil(want / size)
+        before = before + n
+        steps = steps + len(this)
         if limit is not None and before >= limit:
             break
     assert loader.num_training_steps(epochs) == steps
@@ -948,14 +716,12 @@ def test_every_example_once_per_epoch(cls, data, options):
         elif cls is not GroupUnpairedPreferenceDataLoader:
             for us in loader.units:
                 taken = [u for u in us if any(i in seen for i in u)]
-                assert len(taken) == min(len(us), options["max_prompt_count"]) and all(
-                    i in seen for u in taken for i in u
-                )
+                assert len(taken) == min(len(us), options["max_prompt_count"])
+                assert all(i in seen for u in taken for i in u)
         loader.set_epoch(epoch)
         steps = list(loader)
-        assert len(steps) == len(loader) and all(
-            s.examples == options["batch_size"] for s in steps[:-1]
-        )
+        assert len(steps) == len(loader)
+        assert all(s.examples == options["batch_size"] for s in steps[:-1])
         here = sum(s.examples for s in steps)
         last = options["n_examples"] if options["n_examples"] is not None else math.inf
         assert here == max(
@@ -1012,23 +778,25 @@ def test_both_layouts_predict_the_same(cls, data, options, merging):
         assert loader.counts["prefix_mismatch"] == 0
     tree, plain = (make_batch(loader.trees, layout, 7) for layout in ("tree", "plain"))
     for b in (tree, plain):
-        flat, pos = b.input_ids.flatten(), b.position_ids.flatten()
+        flat = b.input_ids.flatten()
+        pos = b.position_ids.flatten()
         k = 0
         for t in loader.trees:
             for ids, skip in zip(t.branches, t.skip):
-                mine, whole = b.branch == k, t.prompt_ids + ids
-                assert b.target[mine].tolist() == ids[skip:] and b.column[
-                    mine
-                ].tolist() == list(range(len(ids) - skip))
+                mine = b.branch == k
+                whole = t.prompt_ids + ids
+                assert b.target[mine].tolist() == ids[skip:]
+                assert b.column[mine].tolist() == list(range(len(ids) - skip))
                 assert (
                     flat[b.predict[mine]].tolist() == whole[len(t.prompt_ids) + skip - 1 : -1]
-                    and flat[b.last[k]] == whole[-1]
                 )
+                assert flat[b.last[k]] == whole[-1]
                 assert pos[b.predict[mine]].tolist() == list(
                     range(len(t.prompt_ids) + skip - 1, len(whole) - 1)
                 )
                 k += 1
-        assert b.mask.sum() == len(b.target) and torch.equal(
+        assert b.mask.sum() == len(b.target)
+        assert torch.equal(
             b.mask.sum(1),
             torch.tensor(
                 [len(i) - s for t in loader.trees for i, s in zip(t.branches, t.skip)]
@@ -1038,15 +806,12 @@ def test_both_layouts_predict_the_same(cls, data, options, merging):
             assert len(b.fact(name)) == k == len(b.tree_of)
         for m in set(b.meanings):
             part = b.only(m)
-            assert (
-                part.layout == b.layout
-                and set(part.meanings) == {m}
-                and len(part.last) == len(b.rows_of(m))
-            )
+            assert part.layout == b.layout
+            assert set(part.meanings) == {m}
+            assert len(part.last) == len(b.rows_of(m))
             assert torch.equal(part.target, b.target[torch.isin(b.branch, b.rows_of(m))])
-    assert torch.equal(tree.table(tree.target), plain.table(plain.target)) and torch.equal(
-        tree.tree_of, plain.tree_of
-    )
+    assert torch.equal(tree.table(tree.target), plain.table(plain.target))
+    assert torch.equal(tree.tree_of, plain.tree_of)
 
 
 @many
@@ -1138,11 +903,13 @@ def test_kept_trees_are_the_planned_ones(cls, data, options, mismatched, epochs)
     "What is written on a kept tree is there in every epoch that uses it; the plan is the same as without."
     if cls is UnpairedPreferenceDataLoader:
         options = options | dict(mismatched=mismatched)
-    loader, other = made(cls, data, options), made(cls, data, options)
+    loader = made(cls, data, options)
+    other = made(cls, data, options)
     if loader is None:
         return
     kept = loader.keep(epochs)
-    assert loader.epoch == 0 and len({id(t) for t in kept}) == len(kept)
+    assert loader.epoch == 0
+    assert len({id(t) for t in kept}) == len(kept)
     for mine, theirs in zip(
         epochs_of(loader, epochs + 1), epochs_of(other, epochs + 1), strict=True
     ):
@@ -1153,41 +920,6 @@ def test_kept_trees_are_the_planned_ones(cls, data, options, mismatched, epochs)
         loader.set_epoch(e)
         for b in (b for s in loader for b in s.batches):
             assert torch.equal(b.reference, -b.table(b.target.float()))
-
-
-@pytest.mark.parametrize("layout", ["tree", "plain"])
-def test_tokens_merged_over_the_end_of_the_prompt_are_not_predicted(layout):
-    tree = make_tree(
-        MERGING,
-        [dict(role="user", content="Q")],
-        ["Yes.", "No."],
-        ["chosen", "rejected"],
-        99,
-        50,
-        counts := Counter(),
-    )
-    whole = [
-        encode(MERGING, [dict(role="user", content="Q"), dict(role="assistant", content=x)])
-        for x in ("Yes.", "No.")
-    ]
-    prompt, b = (
-        encode(MERGING, [dict(role="user", content="Q")], generation_prompt=True),
-        make_batch([tree], layout),
-    )
-    assert (
-        counts["prefix_mismatch"] == 1
-        and tree.skip == [1, 1]
-        and [tree.prompt_ids + x for x in tree.branches] == whole
-    )
-    for k, ids in enumerate(whole):
-        mine = b.branch == k
-        assert (
-            b.target[mine].tolist() == ids[len(prompt) :]
-            and b.input_ids.flatten()[b.predict[mine]].tolist() == ids[len(prompt) - 1 : -1]
-        )
-        assert b.position_ids.flatten()[b.predict[mine]].tolist() == list(
-            range(len(prompt) - 1, len(ids) - 1)
-        ), "positions go on from the prompt's"
 
 
 def test_a_run_that_goes_on_takes_the_same_steps():
@@ -1224,7 +956,8 @@ def test_margins():
             pairs=[(0, 1)],
         )
     margins = [t.facts["margin"] for t in PairedPreferenceDataLoader(data, TOK).trees]
-    assert margins[0] == [3.0, 3.0] and all(math.isnan(m) for m in chain(*margins[1:]))
+    assert margins[0] == [3.0, 3.0]
+    assert all(math.isnan(m) for m in chain(*margins[1:]))
     del data.data[0]
     with pytest.raises(ValueError, match="fact 'margin'"):
         next(iter(PairedPreferenceDataLoader(data, TOK))).batches[0].fact("margin")
@@ -1257,18 +990,3 @@ def test_options_that_make_no_sense():
     ):
         with pytest.raises(ValueError, match=said):
             cls(data, TOK, **options)
-
-
-def test_samples_of_a_prompt_are_one_tree():
-    samples = [
-        dict(prompt=[dict(role="user", content=f"Q{i % 2}")], output=f"answer {i}")
-        for i in range(5)
-    ]
-    trees = trees_from_samples(samples, TOK, 100, 50, Counter())
-    assert [t.index for t in trees] == [[0, 2, 4], [1, 3]]
-    for t in trees:
-        for i, b in zip(t.index, t.branches):
-            assert t.prompt_ids + b == encode(
-                TOK,
-                samples[i]["prompt"] + [dict(role="assistant", content=samples[i]["output"])],
-            )
