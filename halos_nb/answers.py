@@ -20,7 +20,7 @@ from .records import Progress, append_jsonl, read_jsonl, write_json, write_recor
 from .configs import SampleConfig
 from .data import Dataset, Example
 from .hub_sets import load_data
-from .trees import Tree, cut, make_batch
+from .trees import Tree, make_batch, pack_trees
 from .processes import in_turns
 from .generate import Row, cut_at_stop
 
@@ -84,7 +84,7 @@ def answer_logps(
 ) -> list[float]:
     "Log-probability of each whole answer given its prompt."
     logps = [0.0] * len(rows)
-    for trees in cut(answer_trees(rows, answers), token_budget, layout):
+    for trees in pack_trees(answer_trees(rows, answers), token_budget, layout):
         batch = make_batch(trees, layout, 0).to(model.device)
         sums = model(tree=batch).logps.double().sum(1).tolist()
         numbers = [i for tree in trees for i in tree.index]

@@ -9,7 +9,7 @@ __all__ = ['CACHE_VERSION', 'FrozenModel', 'AdapterOff', 'FrozenAdapter', 'make_
            'rows_computed', 'compute_shared', 'check_finite', 'ReferenceCache', 'open_cache', 'cache_reference_logps',
            'fill_references']
 
-# %% ../nbs/15_reference.ipynb #777fc858
+# %% ../nbs/15_reference.ipynb #f90d8f3e
 import copy
 import hashlib
 import os
@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .models import REFERENCE, VALUE_HEAD, evaluating, unwrap, without_adapter
 from .processes import gather_padded
-from .trees import Tree, TreeBatch, cut, deal, make_batch
+from .trees import Tree, TreeBatch, balance_trees, make_batch, pack_trees
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -337,8 +337,8 @@ def compute_shared(
 ) -> dict[int, Tensor]:
     "Log-probs of every branch by its number, computed by all processes together."
     shares = []
-    for share in deal(trees, accelerator.num_processes, layout):
-        shares.append(cut(share, token_budget, layout))
+    for share in balance_trees(trees, accelerator.num_processes, layout):
+        shares.append(pack_trees(share, token_budget, layout))
     own = shares[accelerator.process_index]
     computed = rows_computed(own, reference, layout, pad_id, accelerator.device, progress)
     out: dict[int, Tensor] = {}

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .records import Progress, as_turns
 from .configs import require_path
-from .trees import Tree, cut, make_batch, trees_from_samples
+from .trees import Tree, make_batch, pack_trees, trees_from_samples
 from .processes import in_turns
 from .models import BranchScores, TreeScorer, choose_layout, evaluating, mix_in
 
@@ -141,7 +141,7 @@ def micro_batches(
     for tree in trees:
         parts += split_tree(tree, token_budget, layout, most)
     batches = []
-    for batch in cut(parts, token_budget, layout):
+    for batch in pack_trees(parts, token_budget, layout):
         batches += split_batch(batch, most)
     return batches
 

@@ -6,7 +6,8 @@
 __all__ = ['CHATML', 'MARKERS', 'train_tokenizer', 'byte_tokenizer', 'encode_all', 'encode', 'EncodedPrompt', 'next_to_go',
            'drop_turns', 'text_ids', 'cut_text', 'cut_turn', 'encode_prompt', 'encode_prompts', 'Tree', 'common_prefix',
            'as_tree', 'make_tree', 'Segment', 'TreeBatch', 'Place', 'Rows', 'plain_rows', 'tree_rows', 'where_to_look',
-           'padded', 'make_batch', 'tree_mask', 'longest_first', 'cut', 'deal', 'same_prompt', 'trees_from_samples']
+           'padded', 'make_batch', 'tree_mask', 'longest_first', 'pack_trees', 'balance_trees', 'group_by_prompt',
+           'trees_from_samples']
 
 # %% ../nbs/10_trees.ipynb #d2309493
 from collections import Counter
@@ -548,7 +549,7 @@ def longest_first(trees: list[Tree], layout: str) -> list[Tree]:
     return sorted(trees, key=lambda tree: -tree.cost(layout))
 
 
-def cut(
+def pack_trees(
     trees: list[Tree],
     token_budget: int,  # most tokens of a batch; a longer tree goes alone
     layout: str = "tree",  # tree or plain
@@ -567,8 +568,8 @@ def cut(
         used += cost
     return batches
 
-# %% ../nbs/10_trees.ipynb #e27b279c
-def deal(
+# %% ../nbs/10_trees.ipynb #fd02086a
+def balance_trees(
     trees: list[Tree],  # of one optimiser step
     world: int,  # how many processes there are
     layout: str = "tree",  # tree or plain
@@ -583,7 +584,7 @@ def deal(
     return shares
 
 # %% ../nbs/10_trees.ipynb #e628dbeb
-def same_prompt(samples: list[dict]) -> list[list[int]]:
+def group_by_prompt(samples: list[dict]) -> list[list[int]]:
     "Numbers of the samples of each prompt, prompts in order of first appearance."
     groups: dict[tuple, list[int]] = {}
     for i, sample in enumerate(samples):
@@ -600,7 +601,7 @@ def trees_from_samples(
     counts: Counter,  # what was cut is added here
 ) -> list[Tree]:  # one per prompt; `index` says which samples its branches are
     "All samples of a prompt as the branches of one tree."
-    groups = same_prompt(samples)
+    groups = group_by_prompt(samples)
     asked = [samples[numbers[0]]["prompt"] for numbers in groups]
     limit = min(max_prompt_length, max_length - 1)
     prompts = encode_prompts(tokenizer, asked, limit, counts)
