@@ -32,7 +32,7 @@ def play(home: Path, rounds: int) -> Path:
 
 
 def spans(run: Path) -> list[float]:
-    "Seconds of each round but the first, in which the nursery still imports."
+    "Seconds of each round but the first, in which the preload server still imports."
     from halos_nb.records import read_jsonl
 
     starts = [
@@ -78,7 +78,7 @@ def main():
 
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # as a nursery does
+    gc.freeze()  # as a preload server does
     own = {
         s: statistics.median(own_work(s, run / "round-1", home / "scratch") for _ in range(3))
         for s in ("sample", "label", "train")

@@ -26,7 +26,7 @@ def exit_codes(
             codes[int(rank)] = int(code)
     return codes
 
-
+# %% ../nbs/32_failures.ipynb #73066650
 def root_cause(
     text: str,  # a job's log
     code: int,  # the job's exit code
@@ -61,7 +61,7 @@ def own_lines(
         return marked
     return [line for line in lines if not re.match(r"\[rank\d+\]:", line)]
 
-
+# %% ../nbs/32_failures.ipynb #6277614b
 def last_traceback(lines: list[str]) -> list[str]:
     "The last traceback, with those that led to it; empty if there is none."
     heading = "Traceback (most recent call last)"
@@ -97,7 +97,7 @@ def ending(code: int) -> str:
     said = f"killed by {signal.Signals(-code).name}"
     return f"{said} (out of memory, or by hand)" if code == -signal.SIGKILL else said
 
-
+# %% ../nbs/32_failures.ipynb #14eaae80
 class StageError(RuntimeError):
     "A stage failed; the message has what and why, and the traceback of the first to fail."
 

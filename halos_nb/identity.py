@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 import halos_nb
 from .records import file_hash
 from .configs import config_json
@@ -43,7 +45,7 @@ def imported_names(tree: ast.AST) -> Iterator[list[str]]:
             for alias in node.names:
                 yield [*base, alias.name]
 
-
+# %% ../nbs/35_identity.ipynb #31a2f4e9
 def our_modules(tree: ast.AST) -> set[str]:
     "Our modules that this source imports, absolutely or relatively."
     found = set()
@@ -132,7 +134,7 @@ def fingerprint(path: Path) -> list[tuple]:
         found.append((str(p), stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return found
 
-
+# %% ../nbs/35_identity.ipynb #434dd25d
 class RunFiles:
     "Knows what lies in a run's folder, and whether it is what it should be."
 
@@ -146,30 +148,36 @@ class RunFiles:
         "A path as it is called within the run."
         return Path(path).absolute().relative_to(self.run_dir).as_posix()
 
-    def maker(self, path: str | Path) -> Stage | None:
-        "The stage that has this output."
-        return self.makers.get(str(Path(path).absolute()))
+# %% ../nbs/35_identity.ipynb #b42d5a65
+@patch
+def maker(self: RunFiles, path: str | Path) -> Stage | None:
+    "The stage that has this output."
+    return self.makers.get(str(Path(path).absolute()))
 
-    def pruned(self, path: str | Path) -> str | None:
-        "The hash of an output that was made and has been removed since."
-        maker = self.maker(path)
-        manifest = maker.sealed() if maker else {}
-        if not manifest or self.name(path) not in manifest["pruned"]:
-            return None
-        return manifest["outputs"][self.name(path)]
+# %% ../nbs/35_identity.ipynb #94b4c4a4
+@patch
+def pruned(self: RunFiles, path: str | Path) -> str | None:
+    "The hash of an output that was made and has been removed since."
+    maker = self.maker(path)
+    manifest = maker.sealed() if maker else {}
+    if not manifest or self.name(path) not in manifest["pruned"]:
+        return None
+    return manifest["outputs"][self.name(path)]
 
-    def hash(self, path: str | Path) -> str:
-        "Of a file or folder; of a pruned one, the hash it had; of a name, the name."
-        path = Path(path)
-        if was := self.pruned(path):
-            return was
-        if not path.exists():
-            return f"name {path}"
-        now = fingerprint(path)
-        known, _ = self.hashes.get(str(path), (None, ""))
-        if known != now:
-            self.hashes[str(path)] = now, file_hash(path)
-        return self.hashes[str(path)][1]
+# %% ../nbs/35_identity.ipynb #3ebac157
+@patch
+def hash(self: RunFiles, path: str | Path) -> str:
+    "Of a file or folder; of a pruned one, the hash it had; of a name, the name."
+    path = Path(path)
+    if was := self.pruned(path):
+        return was
+    if not path.exists():
+        return f"name {path}"
+    now = fingerprint(path)
+    known, _ = self.hashes.get(str(path), (None, ""))
+    if known != now:
+        self.hashes[str(path)] = now, file_hash(path)
+    return self.hashes[str(path)][1]
 
 # %% ../nbs/35_identity.ipynb #260b6aab
 def identity(files: RunFiles, stage: Stage) -> dict:
@@ -202,7 +210,7 @@ def change(was: dict, now: dict) -> str:
     changed = [k for k, v in now["config"].items() if was["config"].get(k) != v]
     return f"changed: {', '.join(changed)}"
 
-
+# %% ../nbs/35_identity.ipynb #acfa5a5f
 def damage(files: RunFiles, manifest: dict, needed: str) -> str:
     "Which output is not what was made, in words; empty if all are."
     for name, digest in manifest["outputs"].items():
@@ -216,7 +224,7 @@ def damage(files: RunFiles, manifest: dict, needed: str) -> str:
             return f"{name} is not what was written"
     return ""
 
-
+# %% ../nbs/35_identity.ipynb #bae67a54
 def reason_to_run(
     files: RunFiles,
     stage: Stage,

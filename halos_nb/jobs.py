@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from fastcore.basics import patch
+
 from .records import atomic_write, lock_file
 from .configs import config_json
 from .settings import Profile
@@ -30,7 +32,7 @@ def stage_module(stage: str) -> str:
     "The module of a stage: its name with ours before it."
     return f"halos_nb.{stage}"
 
-
+# %% ../nbs/34_jobs.ipynb #3f9ded95
 def launcher(profile: Profile) -> list[str]:
     "What stands before `-m MODULE` in a stage's command."
     if profile.num_processes == 1:
@@ -61,10 +63,10 @@ def command(
         stage.insert(0, "halos_nb.preload")
     return [*launcher(profile), "-m", *stage]
 
-# %% ../nbs/34_jobs.ipynb #eecd1929
+# %% ../nbs/34_jobs.ipynb #9bc97bea
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-
+# %% ../nbs/34_jobs.ipynb #eecd1929
 def environment(
     profile: Profile,
     progress: Path,  # journal for the stage's progress
@@ -98,7 +100,7 @@ def lock_log(
     file.truncate(0)
     return file
 
-
+# %% ../nbs/34_jobs.ipynb #ef72ce9c
 def remove(path: Path) -> None:
     "Remove a file, a link (never what it points to) or a folder, if it is there."
     if path.is_dir() and not path.is_symlink():
@@ -123,59 +125,67 @@ class Job:
         "One of the job's files."
         return self.folder / f"{self.stage}.{kind}"
 
-    def give_config(
-        self,
-        cfg: Any,  # the stage's config
-        profile: Profile,
-        clear: Iterable[Path] = (),  # outputs that an earlier attempt may have left
-    ) -> None:
-        "Write its config, which is what a waiting process waits for."
-        for path in clear:
-            remove(Path(path))
-        cfg = replace(cfg, num_processes=profile.num_processes)
-        with atomic_write(self.file("config.json")) as f:
-            f.write(config_json(cfg))
-        self.started = time.monotonic()
+# %% ../nbs/34_jobs.ipynb #c62761bd
+@patch
+def give_config(
+    self: Job,
+    cfg: Any,  # the stage's config
+    profile: Profile,
+    clear: Iterable[Path] = (),  # outputs that an earlier attempt may have left
+) -> None:
+    "Write its config, which is what a waiting process waits for."
+    for path in clear:
+        remove(Path(path))
+    cfg = replace(cfg, num_processes=profile.num_processes)
+    with atomic_write(self.file("config.json")) as f:
+        f.write(config_json(cfg))
+    self.started = time.monotonic()
 
-    def poll(self) -> int | None:
-        "None while anything of it lives, then its exit code; not 0 if nobody recorded it."
-        if self.process.poll() is None:
-            return None
-        try:
-            return json.loads(self.file("status.json").read_text())["exit"]
-        except (OSError, ValueError):
-            return self.process.returncode or 1
+# %% ../nbs/34_jobs.ipynb #e22ed47c
+@patch
+def poll(self: Job) -> int | None:
+    "None while anything of it lives, then its exit code; not 0 if nobody recorded it."
+    if self.process.poll() is None:
+        return None
+    try:
+        return json.loads(self.file("status.json").read_text())["exit"]
+    except (OSError, ValueError):
+        return self.process.returncode or 1
 
-    def stop(self) -> None:
-        "End it; when this returns, nothing of it is alive."
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.process.wait()
+# %% ../nbs/34_jobs.ipynb #e28fda19
+@patch
+def stop(self: Job) -> None:
+    "End it; when this returns, nothing of it is alive."
+    if self.process.stdin:
+        self.process.stdin.close()
+    self.process.wait()
 
-    def wait(
-        self,
-        show: bool = True,  # progress on one line
-        title: str = "",  # how to call it (empty: the stage's name)
-        next: str = "",  # what comes after it, to be shown
-    ) -> None:
-        "Return when it has succeeded; a StageError if it fails; an interrupt stops it."
-        line = JobLine(self, title or self.stage, next) if show else None
-        code = None
-        try:
-            while (code := self.poll()) is None:
-                if line:
-                    line.update()
-                try:
-                    self.process.wait(0.1)
-                except subprocess.TimeoutExpired:
-                    pass
-        finally:
-            if code is None:
-                self.stop()
+# %% ../nbs/34_jobs.ipynb #78453a91
+@patch
+def wait(
+    self: Job,
+    show: bool = True,  # progress on one line
+    title: str = "",  # how to call it (empty: the stage's name)
+    next: str = "",  # what comes after it, to be shown
+) -> None:
+    "Return when it has succeeded; a StageError if it fails; an interrupt stops it."
+    line = JobLine(self, title or self.stage, next) if show else None
+    code = None
+    try:
+        while (code := self.poll()) is None:
             if line:
-                line.end(code)
-        if code:
-            raise StageError(self.stage, code, self.file("log"))
+                line.update()
+            try:
+                self.process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                pass
+    finally:
+        if code is None:
+            self.stop()
+        if line:
+            line.end(code)
+    if code:
+        raise StageError(self.stage, code, self.file("log"))
 
 # %% ../nbs/34_jobs.ipynb #fd75e724
 class JobLine:

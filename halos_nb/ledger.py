@@ -38,7 +38,7 @@ def looks_like_a_run(run: Path, entries: list[Path]) -> bool:
     names = {p.name for p in entries}
     return not run.is_symlink() and (not names or bool(names & {"params.json", "ledger.jsonl"}))
 
-
+# %% ../nbs/36_ledger.ipynb #0a5cc6bf
 def empty_run(run: Path) -> None:
     "Empty a run's folder, once nothing of an earlier job writes to it."
     entries = [p for p in run.iterdir() if p.name != ".lock" and p.suffix != ".ipynb"]
@@ -60,7 +60,7 @@ class RunBusy(RuntimeError):
 
 OPEN_LEDGERS: dict[Path, "RunFolder"] = {}  # of this process, by run folder
 
-
+# %% ../nbs/36_ledger.ipynb #c10104bf
 def lock_run(run: Path) -> IO[bytes]:
     "The open lock file of a run; RunBusy if another process has it."
     if run in OPEN_LEDGERS:
@@ -102,30 +102,34 @@ class RunFolder(RunFiles):
             del OPEN_LEDGERS[self.run_dir]
         self.lock.close()
 
-    def event(self, event: str, **more: Any) -> None:
-        "Add a line to the journal."
-        row = dict(event=event, time=round(time.time(), 3), **more)
-        append_jsonl(self.run_dir / "ledger.jsonl", row, sync=True)
+# %% ../nbs/36_ledger.ipynb #fbc7a10c
+@patch
+def event(self: RunFolder, event: str, **more: Any) -> None:
+    "Add a line to the journal."
+    row = dict(event=event, time=round(time.time(), 3), **more)
+    append_jsonl(self.run_dir / "ledger.jsonl", row, sync=True)
 
-    def note(
-        self,
-        event: str,
-        stage: Stage,
-        now: dict,  # the stage's identity
-        **more: Any,
-    ) -> None:
-        "Add a line about a stage to the journal."
-        digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
-        names = [str(path) for path in stage.inputs]
-        self.event(
-            event,
-            stage=stage.name,
-            round=stage.round,
-            folder=self.name(stage.folder),
-            identity=digest,
-            inputs=dict(zip(names, now["inputs"])),
-            **more,
-        )
+# %% ../nbs/36_ledger.ipynb #57ad65a0
+@patch
+def note(
+    self: RunFolder,
+    event: str,
+    stage: Stage,
+    now: dict,  # the stage's identity
+    **more: Any,
+) -> None:
+    "Add a line about a stage to the journal."
+    digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
+    names = [str(path) for path in stage.inputs]
+    self.event(
+        event,
+        stage=stage.name,
+        round=stage.round,
+        folder=self.name(stage.folder),
+        identity=digest,
+        inputs=dict(zip(names, now["inputs"])),
+        **more,
+    )
 
 # %% ../nbs/36_ledger.ipynb #118d36bd
 class Running(NamedTuple):
@@ -136,7 +140,7 @@ class Running(NamedTuple):
     job: Job
     began: float  # seconds since 1970
 
-
+# %% ../nbs/36_ledger.ipynb #e3fad488
 class Ledger(RunFolder):
     "Runs stages in a run's folder, each once."
 
@@ -163,11 +167,13 @@ class Ledger(RunFolder):
         self.stop_running()
         super().close()
 
-    def stop_running(self) -> None:
-        "End a stage that was started and that nobody will wait for."
-        if self.running:
-            self.running.job.stop()
-        self.running = None
+# %% ../nbs/36_ledger.ipynb #50cbafd2
+@patch
+def stop_running(self: Ledger) -> None:
+    "End a stage that was started and that nobody will wait for."
+    if self.running:
+        self.running.job.stop()
+    self.running = None
 
 # %% ../nbs/36_ledger.ipynb #85825b3d
 @patch
@@ -182,7 +188,7 @@ def look(self: Ledger, stage: Stage) -> dict:
         self.makers[str(path.absolute())] = stage
     return identity(self, stage)
 
-
+# %% ../nbs/36_ledger.ipynb #6608c0f0
 @patch
 def job_for(self: Ledger, stage: Stage) -> Job:
     "A job that has its config: the one that waits for this stage, or a new one."
@@ -199,7 +205,7 @@ def job_for(self: Ledger, stage: Stage) -> Job:
         stage.name, stage.config, self.profile, stage.folder, stage.module, clear=made
     )
 
-
+# %% ../nbs/36_ledger.ipynb #c017d570
 @patch
 def begin(
     self: Ledger,
@@ -224,7 +230,7 @@ def preload(self: Ledger, stage: Stage) -> None:
     job = launch(stage.name, None, self.profile, stage.folder, stage.module)
     self.waiting = stage, job
 
-
+# %% ../nbs/36_ledger.ipynb #736fe795
 @patch
 def finish(
     self: Ledger,
@@ -243,7 +249,7 @@ def finish(
         running.job.stop()
     self.seal(running)
 
-
+# %% ../nbs/36_ledger.ipynb #5061ad2c
 @patch
 def seal(self: Ledger, ended: Running) -> None:
     "Write the manifest of a stage that has ended well; an error if an output is missing."
@@ -291,7 +297,7 @@ def run(
     self.finish(title or stage.name, next, then)
     return True
 
-
+# %% ../nbs/36_ledger.ipynb #87f6a930
 @patch
 def make_inputs(self: Ledger, stage: Stage, title: str) -> None:
     "Make again what the stage reads and what was pruned."
@@ -311,7 +317,7 @@ def start(self: Ledger, stage: Stage) -> None:
     if why and not needs_pruned:
         self.begin(stage, now, why)
 
-
+# %% ../nbs/36_ledger.ipynb #9ffddbc2
 @patch
 def prune(self: Ledger, path: Path) -> None:
     "Remove an output to save space, and remember it."

@@ -122,7 +122,7 @@ def train_stage(
     names = ("policy/FINAL", "policy/counts.json", "metrics.jsonl")
     return Stage("train", folder, config, inputs, [folder / name for name in names], round)
 
-# %% ../nbs/37_loop.ipynb #2c8dc5a2
+# %% ../nbs/37_loop.ipynb #09ab6a81
 EXPECTED_COUNTS = (
     "prompts_asked",
     "prompts_left",
@@ -140,7 +140,7 @@ EXPECTED_COUNTS = (
     "head",
 )
 
-
+# %% ../nbs/37_loop.ipynb #2c8dc5a2
 def losses_of(counts: dict[str, dict]) -> list[str]:
     "What the stages of a round lost on the way, in words."
     lost = []
@@ -223,7 +223,7 @@ def revision() -> str | None:
     changes = "+changes" if git("status", "--porcelain") else ""
     return git("rev-parse", "HEAD") + changes
 
-
+# %% ../nbs/37_loop.ipynb #e709d972
 def write_params(
     run: Path,  # the run's folder
     cfg: Any,  # its config
@@ -258,7 +258,7 @@ def absolute(value: str, what: str) -> str:
     is_path = Path(require_path(value, what)).exists()
     return str(Path(value).absolute()) if is_path else value
 
-
+# %% ../nbs/37_loop.ipynb #6e26b7ad
 def located(cfg: LoopConfig) -> LoopConfig:
     "The config with its paths made absolute; an error if one is empty."
     return replace(
@@ -289,32 +289,36 @@ class Loop:
         name = round if isinstance(round, str) else f"round-{round}"
         return self.ledger.run_dir / name
 
-    def seeds(self) -> dict[int | str, dict[str, int]]:
-        "The seed of each stage of each round."
-        stages = ("sample", "label", "train")
-        rounds = [*range(1, self.rounds + 1), "final"]
-        return {r: {s: derive_seed(self.cfg.seed, s, r) for s in stages} for r in rounds}
+# %% ../nbs/37_loop.ipynb #86cf0283
+@patch
+def seeds(self: Loop) -> dict[int | str, dict[str, int]]:
+    "The seed of each stage of each round."
+    stages = ("sample", "label", "train")
+    rounds = [*range(1, self.rounds + 1), "final"]
+    return {r: {s: derive_seed(self.cfg.seed, s, r) for s in stages} for r in rounds}
 
-    def stages(
-        self,
-        round: int | str,  # a number, or final
-        policy: Path | None,  # the last round's; None in the first
-        skip: int,  # prompts
-        count: int,  # prompts
-    ) -> list[Stage]:
-        "What is to be done in a round."
-        cfg, precision, folder = self.cfg, self.precision, self.folder(round)
-        answers = policy or cfg.sft_checkpoint
-        is_final = round == "final"
-        # the config has settled what `auto` is
-        feedback_type = cast(FeedbackType, "scalar" if is_final else cfg.feedback_type)
-        stages = [
-            sample_stage(cfg, precision, folder, round, answers, skip, count),
-            label_stage(cfg, precision, folder, round, feedback_type),
-        ]
-        if not is_final:
-            stages.append(train_stage(cfg, precision, folder, round, policy))
-        return stages
+# %% ../nbs/37_loop.ipynb #c1a0c9a4
+@patch
+def stages(
+    self: Loop,
+    round: int | str,  # a number, or final
+    policy: Path | None,  # the last round's; None in the first
+    skip: int,  # prompts
+    count: int,  # prompts
+) -> list[Stage]:
+    "What is to be done in a round."
+    cfg, precision, folder = self.cfg, self.precision, self.folder(round)
+    answers = policy or cfg.sft_checkpoint
+    is_final = round == "final"
+    # the config has settled what `auto` is
+    feedback_type = cast(FeedbackType, "scalar" if is_final else cfg.feedback_type)
+    stages = [
+        sample_stage(cfg, precision, folder, round, answers, skip, count),
+        label_stage(cfg, precision, folder, round, feedback_type),
+    ]
+    if not is_final:
+        stages.append(train_stage(cfg, precision, folder, round, policy))
+    return stages
 
 # %% ../nbs/37_loop.ipynb #facf1771
 def one_round(
@@ -374,7 +378,7 @@ def is_over(self: Loop) -> bool:
         return False
     return len(self.done) == self.rounds or not self.done[-1].counts["sample"]["prompts_left"]
 
-
+# %% ../nbs/37_loop.ipynb #6efb0a4a
 @patch
 def next_stages(self: Loop) -> list[Stage]:
     "What comes after the rounds that are done."
@@ -389,7 +393,7 @@ def next_stages(self: Loop) -> list[Stage]:
     skip = self.used if sampled["prompts_left"] else self.used - sampled["prompts"]
     return self.stages("final", last.policy, skip, step)
 
-
+# %% ../nbs/37_loop.ipynb #b3796e0a
 @patch
 def final_samples(self: Loop, stages: list[Stage]) -> Round:
     "Have the last policy answer, and the answers scored."

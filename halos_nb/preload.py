@@ -26,6 +26,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from .supervise import reap, supervise
 
 # %% ../nbs/31_preload.ipynb #3a6b60bc
@@ -57,7 +59,7 @@ def end_if_orphaned(
     if os.getppid() != parent:
         raise SystemExit("who started this process is gone")
 
-
+# %% ../nbs/31_preload.ipynb #e5a40798
 def preload(
     modules: Iterable[str],
     parent: int,
@@ -72,11 +74,11 @@ def preload(
     times = file_times()
     return times if max(times.values()) <= began else None
 
-# %% ../nbs/31_preload.ipynb #277737aa
+# %% ../nbs/31_preload.ipynb #0c35ff2d
 # variables of the environment that may differ between the jobs of a server
 PER_JOB = ("HALOS_NB_PROGRESS", "HALOS_NB_TIMEOUT_MINUTES")
 
-
+# %% ../nbs/31_preload.ipynb #277737aa
 class Request(NamedTuple):
     "A job to be started by a fork."
 
@@ -97,7 +99,7 @@ class Request(NamedTuple):
         os.close(self.parent_pipe)
         os.close(self.log)
 
-
+# %% ../nbs/31_preload.ipynb #bc4f1793
 def receive(channel: socket.socket) -> Request | None:
     "The next request; None if no more will come."
     message, descriptors = socket.recv_fds(channel, 1 << 16, 2)[:2]
@@ -110,7 +112,7 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
+# %% ../nbs/31_preload.ipynb #263b581e
 def fork_job(channel: socket.socket, request: Request) -> list[str] | None:
     "Fork a supervised job and tell who asked. In the job: module and arguments to run."
     pid = os.fork()
@@ -180,7 +182,7 @@ def serve(
     wait_for_jobs(jobs, parent)
     return None
 
-
+# %% ../nbs/31_preload.ipynb #635a1fce
 def wait_for_jobs(jobs: int, parent: int) -> None:
     "Reap so many jobs, unless the parent goes first."
     while jobs and os.getppid() == parent:
@@ -202,7 +204,7 @@ def wait_for_turn(
     if file_times() != known:
         os.execv(sys.executable, [sys.executable, "-m", *command])
 
-# %% ../nbs/31_preload.ipynb #d837e9e6
+# %% ../nbs/31_preload.ipynb #55e66047
 STAGES_NEED = (
     "torch",
     "transformers",
@@ -213,7 +215,7 @@ STAGES_NEED = (
     "halos_nb.train",
 )
 
-
+# %% ../nbs/31_preload.ipynb #d837e9e6
 def main() -> None:
     "Be a waiting process or a server; then the stage that was asked for."
     command: list[str] | None = sys.argv[1:]
@@ -251,32 +253,38 @@ class ForkedProcess:
             return self.wait(0)
         return None
 
-    def wait(
-        self,
-        timeout: float | None = None,  # seconds; None: for ever
-    ) -> int:
-        "Return when it has ended; TimeoutExpired if it has not in time."
-        if self.returncode is None and not self.has_ended(timeout):
-            raise subprocess.TimeoutExpired("a forked stage", timeout or 0)
-        self.returncode = 0
-        return 0
+# %% ../nbs/31_preload.ipynb #e35a4382
+@patch
+def wait(
+    self: ForkedProcess,
+    timeout: float | None = None,  # seconds; None: for ever
+) -> int:
+    "Return when it has ended; TimeoutExpired if it has not in time."
+    if self.returncode is None and not self.has_ended(timeout):
+        raise subprocess.TimeoutExpired("a forked stage", timeout or 0)
+    self.returncode = 0
+    return 0
 
-    def has_ended(self, timeout: float | None) -> bool:
-        "Whether it ends within so many seconds."
-        ended = select.poll()
-        ended.register(self.life, select.POLLIN)
-        return bool(ended.poll(None if timeout is None else timeout * 1000))
+# %% ../nbs/31_preload.ipynb #76bcae14
+@patch
+def has_ended(self: ForkedProcess, timeout: float | None) -> bool:
+    "Whether it ends within so many seconds."
+    ended = select.poll()
+    ended.register(self.life, select.POLLIN)
+    return bool(ended.poll(None if timeout is None else timeout * 1000))
 
-    def kill(self) -> None:
-        "Kill it at once, whatever it works on."
-        signal.pidfd_send_signal(self.life.fileno(), signal.SIGKILL)
+# %% ../nbs/31_preload.ipynb #46dd3bee
+@patch
+def kill(self: ForkedProcess) -> None:
+    "Kill it at once, whatever it works on."
+    signal.pidfd_send_signal(self.life.fileno(), signal.SIGKILL)
 
 # %% ../nbs/31_preload.ipynb #51fa5f30
 def shared(env: dict[str, str]) -> dict[str, str]:
     "The part of an environment that all jobs of a server have in common."
     return {k: v for k, v in env.items() if k not in PER_JOB}
 
-
+# %% ../nbs/31_preload.ipynb #66d33383
 class PreloadServer:
     "A process that imports, waits, and forks; our side of it."
 
@@ -322,7 +330,7 @@ def ask(server: PreloadServer, request: Request) -> tuple[int, int]:
     (life,) = descriptors  # none came from a server that ends
     return int(answer), life
 
-
+# %% ../nbs/31_preload.ipynb #4c910a8d
 def fork_from(
     server: PreloadServer,
     status: str,  # file for the exit code
@@ -357,7 +365,7 @@ def can_fork(cpu: bool, num_processes: int) -> bool:
     "Whether such a stage can be a copy."
     return sys.platform == "linux" and cpu and num_processes == 1
 
-
+# %% ../nbs/31_preload.ipynb #5e49dcf9
 def expect_jobs(env: dict[str, str]) -> None:
     "Have a server made for jobs with this environment, if there is none."
     with SERVERS_LOCK:
@@ -367,7 +375,7 @@ def expect_jobs(env: dict[str, str]) -> None:
             SERVERS.pop().close()
         SERVERS.append(PreloadServer(env))
 
-
+# %% ../nbs/31_preload.ipynb #1df4a0ba
 def fork(
     status: str,
     module: str,

@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from fastcore.basics import patch
+
 # %% ../nbs/33_progress.ipynb #cb2cbc62
 TAIL_BYTES = 8192
 
@@ -59,7 +61,7 @@ def time_left(row: dict) -> str:
         return ""
     return f", {clock((total - done) / rate)} left"
 
-
+# %% ../nbs/33_progress.ipynb #6bff9411
 def describe(
     row: dict,  # a line of `Progress`, or {}
     seconds: float,  # since the job started
@@ -134,19 +136,23 @@ class StatusLine:
             self.write(self.terminal, text, last)
             self.written_at = now
 
-    def show(self, text: str, share: float | None) -> None:
-        "Rewrite the notebook's output."
-        from IPython.display import display
+# %% ../nbs/33_progress.ipynb #b739e532
+@patch
+def show(self: StatusLine, text: str, share: float | None) -> None:
+    "Rewrite the notebook's output."
+    from IPython.display import display
 
-        if self.display:
-            self.display.update(mime_bundle(text, share), raw=True)
-        else:
-            self.display = display(mime_bundle(text, share), raw=True, display_id=True)
+    if self.display:
+        self.display.update(mime_bundle(text, share), raw=True)
+    else:
+        self.display = display(mime_bundle(text, share), raw=True, display_id=True)
 
-    def write(self, descriptor: int, text: str, last: bool) -> None:
-        "Rewrite the terminal's line, or add one to a log."
-        line = f"{text}\n"
-        if self.rewrites:
-            line = f"\r\x1b[2K{text}" + ("\n" if last else "")
-        with suppress(OSError):
-            os.write(descriptor, line.encode())
+# %% ../nbs/33_progress.ipynb #5298d608
+@patch
+def write(self: StatusLine, descriptor: int, text: str, last: bool) -> None:
+    "Rewrite the terminal's line, or add one to a log."
+    line = f"{text}\n"
+    if self.rewrites:
+        line = f"\r\x1b[2K{text}" + ("\n" if last else "")
+    with suppress(OSError):
+        os.write(descriptor, line.encode())

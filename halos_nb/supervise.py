@@ -54,7 +54,7 @@ def send(number: signal.Signals, processes: Iterable[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             pass
 
-
+# %% ../nbs/30_supervise.ipynb #b90b143a
 def end_all(
     grace: float = 1.0,  # seconds between TERM and KILL
 ) -> None:
@@ -86,7 +86,7 @@ def replace_file(path: str, text: str) -> None:
         f.write(text)
     os.replace(f"{path}.tmp", path)
 
-
+# %% ../nbs/30_supervise.ipynb #204b0e9a
 def spawn(*command: str) -> int:
     "Start a command, which has no stdin; its pid."
     no_stdin = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
@@ -98,7 +98,7 @@ def pipe_is_closed(seconds: float) -> bool:
     readable = select.select([0], [], [], seconds)[0]
     return bool(readable) and not os.read(0, 1)
 
-
+# %% ../nbs/30_supervise.ipynb #9e9f6c7c
 def exit_code(
     child: int,  # pid of the job
     parent: int,  # pid of who started us

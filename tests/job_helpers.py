@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from halos_nb.configs import SampleConfig
@@ -43,6 +44,14 @@ def alive(folder):
         if stdout.startswith(f"{folder}/"):
             found.append(int(process.name))
     return found
+
+
+def maps_torch(job):
+    "Whether a process of the job has begun to import torch."
+    for process in psutil.Process(job.process.pid).children(recursive=True):
+        if any("torch" in m.path for m in process.memory_maps()):
+            return True
+    return False
 
 
 def until(condition, seconds, what):

@@ -10,7 +10,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from job_helpers import HERE, NEEDS_LINUX, ONE, quiet, until
+from job_helpers import HERE, NEEDS_LINUX, ONE, alive, maps_torch, quiet, until
 
 from halos_nb import identity, jobs, preload
 from halos_nb.configs import SampleConfig
@@ -231,8 +231,10 @@ def test_who_waits_in_vain_is_gone(run, case, no_server):
     _, waiting = ledger.waiting
     assert waiting.poll() is None
     if case == "it dies":
+        until(lambda: maps_torch(waiting), 60, "importing")
         os.kill(waiting.process.pid, signal.SIGKILL)
         waiting.process.wait()
+        until(lambda: not alive(run / "round-2"), 60, "what waited is gone too")
     if case in ("another comes", "it dies"):
         assert ledger.run(two)
         assert (run / "round-2/out").exists()
@@ -310,6 +312,7 @@ def test_copies_of_a_server_end_in_the_same_bits(run, monkeypatch):
 
 DRIVER = """
 import sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_ledger import chain, go
 run = Path({run!r})

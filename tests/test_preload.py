@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from job_helpers import NEEDS_LINUX, ONE, TWO, alive, papermill, start, until
+from job_helpers import NEEDS_LINUX, ONE, TWO, alive, maps_torch, papermill, start, until
 
 from halos_nb import preload
 from halos_nb.configs import SampleConfig
@@ -301,14 +301,6 @@ def test_a_waiting_process_whose_code_was_changed_begins_anew(waiting, tmp_path)
     waiting.give_config(SampleConfig(model="good"), ONE)
     waiting.wait(show=False)
     assert waiting.file("log").read_text() == "False 2 good\n"
-
-
-def maps_torch(job):
-    "Whether a process of the job has begun to import torch."
-    for process in psutil.Process(job.process.pid).children(recursive=True):
-        if any("torch" in m.path for m in process.memory_maps()):
-            return True
-    return False
 
 
 def test_nothing_of_a_waiting_job_is_left(tmp_path):

@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
             stage, cfg, profile, folder, "pretend", **k
         ),
     )
-    # neither a nursery nor a start ahead of time
+    # nothing is preloaded
     patch.setattr(ledger, "prepare", lambda profile: True)
     patch.setenv("PYTHONPATH", str(HERE))
     for name in ("sft", "rm"):
