@@ -76,18 +76,18 @@ def with_parameters(source, target, **values):
     target.write_text(json.dumps(nb))
 
 
+SETUP = """from halos_nb.figures import reward_distributions, setup_display
+from halos_nb.show import pairs_table
+setup_display()"""
+ROUNDS = {"round 1": [0.1, 0.4, 0.5, 0.7], "round 2": [0.3, 0.6, 0.8, 0.9]}
+
+
 def figure_notebook(path):
+    "One figure, one pair."
     write_notebook(
         path,
-        (
-            "from halos_nb.figures import reward_distributions, setup_display\n"
-            "from halos_nb.show import pairs_table\n"
-            "setup_display()"
-        ),
-        (
-            "reward_distributions({'round 1': [0.1, 0.4, 0.5, 0.7], 'round 2': [0.3, 0.6, "
-            "0.8, 0.9]})"
-        ),
+        SETUP,
+        f"reward_distributions({ROUNDS!r})",
         f"pairs_table([{PAIR!r}], 1)",
         DONE,
     )
