@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_browser import DONE, open_notebook, outputs, run_all, wait_idle, write_notebook
-from test_launch import alive
+from job_helpers import alive
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.browser
