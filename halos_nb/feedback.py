@@ -109,7 +109,7 @@ def binary_record(
         type="binary_feedback",
     )
 
-# %% ../nbs/06_feedback.ipynb #af65c550
+
 def iter_binary_feedback(
     samples: Iterable[dict],  # labelled samples
     # smallest good reward: a number, 'mean' or 'median' of all rewards
@@ -120,7 +120,7 @@ def iter_binary_feedback(
     level = smallest_good_reward([s["reward"] for s in kept], threshold)
     return (binary_record(s, level) for s in kept)
 
-
+# %% ../nbs/06_feedback.ipynb #f9645470
 def convert_to_binary_feedback(
     samples: list[dict],
     threshold: float | str = 0,  # see `iter_binary_feedback`
@@ -195,12 +195,12 @@ def samples_by_prompt(samples: list[dict]) -> list[list[dict]]:
             )
     return list(groups.values())
 
-# %% ../nbs/06_feedback.ipynb #548aec75
+
 def sample_key(row: dict) -> tuple:
     "What a sample is known by in every file: its prompt_id and sample_id."
     return row["prompt_id"], row["sample_id"]
 
-
+# %% ../nbs/06_feedback.ipynb #93f19913
 def by_key(samples: list[dict]) -> dict[tuple, dict]:
     "The samples by their keys; a RecordError if two have one key."
     known = {sample_key(s): s for s in samples}
@@ -365,7 +365,7 @@ def tally_of(feedback: Iterable[dict] | Tally) -> Tally:
         pass
     return tally
 
-
+# %% ../nbs/06_feedback.ipynb #311fbe65
 def missing_pairs(
     sizes: Counter,  # scored samples per prompt_id
     made: Counter,  # records per prompt_id

@@ -55,6 +55,8 @@ from halos_nb.verdicts import (
     without_half_verdicts,
 )
 from .label_input import LabelInput, pairs_to_ask, read_label_input
+
+# %% ../nbs/28_label.ipynb #31e2d00a
 from .processes import end_process, start_processes
 from .models import fit_vocabulary, load_tokenizer
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
@@ -131,12 +133,12 @@ def convert_scores(labelled: list[dict], cfg: LabelConfig) -> list[dict]:
         return convert_to_binary_feedback(labelled, level)
     return convert_to_scalar_feedback(labelled)
 
-
+# %% ../nbs/28_label.ipynb #d7544164
 def with_split(records: list[dict], cfg: LabelConfig) -> list[dict]:
     "The records, each with the split that was asked for."
     return [r | {"split": cfg.split} for r in records] if cfg.split else records
 
-
+# %% ../nbs/28_label.ipynb #e785358d
 def make_feedback(
     labelled: list[dict],  # samples with `reward`
     cfg: LabelConfig,
@@ -165,7 +167,7 @@ def pair_records(
             records.append(tossed_pair_record(a, b, rng))
     return records
 
-
+# %% ../nbs/28_label.ipynb #390d89ca
 def count_wins(
     # of each pair, how much better the first file's sample is; None: unscored
     margins: list[float | None],
@@ -185,7 +187,7 @@ def companion_file(feedback: str | Path, ending: str) -> Path:
     feedback = Path(feedback)
     return feedback.with_name(f"{feedback.stem}.{ending}")
 
-
+# %% ../nbs/28_label.ipynb #1fc893f7
 def label_row(sample: dict, scored: Scored, labeller: str) -> dict:
     "The label record of a sample."
     return dict(
@@ -201,7 +203,7 @@ def label_rows(samples: list[dict], scored: list[Scored], labeller: str) -> list
     "One label per sample, in order."
     return [label_row(s, x, labeller) for s, x in zip(samples, scored)]
 
-
+# %% ../nbs/28_label.ipynb #ecdaa811
 def write_labels(path: Path, rows: Iterable[dict]) -> None:
     "One line per label."
     with atomic_write(path) as f:
@@ -248,7 +250,7 @@ def read_journal(path: str | Path) -> list[dict]:
         raise RecordError(f"{path}: holds no labels")
     return rows
 
-
+# %% ../nbs/28_label.ipynb #e7756801
 def read_labels(
     path: str | Path,
     labeller: str | None = None,  # whose; None: the only one's
@@ -289,7 +291,7 @@ def score_differences(pairs: list[tuple[int, int]], scored: list[Scored]) -> lis
         differences.append(first - second if known else None)
     return differences
 
-
+# %% ../nbs/28_label.ipynb #209c84ad
 def pair_verdicts(
     data: LabelInput,
     got: Labelled,
@@ -329,15 +331,16 @@ def feedback_from_scores(data: LabelInput, scored: list[Scored], cfg: LabelConfi
     counts["reasons"] = dict(Counter(x.reason for x in scored if x.reason))
     return feedback, counts
 
-
+# %% ../nbs/28_label.ipynb #23f0fcac
 def feedback_from_comparisons(data: LabelInput, got: Labelled, cfg: LabelConfig) -> Feedback:
     "Feedback made of comparisons, and where the pairs went."
     how = cfg.combine or "vote"
     made = convert_comparisons(got.comparisons, data.samples, cfg.seed, how, got.labels)
     reasons = Counter(r["reason"] for r in got.comparisons if r["winner"] is None)
+    prompts = {s["prompt_id"] for s in data.samples}
     counts = dict(
         samples=len(data.samples),
-        prompts=len({s["prompt_id"] for s in data.samples}),
+        prompts=len(prompts),
         unscored=made.counts["no_verdict"],
     )
     counts |= made.counts | dict(reasons=dict(reasons)) | position_bias(got.comparisons)
@@ -354,7 +357,7 @@ def nothing_to_learn(cfg: LabelConfig, counts: dict) -> ValueError:
         f"the labels are kept in {companion_file(cfg.output_file, 'labels.jsonl')}"
     )
 
-
+# %% ../nbs/28_label.ipynb #31b05f50
 def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
     "Labels, counts and feedback, in this order; returns all counts."
     out = Path(cfg.output_file)
@@ -402,7 +405,7 @@ def label_by_reward_model(
     rows = label_rows(data.samples, scored, f"rm:{path}")
     return Labelled(scored, rows, dict(counts) | dict(head=head.meaning))
 
-
+# %% ../nbs/28_label.ipynb #45572f18
 def label_by_function(data: LabelInput, cfg: LabelConfig) -> Labelled:
     "Scores of a Python function."
     function = load_function(str(cfg.function))
@@ -421,7 +424,7 @@ def judge_job(data: LabelInput, cfg: LabelConfig) -> JudgeJob:
             questions += questions_of_pair(data.samples[i], data.samples[j])
     return JudgeJob(cfg, questions, companion_file(cfg.output_file, "labels.jsonl"))
 
-
+# %% ../nbs/28_label.ipynb #4ec53ae9
 def label_by_judge(data: LabelInput, cfg: LabelConfig) -> Labelled:
     "Scores or comparisons of an API judge; its journal is written as it goes."
     answers, counts = run_job(judge_job(data, cfg))
@@ -437,7 +440,7 @@ def keys_of_row(row: dict) -> list[tuple]:
     names = [k for k in ("sample_id", "sample_id_A", "sample_id_B") if k in row]
     return [(row["prompt_id"], row[name]) for name in names]
 
-
+# %% ../nbs/28_label.ipynb #35e02761
 def check_can_compare(cfg: LabelConfig, with_labels: bool) -> None:
     "An error if the config asks of compared pairs what they cannot give."
     if with_labels and not cfg.combine:
@@ -473,7 +476,7 @@ def scored_by(
         return Scored(score, "", truncated)
     return Scored(None, label["reason"] or "no labeller decides", truncated)
 
-
+# %% ../nbs/28_label.ipynb #4f77ebf0
 def scores_from_labels(
     data: LabelInput,
     labels: list[dict],
@@ -530,7 +533,7 @@ def timed(got: Labelled, start: float) -> Labelled:
     seconds = round(time.monotonic() - start, 3)
     return got._replace(counts=got.counts | dict(seconds=seconds))
 
-
+# %% ../nbs/28_label.ipynb #ed224512
 def label_in_one_process(data: LabelInput, cfg: LabelConfig) -> Labelled:
     "What a judge, a function or a journal says."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SENTENCES', 'check_field_names', 'other_fields', 'SeenSamples', 'read_samples', 'match_by_prompt',
-           'check_prompts', 'rename_second', 'trim_to_sentence', 'LabelInput', 'read_two_files', 'read_label_input',
-           'by_words', 'pair_leftovers', 'differ', 'pair_up_samples', 'pairs_to_ask']
+           'check_prompts', 'rename_second', 'trim_to_sentence', 'LabelInput', 'read_two_files', 'with_full_sentences',
+           'read_label_input', 'by_words', 'pair_leftovers', 'differ', 'pair_up_samples', 'pairs_to_ask']
 
 # %% ../nbs/08_label_input.ipynb #77a8b607
 import difflib
@@ -49,7 +49,7 @@ def check_field_names(names: frozenset[str], where: str) -> None:
                 f"{where}: field `{name}` is unknown and `{near[0]}` is missing; rename it"
             )
 
-
+# %% ../nbs/08_label_input.ipynb #20c8d36c
 def other_fields(samples: list[dict]) -> dict[str, int]:
     "How often each field stands there that is none of ours."
     counts: Counter = Counter()
@@ -130,7 +130,7 @@ def check_prompts(second: list[dict], first: list[dict], cfg: LabelConfig) -> No
                 f"of the same prompt_id in {cfg.samples_file}; see records.prompt_id"
             )
 
-
+# %% ../nbs/08_label_input.ipynb #8eeb65e1
 def rename_second(second: list[dict], first: list[dict], cfg: LabelConfig) -> list[dict]:
     "The second file's samples under ids of their own."
     taken = {sample_key(s) for s in first}
@@ -153,7 +153,7 @@ def trim_to_sentence(text: str) -> str:
     whole = SENTENCES.match(text)
     return whole[0] if whole else text
 
-
+# %% ../nbs/08_label_input.ipynb #331a3697
 class LabelInput(NamedTuple):
     "What is to be labelled."
 
@@ -177,22 +177,31 @@ def read_two_files(cfg: LabelConfig) -> LabelInput:
     samples = first + rename_second(second, first, cfg)
     return LabelInput(samples, pairs, dict(unmatched=len(samples) - 2 * len(pairs)))
 
+# %% ../nbs/08_label_input.ipynb #649ad4c0
+def with_full_sentences(data: LabelInput) -> LabelInput:
+    "Every output trimmed to its last full sentence; how many changed is counted."
+    trimmed = []
+    changed = 0
+    for sample in data.samples:
+        output = trim_to_sentence(sample["output"])
+        changed += output != sample["output"]
+        trimmed.append(sample | dict(output=output))
+    counts = data.counts | dict(outputs_trimmed=changed)
+    return LabelInput(trimmed, data.pairs, counts)
+
 
 def read_label_input(cfg: LabelConfig) -> LabelInput:
     "The samples of one file or two."
     if cfg.second_samples_path:
-        samples, pairs, counts = read_two_files(cfg)
+        data = read_two_files(cfg)
     else:
-        samples, pairs, counts = read_samples(cfg.samples_file, cfg.split), None, {}
-    other = other_fields(samples)
+        data = LabelInput(read_samples(cfg.samples_file, cfg.split), None, {})
+    other = other_fields(data.samples)
     if other:
-        counts["other_fields"] = other
+        data.counts["other_fields"] = other
     if cfg.trim_to_sentence:
-        trimmed = [s | dict(output=trim_to_sentence(s["output"])) for s in samples]
-        changed = [a["output"] != b["output"] for a, b in zip(samples, trimmed)]
-        counts["outputs_trimmed"] = sum(changed)
-        samples = trimmed
-    return LabelInput(samples, pairs, counts)
+        data = with_full_sentences(data)
+    return data
 
 # %% ../nbs/08_label_input.ipynb #02f7a9f1
 def by_words(numbers: list[int], samples: list[dict]) -> dict[str, list[int]]:
@@ -202,7 +211,7 @@ def by_words(numbers: list[int], samples: list[dict]) -> dict[str, list[int]]:
         groups.setdefault(samples[i]["output"], []).append(i)
     return groups
 
-
+# %% ../nbs/08_label_input.ipynb #cb8758c9
 def pair_leftovers(numbers: list[int], samples: list[dict]) -> list[tuple[int, int]]:
     "As many pairs of different words as there can be."
     groups = by_words(numbers, samples)
@@ -220,7 +229,7 @@ def differ(pair: tuple[int, int], samples: list[dict]) -> bool:
     first, second = pair
     return samples[first]["output"] != samples[second]["output"]
 
-
+# %% ../nbs/08_label_input.ipynb #43ff71d8
 def pair_up_samples(shuffled: list[int], samples: list[dict]) -> list[tuple[int, int]]:
     "Two by two; those whose partner says the same, and an odd one, among themselves."
     pairs = list(zip(shuffled[::2], shuffled[1::2]))
@@ -231,7 +240,7 @@ def pair_up_samples(shuffled: list[int], samples: list[dict]) -> list[tuple[int,
             left += pair
     return kept + pair_leftovers(left, samples)
 
-
+# %% ../nbs/08_label_input.ipynb #fae4dccd
 def pairs_to_ask(data: LabelInput, cfg: LabelConfig) -> list[tuple[int, int]]:
     "The given pairs, or each prompt's samples two by two; never the same text twice."
     if data.pairs is not None:

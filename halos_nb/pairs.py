@@ -7,7 +7,8 @@ __all__ = ['NamedPair', 'Margins', 'TEXTS', 'IDS', 'round_order', 'feedback_file
            'name_by_text', 'margins_in_journals', 'labeller_margins', 'hash_of', 'lower_text', 'Pairs',
            'depth_of_dispute', 'columns_of', 'read_pairs', 'Filter', 'within', 'kept_by', 'pick', 'read_flags',
            'set_flag', 'flag_pair', 'free_name', 'export_pairs', 'json_number', 'answer_detail', 'margin_detail',
-           'pair_detail', 'pair_points', 'pair_scatter', 'StaticView', 'round_row', 'worth_a_look', 'static_view']
+           'prompt_detail', 'same_prompt_detail', 'pair_detail', 'pair_points', 'pair_scatter', 'StaticView',
+           'round_row', 'worth_a_look', 'static_view']
 
 # %% ../nbs/45_pairs.ipynb #545c09f4
 import hashlib
@@ -57,7 +58,7 @@ def round_order(file: Path) -> tuple:
     number = re.search(r"\d+$", folder)
     return (int(number[0]) if number else math.inf, folder)
 
-
+# %% ../nbs/45_pairs.ipynb #a53ccf97
 def feedback_files(
     source: str | Path,  # a run's folder or a feedback file
 ) -> dict[str, Path]:
@@ -74,7 +75,7 @@ def feedback_files(
         )
     return {file.parent.name: file for file in files}
 
-
+# %% ../nbs/45_pairs.ipynb #36a5cc29
 def as_pairs(
     rows: list[dict],  # feedback of any type
 ) -> list[dict]:
@@ -95,7 +96,7 @@ def name_by_ids(record: dict) -> NamedPair | None:
     (prompt, a), (_, b) = keys
     return pair_of(prompt, a, b)
 
-
+# %% ../nbs/45_pairs.ipynb #b2c2e9ef
 def ids_by_text(samples: Path) -> dict[tuple, int | str]:
     "(prompt_id, words) -> sample_id, of a samples file."
     rows = read_rows(samples)
@@ -162,7 +163,7 @@ def hash_of(record: dict, fields: tuple[str, ...]) -> str:
     held = repr([record[k] for k in fields if k in record])
     return hashlib.sha256(held.encode()).hexdigest()[:16]
 
-
+# %% ../nbs/45_pairs.ipynb #d54cd630
 def lower_text(record: dict) -> str:
     "The words of a pair, in which a filter searches."
     return "\n".join(as_text(record[k]) for k in TEXTS).casefold()
@@ -213,7 +214,7 @@ def remarks(
         said.append(f"{self.by_text:,}{unit} {how}")
     return "; ".join(said)
 
-# %% ../nbs/45_pairs.ipynb #0b7e5e1f
+
 def depth_of_dispute(
     said: list[Margins],  # one per pair
 ) -> np.ndarray:
@@ -295,7 +296,7 @@ def within(values: np.ndarray, least: float | None, most: float | None) -> np.nd
         keep &= values <= most
     return keep
 
-
+# %% ../nbs/45_pairs.ipynb #fde81cb8
 def kept_by(pairs: Pairs, f: Filter) -> np.ndarray:
     "Which pairs the filter keeps."
     keep = within(pairs.columns["margin"], *f.margin)
@@ -347,7 +348,7 @@ def set_flag(pairs: Pairs, i: int, on: bool) -> None:
     else:
         pairs.flags.discard(i)
 
-
+# %% ../nbs/45_pairs.ipynb #400d541a
 def flag_pair(pairs: Pairs, i: int, on: bool = True) -> None:
     "Flag a pair, or take the flag off; written first."
     event = dict(
@@ -387,7 +388,7 @@ def json_number(x: float | None) -> float | None:
     "A number for JSON, which has no NaN."
     return None if x is None or math.isnan(x) else float(x)
 
-
+# %% ../nbs/45_pairs.ipynb #24548fa2
 def answer_detail(record: dict, side: str) -> dict:
     "One answer of a pair for the page."
     output = record[f"output_{side}"]
@@ -407,30 +408,38 @@ def margin_detail(labeller: str, margin: float) -> dict:
     return dict(labeller=labeller_name(labeller), winner=winner, margin=json_number(margin))
 
 # %% ../nbs/45_pairs.ipynb #cc3f97f2
+def prompt_detail(record: dict) -> list[dict]:
+    "A pair's prompt for the page."
+    turns = record["prompt"]
+    return [dict(role=visible(t["role"]), content=visible(t["content"])) for t in turns]
+
+
+def same_prompt_detail(pairs: Pairs, i: int) -> dict:
+    "Another pair of the same prompt, as a line to click on."
+    margin = pairs.columns["margin"][i]
+    return dict(i=i, round=visible(pairs.rounds[i]), margin=json_number(margin))
+
+
 def pair_detail(
     pairs: Pairs,
     i: int,
     most: int = 50,  # pairs of the same prompt that are named
 ) -> dict:
     "One pair for the page."
-    record, margin = pairs.records[i], pairs.columns["margin"]
+    record = pairs.records[i]
     same = pairs.same[record["prompt_id"]]
+    others = [same_prompt_detail(pairs, j) for j in same[:most]]
+    said = [margin_detail(who, x) for who, x in pairs.said[i].items()]
     return dict(
         i=i,
         round=visible(pairs.rounds[i]),
-        prompt=[
-            dict(role=visible(t["role"]), content=visible(t["content"]))
-            for t in record["prompt"]
-        ],
-        margin=json_number(margin[i]),
+        prompt=prompt_detail(record),
+        margin=json_number(pairs.columns["margin"][i]),
         length=json_number(pairs.columns["length"][i]),
         A=answer_detail(record, "A"),
         B=answer_detail(record, "B"),
-        said=[margin_detail(who, x) for who, x in pairs.said[i].items()],
-        same=[
-            dict(i=j, round=visible(pairs.rounds[j]), margin=json_number(margin[j]))
-            for j in same[:most]
-        ],
+        said=said,
+        same=others,
         same_total=len(same),
     )
 
@@ -446,7 +455,7 @@ def pair_points(pairs: Pairs, numbers: np.ndarray) -> go.Scatter:
         hovertemplate=hover("%{text}", "margin %{y:.4g}", "length difference %{x:,}"),
     )
 
-
+# %% ../nbs/45_pairs.ipynb #d3f77f50
 def pair_scatter(
     pairs: Pairs,
     most: int = 2000,  # points drawn
@@ -476,7 +485,7 @@ class StaticView(NamedTuple):
 
         display(*self.parts)
 
-# %% ../nbs/45_pairs.ipynb #4431818b
+
 def round_row(pairs: Pairs, name: str) -> dict:
     "Counts of a round."
     numbers = pick(pairs, round=name)

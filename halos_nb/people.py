@@ -89,7 +89,7 @@ def in_own_units(table: Table) -> Table:
             scaled[labeller] = {pair: margin / unit for pair, margin in margins.items()}
     return scaled
 
-
+# %% ../nbs/44_people.ipynb #bdf661fa
 def most_disputed(
     table: Table,
     n: int | None = None,  # how many; None: all
@@ -127,7 +127,7 @@ def free_id(self: KnownAnswers, prompt: SampleId, given: SampleId | None) -> Sam
     new = count() if given is None else (f"{given}:{n}" for n in count(1))
     return next(i for i in new if (prompt, i) not in self.taken)
 
-
+# %% ../nbs/44_people.ipynb #61154008
 @patch
 def add(self: KnownAnswers, record: dict, given: SampleId | None, words: str) -> SampleId:
     "A new answer; returns its id."
@@ -141,7 +141,7 @@ def add(self: KnownAnswers, record: dict, given: SampleId | None, words: str) ->
     self.samples.append(sample | dict(output=words, type="sample"))
     return sample_id
 
-
+# %% ../nbs/44_people.ipynb #9edd3043
 @patch
 def id_of(self: KnownAnswers, record: dict, side: str, words: str) -> SampleId:
     "The sample_id of an answer, which is added if it is new."
@@ -152,7 +152,7 @@ def id_of(self: KnownAnswers, record: dict, side: str, words: str) -> SampleId:
         found = self.by_id.get((prompt, given, words))
     return self.add(record, given, words) if found is None else found
 
-# %% ../nbs/44_people.ipynb #562c9870
+
 class SamplesAndPairs(NamedTuple):
     "A pairwise feedback file as things to compare."
 
@@ -160,7 +160,7 @@ class SamplesAndPairs(NamedTuple):
     pairs: list[tuple]  # as verdicts.pair_of names them
     margins: dict[tuple, float]  # what the file says of them
 
-
+# %% ../nbs/44_people.ipynb #5a9eba6b
 def samples_of_pairs(
     records: list[dict],  # pairwise feedback records
 ) -> SamplesAndPairs:
@@ -188,7 +188,7 @@ class Item(NamedTuple):
     left: str  # "A" or "B": which is shown on the left; recorded, never shown
     again: bool  # the pair was shown before, with the sides changed
 
-# %% ../nbs/44_people.ipynb #02bd9ad2
+
 class Placed(NamedTuple):
     "A look at a pair, and where it stands in the order."
 
@@ -197,7 +197,7 @@ class Placed(NamedTuple):
     left: str  # "A" or "B"
     again: bool
 
-
+# %% ../nbs/44_people.ipynb #511ff6d6
 def second_look(first: Placed, n: int, apart: int, rng: random.Random) -> Placed:
     "The same pair with the sides changed, some way after the first look."
     place = rng.uniform(min(first.place + apart, n), n)
@@ -284,7 +284,7 @@ def undo_problem(state: Answers, item: Any) -> str:
         f"{shortened(last)}: nothing to undo"
     )
 
-
+# %% ../nbs/44_people.ipynb #bda01f3b
 def event_problem(
     state: Answers,
     event: dict,
@@ -331,7 +331,7 @@ def texts_hash(
             shown.append([sample["prompt"], sample["output"]])
     return hashlib.sha256(orjson.dumps(shown)).hexdigest()[:16]
 
-# %% ../nbs/44_people.ipynb #d3dc7b54
+
 def read_session(
     path: str | Path,
 ) -> tuple[dict | None, list[dict]]:  # its beginning (None: there is none) and its events
@@ -351,7 +351,7 @@ def items_of_journal(start: dict | None) -> list[Item]:
     "The items that a journal begins with."
     return [Item(*item) for item in start["items"]] if start else []
 
-
+# %% ../nbs/44_people.ipynb #1a5faefd
 def check_samples_known(path: str | Path, items: list[Item], known: dict[tuple, dict]) -> None:
     "A RecordError if there is nothing to label, or a sample of it is missing."
     if not items:
@@ -364,7 +364,7 @@ def check_samples_known(path: str | Path, items: list[Item], known: dict[tuple, 
                     "among the samples; give the file that the pairs are from"
                 )
 
-
+# %% ../nbs/44_people.ipynb #fdd59fde
 def check_same_session(path: str | Path, start: dict, mine: dict, fields: list[str]) -> None:
     "An error if the journal is another session's."
     for name in fields:
@@ -447,13 +447,13 @@ def open_items(self: Session) -> list[Item]:
     "Those without an answer."
     return [item for item in self.items if item.name not in self.state.choose]
 
-
+# %% ../nbs/44_people.ipynb #b13a0840
 @patch(as_prop=True)
 def current(self: Session) -> Item | None:
     "The first open item; None: all are answered."
     return next((item for item in self.items if item.name not in self.state.choose), None)
 
-
+# %% ../nbs/44_people.ipynb #cecc811a
 @patch
 def show(self: Session, item: Item) -> dict:
     "What a person may see of an item."
@@ -499,7 +499,7 @@ def note(
     name = item or self.name_of_current()
     self.record_event(event="note", item=name, value=text, time=self.clock())
 
-
+# %% ../nbs/44_people.ipynb #f36e6b4b
 @patch
 def undo(
     self: Session,
@@ -525,7 +525,7 @@ def winner_of(item: Item, value: str) -> str | None:
     right = "B" if item.left == "A" else "A"
     return dict(left=item.left, right=right, tie="tie", bad="tie", skip=None)[value]
 
-
+# %% ../nbs/44_people.ipynb #9932227d
 def comparison_of(session: Session, item: Item) -> dict:
     "The comparison record of an answered item."
     answer = session.state.choose[item.name]
@@ -562,7 +562,7 @@ def share_won(comparison: dict, side: str) -> float:
         return 0.5
     return float(comparison["winner"] == side)
 
-
+# %% ../nbs/44_people.ipynb #0c6659a9
 def label_of(labeller: str, key: tuple, shares: list[float], last: float) -> dict:
     "The label record of a sample; unscored where all its comparisons were skipped."
     row = dict(
@@ -607,7 +607,7 @@ def feedback_of_labels(session: Session, kind: str, threshold: float) -> Convert
     )
     return Converted(records, counts)
 
-
+# %% ../nbs/44_people.ipynb #5239f63b
 def session_feedback(
     session: Session,
     kind: str = "pairwise",  # or 'binary', 'scalar'
@@ -644,7 +644,7 @@ def agreement_with(session: Session, others: Table) -> list:
     names = [name for name in others if name != session.labeller]
     return [agree(session.labeller, name, table) for name in names]
 
-
+# %% ../nbs/44_people.ipynb #63715d10
 def session_report(
     session: Session,
     others: Table | None = None,  # to agree with, see verdicts.pair_table
@@ -654,12 +654,14 @@ def session_report(
     counts = Counter(a["value"] for a in answers)
     seconds = statistics.median(a["seconds"] for a in answers) if answers else None
     left = len(session.open_items)
-    return dict(
+    done = dict(
         labeller=session.labeller,
         items=len(session.items),
         answered=len(answers),
         open=left,
-        **{c: counts[c] for c in CHOICES},
+    )
+    keys = {c: counts[c] for c in CHOICES}
+    quality = dict(
         undone=session.state.undone,
         left_rate=share_interval(counts["left"], counts["left"] + counts["right"]),
         self_agreement=self_agreement(session),
@@ -667,3 +669,4 @@ def session_report(
         seconds_left=None if seconds is None else seconds * left,
         agreement=agreement_with(session, others or {}),
     )
+    return done | keys | quality

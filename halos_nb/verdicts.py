@@ -39,16 +39,18 @@ def score_table(
             scores[sample_key(row)] = row["score"]
     return table
 
-# %% ../nbs/07_verdicts.ipynb #802c674d
+
 def is_human(labeller: str) -> bool:
     "Is it a person? As in `human:ada`."
     return labeller.startswith("human:")
 
-
+# %% ../nbs/07_verdicts.ipynb #de7c36a4
 def machines_and_people(table: Table) -> tuple[Table, Table]:
     "The table in two."
-    machines = {name: said for name, said in table.items() if not is_human(name)}
-    people = {name: said for name, said in table.items() if is_human(name)}
+    machines: Table = {}
+    people: Table = {}
+    for labeller, said in table.items():
+        (people if is_human(labeller) else machines)[labeller] = said
     return machines, people
 
 # %% ../nbs/07_verdicts.ipynb #f95eb40f
@@ -65,8 +67,11 @@ def mean_scores(
     keys: list[Key],  # of the samples of one prompt
 ) -> Scores:
     "The mean of the scores there are."
-    said = {k: [scores[k] for scores in table.values() if k in scores] for k in keys}
-    return {k: mean_or_none(values) for k, values in said.items()}
+    means: Scores = {}
+    for key in keys:
+        said = [scores[key] for scores in table.values() if key in scores]
+        means[key] = mean_or_none(said)
+    return means
 
 # %% ../nbs/07_verdicts.ipynb #9059fdca
 def wins_of(key: Key, keys: list[Key], scores: dict[Key, float]) -> list[float]:
@@ -84,17 +89,20 @@ def vote_scores(
     "The share of comparisons that each sample wins (Borda's count)."
     shares: Scores = {}
     for key in keys:
-        wins = [wins_of(key, keys, scores) for scores in table.values()]
-        shares[key] = mean_or_none(sum(wins, []))
+        wins: list[float] = []
+        for scores in table.values():
+            wins += wins_of(key, keys, scores)
+        shares[key] = mean_or_none(wins)
     return shares
 
 # %% ../nbs/07_verdicts.ipynb #1ad382d9
 def choices(table: Table, a: Key, b: Key) -> set[int]:
     "What the labellers who scored both say: 1 if a is better, -1 if b, 0 for a tie."
-    margins = [
-        scores[a] - scores[b] for scores in table.values() if a in scores and b in scores
-    ]
-    return {sign(m) for m in margins}
+    said = set()
+    for scores in table.values():
+        if a in scores and b in scores:
+            said.add(sign(scores[a] - scores[b]))
+    return said
 
 
 def disputed(
@@ -119,7 +127,7 @@ def human_scores(
 
 HOW = {"mean": mean_scores, "vote": vote_scores, "human-where-they-disagree": human_scores}
 
-# %% ../nbs/07_verdicts.ipynb #1803ebdf
+
 class Combined(NamedTuple):
     "What several labellers say together."
 
@@ -135,7 +143,7 @@ def keys_by_prompt(labels: list[dict]) -> list[list[Key]]:
         groups.setdefault(key[0], []).append(key)
     return list(groups.values())
 
-
+# %% ../nbs/07_verdicts.ipynb #61c16818
 def combine_labels(
     labels: list[dict],  # label records, several per sample
     how: str = "mean",  # a key of HOW
@@ -185,7 +193,7 @@ class Verdicts(NamedTuple):
     # comparisons, pairs, undecided (pairs without verdict of a labeller), order_decided
     counts: dict[str, int]
 
-# %% ../nbs/07_verdicts.ipynb #de163358
+
 class Look(NamedTuple):
     "A comparison, said of the pair by its one name."
 
@@ -193,7 +201,7 @@ class Look(NamedTuple):
     first_shown_first: bool
     verdict: int | None  # 1: its first sample is better, -1: its second, 0: tie
 
-
+# %% ../nbs/07_verdicts.ipynb #25c59a93
 def look_of(row: dict) -> Look:
     "A comparison record as a look."
     pair, way = pair_of(row["prompt_id"], row["sample_id_A"], row["sample_id_B"])
@@ -210,7 +218,7 @@ def agreed(
     verdicts = set(looks.values())
     return verdicts.pop() if len(verdicts) == 1 else 0
 
-
+# %% ../nbs/07_verdicts.ipynb #32855c4e
 def verdict_table(
     comparisons: Iterable[dict],  # comparison records
 ) -> Verdicts:
@@ -244,7 +252,7 @@ def looked_at(row: dict) -> tuple:
     "Who compared what: labeller, prompt_id and the ids of both samples, as they were called."
     return row["labeller"], row["prompt_id"], row["sample_id_A"], row["sample_id_B"]
 
-
+# %% ../nbs/07_verdicts.ipynb #07050ec0
 def winners_by_order(
     comparisons: list[dict],
 ) -> dict[tuple, dict[str, str]]:  # see `looked_at` -> order -> winner
@@ -294,7 +302,7 @@ def all_pairs(
         pairs += [pair_of(prompt, a, b)[0] for a, b in combinations(ids, 2)]
     return pairs
 
-
+# %% ../nbs/07_verdicts.ipynb #1891f9e0
 def pairs_of(
     comparisons: Iterable[dict],  # comparison records
     labels: Iterable[dict] = (),  # label records
@@ -324,16 +332,16 @@ def pair_table(
     table = verdict_table(comparisons).table
     for labeller, scores in score_table(labels).items():
         table[labeller] = score_margins(scores, pairs) | table.get(labeller, {})
-    return {
-        labeller: {p: said[p] for p in pairs if p in said} for labeller, said in table.items()
-    }
+    for labeller, said in table.items():
+        table[labeller] = {pair: said[pair] for pair in pairs if pair in said}
+    return table
 
 # %% ../nbs/07_verdicts.ipynb #1ce3ab84
 def majority(margins: list[float]) -> int | None:
     "The choice of most; None of nobody."
     return sign(sum(map(sign, margins))) if margins else None
 
-
+# %% ../nbs/07_verdicts.ipynb #f2bf4354
 def contradict(margins: list[float]) -> bool:
     "Is one for the first sample and another for the second?"
     return {1, -1} <= set(map(sign, margins))
@@ -372,7 +380,7 @@ class Converted(NamedTuple):
     records: list[dict]
     counts: dict[str, int]
 
-# %% ../nbs/07_verdicts.ipynb #6e9250d0
+
 def two_samples(pair: tuple, known: dict[Key, dict]) -> list[dict]:
     "The pair's samples, first and second; a RecordError if one is not known."
     prompt, *ids = pair
@@ -385,7 +393,7 @@ def two_samples(pair: tuple, known: dict[Key, dict]) -> list[dict]:
             )
     return [known[prompt, sample] for sample in ids]
 
-
+# %% ../nbs/07_verdicts.ipynb #d82e1b44
 def known_margin(better: dict, worse: dict, scores: dict[Key, float]) -> float | None:
     "How much higher the better one is scored; None if a score is missing."
     a, b = sample_key(better), sample_key(worse)
@@ -397,7 +405,7 @@ def preferred(
     worse: dict,  # another of its prompt
     scores: dict[Key, float],  # used where they agree
 ) -> list[dict]:
-    "Both with a reward: their scores, or 1 and 0 where these are not known or say the opposite."
+    "Both with a reward: their scores, or 1 and 0 where these are unknown or say the opposite."
     margin = known_margin(better, worse, scores)
     if margin is not None and margin > 0:
         return [s | dict(reward=scores[sample_key(s)]) for s in (better, worse)]
