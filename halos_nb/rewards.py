@@ -286,7 +286,9 @@ def chosen_rejected_all(
         for shift, rows, color in zip((-0.28, 0, 0.28), parts, KINDS.values()):
             scores, _ = finite_values(rows)
             if len(scores):
-                fig.add_trace(violin(scores, i + shift, color).update(width=0.27))
+                fig.add_trace(
+                    violin(scores, i + shift, color).update(width=0.27, showlegend=False)
+                )
         scores, lost = finite_values(samples)
         counts.append(len(scores))
         unscored += lost

@@ -198,6 +198,13 @@ def test_length_control_takes_out_what_length_gave():
     assert np.ptp(equal) < 1e-9
 
 
+def test_the_legend_names_what_colours_mean_and_nothing_else():
+    pair = dict(output_A=[], output_B=[], label=1, reward_A=2.0, reward_B=1.0)
+    fig = rewards.chosen_rejected_all({"a": (rows("p", 1.0, 2.0), [pair])})
+    named = [trace.name for trace in fig.data if trace.showlegend is not False]
+    assert named == ["all samples", "chosen", "rejected"]
+
+
 def test_views_count_what_they_leave_out():
     rounds = {
         "a": [*rows("p", 1.0, None), dict(prompt_id="q", output="y", reward=2.0)],
