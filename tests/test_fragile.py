@@ -14,14 +14,16 @@ import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DynamicCache,
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainingArguments,
 )
+from transformers.cache_utils import DynamicLayer
 
-from halos_nb import attention, reference
+from halos_nb import attention, generate, reference
 from halos_nb.configs import TrainConfig
 from halos_nb.models import (
     REFERENCE,
@@ -463,3 +465,50 @@ def test_ipython_shows_what_an_error_renders(room, name, capsys):
     where = f"IPython {IPython.__version__}: see {name}._render_traceback_ in halos_nb.{room}"
     assert "on purpose" in said, where
     assert "Traceback" not in said, where
+
+
+# ---- transformers' cache and the names of a forward pass, for halos_nb.generate
+
+
+def cache_moved(name, what):
+    return (
+        f"transformers {transformers.__version__}: {what}; "
+        f"see {name} in halos_nb.generate, which relies on it"
+    )
+
+
+def test_a_layer_of_the_cache_is_begun_as_begin_layer_does():
+    layer, keys = DynamicLayer(), torch.randn(2, 4, 3, 5)
+    assert layer.is_initialized is False, cache_moved("begin_layer", "a new layer has begun")
+    given = list(inspect.signature(layer.lazy_initialization).parameters)
+    assert given == ["key_states", "value_states"], cache_moved(
+        "begin_layer", f"lazy_initialization takes {given}"
+    )
+    layer.update(keys, 2 * keys)
+    assert layer.is_initialized, cache_moved("begin_layer", "a layer in use has not begun")
+    assert torch.equal(layer.keys, keys), cache_moved("begin_layer", "`keys` are no keys")
+    assert torch.equal(layer.values, 2 * keys), cache_moved(
+        "begin_layer", "`values` are no values"
+    )
+
+
+def test_the_layers_of_a_cache_can_be_exchanged_as_roomy_cache_does():
+    config = small_llama(byte_tokenizer(), hidden_size=32).config
+    layers = [type(layer) for layer in DynamicCache(config=config).layers]
+    assert layers == [DynamicLayer] * 2, cache_moved("roomy_cache", f"its layers are {layers}")
+    cache = generate.roomy_cache(config)
+    keys = torch.randn(2, 4, 3, 8)
+    cache.update(keys, keys, 1)
+    assert cache.layers[1].buffers is not None, cache_moved(
+        "roomy_cache", "a cache does not use the layers that it was given"
+    )
+    cache.reorder_cache(torch.tensor([1]))
+    assert cache.layers[1].buffers is None, cache_moved(
+        "RoomyLayer.reorder_cache", "a cache reorders its layers in another way"
+    )
+
+
+def test_a_forward_pass_has_the_names_that_decoder_gives():
+    names = generate.forward_parameters(small_llama(byte_tokenizer(), hidden_size=32))
+    used = {"logits_to_keep", "position_ids", "attention_mask", "past_key_values", "use_cache"}
+    assert used <= names, cache_moved("Decoder", f"forward takes no {used - names}")
