@@ -1,4 +1,4 @@
-"Sampling: the policy's distribution, and the same samples whatever the batches and the processes."
+"Sampling: the policy's distribution, the same samples in any batches and processes."
 
 import asyncio
 import importlib.util
@@ -72,7 +72,8 @@ def examples(prompts):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     "Folder of a random model that ends about one answer in ten at each token."
-    folder, tok = tmp_path_factory.mktemp("models") / "tiny", byte_tokenizer()
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tok = byte_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -110,16 +111,14 @@ def tok():
     ids=str,
 )
 def test_same_distribution_as_transformers(policy, tok, settings):
-    "Frequencies of the second token against transformers' own sampling: two-sample chi-square over the common tokens."
-    n, cfg = (
-        4000,
-        SampleConfig(
-            model="tiny",
-            num_samples_per_prompt=4000,
-            batch_size=4000,
-            max_new_tokens=2,
-            **settings,
-        ),
+    "Second tokens against transformers' own sampling: chi-square over the common tokens."
+    n = 4000
+    cfg = SampleConfig(
+        model="tiny",
+        num_samples_per_prompt=4000,
+        batch_size=4000,
+        max_new_tokens=2,
+        **settings,
     )
     [rows] = plan(examples(["Hi"]), tok, cfg, Counter())
     ours = torch.tensor([(a + a)[1] for a in generate(rows, policy, tok, cfg)]).bincount(
@@ -141,11 +140,10 @@ def test_same_distribution_as_transformers(policy, tok, settings):
         ),
     )[:, -1].bincount(minlength=len(tok))
     often = ours + theirs >= 20
-    x, degrees = (
-        ((ours - theirs)[often] ** 2 / (ours + theirs)[often]).sum().item(),
-        int(often.sum()),
-    )
-    assert degrees > 5 and x < degrees + 5 * (2 * degrees) ** 0.5
+    x = ((ours - theirs)[often] ** 2 / (ours + theirs)[often]).sum().item()
+    degrees = int(often.sum())
+    assert degrees > 5
+    assert x < degrees + 5 * (2 * degrees) ** 0.5
     if cfg.top_p < 1:  # one step inside the nucleus
         assert len({a[0] for a in generate(rows, policy, tok, cfg)}) < len(
             {a[0] for a in generate(rows, policy, tok, replace(cfg, top_p=1.0))}
@@ -153,7 +151,7 @@ def test_same_distribution_as_transformers(policy, tok, settings):
 
 
 class InverseCDF(LogitsProcessor):
-    "Leaves one token per row, the one its number points at: makes transformers' greedy search draw as we do."
+    "Leaves one token per row, the one its number points at: greedy search draws as we do."
 
     def __init__(self, u, width):
         self.u, self.width = u, width
@@ -167,8 +165,9 @@ class InverseCDF(LogitsProcessor):
 
 
 def plain_generate(rows, model, tok, cfg):
-    "What transformers' own `generate` says with the same draws: all rows to the end, nothing shared."
-    width, ends = max(len(r.ids) for r in rows), end_tokens(model, tok)
+    "What transformers' own `generate` says with the same draws, nothing shared."
+    width = max(len(r.ids) for r in rows)
+    ends = end_tokens(model, tok)
     ids = torch.tensor([[0] * (width - len(r.ids)) + r.ids for r in rows])
     mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rows])
     u = torch.from_numpy(
@@ -230,32 +229,29 @@ def kind(request, tok, tmp_path):
     ids=str,
 )
 def test_same_tokens_as_transformers(kind, tok, settings):
-    "Rows left out, prompts read once and a cache of our own change no token, in prompts of different lengths."
+    "Rows left out, prompts read once and a cache of our own change no token."
     cfg = SampleConfig(model="tiny", num_samples_per_prompt=12, max_new_tokens=40, **settings)
-    [rows], ours, theirs = (
-        plan(examples(PROMPTS), tok, cfg, Counter()),
-        load_policy(kind).eval(),
-        AutoModelForCausalLM.from_pretrained(kind).eval(),
-    )
+    [rows] = plan(examples(PROMPTS), tok, cfg, Counter())
+    ours = load_policy(kind).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(kind).eval()
     ours.generation_config.eos_token_id = theirs.generation_config.eos_token_id = list(
         range(2, 20)
     )
     expected = plain_generate(rows, theirs, tok, cfg)
     assert generate(rows, ours, tok, cfg) == expected
     ends = [len(a) for a in expected]
-    assert len(set(ends)) > 10 and len({tuple(a) for a in expected}) > 40
+    assert len(set(ends)) > 10
+    assert len({tuple(a) for a in expected}) > 40
     alone = [generate([r], ours, tok, cfg)[0] for r in rows[::9]]
     assert alone == expected[::9]
 
 
 def test_work_is_for_answers_that_go_on(policy, tok):
-    "Each prompt is read once, a row leaves soon after its end, and the vocabulary head sees one position per row."
-    cfg, seen = (
-        SampleConfig(
-            model="tiny", num_samples_per_prompt=30, max_new_tokens=60, batch_size=300
-        ),
-        [],
+    "Each prompt is read once, a row leaves soon after its end, the head sees one position."
+    cfg = SampleConfig(
+        model="tiny", num_samples_per_prompt=30, max_new_tokens=60, batch_size=300
     )
+    seen = []
     [rows] = plan(examples(PROMPTS), tok, cfg, counts := Counter())
     hook = policy.lm_head.register_forward_hook(
         lambda module, args, out: seen.append(args[0].shape[:2])
@@ -264,22 +260,22 @@ def test_work_is_for_answers_that_go_on(policy, tok):
         answers = generate(rows, policy, tok, cfg, counts)
     finally:
         hook.remove()
-    read, drawn, width = len(PROMPTS) * len(rows[0].ids), sum(map(len, answers)), len(rows)
+    read = len(PROMPTS) * len(rows[0].ids)
+    drawn = sum(map(len, answers))
+    width = len(rows)
     assert (
         read + drawn - width
         <= counts["positions"]
         <= read + 1.15 * drawn
         < width * max(map(len, answers))
     )
-    assert (
-        {n for _, n in seen} == {1}
-        and seen[0][0] == len(PROMPTS)
-        and sum(b for b, _ in seen[1:]) == counts["positions"] - read
-    )
+    assert {n for _, n in seen} == {1}
+    assert seen[0][0] == len(PROMPTS)
+    assert sum(b for b, _ in seen[1:]) == counts["positions"] - read
 
 
 def test_bfloat16_draws_from_its_own_distribution(tiny, tok):
-    "First tokens against the softmax of the bfloat16 model's logits; and the same batch gives the same tokens."
+    "First tokens against the softmax of its logits; the same batch gives the same tokens."
     model, n = load_policy(tiny, "bfloat16").eval(), 4000
     cfg = SampleConfig(
         model="tiny",
@@ -292,15 +288,12 @@ def test_bfloat16_draws_from_its_own_distribution(tiny, tok):
     answers = generate(rows, model, tok, cfg)
     with torch.no_grad():
         expected = n * model(torch.tensor([rows[0].ids])).logits[0, -1].double().softmax(-1)
-    found, often = (
-        torch.tensor([a[0] for a in answers]).bincount(minlength=len(tok)),
-        expected >= 5,
-    )
-    x, degrees = (
-        ((found - expected)[often] ** 2 / expected[often]).sum().item(),
-        int(often.sum()) - 1,
-    )
-    assert degrees > 5 and x < degrees + 5 * (2 * degrees) ** 0.5
+    found = torch.tensor([a[0] for a in answers]).bincount(minlength=len(tok))
+    often = expected >= 5
+    x = ((found - expected)[often] ** 2 / expected[often]).sum().item()
+    degrees = int(often.sum()) - 1
+    assert degrees > 5
+    assert x < degrees + 5 * (2 * degrees) ** 0.5
     assert generate(rows, model, tok, cfg) == answers
 
 
@@ -333,7 +326,7 @@ def test_same_samples_in_any_batch(policy, tok):
 
 
 def test_longer_answers_begin_alike(policy, tok):
-    "A larger max_new_tokens or more samples per prompt changes none of the samples already drawn."
+    "A larger max_new_tokens or more samples changes none of the samples already drawn."
     short = sample(PROMPTS[:2], policy, tok, num_samples_per_prompt=2, max_new_tokens=5)
     long = [
         s
@@ -357,11 +350,9 @@ def test_ends_and_counts(policy, tok):
     rows = sample(
         PROMPTS, policy, tok, counts=counts, num_samples_per_prompt=30, max_new_tokens=25
     )
-    assert (
-        counts["samples"] == 210
-        and counts["outputs_cut"] == sum(not s["finished"] for s in rows)
-        and 0 < counts["outputs_cut"] < 210
-    )
+    assert counts["samples"] == 210
+    assert counts["outputs_cut"] == sum(not s["finished"] for s in rows)
+    assert 0 < counts["outputs_cut"] < 210
     assert counts["empty_outputs"] == sum(not s["output"] for s in rows)
     assert counts["outputs_with_special_tokens"] > 0  # 0 and 1 are special, too
     policy.generation_config.eos_token_id = [2, 77]
@@ -407,7 +398,7 @@ def test_logps_by_hand(policy, tiny, tok, layout):
 
 
 def test_kl_estimate_is_unbiased(policy, tiny, tok):
-    "Answers of two tokens: the KL by the chain rule, computed over the whole vocabulary, against the mean over samples."
+    "Answers of two tokens: the KL over the whole vocabulary against the mean over samples."
     other = load_reference(tiny)
     torch.manual_seed(1)
     for w in other.parameters():
@@ -428,22 +419,22 @@ def test_kl_estimate_is_unbiased(policy, tiny, tok):
         with torch.no_grad():
             return m(x).logits[:, -1].double().log_softmax(-1)
 
-    first, then = torch.tensor([ids]), torch.tensor([ids + [t] for t in range(len(tok))])
-    p, q, p2, q2 = (
-        logs(policy, first)[0],
-        logs(other, first)[0],
-        logs(policy, then),
-        logs(other, then),
-    )
+    first = torch.tensor([ids])
+    then = torch.tensor([ids + [t] for t in range(len(tok))])
+    p = logs(policy, first)[0]
+    q = logs(other, first)[0]
+    p2 = logs(policy, then)
+    q2 = logs(other, then)
     after = (p2.exp() * (p2 - q2)).sum(1)
     after[2] = 0  # ended
     kl = (p.exp() * (p - q + after)).sum().item()
-    assert kl > 0.02 and abs(d.mean() - kl) < 4 * d.std() / len(d) ** 0.5
+    assert kl > 0.02
+    assert abs(d.mean() - kl) < 4 * d.std() / len(d) ** 0.5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 11])
 def test_any_number_of_shares(policy, tok, tmp_path, world):
-    "The processes' shares put together: also uneven ones, and ones without any batch; an old shard is in nobody's way."
+    "Shares put together: uneven ones and empty ones too; an old shard is in nobody's way."
     cfg = SampleConfig(model="tiny", num_samples_per_prompt=2, max_new_tokens=8, batch_size=3)
     batches = plan(examples(PROMPTS), tok, cfg, Counter())  # five batches
     path = tmp_path / "samples.json"
@@ -470,7 +461,7 @@ def test_any_number_of_shares(policy, tok, tmp_path, world):
 
 
 def test_two_processes_write_the_same_file(tiny, tmp_path):
-    "The command on two processes against one, byte for byte; five batches, so the shares are uneven."
+    "The command on two processes against one, byte for byte; the shares are uneven."
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
     settings = dict(
@@ -526,16 +517,15 @@ def test_two_processes_write_the_same_file(tiny, tmp_path):
     assert {k: v for k, v in two.items() if k != "seconds"} == {
         k: v for k, v in one.items() if k != "seconds"
     }
-    assert (two["prompts_asked"], two["prompts"], two["prompts_left"], two["samples"]) == (
-        20,
-        7,
-        0,
-        14,
-    )
+    assert two["prompts_asked"] == 20
+    assert two["prompts"] == 7
+    assert two["prompts_left"] == 0
+    assert two["samples"] == 14
     last = json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])
-    assert (last["done"], last["total"], last["unit"]) == (14, 14, "samples") and last[
-        "tokens_per_second"
-    ] > 0
+    assert last["done"] == 14
+    assert last["total"] == 14
+    assert last["unit"] == "samples"
+    assert last["tokens_per_second"] > 0
 
 
 # ---- stop strings
@@ -545,8 +535,9 @@ STOPS = ["e", "\\", "1 "]  # of which the random model has enough
 
 
 def test_stop_cuts_what_would_be_said_anyway(policy, tok):
-    "Each answer is what it is without stops, up to the first of them; whatever else is in the batch."
-    counts, settings = Counter(), dict(num_samples_per_prompt=20, max_new_tokens=25, seed=2)
+    "Each answer is what it is without stops, up to the first of them, in any batch."
+    counts = Counter()
+    settings = dict(num_samples_per_prompt=20, max_new_tokens=25, seed=2)
     free = sample(PROMPTS, policy, tok, **settings)
     for size in (1, 7, 200):
         stopped = sample(
@@ -562,7 +553,8 @@ def test_stop_cuts_what_would_be_said_anyway(policy, tok):
             min((s["output"].split(x)[0] for x in STOPS), key=len) for s in free
         ]
         found = [any(x in s["output"] for x in STOPS) for s in free]
-        assert counts["outputs_stopped"] == sum(found) and 10 < sum(found) < 140
+        assert counts["outputs_stopped"] == sum(found)
+        assert 10 < sum(found) < 140
         assert [s["finished"] for s in stopped] == [
             s["finished"] or f for s, f in zip(free, found)
         ]
@@ -570,7 +562,7 @@ def test_stop_cuts_what_would_be_said_anyway(policy, tok):
 
 
 def test_stop_keeps_the_tokens_until_it_is_complete(policy, tok):
-    "Also a stop of several tokens, over characters of several bytes; the log-probabilities are of just these tokens."
+    "Also a stop of several tokens; the log-probabilities are of just these tokens."
     cfg = SampleConfig(model="tiny", num_samples_per_prompt=40, max_new_tokens=30)
     [rows] = plan(examples(PROMPTS[:3]), tok, cfg, Counter())
     free = generate(rows, policy, tok, cfg)
@@ -603,7 +595,7 @@ def test_stop_keeps_the_tokens_until_it_is_complete(policy, tok):
 
 
 def test_without_stop_nothing_is_new(policy, tok):
-    "No stop, in every way to say so, and a stop that nobody says: the same samples, byte for byte."
+    "No stop, in every way to say so, and one that nobody says: the same samples."
     one, *more = (
         sample(PROMPTS, policy, tok, max_new_tokens=20, stop=s)
         for s in ("", [], ",", "no such words are ever said")
@@ -611,7 +603,8 @@ def test_without_stop_nothing_is_new(policy, tok):
     assert all(m == one for m in more)
     assert has_stop(torch.tensor([[5, 6], [7, 8]]), [], tok).tolist() == [False, False]
     cfg = parse_args(SampleConfig, ["m", "--stop", ""])
-    assert cfg.stop == [] and cfg == replace(cfg, stop=[])
+    assert cfg.stop == []
+    assert cfg == replace(cfg, stop=[])
 
 
 # ---- which prompts, and what is written
@@ -631,7 +624,7 @@ def command(tiny, out, *more):
 
 
 def test_flags_of_old_on_named_sets(tiny, tmp_path, monkeypatch):
-    "The predecessor's command line, on a named set in a local folder, then two sources together; prompts are the example's, once each, and run out."
+    "The predecessor's command line, on one named set and on two sources, until they run out."
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -670,11 +663,11 @@ def test_flags_of_old_on_named_sets(tiny, tmp_path, monkeypatch):
     assert [(s["prompt"][0]["content"], s["sample_id"], s["dataset"]) for s in written] == [
         (q, k, "ultrafeedback_armorm_train") for q in questions[:3] for k in range(4)
     ]
-    assert (
-        all(s["prompt_id"] == prompt_id(s["prompt"]) for s in written)
-        and len({s["prompt_id"] for s in written}) == 3
-    )
-    assert (counts["prompts_asked"], counts["prompts"], counts["prompts_left"]) == (512, 3, 0)
+    assert all(s["prompt_id"] == prompt_id(s["prompt"]) for s in written)
+    assert len({s["prompt_id"] for s in written}) == 3
+    assert counts["prompts_asked"] == 512
+    assert counts["prompts"] == 3
+    assert counts["prompts_left"] == 0
     both = ["--datasets", "ultrafeedback_armorm", "more.jsonl"]
     main(
         parse_args(
@@ -698,7 +691,10 @@ def test_flags_of_old_on_named_sets(tiny, tmp_path, monkeypatch):
 
 
 def test_what_alpacaeval_reads(tiny, prompts, tmp_path):
-    "What AlpacaEval does with a file of outputs, in pandas: one generator, joined by instruction, duplicate rows dropped (a list in a row ends that)."
+    """What AlpacaEval does with a file of outputs, in pandas.
+
+    One generator, joined by instruction, duplicate rows dropped (a list in a row ends that).
+    """
     import pandas as pd
 
     out = tmp_path / "outputs.json"
@@ -711,20 +707,19 @@ def test_what_alpacaeval_reads(tiny, prompts, tmp_path):
         )
     )
     ours = pd.read_json(out)
-    assert {"instruction", "output", "generator", "dataset"} <= set(ours.columns) and ours[
-        "generator"
-    ].nunique() == 1
+    assert {"instruction", "output", "generator", "dataset"} <= set(ours.columns)
+    assert ours["generator"].nunique() == 1
     reference = pd.DataFrame(
         [dict(instruction=p, output="x", generator="other", dataset="y") for p in PROMPTS[::-1]]
     )
     joined = pd.merge(
         reference, ours, on=["instruction"], suffixes=("_1", "_2")
     ).drop_duplicates()
-    assert len(joined) == len(ours) == len(PROMPTS) and ours["output"].map(type).eq(str).all()
+    assert len(joined) == len(ours) == len(PROMPTS)
+    assert ours["output"].map(type).eq(str).all()
     full = read_records(tmp_path / "outputs.samples.json", "sample")  # and for our own stages
-    assert [s["output"] for s in full] == list(ours["output"]) and [
-        s["prompt"][0]["content"] for s in full
-    ] == PROMPTS
+    assert [s["output"] for s in full] == list(ours["output"])
+    assert [s["prompt"][0]["content"] for s in full] == PROMPTS
 
 
 # ---- vLLM: NOT run here. This module stands in its place; it has the names and signatures of
@@ -765,26 +760,47 @@ class RequestOutput:
     outputs: list
 
 class LLM:
-    def __init__(self, model, *, tokenizer=None, trust_remote_code=False, tensor_parallel_size=1, dtype="auto", seed=None, gpu_memory_utilization=0.9, **engine_args):
+    def __init__(
+        self, model, *, tokenizer=None, trust_remote_code=False, tensor_parallel_size=1,
+        dtype="auto", seed=None, gpu_memory_utilization=0.9, **engine_args,
+    ):
         from transformers import AutoTokenizer
         assert set(engine_args) <= {"max_model_len", "generation_config"}, engine_args
-        self.tokenizer, self.most = AutoTokenizer.from_pretrained(model), engine_args["max_model_len"]
-        self.note(model=model, tensor_parallel_size=tensor_parallel_size, dtype=dtype, gpu_memory_utilization=gpu_memory_utilization, **engine_args)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.most = engine_args["max_model_len"]
+        self.note(
+            model=model, tensor_parallel_size=tensor_parallel_size, dtype=dtype,
+            gpu_memory_utilization=gpu_memory_utilization, **engine_args,
+        )
 
     def note(self, **what):
-        with open(os.environ["STAND_IN_LOG"], "a") as f: f.write(json.dumps(what | dict(pid=os.getpid(), gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))) + "\\n")
+        here = dict(pid=os.getpid(), gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        with open(os.environ["STAND_IN_LOG"], "a") as f:
+            f.write(json.dumps(what | here) + "\\n")
+
+    def say(self, rng, s):
+        if rng.random() < 0.1:
+            return s.stop_token_ids[0]
+        return self.tokenizer.encode(rng.choice("abcdefgh"), add_special_tokens=False)[0]
 
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
         assert len(prompts) == len(sampling_params)
         out = []
         for i, (p, s) in enumerate(zip(prompts, sampling_params)):
-            assert s.n == 1 and 0 < s.top_p <= 1 and len(p["prompt_token_ids"]) + s.max_tokens <= self.most
-            self.note(prompt_token_ids=p["prompt_token_ids"], **vars(s))
-            rng, ids, why = random.Random(f"{s.seed} {p['prompt_token_ids']}"), [], "length"
+            asked = p["prompt_token_ids"]
+            assert s.n == 1
+            assert 0 < s.top_p <= 1
+            assert len(asked) + s.max_tokens <= self.most
+            self.note(prompt_token_ids=asked, **vars(s))
+            rng, ids, why = random.Random(f"{s.seed} {asked}"), [], "length"
             while len(ids) < s.max_tokens and why == "length":
-                ids.append(s.stop_token_ids[0] if rng.random() < 0.1 else self.tokenizer.encode(rng.choice("abcdefgh"), add_special_tokens=False)[0])
-                if ids[-1] in s.stop_token_ids or any(x in self.tokenizer.decode(ids) for x in s.stop or []): why = "stop"
-            out.append(RequestOutput(str(i), None, p["prompt_token_ids"], [CompletionOutput(0, self.tokenizer.decode(ids, skip_special_tokens=True), ids, why)]))
+                ids.append(self.say(rng, s))
+                text = self.tokenizer.decode(ids)
+                if ids[-1] in s.stop_token_ids or any(x in text for x in s.stop or []):
+                    why = "stop"
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            reply = CompletionOutput(0, text, ids, why)
+            out.append(RequestOutput(str(i), None, asked, [reply]))
         return out
 """
 
@@ -816,10 +832,11 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_bos(tiny, tmp_path_factory):
-    "The tiny model with a tokenizer like Llama's: its chat template writes a BOS, and so does the tokenizer itself before any text."
+    "A tokenizer like Llama's: its chat template writes a BOS, and so does it itself."
     from tokenizers.processors import TemplateProcessing
 
-    folder, tok = tmp_path_factory.mktemp("models") / "bos", byte_tokenizer()
+    folder = tmp_path_factory.mktemp("models") / "bos"
+    tok = byte_tokenizer()
     shutil.copytree(tiny, folder)
     tok.add_special_tokens({"bos_token": "<s>"})
     tok.backend_tokenizer.post_processor = TemplateProcessing(
@@ -831,8 +848,12 @@ def with_bos(tiny, tmp_path_factory):
 
 
 def test_vllm_gets_what_it_should(with_bos, prompts, tmp_path, stand_in):
-    "Prompt ids with one BOS, parameters, a seed per sample, order, records and counts. With a stand-in: the real vLLM was not run."
-    out, tok = tmp_path / "out/samples.json", load_tokenizer(with_bos)
+    """Prompt ids with one BOS, parameters, a seed per sample, order, records and counts.
+
+    With a stand-in: the real vLLM was not run.
+    """
+    out = tmp_path / "out/samples.json"
+    tok = load_tokenizer(with_bos)
     cfg = SampleConfig(
         model=str(with_bos),
         backend="vllm",
@@ -883,39 +904,31 @@ def test_vllm_gets_what_it_should(with_bos, prompts, tmp_path, stand_in):
         PROMPTS, 3
     )
     for r in requests:
-        assert (
-            r["n"],
-            r["temperature"],
-            r["top_p"],
-            r["max_tokens"],
-            r["stop"],
-            r["stop_token_ids"],
-        ) == (1, 0.7, 0.9, 9, ["ab", "c"], [2])
+        assert r["n"] == 1
+        assert r["temperature"] == 0.7
+        assert r["top_p"] == 0.9
+        assert r["max_tokens"] == 9
+        assert r["stop"] == ["ab", "c"]
+        assert r["stop_token_ids"] == [2]
     seeds = {(expected[tuple(r["prompt_token_ids"])], r["seed"]) for r in requests}
-    assert (
-        seeds
-        == {
-            (p, sample_seed(5, prompt_id(as_turns(p, "user")), k))
-            for p in PROMPTS
-            for k in range(3)
-        }
-        and len({s for _, s in seeds}) == 21
-    )
+    assert seeds == {
+        (p, sample_seed(5, prompt_id(as_turns(p, "user")), k))
+        for p in PROMPTS
+        for k in range(3)
+    }
+    assert len({s for _, s in seeds}) == 21
     written = read_records(out, "sample")
     assert [(s["prompt"][0]["content"], s["sample_id"]) for s in written] == [
         (p, k) for p in PROMPTS for k in range(3)
     ]
-    assert (
-        not any("ab" in s["output"] or "c" in s["output"] for s in written)
-        and len({s["output"] for s in written}) > 5
-    )
-    assert (
-        counts["prompts_asked"],
-        counts["prompts"],
-        counts["samples"],
-        counts["outputs_cut"],
-    ) == (20, 7, 21, sum(not s["finished"] for s in written))
-    assert counts["outputs_stopped"] > 3 and sorted(p.name for p in out.parent.iterdir()) == [
+    assert not any("ab" in s["output"] or "c" in s["output"] for s in written)
+    assert len({s["output"] for s in written}) > 5
+    assert counts["prompts_asked"] == 20
+    assert counts["prompts"] == 7
+    assert counts["samples"] == 21
+    assert counts["outputs_cut"] == sum(not s["finished"] for s in written)
+    assert counts["outputs_stopped"] > 3
+    assert sorted(p.name for p in out.parent.iterdir()) == [
         "samples.counts.json",
         "samples.json",
     ]
@@ -932,7 +945,7 @@ def test_vllm_gets_what_it_should(with_bos, prompts, tmp_path, stand_in):
 
 
 def test_vllm_engines_share_the_work(with_bos, prompts, tmp_path, stand_in, monkeypatch):
-    "The command with two engines on two GPUs each: processes and GPUs of their own, the same file as from one. With a stand-in."
+    "Two engines on two GPUs each give the same file as one. With a stand-in."
     same = [
         "--backend",
         "vllm",
@@ -968,7 +981,8 @@ def test_vllm_engines_share_the_work(with_bos, prompts, tmp_path, stand_in, monk
     notes = stand_in()[before:]
     assert {
         (n["gpus"], n["tensor_parallel_size"]) for n in notes if "tensor_parallel_size" in n
-    } == {("4,5", 2), ("6,7", 2)} and len({n["pid"] for n in notes}) == 2
+    } == {("4,5", 2), ("6,7", 2)}
+    assert len({n["pid"] for n in notes}) == 2
     assert not [p for p in tmp_path.iterdir() if ".shard" in p.name]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(ValueError, match="2 engines on 2 GPUs each need 4, there are 3"):
@@ -1064,18 +1078,16 @@ FINE = ["fine", "slow", "empty answer", "cut", *ONCE, "dropped", "hangs"]
 
 
 class Server:
-    "A loopback server whose prompts say what is to go wrong; it notes every request and every answer."
+    "A loopback server whose prompts say what is to go wrong; it notes all it hears and says."
 
     def __init__(self, delay=0.0):
-        self.lock, self.asked, self.answered, self.busy, self.busiest, self.delay, server = (
-            threading.Lock(),
-            Counter(),
-            Counter(),
-            0,
-            0,
-            delay,
-            self,
-        )
+        self.lock = threading.Lock()
+        self.asked = Counter()
+        self.answered = Counter()
+        self.busy = 0
+        self.busiest = 0
+        self.delay = delay
+        server = self
         self.bodies = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -1095,10 +1107,8 @@ class Server:
                         server.busy -= 1
 
             def answer(self, body):
-                what, key = (
-                    body["messages"][-1]["content"].partition(":")[0],
-                    (body["messages"][-1]["content"], body["seed"]),
-                )
+                what = body["messages"][-1]["content"].partition(":")[0]
+                key = (body["messages"][-1]["content"], body["seed"])
                 with server.lock:
                     server.asked[key] += 1
                     first = server.asked[key] == 1
@@ -1213,7 +1223,11 @@ def server_config(server, tmp_path, contents, **more):
 
 
 def test_every_sample_is_answered_or_has_a_reason(serve, tmp_path):
-    "All kinds of faults: what can be mended by asking again is; the rest is unanswered, with its reason, and never an empty text. Nothing journalled is asked again."
+    """All kinds of faults: what can be mended by asking again is.
+
+    The rest is unanswered, with its reason, and never an empty text. Nothing journalled is
+    asked again.
+    """
     server, kinds = serve(), [*FINE, *NEVER]
     cfg = server_config(
         server,
@@ -1244,26 +1258,26 @@ def test_every_sample_is_answered_or_has_a_reason(serve, tmp_path):
             ""
             if text.startswith("empty")
             else f"{text} {sample_seed(1, prompt_id(s['prompt']), s['sample_id'])}"
-        ) and s["finished"] != text.startswith("cut")
+        )
+        assert s["finished"] != text.startswith("cut")
     why = Counter(reason for _, reason in NEVER.values() for _ in range(4))
     assert {k: v for k, v in counts.items() if k.startswith("unanswered")} == dict(
         unanswered=44
     ) | {f"unanswered ({k})": v for k, v in why.items()}
-    assert (
-        counts["samples"],
-        counts["empty_outputs"],
-        counts["outputs_cut"],
-        counts["from_journal"],
-        counts["repeated_outputs"],
-        counts["tokens"],
-    ) == (len(fine), 4, 4, 0, 2, 2 * len(fine))
+    assert counts["samples"] == len(fine)
+    assert counts["empty_outputs"] == 4
+    assert counts["outputs_cut"] == 4
+    assert counts["from_journal"] == 0
+    assert counts["repeated_outputs"] == 2
+    assert counts["tokens"] == 2 * len(fine)
     journal = read_jsonl(tmp_path / "out/samples.answers.jsonl")
     assert (
         len(journal)
         == len({(a["prompt_id"], a["sample_id"]) for a in journal})
         == counts["samples"] + counts["unanswered"]
     )
-    assert 1 < server.busiest <= 8 and all(
+    assert 1 < server.busiest <= 8
+    assert all(
         b["temperature"] == 0.5
         and b["top_p"] == 0.9
         and b["stop"] == ["###"]
@@ -1276,11 +1290,9 @@ def test_every_sample_is_answered_or_has_a_reason(serve, tmp_path):
     assert {n for (c, _), n in server.asked.items() if c.startswith("always 500")} == {3}
     before, server.bodies = server.answered.copy(), []
     again = main(cfg)
-    assert (
-        server.answered == before
-        and again["from_journal"] == len(fine)
-        and again["unanswered"] == 44
-    )
+    assert server.answered == before
+    assert again["from_journal"] == len(fine)
+    assert again["unanswered"] == 44
     assert {b["messages"][0]["content"].partition(":")[0] for b in server.bodies} == set(NEVER)
     assert read_records(tmp_path / "out/samples.json") == written
     assert not [
@@ -1314,9 +1326,8 @@ def test_what_will_not_go_away_stops_the_run(serve, tmp_path, monkeypatch, kind,
     with pytest.raises((RuntimeError, ValueError), match=told):
         main(cfg)
     assert server.asked.total() == {"no key": 0, "key": 1, "no credit": 2, "down": 5}[kind]
-    assert not (tmp_path / "out/samples.json").exists() and server.answered.total() == (
-        kind in ("no credit", "down")
-    )
+    assert not (tmp_path / "out/samples.json").exists()
+    assert server.answered.total() == (kind in ("no credit", "down"))
     if kind in ("no credit", "down"):
         with pytest.raises(RuntimeError, match=told):
             main(cfg)
@@ -1344,12 +1355,10 @@ def test_name_of_the_longest_answer(host, name):
             SampleConfig(model="m", backend="openai", max_new_tokens=7),
         )
     )
-    assert (
-        answer["reason"] == "no choices"
-        and sent[name] == 7
-        and len({"max_tokens", "max_completion_tokens"} & set(sent)) == 1
-        and "stop" not in sent
-    )
+    assert answer["reason"] == "no choices"
+    assert sent[name] == 7
+    assert len({"max_tokens", "max_completion_tokens"} & set(sent)) == 1
+    assert "stop" not in sent
 
 
 def test_a_dripping_answer_ends(serve, tmp_path):
@@ -1381,13 +1390,15 @@ def test_a_dripping_answer_ends(serve, tmp_path):
         return kept
 
     start = time.monotonic()
-    assert [a["reason"] for a in asyncio.run(go())] == [
-        "TimeoutError"
-    ] and time.monotonic() - start < 5
+    assert [a["reason"] for a in asyncio.run(go())] == ["TimeoutError"]
+    assert time.monotonic() - start < 5
 
 
 def test_killed_and_started_again(serve, tmp_path):
-    "kill -9 twice on the way: what was journalled is never asked again, at most `concurrency` answers a time are paid twice, and none is lost."
+    """kill -9 twice on the way: what was journalled is never asked again.
+
+    At most `concurrency` answers a time are paid twice, and none is lost.
+    """
     server = serve(delay=0.03)
     cfg = server_config(
         server,
@@ -1396,10 +1407,8 @@ def test_killed_and_started_again(serve, tmp_path):
         num_samples_per_prompt=3,
         concurrency=4,
     )
-    journal, ids = (
-        tmp_path / "out/samples.answers.jsonl",
-        {prompt_id(as_turns(f"fine: {i}", "user")): f"fine: {i}" for i in range(60)},
-    )
+    journal = tmp_path / "out/samples.answers.jsonl"
+    ids = {prompt_id(as_turns(f"fine: {i}", "user")): f"fine: {i}" for i in range(60)}
     (tmp_path / "config.json").write_text(config_json(cfg))
 
     def start():
@@ -1429,24 +1438,21 @@ def test_killed_and_started_again(serve, tmp_path):
             time.sleep(0.02)
         run.kill()
         run.communicate()
-        assert (
-            len(kept()) < 180
-            and not set(server.asked) & known
-            and not (tmp_path / "out/samples.json").exists()
-        )
+        assert len(kept()) < 180
+        assert not set(server.asked) & known
+        assert not (tmp_path / "out/samples.json").exists()
         time.sleep(0.2)  # what is in flight arrives nowhere
     known, run = kept(), start()
     server.asked.clear()
-    assert (
-        run.communicate(timeout=120) and run.returncode == 0 and not set(server.asked) & known
-    )
-    assert len(server.answered) == 180 and server.answered.total() <= 180 + 2 * 4
+    assert run.communicate(timeout=120)
+    assert run.returncode == 0
+    assert not set(server.asked) & known
+    assert len(server.answered) == 180
+    assert server.answered.total() <= 180 + 2 * 4
     counts = json.loads((tmp_path / "out/samples.counts.json").read_text())
-    assert (counts["samples"], counts["from_journal"], counts["unanswered"]) == (
-        180,
-        len(known),
-        0,
-    )
+    assert counts["samples"] == 180
+    assert counts["from_journal"] == len(known)
+    assert counts["unanswered"] == 0
     assert (
         len(
             {
@@ -1459,7 +1465,11 @@ def test_killed_and_started_again(serve, tmp_path):
 
 
 def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
-    "`transformers serve` with the tiny model. It draws only where do_sample is set, which extra_body can; then seeds repeat a run that asks one at a time."
+    """`transformers serve` with the tiny model.
+
+    It draws only where do_sample is set, which extra_body can; then seeds repeat a run that
+    asks one at a time.
+    """
     for module in ("fastapi", "uvicorn"):
         if not importlib.util.find_spec(module):
             missing(
@@ -1468,7 +1478,8 @@ def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
             )
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
-    port, env = free_port(), os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    port = free_port()
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(
             [
@@ -1521,11 +1532,9 @@ def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
             except OSError:
                 assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
             time.sleep(0.2)
-        greedy, drawn, again = (
-            run("greedy.json", extra_body="", concurrency=4),
-            run("a.json"),
-            run("b.json"),
-        )
+        greedy = run("greedy.json", extra_body="", concurrency=4)
+        drawn = run("a.json")
+        again = run("b.json")
         stopped = run("stopped.json", stop=STOPS)
     finally:
         server.terminate()
@@ -1534,20 +1543,17 @@ def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
         n: [s["output"] for s in read_records(tmp_path / f"{n}.json", "sample")]
         for n in ("greedy", "a", "b", "stopped")
     }
-    assert (
-        greedy["repeated_outputs"] == 14
-        and drawn["repeated_outputs"] < 3
-        and texts["a"] == texts["b"]
-        and len(set(texts["a"])) > 15
-    )
+    assert greedy["repeated_outputs"] == 14
+    assert drawn["repeated_outputs"] < 3
+    assert texts["a"] == texts["b"]
+    assert len(set(texts["a"])) > 15
     assert all(
         c["samples"] == 21 and c["unanswered"] == 0 and c["tokens"] > 21
         for c in (greedy, drawn, again, stopped)
     )
-    assert (
-        texts["stopped"] == [min((t.split(x)[0] for x in STOPS), key=len) for t in texts["a"]]
-        and stopped["outputs_stopped"] > 3
-    )
-    assert [s["finished"] for s in read_records(tmp_path / "a.json")] and 0 < drawn[
-        "outputs_cut"
-    ] <= 21
+    assert texts["stopped"] == [
+        min((t.split(x)[0] for x in STOPS), key=len) for t in texts["a"]
+    ]
+    assert stopped["outputs_stopped"] > 3
+    assert [s["finished"] for s in read_records(tmp_path / "a.json")]
+    assert 0 < drawn["outputs_cut"] <= 21

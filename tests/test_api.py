@@ -1,0 +1,135 @@
+"The client for OpenAI-compatible servers: what stops it, what it keeps, what it never says."
+
+import asyncio
+import random
+import time
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, strategies as st
+
+from halos_nb import api
+from halos_nb.api import ServerError, answer_or_error, ask_all, excerpt, hide, is_hopeless
+
+KEY = "the-key-of-the-test"
+
+
+class Refusal(Exception):
+    def __init__(self, message="no", **more):
+        super().__init__(message)
+        vars(self).update(more)
+
+
+async def raised(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error, hopeless",
+    [
+        (Refusal(status_code=401), True),
+        (Refusal(status_code=402), True),
+        (Refusal(status_code=404), True),
+        (Refusal(status_code=429, code="insufficient_quota"), True),
+        (Refusal(status_code=400, param="temperature"), True),
+        (Refusal(status_code=400), False),
+        (Refusal(status_code=403), False),  # a filter has flagged this one question
+        (Refusal(status_code=429), False),
+        (Refusal(status_code=500), False),
+        (OSError("lost"), False),
+        (TimeoutError(), False),
+    ],
+    ids=str,
+)
+def test_what_is_hopeless_stops_and_the_rest_is_a_value(error, hopeless):
+    assert is_hopeless(error) == hopeless
+    work = answer_or_error(raised(error), 5, "m")
+    if hopeless:
+        with pytest.raises(ServerError, match="m: Refusal: no"):
+            asyncio.run(work)
+    else:
+        assert asyncio.run(work) is error
+
+
+def test_a_deadline_is_for_all_of_it():
+    async def drip():
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+
+    start = time.monotonic()
+    assert isinstance(asyncio.run(answer_or_error(drip(), 0.12, "m")), TimeoutError)
+    assert time.monotonic() - start < 2
+
+
+@given(st.text(), st.text())
+def test_the_key_is_in_no_message(before, behind):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+        text = f"{before}{KEY}{behind}"
+        assert KEY not in hide(text)
+        assert KEY not in excerpt(SimpleNamespace(said=text), 10_000)
+        assert KEY not in api.describe(ValueError(text))
+        patch.delenv("OPENAI_API_KEY")
+        assert hide(text) == text
+
+
+def run_workers(questions, ask, workers=3, most_failures=4):
+    todo = deque(questions)
+    take = lambda: todo.popleft() if todo else None
+    asyncio.run(ask_all(take, ask, workers, most_failures))
+    return list(todo)
+
+
+def test_workers_take_question_after_question():
+    busy, busiest, kept = 0, 0, []
+
+    async def ask(question):
+        nonlocal busy, busiest
+        busy += 1
+        busiest = max(busiest, busy)
+        await asyncio.sleep(random.random() / 100)
+        busy -= 1
+        kept.append(question)
+        return ""
+
+    assert run_workers(range(1, 30), ask) == []
+    assert sorted(kept) == list(range(1, 30))
+    assert busiest == 3
+
+
+def test_what_is_in_flight_when_it_stops_is_kept():
+    "An answer that was asked for is paid for, whatever another worker has met meanwhile."
+    kept = []
+
+    async def ask(question):
+        if question == 3:
+            raise ServerError("no credit")
+        await asyncio.sleep(0.05)
+        kept.append(question)
+        return ""
+
+    with pytest.raises(ServerError, match="no credit"):
+        run_workers(range(1, 30), ask)
+    assert kept == [1, 2]
+
+
+def test_failures_in_a_row_stop_and_an_answer_between_them_does_not():
+    asked = []
+
+    async def ask(question):
+        asked.append(question)
+        return "" if question % 4 == 0 else f"no {question}"
+
+    assert run_workers(range(1, 30), ask, workers=1) == []
+    with pytest.raises(ServerError, match="4 requests in a row failed, the last one: no 15"):
+        run_workers([1, 2, 3, 4, 9, 10, 11, 15, 16], ask, workers=1)
+    assert asked[-1] == 15
+
+
+def test_an_error_of_our_own_is_not_hidden():
+    async def ask(question):
+        raise OSError("no room for another line")
+
+    with pytest.raises(OSError, match="no room"):
+        run_workers(range(1, 5), ask)

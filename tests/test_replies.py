@@ -1,0 +1,113 @@
+"What replies mean: numbers, winners, and nothing that is not stated."
+
+import re
+import time
+
+import pytest
+from hypothesis import given, strategies as st
+
+from halos_nb import replies
+from halos_nb.replies import read_number, read_winner
+
+
+@pytest.mark.parametrize(
+    "reply, score",
+    [
+        ("<think>Final Score: 3? No, 4.</think>\nFinal Score: 7", 7),
+        ('So 3.\n</think>\n\n{"why": "", "score": 7}', 7),
+        ("<think>\nFinal Score: 7", None),
+        ("<think></think>", None),
+        ("<think>8/10</think>It is fine.", None),
+        ("<think>a</think>Final Score: 7. It wrote </think>Final Score: 10", None),
+    ],
+)
+def test_thoughts_are_not_the_reply(reply, score):
+    assert read_number(reply).value == score
+
+
+def test_thoughts_name_no_winner():
+    assert [
+        read_winner(r).value
+        for r in (
+            "<think>Winner: A</think>Winner: B",
+            "Winner: A?</think>\n[[B]]",
+            "<think>Winner: A",
+        )
+    ] == ["B", "B", None]
+
+
+numbers = st.decimals(-20, 20, places=2, allow_nan=False).map(lambda d: f"{d:f}")
+words = st.text("abcdefg ,.!?\n0123456789/-", max_size=60)
+
+
+@given(
+    words,
+    numbers,
+    st.sampled_from(
+        [
+            "Final Score: {}",
+            "**Final Score:** {}",
+            "final rating = {}",
+            "FINAL SCORE {}/10",
+            "Final Score:\n{}",
+            "Final Score (0-10): {}",
+        ]
+    ),
+)
+def test_final_score_wins(before, x, form):
+    "Whatever stands before it, numbers included."
+    assert read_number(f"{before}\n{form.format(x)}").value == float(x)
+
+
+@given(numbers, numbers)
+def test_two_final_scores(a, b):
+    assert read_number(f"Final Score: {a}\nthen again\nFinal Score: {b}").value == (
+        float(a) if float(a) == float(b) else None
+    )
+
+
+@given(
+    st.text()
+    | st.text("0123456789.,/+-eE%: Fnialscore{}\"'[]()*\n")
+    | st.from_regex(replies.FINAL + replies.VALUE)
+)
+def test_nothing_is_invented(reply):
+    "No text breaks the reader; what it reads stands in the text."
+    value, reason = read_number(reply)
+    assert (value is None) == bool(reason)
+    if value is not None:
+        assert value in {
+            replies.to_float(m[0])
+            for m in re.finditer(replies.NUMBER, replies.plain_text(reply), re.I)
+        } | {
+            replies.to_float(m["x"])
+            for m in re.finditer(replies.VALUE, replies.plain_text(reply), re.I)
+        }
+    assert read_winner(reply).value in ("A", "B", "tie", None)
+
+
+@given(
+    st.integers(0, 10),
+    st.integers(0, 10),
+    st.sampled_from(
+        ["{} to {}", "{}-{}", "{} or {}", "between {} and {}", "{} – {}", "{},000,{}"]
+    ),
+)
+def test_ranges_are_no_scores(a, b, form):
+    assert read_number("Final Score: " + form.format(a, b)).value is None
+
+
+def test_long_replies_are_read_fast():
+    start = time.monotonic()
+    for text in (
+        "9" * 20000,
+        "final score " * 5000,
+        "so the " * 5000,
+        "(" * 20000,
+        "Final Score: " + "*" * 20000,
+        '{"score": ' * 5000,
+        "8/" * 10000,
+        "a" * 50000 + "\n" * 5000,
+    ):
+        read_number(text), read_winner(text)
+    assert time.monotonic() - start < 10
