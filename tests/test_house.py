@@ -305,3 +305,22 @@ def test_the_code_has_air():
         assert figures["comprehensions"] <= 0.06
     (size, longest), *_ = everything(ROOT)[1]["longest"]
     assert size <= 100, f"{size} nodes: {ast.unparse(longest)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), **ids)
+def test_notebooks_that_texts_name_are_there(path):
+    if path.name == "LOG.md":
+        return  # a log speaks of its day
+    for name in re.findall(r"\b(\d\d_[a-z_]+)\b", path.read_text()):
+        assert (ROOT / "nbs" / f"{name}.ipynb").exists(), f"{path.name} names nbs/{name}"
+
+
+def test_the_map_has_every_room_with_its_sentence():
+    text = (ROOT / "README.md").read_text().lower()
+    for notebook in NOTEBOOKS:
+        if not (name := default_exp(notebook)):
+            assert f"`nbs/{notebook.stem}`" in text, f"README's map lacks {notebook.name}"
+            continue
+        purpose = cells(notebook, "markdown")[0].split("\n> ")[1].splitlines()[0]
+        row = f"| `nbs/{notebook.stem}` → `{name}` | {purpose.rstrip('.')} |".lower()
+        assert row in text, f"README's map says of {name}: {purpose}"
