@@ -84,7 +84,7 @@ def convert_to_scalar_feedback(samples: list[dict]) -> list[dict]:
     return list(iter_scalar_feedback(samples))
 
 # %% ../nbs/06_feedback.ipynb #a3c35fe9
-MIDDLES = dict(mean=statistics.fmean, median=statistics.median)
+MIDDLES: dict[str, Callable] = dict(mean=statistics.fmean, median=statistics.median)
 
 
 def smallest_good_reward(rewards: list[float], threshold: float | str) -> float:

@@ -287,8 +287,10 @@ def score_differences(pairs: list[tuple[int, int]], scored: list[Scored]) -> lis
     differences: list[float | None] = []
     for i, j in pairs:
         first, second = scored[i].score, scored[j].score
-        known = first is not None and second is not None
-        differences.append(first - second if known else None)
+        if first is None or second is None:
+            differences.append(None)
+        else:
+            differences.append(first - second)
     return differences
 
 # %% ../nbs/28_label.ipynb #209c84ad
@@ -338,7 +340,7 @@ def feedback_from_comparisons(data: LabelInput, got: Labelled, cfg: LabelConfig)
     made = convert_comparisons(got.comparisons, data.samples, cfg.seed, how, got.labels)
     reasons = Counter(r["reason"] for r in got.comparisons if r["winner"] is None)
     prompts = {s["prompt_id"] for s in data.samples}
-    counts = dict(
+    counts: dict = dict(
         samples=len(data.samples),
         prompts=len(prompts),
         unscored=made.counts["no_verdict"],
@@ -485,7 +487,7 @@ def scores_from_labels(
     "The score of each sample, and what several labellers disagreed on."
     last = {sample_key(r): r for r in labels}
     scores = {key: r["score"] for key, r in last.items()}
-    counts = {}
+    counts: dict = {}
     if how:
         scores, counts = combine_labels(labels, how)
     return [scored_by(sample_key(s), scores, last) for s in data.samples], counts

@@ -220,7 +220,8 @@ def make_items(
     looks += [second_look(first, n, apart, rng) for first in repeated]
     looks.sort(key=lambda look: look.place)
     return [
-        Item(f"{i:04d}", *look.pair, look.left, look.again) for i, look in enumerate(looks, 1)
+        Item(f"{i:04d}", *look.pair, left=look.left, again=look.again)
+        for i, look in enumerate(looks, 1)
     ]
 
 # %% ../nbs/44_people.ipynb #620a18f9

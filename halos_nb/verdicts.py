@@ -441,6 +441,7 @@ def convert_comparisons(
             better, worse = (first, second) if verdict > 0 else (second, first)
             margin = known_margin(better, worse, scores)
             lost["contradicted_scores"] += margin is not None and margin <= 0
-            records.append(tossed_pair_record(*preferred(better, worse, scores), rng))
+            a, b = preferred(better, worse, scores)
+            records.append(tossed_pair_record(a, b, rng))
     made = dict(items=len(pairs), records=len(records))
     return Converted(records, verdict_table(comparisons).counts | counts | lost | made)
