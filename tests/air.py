@@ -1,4 +1,5 @@
-"""How much air the code has: prints STYLE.md's table for the notebooks and modules of a checkout.
+"""How much air the code has: prints STYLE.md's table for the notebooks and modules of a
+checkout.
 
 usage: python tests/air.py [CHECKOUT]     (default: this one; `make air`)
 A code line is not blank and no comment of its own. Its mean length is without indentation;
@@ -88,7 +89,9 @@ def exported(path):
 
 
 def prose(path):
-    "Words of a notebook's Markdown for 45 characters of exported code, a line's worth; or None."
+    """Words of a notebook's Markdown for 45 characters of exported code, a line's worth; or
+    None.
+    """
     words = sum(len(s.split()) for s in cells(path, "markdown"))
     code = exported(path)
     return 45 * words / measure(code)["characters"] if code else None

@@ -1,4 +1,6 @@
-"Tree attention and the vocabulary head: the numbers of the plain way, in values, gradients and memory."
+"""Tree attention and the vocabulary head: the numbers of the plain way, in values, gradients
+and memory.
+"""
 
 import pytest
 import torch
@@ -57,7 +59,9 @@ def test_head_equals_what_one_writes_by_hand(chunk):
 
 
 def test_head_twice_backward_and_tied():
-    "A graph kept for a second backward pass gives the same again; an embedding that is also the head gets both gradients."
+    """A graph kept for a second backward pass gives the same again; an embedding that is also
+    the head gets both gradients.
+    """
     head, x, ids = head_inputs()
     logps = HeadLogps.apply(x, head.weight, head.bias, ids, 8, False)[0].sum()
     first, second = (
@@ -147,7 +151,9 @@ def test_attention_in_blocks_is_attention(n, before):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_of_bfloat16_is_nearer_to_the_truth_than_sdpa(autocast):
-    "On a CPU it is computed in float32; under autocast query and key come in float32, turned by their positions, and value in bfloat16."
+    """On a CPU it is computed in float32; under autocast query and key come in float32, turned
+    by their positions, and value in bfloat16.
+    """
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 300, 16).bfloat16()
     if autocast:
@@ -203,7 +209,9 @@ def test_other_heads_are_called_as_they_are():
 
 
 def test_flex_attention_gives_the_same(llama, monkeypatch):
-    "The GPU's road through a whole model with grouped heads, uncompiled on the CPU; its gradients need a GPU."
+    """The GPU's road through a whole model with grouped heads, uncompiled on the CPU; its
+    gradients need a GPU.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     model = load_policy(llama).eval()

@@ -1,4 +1,6 @@
-"Configs: what is not there is named before anything starts, errors are in a config's own words."
+"""Configs: what is not there is named before anything starts, errors are in a config's own
+words.
+"""
 
 import copy
 from dataclasses import fields

@@ -1,4 +1,6 @@
-"The fast path gives the plain path's numbers: log-probs, losses, gradients, rewards and scores, for every way a batch is cut."
+"""The fast path gives the plain path's numbers: log-probs, losses, gradients, rewards and
+scores, for every way a batch is cut.
+"""
 
 import json
 from functools import partial
@@ -100,7 +102,9 @@ def trainer_for(home, pairs, loss, folder, **more):
 
 
 def one_step(trainer):
-    "Loss, gradients and metrics of the first step; a reference that is not the policy, so that rewards are not zero."
+    """Loss, gradients and metrics of the first step; a reference that is not the policy, so
+    that rewards are not zero.
+    """
     if hasattr(trainer.reference, "model"):
         torch.manual_seed(5)
         for p in trainer.reference.model.parameters():

@@ -1,4 +1,6 @@
-"The house rules that a reader relies on: who imports whom, what stays light, what is never done."
+"""The house rules that a reader relies on: who imports whom, what stays light, what is never
+done.
+"""
 
 import ast
 import json
@@ -12,11 +14,15 @@ from air import everything
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The rooms in reading order, by floor, and which floors each floor may import. Within what a floor may see, imports
+# The rooms in reading order, by floor, and which floors each floor may import. Within what a
+# floor may see, imports
 # point to lower numbers only. The README's map says the same; change both together and say why.
 FLOORS = {
     0: "records stats configs settings data hub_sets feedback verdicts label_input",
-    1: "trees loaders processes attention models reference losses advantages tree_trainer trainers",
+    1: (
+        "trees loaders processes attention models reference losses advantages tree_trainer "
+        "trainers"
+    ),
     2: "generate api answers backends sample score replies judge label train",
     3: "supervise preload failures progress jobs identity ledger loop",
     4: "show figures rewards runs people pairs monitor widgets compare page",
@@ -24,7 +30,8 @@ FLOORS = {
 }
 SEES = {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 3}, 4: {0, 3, 4}, 5: {0, 1, 2, 3, 4}}
 ALONE = ["records", "losses", "supervise"]  # import nothing of ours
-# The only places that name a stage's module as a string: who starts it, and what is imported for it beforehand.
+# The only places that name a stage's module as a string: who starts it, and what is imported
+# for it beforehand.
 NAME_STAGES = ["jobs", "preload"]
 
 ROOMS = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -37,7 +44,8 @@ def may_import(name):
     return [] if name in ALONE else [m for m in below if ROOMS[m] in SEES[ROOMS[name]]]
 
 
-# These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory) has no place in them.
+# These run in the notebook's kernel beside the stages' processes, so torch (and its GPU memory)
+# has no place in them.
 LIGHT = [m for m in ORDER if ROOMS[m] in (3, 4)]
 LIGHT += [
     "records",
@@ -85,7 +93,9 @@ def default_exp(path):
 
 
 def own_imports(tree):
-    "(module of ours, imported names) of every import anywhere in a syntax tree, functions included."
+    """(module of ours, imported names) of every import anywhere in a syntax tree, functions
+    included.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
@@ -138,7 +148,9 @@ def test_import_table_sees(line, found):
 
 
 def strings_naming_rooms(tree):
-    "(room, line) of every text in a syntax tree that is a dotted name of ours, documentation left out."
+    """(room, line) of every text in a syntax tree that is a dotted name of ours, documentation
+    left out.
+    """
     docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
     for node in ast.walk(tree):
         if (
@@ -277,8 +289,8 @@ def test_nothing_dangerous(path):
 
 
 SECRET = re.compile(
-    r"sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN "
-    r"[A-Z ]*PRIVATE KEY|xox[bp]-[0-9A-Za-z-]{20,}"
+    r"sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY|xox[bp]-[0-9A-Za-z-]{20,}"
 )
 TEXTS = [
     p

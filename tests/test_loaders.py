@@ -1,4 +1,6 @@
-"Loaders: against the reference's items, and what must hold for any data, process count and cut."
+"""Loaders: against the reference's items, and what must hold for any data, process count and
+cut.
+"""
 
 import copy
 import math
@@ -92,7 +94,9 @@ def dataset(examples):
 
 
 def golden_loader(case, *without, **more):
-    "Our loader for a case, with long enough lengths for a tokenizer of bytes; n_epochs belongs to the trainer."
+    """Our loader for a case, with long enough lengths for a tokenizer of bytes; n_epochs
+    belongs to the trainer.
+    """
     options = {
         k.replace("global_", ""): v
         for k, v in case["options"].items()
@@ -162,7 +166,9 @@ def said(loader, tree):
 
 
 def without_piles(element, tokens):
-    "The reference's element with a control token that has piled up written once, and without its mismatched completion."
+    """The reference's element with a control token that has piled up written once, and without
+    its mismatched completion.
+    """
     element = {k: v for k, v in element.items() if k != "KL"}
     for token in tokens:
         if "target" in element:
@@ -173,7 +179,9 @@ def without_piles(element, tokens):
 
 
 def units(e, cls):
-    "What `max_prompt_count` counts, in the README's words; nothing of a prompt that is refused."
+    """What `max_prompt_count` counts, in the README's words; nothing of a prompt that is
+    refused.
+    """
     if refused(e, cls):
         return []
     if cls is SFTDataLoader:
@@ -224,7 +232,9 @@ def epochs_of(loader, n):
 
 @cases("dataloaders", lambda c: not is_loaded(c))
 def test_cases_that_the_reference_cannot_load(case):
-    "A data set that is not there is an error that says so; a conditional loader without tokens has default ones, where the reference knows none."
+    """A data set that is not there is an error that says so; a conditional loader without
+    tokens has default ones, where the reference knows none.
+    """
     pool = "+".join(case["datasets"]) + "|" + case["split"]
     if pool not in told("dataloaders")["pools"]:
         with pytest.raises(ValueError, match=case["datasets"][0]):
@@ -253,9 +263,12 @@ def test_nothing_to_train_on_is_an_error(case):
     lambda c: is_loaded(c) and not is_group(c) and not is_share(c) and has_items(c),
 )
 def test_items_in_the_reference_order(case):
-    """One process, steps of the reference's microbatch: the same items, the same texts, in its order, in every epoch.
-    Normalised: piled-up control tokens; its forgotten last batches; later epochs under max_prompt_count, which it draws from what the first left. Where a prompt is refused (it
-    names no SFT target, or is empty), the order cannot be the reference's; then the items are."""
+    """One process, steps of the reference's microbatch: the same items, the same texts, in its
+    order, in every epoch.
+    Normalised: piled-up control tokens; its forgotten last batches; later epochs under
+    max_prompt_count, which it draws from what the first left. Where a prompt is refused (it
+    names no SFT target, or is empty), the order cannot be the reference's; then the items are.
+    """
     cls = getattr(loaders, case["loader"])
     o = case["options"]
     pool = pool_of(case)
@@ -303,7 +316,9 @@ def test_items_in_the_reference_order(case):
     lambda c: is_loaded(c) and not is_group(c) and not is_share(c) and has_items(c),
 )
 def test_steps_of_two_processes(case):
-    "Two processes of ours share the steps that one process takes; they are the reference's global batches, whose items it deals alternately, and more where it cuts the end off."
+    """Two processes of ours share the steps that one process takes; they are the reference's
+    global batches, whose items it deals alternately, and more where it cuts the end off.
+    """
     size = case["options"]["global_batch_size"]
     cls = getattr(loaders, case["loader"])
     pool = pool_of(case)
@@ -323,12 +338,9 @@ def test_steps_of_two_processes(case):
         for step in golden_loader(case, "n_examples", "num_skip").plan()
     ]
     theirs = dealt(case)
-    assert len(theirs) % size == 0, (
-        "every process has its steps, also where the reference waits for ever or stops with an error"
-    )
-    assert all(next(iter(loader)).batches for loader in two), (
-        "every process has its steps, also where the reference waits for ever or stops with an error"
-    )
+    told = "every process has its steps, also where the reference waits for ever or stops"
+    assert len(theirs) % size == 0, told
+    assert all(next(iter(loader)).batches for loader in two), told
     if any(refused(e, cls) for e in pool):
         assert {*plainly(x for x in theirs if not refused(pool[x[0]], cls))} <= {
             *plainly(chain(*shared))
@@ -341,7 +353,10 @@ def test_steps_of_two_processes(case):
 
 @cases("dataloaders", is_share)
 def test_shares_are_random_parts_of_each_class(case):
-    "Deliberate: the reference takes the first so many of all. Ours are parts of each class, drawn from the seed, of the items the reference knows; order and steps are tested with any data below."
+    """Deliberate: the reference takes the first so many of all. Ours are parts of each class,
+    drawn from the seed, of the items the reference knows; order and steps are tested with
+    any data below.
+    """
     whole = golden_loader(case, "frac_unique_desirable", "frac_unique_undesirable")
     part = golden_loader(case)
     parts = [golden_loader(case, seed=s) for s in range(20)]
@@ -395,7 +410,9 @@ def test_shares_are_random_parts_of_each_class(case):
     lambda c: c["loader"].startswith("Unpaired") and not is_share(c) and has_items(c),
 )
 def test_mismatched_completions(case):
-    "The reference's own wherever its next item has another prompt; otherwise what the rule says, worked out here item by item."
+    """The reference's own wherever its next item has another prompt; otherwise what the rule
+    says, worked out here item by item.
+    """
     micro = case["options"]["microbatch_size"]
     pool = pool_of(case)
     skip = case["options"].get("num_skip", 0)
@@ -442,7 +459,9 @@ def test_mismatched_completions(case):
 
 
 def samples_of(case):
-    "prompt_id -> {(example, answer): score} of the scored samples, +1 and -1 by status where a prompt has no scores."
+    """prompt_id -> {(example, answer): score} of the scored samples, +1 and -1 by status where
+    a prompt has no scores.
+    """
     pool = pool_of(case)
     out = {}
     for n, e in enumerate(pool):
@@ -466,8 +485,11 @@ def samples_of(case):
 
 @cases("dataloaders", lambda c: is_group(c) and not is_share(c))
 def test_groups_in_the_reference_order(case):
-    """The reference's prompts in its order (as far as it does not cut the last off), each with every sample it has there and, deliberately, all other scored ones;
-    once each, never split, with advantages from all of them. Scalar feedback, which it refuses, works."""
+    """The reference's prompts in its order (as far as it does not cut the last off), each with
+    every sample it has there and, deliberately, all other scored ones;
+    once each, never split, with advantages from all of them. Scalar feedback, which it refuses,
+    works.
+    """
     pool = pool_of(case)
     o = case["options"]
     known = samples_of(case)
@@ -552,7 +574,9 @@ def test_groups_in_the_reference_order(case):
 @cases("dataloaders", lambda c: is_loaded(c) and has_items(c))
 def test_number_of_steps(case):
     """As many steps as are announced, by `len`, by `num_training_steps` and by counting.
-    The reference's number, which counts full steps only and answers in pairs only, wherever there are no others."""
+    The reference's number, which counts full steps only and answers in pairs only, wherever
+    there are no others.
+    """
     o = case["options"]
     loader = golden_loader(case)
     cls = getattr(loaders, case["loader"])
@@ -770,7 +794,9 @@ def test_groups_are_whole(data, options, world, trimmed):
 @many
 @given(st.sampled_from(LOADERS), examples(), common, st.booleans())
 def test_both_layouts_predict_the_same(cls, data, options, merging):
-    "Also where the tokenizer merges the end of the prompt with the beginning of an answer, which is then seen but not predicted."
+    """Also where the tokenizer merges the end of the prompt with the beginning of an answer,
+    which is then seen but not predicted.
+    """
     loader = made(cls, data, options, MERGING if merging else TOK)
     if loader is None:
         return
@@ -900,7 +926,9 @@ def test_mismatched_answers_answer_another_prompt(data, seed, batch_size):
 @many
 @given(st.sampled_from(LOADERS), examples(), common, st.booleans(), st.integers(1, 3))
 def test_kept_trees_are_the_planned_ones(cls, data, options, mismatched, epochs):
-    "What is written on a kept tree is there in every epoch that uses it; the plan is the same as without."
+    """What is written on a kept tree is there in every epoch that uses it; the plan is the same
+    as without.
+    """
     if cls is UnpairedPreferenceDataLoader:
         options = options | dict(mismatched=mismatched)
     loader = made(cls, data, options)

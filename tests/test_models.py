@@ -471,7 +471,9 @@ def test_policy_and_reference_draw_the_same_new_tokens(llama):
 
 @pytest.mark.parametrize("master, moves", [("float32", True), ("bfloat16", False)])
 def test_bfloat16_autocast_moves_float32_weights(llama, master, moves):
-    "A learning rate of 1e-6 is below bfloat16's resolution, so the weights themselves have to be float32."
+    """A learning rate of 1e-6 is below bfloat16's resolution, so the weights themselves have to
+    be float32.
+    """
     model = load_policy(llama, master)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     opt = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)

@@ -1,4 +1,6 @@
-"The drivers' promise: a parameter is what the config says it is, and a wrong one stops the notebook before anything starts."
+"""The drivers' promise: a parameter is what the config says it is, and a wrong one stops the
+notebook before anything starts.
+"""
 
 import ast
 import dataclasses
@@ -107,7 +109,9 @@ def test_wrong_parameter_stops_at_once(name, parameter, value, tmp_path):
 
 
 def test_cleaning_keeps_the_parameters_tag(tmp_path):
-    "nbdev-clean drops cell metadata; without the tag papermill would run with the defaults and only warn."
+    """nbdev-clean drops cell metadata; without the tag papermill would run with the defaults
+    and only warn.
+    """
     for path in DRIVERS.values():
         shutil.copy(path, tmp_path)
     cell = dict(
@@ -131,7 +135,9 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_clean_and_small(path):
-    "What is committed has no execution counts or stray metadata, no script in its outputs, and stays readable in a diff."
+    """What is committed has no execution counts or stray metadata, no script in its outputs,
+    and stays readable in a diff.
+    """
     assert path.stat().st_size < 1_000_000, (
         f"{path.name}: {path.stat().st_size / 1e6:.1f} MB; is a figure saved as HTML?"
     )
@@ -149,7 +155,9 @@ def test_notebooks_are_clean_and_small(path):
 
 
 def test_other_kernels_do_not_get_in_the_way(tmp_path):
-    "`papermill` uses this environment's Python even where the user has another kernel named python3."
+    """`papermill` uses this environment's Python even where the user has another kernel named
+    python3.
+    """
     other = tmp_path / "home/.local/share/jupyter/kernels/python3"
     other.mkdir(parents=True)
     (other / "kernel.json").write_text(

@@ -331,7 +331,9 @@ def test_only_what_is_missing_is_computed(llama, tmp_path):
 
 
 def test_same_tokens_with_another_beginning_are_not_confused(llama, tmp_path):
-    "What is predicted is part of the hash: one token more of the prompt is another entry, and so is an empty answer."
+    """What is predicted is part of the hash: one token more of the prompt is another entry, and
+    so is an empty answer.
+    """
     trees = [
         Tree([9, 8], [[7, 20]], ["sample"], [0]),
         Tree([9, 8], [[7, 20]], ["sample"], [1]),

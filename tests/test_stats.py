@@ -90,7 +90,9 @@ def chance(counts, n, p):
 @given(st.integers(1, 60), st.data())
 @settings(deadline=None)
 def test_share_interval_by_its_definition(n, data):
-    "At its ends, what was seen or more (or less) has a chance of 2.5%; and scipy's is the same."
+    """At its ends, what was seen or more (or less) has a chance of 2.5%; and scipy's is the
+    same.
+    """
     from scipy.stats import binomtest
 
     k = data.draw(st.integers(0, n))
@@ -263,7 +265,9 @@ def test_there_is_one_bootstrap():
 
 
 def test_many_prompts_are_drawn_in_groups():
-    "The interval of 20,000 values: that of a normal mean; also where half of them are a prompt."
+    """The interval of 20,000 values: that of a normal mean; also where half of them are a
+    prompt.
+    """
     x = np.random.default_rng(0).normal(size=20_000)
     width = 2 * 1.96 / math.sqrt(20_000)
     found = mean_interval(x)
@@ -504,7 +508,9 @@ def test_three_kinds_of_labellers_on_real_pairs(tmp_path):
 
 
 def test_agreement_needs_no_comparison():
-    "Scores of two labellers: all pairs of each prompt. They disagree on the first prompt alone."
+    """Scores of two labellers: all pairs of each prompt. They disagree on the first prompt
+    alone.
+    """
     rows = []
     for labeller in "ab":
         for prompt in range(3):

@@ -1,4 +1,6 @@
-"Trees and batches: against the reference's tokens, the template and the tokenizer by themselves."
+"""Trees and batches: against the reference's tokens, the template and the tokenizer by
+themselves.
+"""
 
 import copy
 from collections import Counter
@@ -56,14 +58,18 @@ def golden_tokenizer(name):
 
 
 def going(turns, drop="oldest"):
-    "The turns in the order in which they may go: never the last; a leading system turn after all others."
+    """The turns in the order in which they may go: never the last; a leading system turn after
+    all others.
+    """
     system = [0] if turns[0]["role"] == "system" and len(turns) > 1 else []
     others = [i for i in range(len(turns) - 1) if i not in system]
     return (others if drop == "oldest" else others[::-1]) + system
 
 
 def left(plain, turns, limit, drop="oldest"):
-    "The turns that must be left of a prompt, by trying: as many as fit, else the last, as many tokens of it as fit."
+    """The turns that must be left of a prompt, by trying: as many as fit, else the last, as
+    many tokens of it as fit.
+    """
     order = going(turns, drop)
     for gone in range(len(order) + 1):
         kept = [t for i, t in enumerate(turns) if i not in order[:gone]]
@@ -89,7 +95,9 @@ def labelled(tree):
 
 
 def built(case):
-    "Our tree of a case; what it must hold, computed from template and tokenizer alone; which parts the reference left whole."
+    """Our tree of a case; what it must hold, computed from template and tokenizer alone; which
+    parts the reference left whole.
+    """
     tok = golden_tokenizer(case["tokenizer"])
     plain = Plain(case["tokenizer"])
     n = case["max_length"]
@@ -116,8 +124,11 @@ def built(case):
 
 @cases("tokenization")
 def test_tokenization_golden(case):
-    """Where the reference cut nothing, its ids and labels; where it cut, superseded are `prompt`, `target` and all texts and ids made of them:
-    whole turns go first, oldest first, then the last turn is cut, and completions are cut in ids. `untruncated_conversation` is superseded: nothing is edited."""
+    """Where the reference cut nothing, its ids and labels; where it cut, superseded are
+    `prompt`, `target` and all texts and ids made of them:
+    whole turns go first, oldest first, then the last turn is cut, and completions are cut in
+    ids. `untruncated_conversation` is superseded: nothing is edited.
+    """
     before = copy.deepcopy(case)
     out = case["outputs"]
     n = case["max_length"]
@@ -181,7 +192,9 @@ def collate_cases():
 
 @collate_cases()
 def test_collation_golden(case):
-    "Unpadded, our rows are the reference's where it cut nothing; padding reaches the longest row, not `max_length`."
+    """Unpadded, our rows are the reference's where it cut nothing; padding reaches the longest
+    row, not `max_length`.
+    """
     elements = [
         built(next(c for c in told("tokenization")["cases"] if c["id"] == name))
         for name in case["elements"]
@@ -210,8 +223,10 @@ def test_collation_golden(case):
 
 
 STRICT = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
