@@ -220,7 +220,7 @@ def make_items(
     looks += [second_look(first, n, apart, rng) for first in repeated]
     looks.sort(key=lambda look: look.place)
     return [
-        Item(f"{i:04d}", *look.pair, left=look.left, again=look.again)
+        Item._make((f"{i:04d}", *look.pair, look.left, look.again))
         for i, look in enumerate(looks, 1)
     ]
 
