@@ -461,7 +461,7 @@ HEADS = ("score", "classifier", "value_head")  # trained in full where a model h
 def lora_config(
     model: torch.nn.Module,
     r: int,  # rank
-    alpha: int,  # the adapter's output is scaled by alpha / r
+    alpha: float,  # the adapter's output is scaled by alpha / r
     dropout: float,  # on the adapter's input, while training
     targets: str | list[str],  # names of layers, or all-linear
 ) -> "LoraConfig":
@@ -471,7 +471,7 @@ def lora_config(
     heads = [name for name in HEADS if hasattr(model, name)]
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r, int or not
         lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=heads or None,
@@ -483,7 +483,7 @@ def lora_config(
 def add_lora(
     model: Any,  # policy, actor-critic or Bradley-Terry model
     r: int = 64,  # rank
-    alpha: int = 256,  # the adapter's output is scaled by alpha / r
+    alpha: float = 256,  # the adapter's output is scaled by alpha / r
     dropout: float = 0.05,  # on the adapter's input, while training
     # names of layers; all-linear is every linear layer except heads
     targets: str | list[str] = "all-linear",

@@ -336,3 +336,24 @@ def test_the_map_has_every_room_with_its_sentence():
         purpose = cells(notebook, "markdown")[0].split("\n> ")[1].splitlines()[0]
         row = f"| `nbs/{notebook.stem}` → `{name}` | {purpose.rstrip('.')} |".lower()
         assert row in text, f"README's map says of {name}: {purpose}"
+
+
+def public_functions(tree):
+    "Functions and methods that a user may call, each with its name."
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for name, method in public_functions(node):
+                yield f"{node.name}.{name}", method
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if not node.name.startswith("_") or node.name == "__init__":
+                yield node.name, node
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_functions_are_annotated_and_documented_by_type(name):
+    for function, node in public_functions(ast.parse(MODULES[name].read_text())):
+        given = node.args
+        parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+        bare = [p.arg for p in parameters if not p.annotation and p.arg not in ("self", "cls")]
+        assert not bare, f"{name}.{function}: {', '.join(bare)} have no type"
+        assert node.returns, f"{name}.{function}: no return type"
