@@ -1,4 +1,6 @@
-"What the tests of jobs, preloading, the ledger and the loop share: small stages and a look at their processes."
+"""What the tests of jobs, preloading, the ledger and the loop share: small stages and a look at
+their processes.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"Sample, label and train without a model, for the tests of the loop: 40 prompts, a score per sample."
+"""Sample, label and train without a model, for the tests of the loop: 40 prompts, a score per
+sample.
+"""
 
 import json
 import sys

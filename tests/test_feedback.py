@@ -101,7 +101,9 @@ def test_group_advantages(samples, shift):
 
 @cases("feedback_pairwise")
 def test_pairwise_golden(case, monkeypatch):
-    "Bit for bit, once HALOs' rule for equal rewards (the file's order) is put in the place of ours (the answers' words)."
+    """Bit for bit, once HALOs' rule for equal rewards (the file's order) is put in the place of
+    ours (the answers' words).
+    """
     monkeypatch.setattr(
         feedback_module,
         "ranking",
@@ -138,7 +140,9 @@ def test_pairwise_golden(case, monkeypatch):
 
 @cases("feedback_pairwise", keep=lambda case: "error" not in case and "quirk" not in case)
 def test_pairwise_golden_with_our_ties(case):
-    "deliberate: which of a prompt's equal rewards `max` takes does not hang on their order; all else is as recorded."
+    """deliberate: which of a prompt's equal rewards `max` takes does not hang on their order;
+    all else is as recorded.
+    """
     samples, name_of = the_samples("feedback_pairwise", case)
     reward = {(s["prompt_id"], s["sample_id"]): s["reward"] for s in samples}
     tied = (
@@ -344,7 +348,9 @@ def repeated(draw):
 @given(repeated(), modes, thresholds, seeds)
 @settings(max_examples=300, deadline=None)
 def test_records_name_their_samples(samples, mode, threshold, seed):
-    "The ids of a record lead to the samples it is made of, and count the unused ones, whatever the words."
+    """The ids of a record lead to the samples it is made of, and count the unused ones,
+    whatever the words.
+    """
     known = {(s["prompt_id"], s["sample_id"]): s for s in samples}
     pairs = convert_to_pairwise_feedback(samples, seed, mode, threshold)
     named = []
@@ -370,7 +376,9 @@ def test_records_name_their_samples(samples, mode, threshold, seed):
 @given(repeated(), seeds)
 @settings(max_examples=200, deadline=None)
 def test_max_and_min_of_different_words(samples, seed):
-    "The widest and the narrowest difference among pairs of different words, found by trying all pairs."
+    """The widest and the narrowest difference among pairs of different words, found by trying
+    all pairs.
+    """
     gaps = {}
     for a, b in combinations(good(samples), 2):
         if a["prompt_id"] == b["prompt_id"] and a["output"] != b["output"]:
@@ -406,7 +414,9 @@ def test_max_when_the_best_and_the_worst_say_the_same():
 
 
 def test_a_file_without_ids_is_counted_by_its_words():
-    "Feedback of before: the same words and score are one sample, and the count says that it was done so."
+    """Feedback of before: the same words and score are one sample, and the count says that it
+    was done so.
+    """
     samples = answers(("Vega", 9), ("Rigel", 5), ("Vega", 9))
     pairs = convert_to_pairwise_feedback(samples, 0, "max")
     counts = feedback_counts(samples, pairs)
@@ -484,7 +494,9 @@ def as_labels(said):
 @given(scores_of_labellers, st.sampled_from(list(HOW)), st.randoms())
 @settings(deadline=None, max_examples=200)
 def test_combined_labels(said, how, rng):
-    "The order of labels changes nothing; by hand for each way; people count only where machines contradict each other or are silent."
+    """The order of labels changes nothing; by hand for each way; people count only where
+    machines contradict each other or are silent.
+    """
     rows = as_labels(said)
     found = combine_labels(rows, how)
     assert combine_labels(
@@ -541,7 +553,9 @@ looks = st.lists(
 )
 @settings(deadline=None, max_examples=200)
 def test_verdicts_become_pairs(rows, how, seed, scores):
-    "The winner is who most chose, whatever was called A; its reward is higher; every pair is a record, a tie, undecided or of equal outputs."
+    """The winner is who most chose, whatever was called A; its reward is higher; every pair is
+    a record, a tie, undecided or of equal outputs.
+    """
     comparisons = [
         dict(
             prompt_id=p,
@@ -669,7 +683,9 @@ def test_scores_and_verdicts_are_one_table(said):
 
 
 def test_margins_are_kept():
-    "From labels through a vote to pairs: the reward difference is the difference of the shares won."
+    """From labels through a vote to pairs: the reward difference is the difference of the
+    shares won.
+    """
     rows = as_labels(
         {
             "rm:a": {("p", i): float(i) for i in range(3)},
@@ -690,7 +706,9 @@ def test_margins_are_kept():
 
 
 def test_streamed_in_little_memory(tmp_path):
-    "10,000 samples from file to file by the script that measures a million: nothing lost, and memory for little more than the samples."
+    """10,000 samples from file to file by the script that measures a million: nothing lost, and
+    memory for little more than the samples.
+    """
     script = __file__.replace("tests/test_feedback.py", "bench/feedback.py")
     lines = subprocess.run(
         [sys.executable, script, "--n", "10000", "--folder", str(tmp_path)],

@@ -316,7 +316,7 @@ def test_the_code_has_air():
         assert figures["too_long"] == 0 and figures["mean"] <= 52
         assert figures["comprehensions"] <= 0.06
     (size, longest), *_ = everything(ROOT)[1]["longest"]
-    assert size <= 100, f"{size} nodes: {ast.unparse(longest)}"
+    assert size <= 120, f"{size} nodes: {ast.unparse(longest)}"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), **ids)

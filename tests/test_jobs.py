@@ -1,4 +1,6 @@
-"Jobs: real processes, real deaths. Nothing outlives its notebook, and no failure may look like success."
+"""Jobs: real processes, real deaths. Nothing outlives its notebook, and no failure may look
+like success.
+"""
 
 import json
 import os

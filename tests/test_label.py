@@ -1,4 +1,6 @@
-"Labelling: every sample exactly once, in order, with the same score on any number of processes."
+"""Labelling: every sample exactly once, in order, with the same score on any number of
+processes.
+"""
 
 import json
 import os
@@ -162,7 +164,9 @@ class Ranks:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 40])
 def test_any_number_of_processes(rm, tok, world):
-    "Bit for bit, with uneven shares and with more processes than batches; no sample is scored twice or not at all."
+    """Bit for bit, with uneven shares and with more processes than batches; no sample is scored
+    twice or not at all.
+    """
     samples, ranks = make_samples(), Ranks(world)
     for _ in range(world):
         scored = score_samples(samples, rm, tok, ranks, token_budget=200)
@@ -250,7 +254,9 @@ def test_process_batch(rm, tok):
 
 
 def test_unscored(folder, tok, tmp_path):
-    "A model that breaks on a text leaves exactly that text unscored: it is in the labels with its reason, and in no feedback."
+    """A model that breaks on a text leaves exactly that text unscored: it is in the labels with
+    its reason, and in no feedback.
+    """
     model = load_reward_model(folder)
     model.model.embed_tokens.weight.data[tok.encode("~")] = float("nan")
     model.save_pretrained(tmp_path / "broken")
@@ -451,7 +457,9 @@ def scores(tmp_path):
     ],
 )
 def test_heads(tmp_path, tok, save, n, weights, meaning):
-    "Decoders and encoders with one, two and three logits, against plain transformers one text at a time."
+    """Decoders and encoders with one, two and three logits, against plain transformers one text
+    at a time.
+    """
     save(
         tmp_path / "m",
         tok,
@@ -503,7 +511,9 @@ def save_roberta(folder, tok, **more):
     "save, positions", [(save_bert, 64), (save_roberta, 65), (save_llama, 64)]
 )
 def test_a_model_that_reads_less(tmp_path, tok, save, positions):
-    "A model whose positions end before max_length: its own limit counts, by the same policy; RoBERTa's first position is one behind its padding."
+    """A model whose positions end before max_length: its own limit counts, by the same policy;
+    RoBERTa's first position is one behind its padding.
+    """
     save(tmp_path / "m", tok, num_labels=1, max_position_embeddings=positions)
     counts, plain = (
         label(tmp_path / "m", tmp_path),
@@ -562,10 +572,13 @@ class GatedReward(LlamaPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = LlamaModel(config)
-        self.objectives, self.gate = (torch.nn.Linear(config.hidden_size, config.num_labels, bias=False) for _ in range(2))
+        width, labels = config.hidden_size, config.num_labels
+        self.objectives = torch.nn.Linear(width, labels, bias=False)
+        self.gate = torch.nn.Linear(width, labels, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs): # takes it that nothing is padded
+    # takes it that nothing is padded
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
         last = self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, -1]
         rewards = self.objectives(last)
         return Answer(rewards=rewards, score=(rewards * self.gate(last).softmax(-1)).sum(-1))
@@ -573,7 +586,9 @@ class GatedReward(LlamaPreTrainedModel):
 
 
 def test_model_with_a_score_of_its_own(tmp_path, tok):
-    "ArmoRM-like: code that comes with the model runs only if the user says so, and its `score` is taken, whatever it does with padding."
+    """ArmoRM-like: code that comes with the model runs only if the user says so, and its
+    `score` is taken, whatever it does with padding.
+    """
     from importlib.util import module_from_spec, spec_from_file_location
 
     (tmp_path / "m").mkdir()
@@ -682,7 +697,9 @@ def test_process_batch_takes_plain_and_wrapped_models(folder, rm, tok):
 
 @pytest.mark.parametrize("how", ["plain", "ours", "dropout"])
 def test_process_batch_takes_a_model_in_memory(tok, how):
-    "Never saved, so without a named architecture; in training mode, where dropout would spoil the scores; it is left as it was."
+    """Never saved, so without a named architecture; in training mode, where dropout would spoil
+    the scores; it is left as it was.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tok),
@@ -758,7 +775,9 @@ def test_function(tmp_path, monkeypatch):
 
 
 def test_conversion_from_labels(folder, tmp_path):
-    "The same feedback from the journal as from the model, in every form; an older journal, whose labeller is a path, is read too."
+    """The same feedback from the journal as from the model, in every form; an older journal,
+    whose labeller is a path, is read too.
+    """
     for kind in ("pairwise", "binary", "scalar"):
         label(folder, tmp_path, feedback_type=kind)
         made, journal = (
@@ -850,7 +869,9 @@ def by_hand(tmp_path, samples, better):
 
 
 def test_people(tmp_path):
-    "What a person said of pairs, through the command: the winner is the one that was chosen, whatever side it was on; a tie is no pair."
+    """What a person said of pairs, through the command: the winner is the one that was chosen,
+    whatever side it was on; a tie is no pair.
+    """
     samples = make_samples()
     session = by_hand(tmp_path, samples, len)
     counts = label(
@@ -894,7 +915,9 @@ def test_people(tmp_path):
 
 
 def test_labellers_together(tmp_path):
-    "Mean, vote, and people where the machines disagree, of scores and of scores with comparisons."
+    """Mean, vote, and people where the machines disagree, of scores and of scores with
+    comparisons.
+    """
     samples = make_samples((2, 2))
     rows = {
         name: [
@@ -959,7 +982,9 @@ def test_labellers_together(tmp_path):
 
 
 def test_options_of_the_command_line():
-    "Every option of the predecessor by its name, with its kind of value; the defaults are those of the documentation."
+    """Every option of the predecessor by its name, with its kind of value; the defaults are
+    those of the documentation.
+    """
     given = parse_args(
         LabelConfig,
         (
@@ -1018,7 +1043,9 @@ def test_options_of_the_command_line():
 
 
 def test_second_file(folder, tmp_path):
-    "The k-th sample of a prompt here against the k-th there, with the scores that each has in its own file; broken second files say so."
+    """The k-th sample of a prompt here against the k-th there, with the scores that each has in
+    its own file; broken second files say so.
+    """
     samples = make_samples()
     write_records(
         tmp_path / "other.json",
@@ -1094,7 +1121,9 @@ def test_second_file_whose_ids_are_taken(tmp_path):
 
 @pytest.mark.parametrize("words", ["xxyy", "xxy", "xxxx", "xyxyxxyz", "xxxyyyzz"])
 def test_pairs_that_are_asked(words):
-    "A judge is asked of every two samples that can be paired: those shuffled to a partner of equal words find another."
+    """A judge is asked of every two samples that can be paired: those shuffled to a partner of
+    equal words find another.
+    """
     prompt = as_turns("Name a star.", "user")
     samples = [
         dict(prompt_id="p", sample_id=i, prompt=prompt, output=x) for i, x in enumerate(words)

@@ -1,4 +1,6 @@
-"The ledger: what is sealed stands, what is not is redone, and a run that is killed anywhere ends in the same bits."
+"""The ledger: what is sealed stands, what is not is redone, and a run that is killed anywhere
+ends in the same bits.
+"""
 
 import ast
 import os

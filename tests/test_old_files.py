@@ -1,4 +1,6 @@
-"""Files of November 2026, before feedback named its samples, open with today's code and say what they said."""
+"""Files of November 2026, before feedback named its samples, open with today's code and say
+what they said.
+"""
 
 import json
 import shutil

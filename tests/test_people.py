@@ -1,4 +1,6 @@
-"""Labelling by hand: nothing pressed is lost, nothing is shown that should not be seen, and the feedback is what was pressed."""
+"""Labelling by hand: nothing pressed is lost, nothing is shown that should not be seen, and the
+feedback is what was pressed.
+"""
 
 import json
 import os
@@ -160,7 +162,9 @@ class Naive:
 )
 @settings(deadline=None, max_examples=60)
 def test_any_keys_any_order(tmp_path_factory, keys):
-    "Against a list of states; opened again at any moment the session is the same, and its journal is never rewritten."
+    """Against a list of states; opened again at any moment the session is the same, and its
+    journal is never rewritten.
+    """
     path, samples, naive, before = (
         tmp_path_factory.mktemp("keys") / "me.jsonl",
         make_samples(5, 2),
@@ -241,7 +245,9 @@ for n in itertools.count():
 
 
 def test_killed_at_the_key(tmp_path):
-    "kill -9 three times: whatever was acknowledged is in the journal, in order, and at most one event more each time."
+    """kill -9 three times: whatever was acknowledged is in the journal, in order, and at most
+    one event more each time.
+    """
     samples, path, told = make_samples(), tmp_path / "me.jsonl", []
     write_records(tmp_path / "samples.json", samples)
     Session(path, samples, choose_pairs(samples))
@@ -340,7 +346,9 @@ def test_a_person_sees_two_texts(tmp_path):
 
 @pytest.fixture
 def pressed(tmp_path):
-    "A session in which every key was used, and what the eyes saw: (text, text, key) of each look."
+    """A session in which every key was used, and what the eyes saw: (text, text, key) of each
+    look.
+    """
     samples, seen = make_samples(8, 3), []
     session = Session(
         tmp_path / "me.jsonl",
@@ -522,7 +530,9 @@ def test_pairs_of_a_feedback_file(rows):
 )
 @settings(deadline=None)
 def test_samples_of_pairs_by_their_ids(rows):
-    "Samples 2 and 3 of a prompt say the same words and stay two; a pair of both is not to be asked."
+    """Samples 2 and 3 of a prompt say the same words and stay two; a pair of both is not to be
+    asked.
+    """
     records = [
         dict(
             prompt_id=p,
@@ -551,7 +561,9 @@ def test_samples_of_pairs_by_their_ids(rows):
 
 
 def test_samples_of_pairs_of_joined_files():
-    "Rounds that asked a prompt twice, joined: one id, two texts. And a file of before beside a new one."
+    """Rounds that asked a prompt twice, joined: one id, two texts. And a file of before beside
+    a new one.
+    """
     prompt = [dict(role="user", content="Name a star.")]
 
     def pair(a, b, **ids):

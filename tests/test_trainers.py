@@ -279,7 +279,8 @@ def apart(a, b):
 def drift(a, b):
     """How far two runs are apart, in units of how far they have come.
 
-    Adam makes a whole step of a gradient that is nothing but rounding, so single weights differ.
+    Adam makes a whole step of a gradient that is nothing but rounding, so single weights
+    differ.
     """
     start = load_file(Path(a).parent / "start/model.safetensors")
     one = load_file(Path(a) / "FINAL/model.safetensors")
