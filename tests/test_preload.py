@@ -318,3 +318,14 @@ def test_what_waits_ends_with_its_supervisor(tmp_path):
     until(lambda: maps_torch(job), 60, "one that imports")
     job.process.kill()
     until(lambda: not alive(tmp_path), 30, "all gone")
+
+
+def test_who_finds_its_supervisor_dead_does_not_begin_to_wait(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    env = os.environ | {"HALOS_NB_SUPERVISOR": str(dead.pid)}
+    late = [sys.executable, "-m", "halos_nb.preload", "tiny_stage"]
+    late += ["--config", str(tmp_path / "never.json")]
+    ended = subprocess.run(late, env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "who started this process is gone" in ended.stderr
