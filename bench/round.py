@@ -74,7 +74,9 @@ def main():
     home = (a.out / "rounds").resolve()
     home.mkdir(parents=True, exist_ok=True)
     run = play(home, a.rounds)
-    import tyro, torch, halos_nb.sample, halos_nb.label, halos_nb.train  # noqa: F401, what a stage needs
+    # what a stage needs
+    import tyro, torch  # noqa: F401
+    import halos_nb.sample, halos_nb.label, halos_nb.train  # noqa: F401
 
     torch.set_num_threads(1)
     gc.collect()

@@ -251,7 +251,7 @@ class FeedbackOptions:
     feedback_type: Literal["pairwise", "binary", "scalar"] | None = None
     # which pairs of a prompt's samples are kept
     feedback_mode: Literal["random", "max", "min"] = "random"
-    # pairwise: smallest difference (None: 0); binary: smallest good reward (None: median)
+    # pairwise: scores must differ by more (None: 0); binary: smallest good reward (None: median)
     threshold: float | Literal["mean", "median"] | None = None
     # compare with these samples: pairs are the k-th sample of a prompt here and the k-th there
     second_samples_path: str | None = None
@@ -473,7 +473,8 @@ class HumanlineOptions:
 class OptimiserOptions:
     "Learning rate, steps and what is computed at a time."
 
-    lr: PositiveFloat = 5e-7  # peak learning rate
+    # peak learning rate; from_checkpoint goes on with the schedule it was saved with
+    lr: PositiveFloat = 5e-7
     # share of this run's steps over which the rate rises; not repeated when continuing
     warmup: NonNegativeFloat = 0.1
     # shape after the warm-up
@@ -686,7 +687,8 @@ class MethodOptions:
     sync_reference: NonNegativeInt = 0  # humanline: optimiser steps between syncs (0: never)
     # any other field of TrainConfig, as "tau=0.05, use_peft=true"
     train_options: str | dict = ""
-    lr: PositiveFloat = 3e-4  # peak learning rate
+    # peak learning rate of the first round; later rounds go on with its schedule
+    lr: PositiveFloat = 3e-4
 
 # %% ../nbs/02_configs.ipynb #cf41c46a
 @dataclass(kw_only=True)

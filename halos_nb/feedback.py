@@ -99,9 +99,10 @@ def binary_record(
     level: float,  # smallest good reward
 ) -> dict:
     "A sample as a good or a bad answer."
+    numbered = "sample_id" in sample  # samples of one's own script may have none
     return dict(
         prompt_id=sample["prompt_id"],
-        sample_id=sample["sample_id"],
+        **(dict(sample_id=sample["sample_id"]) if numbered else {}),
         prompt=sample["prompt"],
         output=as_turns(sample["output"]),
         label=int(sample["reward"] >= level),
@@ -349,7 +350,7 @@ class Tally:
 
     def holds(self, sample: dict) -> bool:
         "Is this scored sample in a record?"
-        if sample_key(sample) in self.used:
+        if "sample_id" in sample and sample_key(sample) in self.used:
             return True
         if not self.texts:
             return False

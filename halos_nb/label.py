@@ -329,6 +329,9 @@ def feedback_from_scores(data: LabelInput, scored: list[Scored], cfg: LabelConfi
     counts: dict = feedback_counts(labelled, feedback, cfg.feedback_mode)
     if cfg.feedback_type != "pairwise":
         del counts["singles"], counts["ties"]
+    elif data.pairs:  # they were given, whatever the mode
+        both = [None not in (scored[i].score, scored[j].score) for i, j in data.pairs]
+        counts["ties"] = sum(both) - len(feedback)
     counts["scored"] = counts["samples"] - counts["unscored"]
     counts["reasons"] = dict(Counter(x.reason for x in scored if x.reason))
     return feedback, counts

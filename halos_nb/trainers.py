@@ -6,8 +6,8 @@
 __all__ = ['TwoLogps', 'FourLogps', 'TRAINERS', 'SFTTrainer', 'ConditionalSFTTrainer', 'Sides', 'sides',
            'PairedPreferenceTrainer', 'pair_metrics', 'DPOTrainer', 'CDPOTrainer', 'IPOTrainer', 'SimPOTrainer',
            'SLiCTrainer', 'BradleyTerryTrainer', 'UnpairedPreferenceTrainer', 'kto_metrics', 'KTOTrainer',
-           'answer_margins', 'GRPOTrainer', 'Rollout', 'EpisodeBatch', 'with_rollout', 'at_the_end', 'label_rewards',
-           'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer']
+           'answer_margins', 'GRPOTrainer', 'Rollout', 'EpisodeBatch', 'with_rollout', 'reward_at_last_token',
+           'label_rewards', 'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer']
 
 # %% ../nbs/19_trainers.ipynb #6acba4ba
 import math
@@ -363,7 +363,7 @@ def with_rollout(batch: TreeBatch, rollout: Rollout) -> EpisodeBatch:
     return EpisodeBatch(**known | {"rollout": rollout})
 
 # %% ../nbs/19_trainers.ipynb #1180ad26
-def at_the_end(
+def reward_at_last_token(
     rewards: Tensor,  # (K,) one for each row
     mask: Tensor,  # (K, S) bool, real tokens
 ) -> Tensor:
@@ -491,7 +491,7 @@ def first_look(self: PPOTrainer, batch: TreeBatch) -> Rollout:
     "A batch's rollout, its advantages not yet normalised."
     values = self.forward(self.model, batch).values
     old_logps = self.reference_logps(batch)
-    rewards = at_the_end(label_rewards(batch), batch.mask)
+    rewards = reward_at_last_token(label_rewards(batch), batch.mask)
     cfg = self.config
     estimate = generalized_advantages(values, rewards, batch.mask, cfg.gamma, cfg.lam)
     return Rollout(old_logps, values, *estimate)

@@ -273,7 +273,7 @@ def visible_item(view: SessionView) -> dict | None:
 
 # %% ../nbs/47_widgets.ipynb #13e75c64
 def speed_text(r: dict) -> str:
-    "How fast it goes, by `people.report`; empty before the first answer."
+    "How fast it goes, by `people.session_report`; empty before the first answer."
     if not r["answered"]:
         return ""
     left = clock(r["seconds_left"])

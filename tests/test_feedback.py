@@ -722,3 +722,17 @@ def test_streamed_in_little_memory(tmp_path):
         random=5000, max=2500, binary=10000, scalar=10000
     ) and found["min"]["records"] >= 2500
     assert all(r["peak_gib"] < 0.2 for r in found.values()) and not list(tmp_path.iterdir())
+
+
+def test_samples_without_a_number_make_binary_feedback_too():
+    "As the predecessor's function did for samples of one's own script."
+    prompt = [dict(role="user", content="Name a star.")]
+    samples = [
+        dict(prompt_id="p", prompt=prompt, output=said, reward=reward)
+        for said, reward in [("Vega", 1.0), ("Mars", -1.0)]
+    ]
+    records = convert_to_binary_feedback(samples)
+    assert [r["label"] for r in records] == [1, 0]
+    assert not any("sample_id" in r for r in records)
+    assert feedback_counts(samples, records)["unused"] == 0
+    assert feedback_counts(samples, records[:1])["unused"] == 1

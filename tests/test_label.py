@@ -24,7 +24,7 @@ import golden
 from halos_nb.trees import byte_tokenizer, encode, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
-from halos_nb.label import main, make_feedback
+from halos_nb.label import feedback_from_scores, main, make_feedback
 from halos_nb.label_input import LabelInput, pairs_to_ask, read_samples
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
 from halos_nb.people import Session, choose_pairs, comparisons
@@ -37,7 +37,12 @@ from halos_nb.records import (
     read_records,
     write_records,
 )
-from halos_nb.score import head_of, process_batch_with_reward_model, score_samples
+from halos_nb.score import (
+    Scored,
+    head_of,
+    process_batch_with_reward_model,
+    score_samples,
+)
 
 TWO = [
     "-m",
@@ -1163,3 +1168,23 @@ def test_dry_run_scores_nothing(folder, tmp_path, capsys):
         and "second of two logits" in capsys.readouterr().out
         and not (tmp_path / "feedback.labels.jsonl").exists()
     )
+
+
+@pytest.mark.parametrize("mode", ["random", "max", "min"])
+def test_ties_of_given_pairs_are_told_whatever_the_mode(mode):
+    samples = make_samples((6,))
+    pairs = [(0, 3), (1, 4), (2, 5)]
+    scores = [1.0, 2.0, 3.0, 1.0, 2.0, 0.0]  # two pairs are equal
+    data = LabelInput(samples, pairs, {})
+    cfg = LabelConfig(
+        samples_file="",
+        output_file="",
+        function="rule:of",
+        feedback_type="pairwise",
+        feedback_mode=mode,
+    )
+    scored = [Scored(score, "", False) for score in scores]
+    records, counts = feedback_from_scores(data, scored, cfg)
+    assert (len(records), counts["ties"]) == (1, 2)
+    scored[5] = Scored(None, "no word", False)
+    assert feedback_from_scores(data, scored, cfg)[1]["ties"] == 2
