@@ -251,7 +251,8 @@ class FeedbackOptions:
     feedback_type: Literal["pairwise", "binary", "scalar"] | None = None
     # which pairs of a prompt's samples are kept
     feedback_mode: Literal["random", "max", "min"] = "random"
-    # pairwise: scores must differ by more (None: 0); binary: smallest good reward (None: median)
+    # pairwise: scores differ by more than this (None: 0); binary: smallest good reward (None:
+    # median)
     threshold: float | Literal["mean", "median"] | None = None
     # compare with these samples: pairs are the k-th sample of a prompt here and the k-th there
     second_samples_path: str | None = None
