@@ -119,7 +119,7 @@ def name_by_ids(record: dict) -> NamedPair | None:
     return None if a == b else pair_of(prompt, a, b)
 
 # %% ../nbs/45_pairs.ipynb #a1c60e02
-Texts = dict[tuple, set[tuple]]  # key of a sample -> every prompt and answer it stands for
+Texts = dict[tuple, tuple[int, ...]]  # key of a sample -> hash of every text it stands for
 
 
 def texts_by_key(
@@ -128,10 +128,13 @@ def texts_by_key(
     "What each sample says; rows without ids are passed over."
     texts: Texts = {}
     for row in rows:
+        prompt = as_text(row["prompt"])
         sides = ("_A", "_B") if "output_A" in row else ("",)
         for key, side in zip(sample_keys(row) or (), sides):
-            words = as_text(row["prompt"]), as_text(row[f"output{side}"])
-            texts.setdefault(key, set()).add(words)
+            words = hash((prompt, as_text(row[f"output{side}"])))
+            known = texts.get(key, ())
+            if words not in known:
+                texts[key] = (*known, words)
     return texts
 
 
@@ -190,7 +193,8 @@ def speaks_of_others(
         theirs = texts_by_key(read_records(file))
     except RecordError:  # no feedback
         return False
-    return any(not theirs[key] <= texts[key] for key in theirs.keys() & texts.keys())
+    shared = theirs.keys() & texts.keys()
+    return any(not set(theirs[key]) <= set(texts[key]) for key in shared)
 
 
 def rows_of_others(
