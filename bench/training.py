@@ -74,10 +74,14 @@ def main(doc: str, loss: str):
         no_sharing(trainer)
     reference = [trainer.reference.model] if getattr(trainer.reference, "model", None) else []
     tokens, needed = count_tokens(trainer.model, *reference), []
-    count, trainer.count_tokens = (
-        trainer.count_tokens,
-        lambda b: (needed.append(sum(t.tokens for t in b.trees)), count(b)),
-    )
+    count = trainer.count_step
+
+    def count_needed(step):
+        "What the step's trees hold, beside what was computed of them."
+        needed.append(sum(t.tokens for batch in step.batches for t in batch.trees))
+        count(step)
+
+    trainer.count_step = count_needed
     meter = run_trainer(trainer, a.profile)
     if not trainer.is_world_process_zero():
         return
