@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from .records import RecordError, as_text, as_turns
+from .records import RecordError, as_text, as_turns, drawn_fields, drawn_of
 
 # %% ../nbs/06_feedback.ipynb #dac5a079
 def check_reward(
@@ -105,6 +105,7 @@ def binary_record(
         **(dict(sample_id=sample["sample_id"]) if numbered else {}),
         prompt=sample["prompt"],
         output=as_turns(sample["output"]),
+        **drawn_fields(drawn_of(sample)),
         label=int(sample["reward"] >= level),
         reward=sample["reward"],
         type="binary_feedback",
@@ -226,6 +227,8 @@ def pair_record(a: dict, b: dict) -> dict:
         output_A=as_turns(a["output"]),
         output_B=as_turns(b["output"]),
         **ids,
+        **drawn_fields(drawn_of(a), "_A"),
+        **drawn_fields(drawn_of(b), "_B"),
         label=int(a["reward"] > b["reward"]),
         reward_A=a["reward"],
         reward_B=b["reward"],

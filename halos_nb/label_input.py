@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .records import RecordError, read_records
+from .records import DRAWN_FIELDS, RecordError, read_records
 from .configs import LabelConfig
 from .feedback import sample_key
 
@@ -33,7 +33,7 @@ FIELDS = frozenset(
         "dataset",
         "split",
         "instruction",
-        "finished",
+        *DRAWN_FIELDS.values(),
         "policy_logps",
         "reference_logps",
     )

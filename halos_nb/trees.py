@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from .records import as_turns
+from .records import as_turns, prompt_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -586,10 +586,9 @@ def balance_trees(
 # %% ../nbs/11_trees.ipynb #e628dbeb
 def group_by_prompt(samples: list[dict]) -> list[list[int]]:
     "Numbers of the samples of each prompt, prompts in order of first appearance."
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
-        prompt = tuple((turn["role"], turn["content"]) for turn in sample["prompt"])
-        groups.setdefault(prompt, []).append(i)
+        groups.setdefault(prompt_id(sample["prompt"]), []).append(i)
     return list(groups.values())
 
 

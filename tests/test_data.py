@@ -12,7 +12,12 @@ from hypothesis import given, settings, strategies as st
 
 from halos_nb import data as d
 from halos_nb import hub_sets
-from halos_nb.records import RecordError, as_turns, prompt_id, write_records
+from halos_nb.feedback import (
+    convert_to_binary_feedback,
+    convert_to_pairwise_feedback,
+    convert_to_scalar_feedback,
+)
+from halos_nb.records import Drawn, RecordError, as_turns, prompt_id, write_records
 
 from golden import cases, load
 
@@ -714,7 +719,8 @@ def feedback_file(draw):
             reward = draw(rewards)
             rows.append(binary_record(prompt, draw(outputs), reward, int(reward > 0.4)))
         else:
-            answers = draw(outputs), draw(outputs)
+            # equal answers are passed over: see test_pairs_of_an_answer_with_itself
+            answers = draw(st.lists(outputs, min_size=2, max_size=2, unique_by=str))
             scores = draw(rewards), draw(rewards)
             rows.append(pair_record(prompt, answers, scores, draw(st.integers(0, 1))))
     return rows
@@ -779,6 +785,65 @@ def test_joining_files_loses_and_invents_nothing(tmp_path_factory, files):
             assert known in set(scored_answers(everything))
     again = hub_sets.load_data(names + names)
     assert list(again) == list(data)
+
+
+def test_pairs_of_an_answer_with_itself(tmp_path):
+    "Passed over and counted, unless the two were drawn differently."
+    equal = pair_record(ask, [star, star], [1.0, 0.0], 1)
+    rows = [
+        equal,
+        pair_record(ask, [star, moon], [1.0, 0.0], 1),
+        equal | dict(output_ids_A=[7, 2], output_ids_B=[7, 2]),
+        equal | dict(output_ids_A=[7, 2], output_ids_B=[3, 4, 2]),
+    ]
+    write_records(tmp_path / "pairs.json", rows)
+    data = d.get_feedback(tmp_path / "pairs.json")
+    (ex,) = data
+    assert data.counts["equal_pairs"] == 2
+    assert ex.generations == [star, moon, star]
+    assert ex.pairs == [(0, 1), (0, 2)]
+    assert ex.where == f"{tmp_path / 'pairs.json'}, record 2"
+    write_records(tmp_path / "equal.json", [equal])
+    with pytest.raises(ValueError, match="nothing in it to learn from.*equal_pairs 1"):
+        hub_sets.load_data(tmp_path / "equal.json")
+
+
+def drawn_sample(k, ids, **more):
+    "A sample that says how it came."
+    drawn = dict(output_ids=ids, finished=True, output_logps=[-0.5] * len(ids), tokenizer="t")
+    fields = dict(prompt_id=prompt_id(ask), sample_id=k, prompt=ask, output="Vega.")
+    return fields | drawn | dict(type="sample") | more
+
+
+def test_what_was_drawn_travels_into_examples(tmp_path):
+    "Samples, binary and scalar feedback: each keeps its ids, also through a second file."
+    samples = [drawn_sample(0, [7, 2]), drawn_sample(1, [3, 4, 2]), drawn_sample(2, [7, 2])]
+    scored = [s | dict(reward=0.5) for s in samples]
+    want = [Drawn(s["output_ids"], True, s["output_logps"], "t") for s in samples]
+    write_records(tmp_path / "samples.json", samples)
+    write_records(tmp_path / "binary.json", convert_to_binary_feedback(scored))
+    write_records(tmp_path / "scalar.json", convert_to_scalar_feedback(scored))
+    alone = d.get_sampled_data(tmp_path / "samples.json")
+    assert [ex.drawn for ex in alone] == [[draw] for draw in want]
+    for name in ("binary.json", "scalar.json"):
+        (ex,) = hub_sets.load_data([tmp_path / name])
+        assert ex.drawn == want and ex.generations == [star] * 3
+        (twice,) = hub_sets.load_data([tmp_path / name, tmp_path / name])
+        assert twice == ex
+
+
+def test_what_was_drawn_travels_into_pairs(tmp_path):
+    samples = [
+        drawn_sample(0, [7, 2], reward=1.0),
+        drawn_sample(1, [9], reward=0.0, output="Io.", finished=False),
+    ]
+    records = convert_to_pairwise_feedback(samples, seed=0)
+    assert {"output_ids_A", "output_logps_B", "finished_A", "tokenizer_B"} <= set(records[0])
+    write_records(tmp_path / "pairs.json", records)
+    (ex,) = hub_sets.load_data(tmp_path / "pairs.json")
+    (pair,) = ex.pairs
+    assert [ex.drawn[i].ids for i in pair] == [[7, 2], [9]]
+    assert [ex.drawn[i].finished for i in pair] == [True, False]
 
 
 def test_samples_stay_apart_and_prompts_merge(tmp_path):
