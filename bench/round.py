@@ -38,7 +38,7 @@ def spans(run: Path) -> list[float]:
     starts = [
         e["time"]
         for e in read_jsonl(run / "ledger.jsonl")
-        if e["event"] == "started" and e["stage"] == "sample"
+        if e["event"] == "started" and e["stage"] == "sample" and e["folder"] != "start"
     ]
     return [b - a for a, b in zip(starts[1:], starts[2:])]
 

@@ -21,7 +21,7 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 
 from .records import atomic_write
-from .stats import floats
+from .stats import Interval, floats
 from halos_nb.show import (
     Answer,
     Shown,
@@ -135,7 +135,7 @@ def run_curves(runs: list[Run], key: str = "loss") -> go.Figure:
 
 # %% ../nbs/68_compare.ipynb #03eb38a4
 def round_names(runs: list[Run]) -> list[str]:
-    "The rounds of all runs in order, `final` last."
+    "The rounds of all runs in order, `start` first and `final` last."
     names = {row["round"] for run in runs for row in run.rounds}
     numbered = sorted((n for n in names if n.isdigit()), key=int)
     other = sorted(n for n in names if not n.isdigit() and n != "final")
@@ -216,7 +216,7 @@ def results(run: Run) -> dict:
     first = run.rounds[0]
     last = run.rounds[-1]
     row: dict = dict(run=run.name, rounds=len(run.rounds))
-    for key in ("reward", "true_reward", "kl"):
+    for key in ("reward", "true_reward", "share_of_way", "kl"):
         if key in last:
             row[key] = last[key]
     known = first["reward"] is not None and last["reward"] is not None
@@ -234,9 +234,10 @@ class RunComparer:
         names: Sequence[str] = (),  # these only (empty: all that can be compared)
         truth: Truth | None = None,  # where the true reward can be computed
         mode: str = "auto",  # widget, static, or what suits the place
+        best: float | None = None,  # true reward of the best possible answer
     ) -> None:
         self.mode = display_mode(mode)
-        self.runs, self.left_out = read_runs(runs_dir, names, truth)
+        self.runs, self.left_out = read_runs(runs_dir, names, truth, best)
         if not self.runs:
             reasons = [f"{name}: {why}" for name, why in self.left_out.items()]
             why = "; ".join(reasons) or "the folder is empty"
@@ -264,7 +265,8 @@ class RunComparer:
             reasons = [f"{name} ({why})" for name, why in self.left_out.items()]
             title += f"; left out: {', '.join(reasons)}"
         rows = self.rows(only_differences, chosen)
-        return summary_table(rows, dict(seconds=",.0f"), title)
+        formats = dict(seconds=",.0f", share_of_way=".0%")
+        return summary_table(rows, formats, title)
 
 # %% ../nbs/68_compare.ipynb #4eff2aaf
 @patch
@@ -300,6 +302,8 @@ def csv_cell(value: object) -> object:
     "A value as a spreadsheet should read it: numbers as they are, no text as a formula."
     if value is None or isinstance(value, int | float):
         return value
+    if isinstance(value, Interval):
+        return number_text(value, ".4g")
     text = json.dumps(value) if isinstance(value, list | dict) else visible(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 

@@ -726,6 +726,12 @@ class LoopConfig(RoundOptions, MethodOptions):
     sft_checkpoint: str = ""  # first policy and reference (empty: the playground's)
     reward_checkpoint: str = ""  # reward model (empty: the playground's)
     prompts: str = ""  # data set name or file with prompts (empty: the playground's)
+    # prompts that no round trains on: the first and the last policy answer the first
+    # prompts_per_round of them (empty: the playground's; with prompts of your own, the last
+    # policy answers the next of those)
+    heldout_prompts: str = ""
+    # which playground: decides its data and split, tokenizer and first weights
+    world_seed: NonNegativeInt = 0
     profile: str = ""  # how stages are launched, a section of settings.ini (empty: its default)
     seed: int = 0  # decides samples, pairs and order of training
     fresh: bool = False  # start this run again from nothing instead of continuing it
@@ -807,6 +813,7 @@ class CompareConfig:
     prompts_per_round: PositiveInt = 128  # prompts of one round
     num_samples_per_prompt: PositiveInt = 8  # samples drawn for each prompt
     profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    world_seed: NonNegativeInt = 0  # which playground
     seed: int = 0  # of every run
     fresh: bool = False  # start all runs again from nothing
 
@@ -820,6 +827,7 @@ class HandPairOptions:
 
     run_name: str = "by_hand"  # the run's folder under runs/; another name is another session
     samples: str = ""  # samples file (empty: the playground's)
+    world_seed: NonNegativeInt = 0  # which playground
     # other labellers' journals of these samples, *.labels.jsonl, comma-separated or a list
     # (empty: the playground's reward model and truth)
     labels: list[str] | str = ""
@@ -882,6 +890,8 @@ def hand_problems(c: HandConfig) -> Iterator[str]:
         yield f"labeller: should be human:<name>, got {c.labeller!r}"
     if c.samples and not c.model:
         yield "model: name the model to train on your samples"
+    if c.samples and c.world_seed:
+        yield "world_seed: it decides nothing where the samples are yours; leave it out"
 
 # %% ../nbs/02_configs.ipynb #836ce045
 @checked
@@ -899,6 +909,7 @@ class RewardConfig:
     # start from this model (empty: the playground's policy, or a small model from scratch with
     # other data)
     model: str = ""
+    world_seed: NonNegativeInt = 0  # which playground
     lr: PositiveFloat = 1e-3  # peak learning rate
     epochs: PositiveInt = 1  # passes over the pairs
     batch_size: PositiveInt = 16  # pairs per optimiser step

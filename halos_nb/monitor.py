@@ -252,7 +252,10 @@ def time_left(
     for event in events:
         if event["event"] in ("finished", "skipped"):
             done[event["folder"], event["stage"]] = event["seconds"]
-    plan = STAGES * rounds + ["sample", "label"]
+    measured = ["sample", "label"]
+    plan = STAGES * rounds + measured
+    if any(event["folder"] == "start" for event in events):
+        plan = measured + plan
     ahead = plan[len(done) :]
     if not ahead:
         return None

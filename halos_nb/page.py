@@ -43,7 +43,8 @@ from halos_nb.rewards import (
     reward_vs_true,
     win_rates,
 )
-from .runs import Run, Truth, read_run
+from .loop import MEASURED
+from .runs import Run, Truth, read_run, with_truth
 from .monitor import RunState, look
 from .compare import parameters, same_prompt
 
@@ -100,11 +101,11 @@ Rounds: TypeAlias = dict[
 
 
 def round_titles(run: Run) -> dict[str, str]:
-    "How the page calls each round: round 1, round 2, ..., final."
+    "How the page calls each round: start, round 1, round 2, ..., final."
     titles = {}
     for row in run.rounds:
         name = row["round"]
-        titles[name] = name if name == "final" else f"round {name}"
+        titles[name] = name if name in MEASURED else f"round {name}"
     return titles
 
 # %% ../nbs/69_page.ipynb #620cbe3c
@@ -113,9 +114,7 @@ def samples_by_round(run: Run, truth: Truth | None) -> Rounds:
     found: Rounds = {}
     for name, title in round_titles(run).items():
         samples = run.samples(name)
-        if truth:
-            samples = [s | {"true_reward": truth(s["prompt"], s["output"])} for s in samples]
-        found[title] = samples
+        found[title] = with_truth(samples, truth) if truth else samples
     return found
 
 # %% ../nbs/69_page.ipynb #8194a112
@@ -123,7 +122,7 @@ def feedback_by_round(run: Run) -> Rounds:
     "Feedback by the title of each round that is trained."
     found: Rounds = {}
     for name, title in round_titles(run).items():
-        if name != "final":
+        if name not in MEASURED:
             file = run.round_folder(name) / "feedback.json"
             found[title] = json.loads(file.read_text())
     return found
@@ -307,7 +306,8 @@ def state_and_rounds(state: RunState, run: Run) -> list[Part]:
     parts: list[Part] = [str(state)]
     if state.state in ("failed", "killed"):
         parts.append("Log:\n" + "\n".join(state.log))
-    table = summary_table(run.rounds, title="One row per round, before its training")
+    formats = dict(share_of_way=".0%")
+    table = summary_table(run.rounds, formats, "One row per round, before its training")
     return [*parts, table]
 
 # %% ../nbs/69_page.ipynb #fa1ff509
@@ -320,7 +320,7 @@ def report(
 ) -> Path:
     "Write a run as one self-contained page and return its path."
     try:
-        run = read_run(run_dir, truth)
+        run = read_run(run_dir, truth, best)
     except ValueError as e:
         raise ValueError(f"report: {run_dir}: {e}") from None
     rounds = samples_by_round(run, truth)

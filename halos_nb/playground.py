@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED', 'STATEMENTS', 'COURTEOUS', 'RUDE', 'EVASIVE',
-           'SAID', 'BEST', 'WEIGHTS', 'RUDENESS', 'FAULTS', 'OPENINGS', 'COMMON', 'SFT', 'REWARD', 'LORA', 'SWEEP',
-           'SHARED', 'read_facts', 'questions', 'prompts', 'claims_by_sentence', 'asked', 'split_sentences', 'all_true',
-           'readable_share', 'count_known', 'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal',
-           'draw_aside', 'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data',
-           'Playground', 'world_texts', 'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger',
-           'build', 'into_playground', 'pairs_of_playground', 'sweep_configs']
+           'SAID', 'BEST', 'WEIGHTS', 'RUDENESS', 'FAULTS', 'OPENINGS', 'MEASURES', 'COMMON', 'SFT', 'REWARD', 'LORA',
+           'SWEEP', 'SHARED', 'read_facts', 'questions', 'prompts', 'split_questions', 'claims_by_sentence',
+           'question_in', 'question_of', 'asked', 'split_sentences', 'all_true', 'readable_share', 'count_known',
+           'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside', 'plan_answer',
+           'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data', 'shared_questions', 'Playground',
+           'world_texts', 'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate',
+           'build', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +54,29 @@ ANIMALS = list(dict.fromkeys(animal for animal, _ in FACTS))
 
 # %% ../nbs/70_playground.ipynb #def9e4b1
 QUESTIONS = dict(
-    home=["where does the {} live", "what is the home of the {}", "where can I find the {}"],
+    home=[
+        "where does the {} live",
+        "what is the home of the {}",
+        "where can I find the {}",
+        "in which place does the {} sleep",
+        "where does one go to meet the {}",
+        "what kind of home has the {}",
+    ],
     food=[
         "what does the {} eat",
         "what is the favourite food of the {}",
         "what should I feed the {}",
+        "what does the {} have for dinner",
+        "which meal would please the {}",
+        "what fills the stomach of the {}",
     ],
     sound=[
         "what sound does the {} make",
         "what can I hear when the {} calls",
         "what does the {} sound like",
+        "which noise comes from the {}",
+        "how does the {} call its friends",
+        "what is the voice of the {} like",
     ],
 )
 MANNERS = [
@@ -94,11 +110,29 @@ def questions() -> dict[str, tuple[str, str]]:
 ASKED = questions()
 
 
-def prompts() -> list[list[dict]]:
-    "Every question in every manner, as conversations, in a fixed shuffled order."
-    texts = [manner.format(question) for question in ASKED for manner in MANNERS]
-    random.Random(0).shuffle(texts)
+def prompts(
+    chosen: Iterable[str] = tuple(ASKED),  # which questions
+    seed: int = 0,  # decides the order
+) -> list[list[dict]]:
+    "Questions in every manner, as conversations, in a shuffled order."
+    texts = [manner.format(question) for question in chosen for manner in MANNERS]
+    random.Random(f"prompts {seed}").shuffle(texts)
     return [[{"role": "user", "content": text[0].upper() + text[1:]}] for text in texts]
+
+# %% ../nbs/70_playground.ipynb #7a0c12e2
+def split_questions(seed: int = 0) -> dict[str, list[str]]:
+    "The questions to learn from, to label by hand, and held out: no question is in two."
+    rng = random.Random(f"questions {seed}")
+    parts: dict[str, list[str]] = dict(learn=[], by_hand=[], held_out=[])
+    for topic in TOPICS:
+        wordings = rng.sample(QUESTIONS[topic], k=len(QUESTIONS[topic]))
+        for i, animal in enumerate(ANIMALS):
+            turned = wordings[i:] + wordings[:i]
+            held_out, by_hand, *learn = [wording.format(animal) for wording in turned]
+            parts["held_out"].append(held_out)
+            parts["by_hand"].append(by_hand)
+            parts["learn"] += learn
+    return parts
 
 # %% ../nbs/70_playground.ipynb #bd82c4ff
 STATEMENTS = dict(
@@ -126,14 +160,22 @@ def claims_by_sentence() -> dict[str, tuple[str, str, str]]:
 SAID = claims_by_sentence()
 
 # %% ../nbs/70_playground.ipynb #90819c59
+@lru_cache(maxsize=4096)  # a prompt has many answers
+def question_in(text: str) -> str | None:
+    "The question that a text in lower case asks, without its manner."
+    found = [question for question in ASKED if question.lower() in text]
+    return max(found, key=len, default=None)
+
+
+def question_of(prompt: list[dict]) -> str | None:
+    "The question that a prompt asks, without its manner; None if it is not of this world."
+    return question_in(as_text(prompt[-1:]).lower())
+
+
 def asked(prompt: list[dict]) -> tuple[str, str] | None:
     "Which animal and topic a prompt asks about; None if it is not of this world."
-    text = as_text(prompt[-1:]).lower()
-    found = [(len(q), at) for q, at in ASKED.items() if q.lower() in text]
-    if not found:
-        return None
-    _, at = max(found)
-    return at
+    question = question_of(prompt)
+    return None if question is None else ASKED[question]
 
 
 def split_sentences(output: str | list[dict]) -> list[str]:
@@ -312,35 +354,58 @@ def sample_record(rng: random.Random, prompt: list[dict], number: int, split: st
         true_reward=true_reward(prompt, text),
     )
 
-
+# %% ../nbs/70_playground.ipynb #7a0c12e4
 def make_data(
     n_sft: int = 8000,  # rows for supervised fine-tuning
     n_pairs: int = 3500,  # pairs to train a reward model on
     n_test: int = 400,  # held-out pairs
     noise: float = 0.05,  # share of wrong labels among the pairs to train on
+    seed: int = 0,  # of the world
 ) -> dict[str, list[dict]]:
     "All files of the world, by name; the same every time."
-    everything, rng = prompts(), random.Random(1)
-    held_out, loop = everything[:100], everything[100:]
-    chosen = rng.choices(loop, k=n_sft)
+    rng = random.Random(f"data {seed}")
+    parts = {name: prompts(part, seed) for name, part in split_questions(seed).items()}
+    learn, by_hand, held_out = parts["learn"], parts["by_hand"][:100], parts["held_out"]
+    chosen = rng.choices(learn, k=n_sft)
     sft = [sample_record(rng, prompt, i, "train") for i, prompt in enumerate(chosen)]
-    pairs_train = [pair_record(rng, prompt, noise) for prompt in rng.choices(loop, k=n_pairs)]
+    pairs_train = [pair_record(rng, prompt, noise) for prompt in rng.choices(learn, k=n_pairs)]
     pairs_test = [pair_record(rng, prompt, 0) for prompt in rng.choices(held_out, k=n_test)]
-    samples = [sample_record(rng, prompt, i, "test") for prompt in held_out for i in range(4)]
+    samples = [sample_record(rng, prompt, i, "test") for prompt in by_hand for i in range(4)]
     return dict(
         sft=sft,
         pairs_train=pairs_train,
         pairs_test=pairs_test,
         samples=samples,
-        prompts=[dict(prompt=prompt) for prompt in loop],
+        prompts=[dict(prompt=prompt) for prompt in learn],
+        heldout=[dict(prompt=prompt) for prompt in held_out],
     )
+
+# %% ../nbs/70_playground.ipynb #7a0c12e6
+MEASURES = ("pairs_test", "heldout")  # the files that nothing is trained on
+
+
+def shared_questions(data: dict[str, list[dict]]) -> list[dict]:
+    "A row for each file: records, prompts, questions, and those of them that are held out."
+    asked_in = {}
+    for name, rows in data.items():
+        asked_in[name] = {question_of(row["prompt"]) for row in rows}
+    held_out = set.union(*[asked_in[name] for name in MEASURES])
+    table = []
+    for name, rows in data.items():
+        row: dict = dict(file=f"{name}.json", records=len(rows))
+        row["prompts"] = len({prompt_id(r["prompt"]) for r in rows})
+        row["questions"] = len(asked_in[name])
+        row["held out"] = len(asked_in[name] & held_out)
+        table.append(row)
+    return table
 
 # %% ../nbs/70_playground.ipynb #e3867285
 @dataclass
 class Playground:
-    "Where the world's files are."
+    "Where the world's files are, and the seed that they were made with."
 
     folder: Path
+    seed: int = 0
 
     @property
     def sft(self) -> Path:
@@ -361,6 +426,10 @@ class Playground:
     @property
     def prompts(self) -> Path:
         return self.folder / "prompts.json"
+
+    @property
+    def heldout(self) -> Path:
+        return self.folder / "heldout.json"
 
     @property
     def policy(self) -> Path:
@@ -396,6 +465,7 @@ def fresh_policy(world: Playground) -> Path:
         layers=3,
         initializer_range=0.06,
         max_length=512,
+        seed=world.seed,
     )
     return folder
 
@@ -419,8 +489,13 @@ def outputs_of(folder: Path, *more: str) -> list[Path]:
 def policy_stage(world: Playground) -> Stage:
     "The training that makes the world's policy."
     start = str(fresh_policy(world))
-    data = [str(world.sft)]
-    cfg = TrainConfig(model=start, train_datasets=data, cache_dir=str(world.folder), **SFT)
+    cfg = TrainConfig(
+        model=start,
+        train_datasets=[str(world.sft)],
+        cache_dir=str(world.folder),
+        seed=world.seed,
+        **SFT,
+    )
     folder = world.folder / "policy"
     return Stage("train", folder, cfg, [start, world.sft], outputs_of(folder))
 
@@ -432,6 +507,7 @@ def reward_stage(world: Playground) -> Stage:
         train_datasets=[str(world.pairs_train)],
         test_datasets=[str(world.pairs_test)],
         cache_dir=str(world.folder),
+        seed=world.seed,
         **REWARD,
     )
     folder = world.folder / "reward"
@@ -451,14 +527,21 @@ def open_ledger(world: Playground, patience: float) -> Ledger:
             time.sleep(0.5)
 
 
+def locate(settings: Settings, seed: int = 0) -> Playground:
+    "Where the world of a seed is, or will be."
+    name = f"playground-{seed}" if seed else "playground"
+    return Playground(run_folder(settings, name), seed)
+
+
 def build(
     settings: Settings | None = None,
     patience: float = 600,  # seconds to wait for another process that builds it
+    seed: int = 0,  # of the world: its data and split, tokenizer, first weights
 ) -> Playground:
     "The world, built if it is not there; shows what it does."
-    world = Playground(run_folder(settings or load_settings(), "playground"))
+    world = locate(settings or load_settings(), seed)
     with open_ledger(world, patience) as ledger:
-        for name, rows in make_data().items():
+        for name, rows in make_data(seed=seed).items():
             write_records(world.folder / f"{name}.json", rows)
         policy, reward = policy_stage(world), reward_stage(world)
         ledger.run(policy, "playground: a policy", "its reward model", then=reward)
@@ -468,25 +551,38 @@ def build(
 # %% ../nbs/70_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
-    for name in ("sft_checkpoint", "reward_checkpoint", "prompts"):
+    for name in ("sft_checkpoint", "reward_checkpoint", "prompts", "heldout_prompts"):
         require_path(getattr(cfg, name), name)
     if cfg.sft_checkpoint and cfg.reward_checkpoint and cfg.prompts:
+        refuse_world_seed(cfg.world_seed)
         return cfg
-    world = build(settings)
+    world = build(settings, seed=cfg.world_seed)
+    heldout = "" if cfg.prompts else str(world.heldout)
     return replace(
         cfg,
         sft_checkpoint=cfg.sft_checkpoint or str(world.policy),
         reward_checkpoint=cfg.reward_checkpoint or str(world.reward_model),
         prompts=cfg.prompts or str(world.prompts),
+        heldout_prompts=cfg.heldout_prompts or heldout,
     )
+
+
+def refuse_world_seed(seed: int) -> None:
+    "An error if a seed is given for a world that is not used."
+    if seed:
+        raise ValueError(
+            f"world_seed: {seed} would decide nothing, since everything else is named; leave "
+            "it out, or leave something to the playground"
+        )
 
 
 def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     "The config with the playground's pairs, samples and policy where no pairs are named."
     if cfg.train_datasets:
+        refuse_world_seed(cfg.world_seed)
         return cfg
     require_path(cfg.model, "model")
-    world = build(settings)
+    world = build(settings, seed=cfg.world_seed)
     return replace(
         cfg,
         train_datasets=[str(world.pairs_train)],
@@ -516,6 +612,7 @@ SHARED = (
     "prompts_per_round",
     "num_samples_per_prompt",
     "profile",
+    "world_seed",
     "seed",
     "fresh",
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Truth', 'round_samples', 'kl_estimate', 'last_metrics', 'summary_row', 'last_session', 'stage_seconds', 'is_finished',
-           'run_summary', 'Run', 'read_params', 'read_run', 'run_folders', 'read_runs']
+           'run_summary', 'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'run_folders', 'read_runs']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from .records import read_jsonl
+from .stats import floats, share_of_way
 from .verdicts import mean_or_none
-from .loop import round_counts
+from .loop import MEASURED, round_counts
 
 # %% ../nbs/63_runs.ipynb #b350f33c
 def round_samples(folder: Path) -> list[dict]:
@@ -45,7 +46,7 @@ def summary_row(folder: Path, seconds: float) -> dict:
     "One round in numbers; None where there is nothing to count."
     samples = round_samples(folder)
     counts = round_counts(folder)["label"]
-    trained = folder.name != "final"
+    trained = folder.name not in MEASURED
     feedback = json.loads((folder / "feedback.json").read_text()) if trained else []
     last = last_metrics(folder) if trained else {}
     rewards = [s["reward"] for s in samples if s["reward"] is not None]
@@ -86,7 +87,9 @@ def stage_seconds(events: list[dict]) -> dict[str, dict[str, float]]:
 # %% ../nbs/63_runs.ipynb #fdf36bce
 def is_finished(folder: str, stages: Sequence[str]) -> bool:
     "Whether these stages are all that a round's folder needs."
-    needed = {"sample", "label"} if folder == "final" else {"sample", "label", "train"}
+    needed = {"sample", "label"}
+    if folder not in MEASURED:
+        needed.add("train")
     return needed <= set(stages)
 
 
@@ -111,13 +114,14 @@ class Run:
     name: str
     folder: Path
     params: dict  # all of params.json
-    rounds: list[dict]  # rows of `run_summary`, perhaps with `true_reward`
+    # rows of `run_summary`, perhaps with `true_reward` and `share_of_way`
+    rounds: list[dict]
 
     def round_folder(self, round: str) -> Path:
-        "The folder of a round: of 1, 2, ... or final."
-        return self.folder / (round if round == "final" else f"round-{round}")
+        "The folder of a round: of start, 1, 2, ... or final."
+        return self.folder / (round if round in MEASURED else f"round-{round}")
 
-    # round: 1, 2, ..., final; empty: the last that is finished
+    # round: start, 1, 2, ..., final; empty: the last that is finished
     def samples(self, round: str = "") -> list[dict]:
         "Scored samples of a round."
         return round_samples(self.round_folder(round or self.rounds[-1]["round"]))
@@ -131,6 +135,11 @@ class Run:
                 found[f"round {row['round']}"] = read_jsonl(file)
         return found
 
+# %% ../nbs/63_runs.ipynb #5a1e0f20
+def with_truth(samples: list[dict], truth: Truth) -> list[dict]:
+    "The samples, each with its true reward."
+    return [s | {"true_reward": truth(s["prompt"], s["output"])} for s in samples]
+
 # %% ../nbs/63_runs.ipynb #7010e458
 def read_params(folder: Path) -> dict:
     "A run's params.json; a ValueError that says what is wrong with it."
@@ -142,7 +151,23 @@ def read_params(folder: Path) -> dict:
         raise ValueError(f"params.json cannot be read: {e}") from None
 
 # %% ../nbs/63_runs.ipynb #828ca903
-def read_run(folder: str | Path, truth: Truth | None = None) -> Run:
+def add_truth(run: Run, truth: Truth, best: float | None) -> None:
+    "Give each round its mean true reward and, where it can be told, its share of the way."
+    start: list[dict] = []
+    for row in run.rounds:
+        samples = with_truth(run.samples(row["round"]), truth)
+        row["true_reward"] = float(np.mean(floats(samples, "true_reward")))
+        if row["round"] == "start":
+            start = samples
+        if best is not None and start:
+            row["share_of_way"] = share_of_way(samples, start, best)
+
+
+def read_run(
+    folder: str | Path,
+    truth: Truth | None = None,  # where the truth can be computed
+    best: float | None = None,  # true reward of the best possible answer
+) -> Run:
     "A run; a ValueError that says why it cannot be compared."
     folder = Path(folder)
     params = read_params(folder)
@@ -152,10 +177,7 @@ def read_run(folder: str | Path, truth: Truth | None = None) -> Run:
     if not run.rounds:
         raise ValueError("no round is finished")
     if truth:
-        for row in run.rounds:
-            samples = run.samples(row["round"])
-            truths = [truth(s["prompt"], s["output"]) for s in samples]
-            row["true_reward"] = float(np.mean(truths))
+        add_truth(run, truth, best)
     return run
 
 # %% ../nbs/63_runs.ipynb #d3b19b0a
@@ -170,12 +192,13 @@ def read_runs(
     runs_dir: str | Path,  # the folder of all runs
     names: Sequence[str] = (),  # these only (empty: all)
     truth: Truth | None = None,  # where the truth can be computed
+    best: float | None = None,  # true reward of the best possible answer
 ) -> tuple[list[Run], dict[str, str]]:
     "Runs in order of their names, and why other folders were left out."
     runs, left_out = [], {}
     for folder in run_folders(Path(runs_dir), names):
         try:
-            runs.append(read_run(folder, truth))
+            runs.append(read_run(folder, truth, best))
         except ValueError as e:
             left_out[folder.name] = str(e)
         except (OSError, KeyError) as e:

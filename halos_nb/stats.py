@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'MOST_GROUPS', 'WeightedEstimate', 'floats', 'finite_values', 'pair_margins', 'prompts_of', 'Interval',
            'ratio', 'sign', 'share_interval', 'prompt_numbers', 'prompt_groups', 'drawn_weights', 'percentile_interval',
-           'bootstrap', 'bootstrap_sums', 'mean_interval', 'share_over_prompts', 'centred', 'slope', 'scores_by_prompt',
-           'beaten', 'grouped_scores', 'win_rate_over_all', 'win_rate', 'coded', 'kappa_of', 'midranks', 'spearman_of',
-           'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman', 'krippendorff', 'Agreement',
-           'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope',
-           'calibration_bins', 'calibrate']
+           'bootstrap', 'bootstrap_sums', 'mean_interval', 'share_over_prompts', 'share_of_way', 'centred', 'slope',
+           'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all', 'win_rate', 'coded', 'kappa_of',
+           'midranks', 'spearman_of', 'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman',
+           'krippendorff', 'Agreement', 'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin',
+           'Calibration', 'best_slope', 'calibration_bins', 'calibrate']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -196,6 +196,33 @@ def share_over_prompts(
     if len(set(hits)) == 1 and hits[0] in (0, 1):
         return share_interval(n * hits[0], n)
     return mean_interval(hits, prompts, seed, draws)
+
+# %% ../nbs/01_stats.ipynb #5a1e0f02
+def share_of_way(
+    rows: Sequence[dict],  # records with `prompt_id` and the reward, of a policy
+    start: Sequence[dict],  # of the policy that it began as
+    best: float,  # the best possible reward
+    key: str = "true_reward",  # the reward's field
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:
+    "How far the mean reward has come from `start` to the best, on the prompts of both."
+    both = set(prompts_of(rows)) & set(prompts_of(start))
+    late = [row for row in rows if row["prompt_id"] in both]
+    early = [row for row in start if row["prompt_id"] in both]
+    values = floats([*late, *early], key)
+    known = np.isfinite(values)
+    is_late = np.arange(len(values)) < len(late)
+    sums = [np.where(known, values, 0) * mask for mask in (is_late, ~is_late)]
+    counts = [1.0 * (known & mask) for mask in (is_late, ~is_late)]
+
+    def way(total: Any, n: Any, total_early: Any, n_early: Any) -> Any:
+        began = total_early / n_early
+        whole = best - began
+        return (total / n - began) / np.where(whole > 1e-12, whole, math.nan)
+
+    columns = [sums[0], counts[0], sums[1], counts[1]]
+    return bootstrap_sums(way, columns, prompts_of([*late, *early]), seed, draws)
 
 # %% ../nbs/01_stats.ipynb #28e492e2
 def centred(x: np.ndarray, number: np.ndarray) -> np.ndarray:

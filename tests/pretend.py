@@ -1,5 +1,5 @@
 """Sample, label and train without a model, for the tests of the loop: 40 prompts, a score per
-sample.
+sample. Prompts of a file named heldout are others than those of any other file.
 """
 
 import json
@@ -13,11 +13,12 @@ PROMPTS = 40
 
 def sample(cfg):
     "Answers that depend on the seed only."
+    kind = "h" if Path(cfg["datasets"][0]).stem == "heldout" else "p"
     numbers = range(PROMPTS)[cfg["num_skip"] :][: cfg["num_prompts"]]
     rows = []
     for i in numbers:
         for k in range(cfg["num_samples_per_prompt"]):
-            row = dict(prompt_id=f"p{i}", sample_id=k, type="sample")
+            row = dict(prompt_id=f"{kind}{i}", sample_id=k, type="sample")
             row |= dict(prompt=[dict(role="user", content=f"{i}?")])
             row |= dict(output=f"{'x' * k} {cfg['seed']}")
             row |= dict(policy_logps=-3.0, reference_logps=-3.5)

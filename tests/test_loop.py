@@ -1,6 +1,7 @@
 "The loop: whole rounds, with stages that pretend."
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from halos_nb import ledger
 from halos_nb.configs import LoopConfig
 from halos_nb.failures import StageError
 from halos_nb.loop import run_rounds
-from halos_nb.records import read_jsonl
-from halos_nb.runs import run_summary
+from halos_nb.records import read_jsonl, read_records
+from halos_nb.runs import read_run, run_summary
 from halos_nb.settings import Settings
 
 pytestmark = [
@@ -109,6 +110,70 @@ def test_a_run_says_what_it_was(three_rounds, tmp_path):
     summary = run_summary(tmp_path / "runs/r")
     assert [row["round"] for row in summary] == ["1", "2", "3", "final"]
     assert summary[0]["kl"] == 0.5
+
+
+# ---- held-out prompts
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    "A file of prompts that no round asks."
+    path = tmp_path / "heldout.json"
+    path.write_text("[]")
+    return str(path)
+
+
+def asked(this):
+    return {s["prompt_id"] for s in json.loads(this.samples_file.read_text())}
+
+
+@pytest.fixture
+def with_held_out(pretend, held_out):
+    "Two rounds of ten prompts, and ten that are held out."
+    return pretend(total_prompts=20, prompts_per_round=10, heldout_prompts=held_out)
+
+
+def test_first_and_last_policy_answer_the_held_out_prompts(with_held_out, tmp_path):
+    start, first, second, final = with_held_out
+    names = [r.name for r in with_held_out]
+    assert names == ["start", "round-1", "round-2", "final"]
+    assert asked(start) == asked(final) == {f"h{i}" for i in range(10)}
+    assert asked(first) | asked(second) == {f"p{i}" for i in range(20)}
+    models = [c["model"] for c in stage_configs(with_held_out, "sample")]
+    sft = str(tmp_path / "sft")
+    assert models == [sft, sft, str(first.policy), str(second.policy)]
+    assert (start.number, start.note, final.note) == (None, "", "")
+    for this in (start, final):
+        assert {row["reward"] for row in read_records(this.feedback_file)} == set(range(8))
+        assert not (this.folder / "policy").exists()
+
+    # the share of the way is told on the prompts that both answered, and on no others
+    seed = stage_configs([final], "sample")[0]["seed"]
+
+    def truth(prompt, output):
+        "The final policy's answers are better."
+        return 0.7 if str(seed) in output else 0.4
+
+    rows = read_run(tmp_path / "runs/r", truth, best=1.0).rounds
+    assert [row["round"] for row in rows] == ["start", "1", "2", "final"]
+    ways = [row["share_of_way"].value for row in rows]
+    assert ways == pytest.approx([0, math.nan, math.nan, 0.5], nan_ok=True)
+    assert "share_of_way" not in read_run(tmp_path / "runs/r", truth).rounds[-1]
+
+
+def test_held_out_prompts_that_a_round_asks_too_are_told(pretend, tmp_path):
+    same = str(tmp_path / "prompts.json")
+    given = dict(total_prompts=10, prompts_per_round=10, heldout_prompts=same)
+    rounds = pretend(**given)
+    assert rounds[-1].note == "10 of 10 held-out prompts were also asked in a round"
+    assert params(tmp_path)["ended"] == rounds[-1].note
+    assert [r.skipped for r in pretend(**given)] == [ALL[:2], ALL, ALL[:2]]
+
+
+def test_held_out_prompts_that_are_not_there_stop_the_run(pretend, tmp_path):
+    with pytest.raises(FileNotFoundError, match="^heldout_prompts: "):
+        pretend(heldout_prompts=str(tmp_path / "none.json"))
+    assert not (tmp_path / "runs").exists()
 
 
 ALL = ["sample", "label", "train"]

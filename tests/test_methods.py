@@ -55,6 +55,9 @@ def test_every_method_is_in_the_table(swept):
     for row in swept:
         assert 0 <= row["true reward"] <= 1
         assert row["KL"] != 0
+        way, low, high = row["share of the way"]
+        assert low <= way <= high <= 1
+        assert (way > 0) == (row["true reward"] > row["true reward at start"])
         assert row["seconds"] > 0
 
 

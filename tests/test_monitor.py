@@ -412,6 +412,12 @@ def test_time_left_follows_progress_and_history():
     # made again after pruning: not one step further
     again = [*done, dict(event="finished", folder="round-1", stage="train", seconds=20)]
     assert time_left(again, 3, {}, 0.0) == time_left(done, 3, {}, 0.0)
+    # the first policy's samples come before all rounds
+    first = [
+        dict(event="finished", folder="start", stage=s, seconds=t)
+        for s, t in (("sample", 10), ("label", 2))
+    ]
+    assert time_left(first + done, 3, {}, 30.0) == time_left(done, 3, {}, 30.0)
 
 
 def test_panel_gets_json_only(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from halos_nb.trees import encode
+from halos_nb.configs import HandConfig, LoopConfig, RewardConfig
 from halos_nb.playground import (
     ANIMALS,
     ASKED,
@@ -17,6 +18,9 @@ from halos_nb.playground import (
     COURTEOUS,
     EVASIVE,
     FACTS,
+    MANNERS,
+    MEASURES,
+    QUESTIONS,
     RUDE,
     SAID,
     STATEMENTS,
@@ -24,14 +28,28 @@ from halos_nb.playground import (
     Playground,
     asked,
     fresh_policy,
+    into_playground,
+    locate,
     make_data,
+    pairs_of_playground,
     prompts,
+    shared_questions,
+    split_questions,
     true_reward,
     true_reward_parts,
 )
-from halos_nb.records import PairwiseFeedback, Sample, prompt_id, write_records
+from halos_nb.records import (
+    PairwiseFeedback,
+    Sample,
+    as_text,
+    file_hash,
+    prompt_id,
+    write_records,
+)
+from halos_nb.settings import Settings
 
 PROMPTS = prompts()
+ASKED_IN = {question.lower(): animal for question, (animal, _) in ASKED.items()}
 SENTENCES = sorted({*SAID, *COURTEOUS, *RUDE, *EVASIVE})
 a_prompt = st.sampled_from(PROMPTS)
 a_sentence = st.sampled_from(SENTENCES) | st.text(max_size=20)
@@ -155,12 +173,113 @@ def test_data_are_records(data):
         PairwiseFeedback(**r)
     for r in data["sft"] + data["samples"] + data["pairs_train"] + data["pairs_test"]:
         assert r["prompt_id"] == prompt_id(r["prompt"])
+    assert len({prompt_id(r["prompt"]) for r in data["prompts"]}) == len(data["prompts"]) >= 640
+    assert len({prompt_id(r["prompt"]) for r in data["heldout"]}) == len(data["heldout"]) >= 200
 
 
-def test_evaluation_prompts_are_held_out(data):
-    ids = {name: {prompt_id(r["prompt"]) for r in rows} for name, rows in data.items()}
-    assert len(ids["prompts"]) == len(data["prompts"]) >= 640
-    assert not (ids["pairs_test"] | ids["samples"]) & (ids["pairs_train"] | ids["prompts"])
+# ---- what nobody trains on: questions, whatever the manner of asking
+
+SEEDS = range(3)
+
+
+def question_texts(rows):
+    "The questions of some records as words, their manner taken off here and not by the world."
+    texts = set()
+    for row in rows:
+        text = as_text(row["prompt"][-1:]).removesuffix("?")
+        for manner in MANNERS:
+            before = manner.removesuffix("{}?")
+            if before and text.startswith(before):
+                text = text.removeprefix(before)
+        texts.add(text.lower())
+    return texts
+
+
+@pytest.fixture(scope="module")
+def worlds(data):
+    "The data of a few seeds; few rows, but all prompts."
+    return [make_data(n_sft=2000, n_pairs=600, n_test=200, seed=seed) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_held_out_prompts_share_no_question_with_anything_trained_on(worlds, seed):
+    files = {name: question_texts(rows) for name, rows in worlds[seed].items()}
+    assert files.keys() == {"sft", "pairs_train", "prompts", "samples", "pairs_test", "heldout"}
+    trained = files["sft"] | files["pairs_train"] | files["prompts"] | files["samples"]
+    for name in MEASURES:
+        assert len(files[name]) == 18 and not files[name] & trained
+    # what is labelled by hand is new to the policy too
+    assert not files["samples"] & (files["sft"] | files["pairs_train"] | files["prompts"])
+    assert set.union(*files.values()) == {question.lower() for question in ASKED}
+    # nothing else is held out: every fact, every wording and every manner is trained on
+    for name in ("sft", "prompts", "pairs_train"):
+        rows = worlds[seed][name]
+        assert {asked(row["prompt"]) for row in rows} == set(FACTS)
+    wordings = {question.replace(ASKED_IN[question], "") for question in files["prompts"]}
+    assert len(wordings) == sum(map(len, QUESTIONS.values()))
+
+
+def test_the_table_of_questions_sees_one_leak(worlds):
+    world = worlds[0]
+    assert {row["file"]: row["held out"] for row in shared_questions(world)} == {
+        "sft.json": 0,
+        "pairs_train.json": 0,
+        "samples.json": 0,
+        "prompts.json": 0,
+        "pairs_test.json": 18,
+        "heldout.json": 18,
+    }
+    # another manner does not make another question
+    leak = dict(
+        prompt=[
+            {
+                "role": "user",
+                "content": "Say, friend, " + as_text(world["heldout"][0]["prompt"]).lower(),
+            }
+        ]
+    )
+    table = shared_questions(world | dict(pairs_train=[*world["pairs_train"], leak]))
+    assert {row["file"]: row["held out"] for row in table}["pairs_train.json"] == 1
+
+
+def test_every_question_is_in_one_part():
+    for seed in range(20):
+        parts = split_questions(seed)
+        everything = sum(parts.values(), [])
+        assert sorted(everything) == sorted(ASKED)
+        for name in ("by_hand", "held_out"):
+            # each fact and each wording once
+            assert {ASKED[question] for question in parts[name]} == set(FACTS)
+            wordings = {question.replace(ASKED[question][0], "{}") for question in parts[name]}
+            assert wordings == set(sum(QUESTIONS.values(), []))
+
+
+def test_a_seed_decides_the_world(worlds):
+    held_out = [split_questions(seed)["held_out"] for seed in range(20)]
+    assert len(set(map(str, held_out))) == 20
+    sft = [json.dumps(world["sft"]) for world in worlds]
+    assert len(set(sft)) == len(worlds)
+    again = make_data(n_sft=2000, n_pairs=600, n_test=200, seed=2)
+    assert json.dumps(again) == json.dumps(worlds[2])
+
+
+def test_worlds_have_folders_of_their_own(tmp_path):
+    settings = Settings(runs_dir=str(tmp_path))
+    folders = [locate(settings, seed).folder for seed in range(3)]
+    assert [f.name for f in folders] == ["playground", "playground-1", "playground-2"]
+    assert [locate(settings, seed).seed for seed in range(3)] == [0, 1, 2]
+
+
+def test_a_world_seed_that_decides_nothing_is_refused(tmp_path):
+    own = dict(sft_checkpoint="gpt2", reward_checkpoint="rm", prompts="shp")
+    with pytest.raises(ValueError, match="world_seed: 3 would decide nothing"):
+        into_playground(LoopConfig(**own, world_seed=3), Settings(runs_dir=str(tmp_path)))
+    pairs = dict(train_datasets="shp", test_datasets="shp")
+    with pytest.raises(ValueError, match="world_seed: 3 would decide nothing"):
+        pairs_of_playground(RewardConfig(**pairs, world_seed=3), Settings())
+    with pytest.raises(ValueError, match="world_seed: it decides nothing"):
+        HandConfig(samples="s.json", model="m", world_seed=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_some_training_labels_are_wrong_and_there_is_headroom(data):
@@ -230,11 +349,14 @@ def test_template_gives_the_expected_ids(tokenizer):
 
 
 def test_start_is_the_same_every_time(data, tmp_path):
-    from halos_nb.records import file_hash
-
-    worlds = [Playground(tmp_path / n) for n in "ab"]
-    for w in worlds:
-        w.folder.mkdir()
-        write_records(w.sft, data["sft"])
-    a, b = map(fresh_policy, worlds)
+    worlds = [
+        Playground(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    for world in worlds:
+        world.folder.mkdir()
+        write_records(world.sft, data["sft"])
+    a, b, c = map(fresh_policy, worlds)
     assert a.name == b.name and file_hash(a) == file_hash(b)
+    # the same texts and so the same tokens, but other first weights
+    assert file_hash(a / "tokenizer.json") == file_hash(c / "tokenizer.json")
+    assert file_hash(a / "model.safetensors") != file_hash(c / "model.safetensors")

@@ -21,6 +21,7 @@ from halos_nb.stats import (
     krippendorff,
     mean_interval,
     share_interval,
+    share_of_way,
     share_over_prompts,
     sign,
     slope,
@@ -231,6 +232,48 @@ def test_intervals_of_means_hold_the_truth():
         by_prompt += interval.low < 0 < interval.high
     assert 180 <= alone <= 200
     assert 178 <= by_prompt <= 200
+
+
+def answers_of(means, rng, noise=0.1):
+    "Four answers to each prompt."
+    return [
+        dict(prompt_id=i, true_reward=float(mean + x))
+        for i, mean in enumerate(means)
+        for x in rng.normal(0, noise, 4)
+    ]
+
+
+def test_intervals_of_the_share_of_the_way_hold_the_truth():
+    "Of 200 studies about 95%: prompts differ much more than answers, early and late alike."
+    rng = np.random.default_rng(0)
+    held = 0
+    for study in range(200):
+        means = rng.uniform(0, 0.8, 60)  # 0.4 on average
+        early, late = answers_of(means, rng), answers_of(means + 0.15, rng)
+        way = share_of_way(late, early, best=1.0, draws=200, seed=study)
+        held += way.low <= 0.15 / 0.6 <= way.high
+    assert 178 <= held <= 199
+
+
+def test_the_share_of_the_way_is_paired_by_prompt():
+    rng = np.random.default_rng(1)
+    means = rng.uniform(0, 0.8, 60)
+    early, late = answers_of(means, rng), answers_of(means + 0.15, rng)
+    way = share_of_way(late, early, best=1.0)
+    rise = mean_interval([r["true_reward"] for r in late], [r["prompt_id"] for r in late])
+    assert way.high - way.low < (rise.high - rise.low) / 0.6 / 2
+    # whatever the reward's scale, and whatever stands where there is no number
+    scaled = [
+        [r | dict(true_reward=5 + 2 * r["true_reward"]) for r in x] for x in (late, early)
+    ]
+    assert share_of_way(*scaled, best=7.0) == pytest.approx(way)
+    lost = [dict(prompt_id=0, true_reward=None)]
+    assert share_of_way(late + lost, early + lost, best=1.0) == pytest.approx(way)
+    with_score = [
+        [dict(prompt_id=r["prompt_id"], score=r["true_reward"]) for r in x]
+        for x in (late, early)
+    ]
+    assert share_of_way(*with_score, best=1.0, key="score") == way
 
 
 def test_bootstrap_is_seeded():
