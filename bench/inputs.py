@@ -123,7 +123,7 @@ def save_models(folder: Path, tokenizer):
 
 
 def make_inputs(folder: Path):
-    from halos_nb.trees import train_tokenizer
+    from halos_nb.templates import train_tokenizer
 
     pairs, groups = real_texts() if SHARED.is_dir() else drawn_texts()
     tokenizer = train_tokenizer([t for p in pairs for t in p], 8192)

@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .records import Progress, append_jsonl, read_jsonl, write_json, write_records
+from halos_nb.records import (
+    Drawn,
+    Progress,
+    append_jsonl,
+    drawn_fields,
+    read_jsonl,
+    write_json,
+    write_records,
+)
 from .configs import SampleConfig
 from .data import Dataset, Example
 from .hub_sets import load_data
+from .templates import tokenizer_hash
 from .trees import Tree, make_batch, pack_trees
 from .processes import in_turns
 from .generate import Row, cut_at_stop
@@ -93,7 +102,14 @@ def answer_logps(
     return logps
 
 # %% ../nbs/32_answers.ipynb #fefeb762
-COUNTED = ("samples", "tokens", "outputs_cut", "empty_outputs", "outputs_with_special_tokens")
+COUNTED = (
+    "samples",
+    "tokens",
+    "outputs_cut",
+    "empty_outputs",
+    "outputs_with_special_tokens",
+    "broken_characters",  # outputs with a character that stands for broken bytes
+)
 
 
 def count_names(cfg: SampleConfig) -> list[str]:
@@ -151,6 +167,7 @@ def to_record(
     ends: list[int],  # `end_tokens`
     cfg: SampleConfig,
     counts: Counter,  # what `count_names` names is added here
+    logps: list[float] | None = None,  # one a token, of the distribution drawn from
 ) -> dict:
     "A sample of which we have the tokens."
     finished = bool(ids) and ids[-1] in ends
@@ -159,12 +176,24 @@ def to_record(
     counts["tokens"] += len(ids)
     counts["outputs_with_special_tokens"] += not special.isdisjoint(body)
     text = tokenizer.decode(body, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return as_record(row, str(text), finished, cfg, counts)
+    counts["broken_characters"] += "\ufffd" in str(text)
+    record = as_record(row, str(text), finished, cfg, counts)
+    drawn = Drawn(
+        ids=ids,
+        finished=record["finished"],
+        logps=None if logps is None else [round(x, 6) for x in logps],
+        tokenizer=tokenizer_hash(tokenizer),
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+    )
+    return record | drawn_fields(drawn)
 
 # %% ../nbs/32_answers.ipynb #5dfdbc2c
 def without_lists(record: dict) -> dict:
     "A record as AlpacaEval takes it."
-    return {k: v for k, v in record.items() if k not in ("prompt", "type")}
+    plain = {k: v for k, v in record.items() if not isinstance(v, list | dict)}
+    plain.pop("type", None)
+    return plain
 
 
 def write_samples(path: Path, records: list[dict], mode: str = "train") -> None:

@@ -170,7 +170,7 @@ def run_engine(
     own_gpus = gpus[rank]
     if own_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus
-    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
     engine = load_engine(cfg)
     path = Path(cfg.output_file)
     ends = own_end_tokens(cfg.model, tokenizer, cfg.trust_remote_code)
@@ -193,7 +193,7 @@ def sample_with_vllm(cfg: SampleConfig) -> dict:  # the counts
     gpus = gpu_groups(cfg)
     counts = Counter(prompts_shortened=0, prompts_cut=0)
     data, examples = choose_prompts(cfg)
-    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
     batches = plan(examples, tokenizer, cfg, counts)
     gpus = gpus[: len(batches)]  # no engine without work
     path.parent.mkdir(parents=True, exist_ok=True)

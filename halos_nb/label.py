@@ -387,7 +387,7 @@ def label_by_reward_model(
     "Scores of a reward model, shared among all processes."
     path, trust = str(cfg.reward_model_path), cfg.trust_remote_code
     head = head_at(path, cfg.objective_weights, trust)
-    tokenizer = load_tokenizer(path, trust)
+    tokenizer = load_tokenizer(path, trust, cfg.template_options)
     model = fit_vocabulary(load_scorer(path, head, cfg.precision, trust), tokenizer)
     counts: Counter = Counter()
     progress = None

@@ -34,7 +34,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from .attention import TREE_ATTENTION, head_logps, hidden_states
 from .configs import require_path
-from .trees import CHATML, Tree, TreeBatch, make_batch, train_tokenizer
+from .templates import put_chatml, set_template_options, train_tokenizer
+from .trees import Tree, TreeBatch, make_batch
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -136,16 +137,16 @@ def load_reference(
 def load_tokenizer(
     path: str,  # a folder or a name on the hub
     trust_remote_code: bool = False,  # run code that comes with the tokenizer
+    template_options: str | dict = "",  # of its chat template, see 10_templates
 ) -> "PreTrainedTokenizerBase":
     "A tokenizer with a chat template and a padding token."
     found = require_path(path, "model")
     tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML
-        markers = ["<|im_start|>", "<|im_end|>"]
-        tokenizer.add_special_tokens({"additional_special_tokens": markers})
+        put_chatml(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or "<|im_end|>"
+    set_template_options(tokenizer, template_options)
     return tokenizer
 
 # %% ../nbs/16_models.ipynb #b36e08f7

@@ -20,7 +20,7 @@ from .settings import parse_args
 from .data import Example
 from .processes import end_process, start_processes
 from .models import choose_layout, fit_vocabulary, load_reference, load_tokenizer
-from .generate import Row, end_tokens, generate, plan
+from .generate import Row, draw_answers, end_tokens, plan
 from halos_nb.answers import (
     all_counts,
     answer_logps,
@@ -86,12 +86,13 @@ def sample_batch(
     scorers: dict[str, Scorer],  # by the field of the record
 ) -> list[dict]:  # sample records
     "Draw a batch and write it down."
-    answers = generate(rows, model, tokenizer, cfg, counts)
+    drawn = draw_answers(rows, model, tokenizer, cfg, counts)
+    answers = [answer.ids for answer in drawn]
     logps = score_answers(rows, answers, scorers)
     ends = end_tokens(model, tokenizer)
     records = []
-    for i, (row, answer) in enumerate(zip(rows, answers)):
-        record = to_record(row, answer, tokenizer, ends, cfg, counts)
+    for i, (row, (ids, own)) in enumerate(zip(rows, drawn)):
+        record = to_record(row, ids, tokenizer, ends, cfg, counts, own)
         for name, values in logps.items():
             record[name] = values[i]
         records.append(record)
@@ -153,7 +154,7 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     rank, world = accelerator.process_index, accelerator.num_processes
     path = Path(cfg.output_file)
     data, examples = choose_prompts(cfg)
-    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
     planned = Counter(prompts_shortened=0, prompts_cut=0)
     batches = plan(examples, tokenizer, cfg, planned)
     policy, reference = load_models(cfg, tokenizer, accelerator.device)

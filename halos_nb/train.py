@@ -88,7 +88,7 @@ def control_tokens(cfg: TrainConfig) -> dict[str, str]:
 def make_tokenizer(cfg: TrainConfig) -> Any:
     "The tokenizer of the model that training starts from."
     start = str(cfg.from_checkpoint or cfg.model)
-    tokenizer = load_tokenizer(start, cfg.trust_remote_code)
+    tokenizer = load_tokenizer(start, cfg.trust_remote_code, cfg.template_options)
     if cfg.loss == "csft":
         add_control_tokens(tokenizer, control_tokens(cfg))
     return tokenizer
@@ -127,6 +127,7 @@ def common_options(cfg: TrainConfig, layout: str, accelerator: "Accelerator") ->
         max_length=cfg.max_length,
         max_prompt_length=cfg.max_prompt_length,
         drop=cfg.drop,
+        unfinished=cfg.unfinished,
         seed=cfg.seed,
         layout=layout,
         rank=accelerator.process_index,

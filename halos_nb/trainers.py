@@ -188,6 +188,8 @@ class SLiCTrainer(PairedPreferenceTrainer):
 class BradleyTerryTrainer(PairedPreferenceTrainer):
     "Reward model from pairs (Bradley and Terry 1952; Stiennon et al. 2020)."
 
+    loader_options = dict(whole=True)
+
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> Sides:
         "Logits of (chosen, rejected), each (B, 2)."
         return sides(model(tree=batch).scores, batch)

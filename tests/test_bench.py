@@ -43,7 +43,7 @@ WORDS = "Name a star that is far away, and say why it is. ".split(" ")
 def small(tmp_path_factory):
     "A tiny model, and two pairs and four samples of two prompts."
     from halos_nb.models import small_llama
-    from halos_nb.trees import byte_tokenizer
+    from halos_nb.templates import byte_tokenizer
 
     folder = tmp_path_factory.mktemp("bench")
     tokenizer = byte_tokenizer()

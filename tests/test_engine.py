@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from halos_nb.trees import byte_tokenizer
+from halos_nb.templates import byte_tokenizer
 from halos_nb.configs import TrainConfig
 from halos_nb.models import Layout, load_reward_model, unwrap
 from halos_nb.records import prompt_id

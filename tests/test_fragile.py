@@ -35,7 +35,8 @@ from halos_nb.models import (
     mix_in,
     small_llama,
 )
-from halos_nb.trees import Tree, byte_tokenizer, make_batch
+from halos_nb.templates import byte_tokenizer
+from halos_nb.trees import Tree, make_batch
 from halos_nb.train import make_trainer
 
 # ---- transformers.Trainer, for halos_nb.tree_trainer

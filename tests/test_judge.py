@@ -970,7 +970,7 @@ def test_contradictions(more, told):
 def judge_model(folder):
     "A tiny chat model that has learnt by heart to call `fine` 9 and `poor` 2."
     import torch
-    from halos_nb.trees import byte_tokenizer, encode
+    from halos_nb.templates import byte_tokenizer, encode
     from halos_nb.models import small_llama
 
     tok = byte_tokenizer()

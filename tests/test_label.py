@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import golden
-from halos_nb.trees import byte_tokenizer, encode, encode_prompt
+from halos_nb.templates import byte_tokenizer, encode, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
 from halos_nb.label import feedback_from_scores, main, make_feedback

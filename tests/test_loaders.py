@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from halos_nb import loaders
-from halos_nb.trees import byte_tokenizer, make_batch
+from halos_nb.templates import byte_tokenizer
+from halos_nb.trees import make_batch
 from halos_nb.loaders import (
     ConditionalSFTDataLoader,
     GroupUnpairedPreferenceDataLoader,

@@ -36,7 +36,8 @@ from halos_nb.models import (
     merge_lora,
     save_adapter,
 )
-from halos_nb.trees import byte_tokenizer, make_batch
+from halos_nb.templates import byte_tokenizer
+from halos_nb.trees import make_batch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated",

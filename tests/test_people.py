@@ -596,7 +596,7 @@ def test_samples_of_pairs_of_joined_files():
 )
 def test_train_takes_it(pressed, tmp_path, kind, loss):
     "A real step of a small model on what a person pressed."
-    from halos_nb.trees import byte_tokenizer
+    from halos_nb.templates import byte_tokenizer
     from halos_nb.models import small_llama
     from halos_nb.train import train
 

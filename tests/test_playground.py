@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb.trees import encode
+from halos_nb.templates import encode
 from halos_nb.configs import HandConfig, LoopConfig, RewardConfig
 from halos_nb.playground import (
     ANIMALS,

@@ -34,7 +34,8 @@ from halos_nb.models import (
 )
 from halos_nb.processes import start_processes
 from halos_nb.reference import cache_reference_logps, make_reference
-from halos_nb.trees import Tree, byte_tokenizer, make_batch
+from halos_nb.templates import byte_tokenizer
+from halos_nb.trees import Tree, make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings(

@@ -31,7 +31,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from halos_nb.trees import byte_tokenizer
+from halos_nb.templates import byte_tokenizer
 from halos_nb.configs import SampleConfig, config_json
 from halos_nb.settings import parse_args
 from halos_nb.data import Example

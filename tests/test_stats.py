@@ -453,7 +453,7 @@ def small_reward_model(folder):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from halos_nb.trees import byte_tokenizer
+    from halos_nb.templates import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)

@@ -16,7 +16,8 @@ import torch
 from golden import cases
 from safetensors.torch import load_file
 
-from halos_nb.trees import Tree, byte_tokenizer, make_batch
+from halos_nb.templates import byte_tokenizer
+from halos_nb.trees import Tree, make_batch
 from halos_nb.loaders import Step
 from halos_nb.configs import TrainConfig, config_json
 from halos_nb.hub_sets import load_data

@@ -13,14 +13,8 @@ from golden import FOLDER, cases, load
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from halos_nb.trees import (
-    byte_tokenizer,
-    encode,
-    encode_prompt,
-    make_batch,
-    make_tree,
-    trees_from_samples,
-)
+from halos_nb.templates import byte_tokenizer, encode, encode_prompt
+from halos_nb.trees import make_batch, make_tree, trees_from_samples
 
 TOK = byte_tokenizer()
 
