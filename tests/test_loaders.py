@@ -143,10 +143,10 @@ def item(loader, tree):
 def words(tree, meaning):
     "The texts of the turns of the completion with this meaning, decoded from its ids."
     text = TOK.decode(tree.branches[tree.meanings.index(meaning)])
-    assert text.endswith("<|im_end|>\n")
+    assert text.endswith("<|im_end|>"), "what stands behind the end of a turn is no target"
     return re.split(
         r"<\|im_end\|>\n<\|im_start\|>(?:user|assistant|system)\n",
-        text.removesuffix("<|im_end|>\n"),
+        text.removesuffix("<|im_end|>"),
     )
 
 

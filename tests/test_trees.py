@@ -13,7 +13,7 @@ from golden import FOLDER, cases, load
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from halos_nb.templates import byte_tokenizer, encode, encode_prompt
+from halos_nb.templates import common_prefix, byte_tokenizer, encode, encode_prompt
 from halos_nb.trees import make_batch, make_tree, trees_from_samples
 
 TOK = byte_tokenizer()
@@ -108,10 +108,11 @@ def built(case):
     kept = left(plain, case["conversation"], min(case["max_prompt_length"], n - 1))
     prompt = plain.ids(kept, True)
     whole = plain.ids(kept + case["generation"])
-    want = whole[:n], ([-100] * len(prompt) + whole[len(prompt) :])[:n]
+    context = common_prefix(prompt, whole)
+    want = whole[:n], ([-100] * context + whole[context:])[:n]
     same = (
         case["outputs"]["prompt"] == case["conversation"],
-        case["outputs"]["target"] == case["generation"],
+        case["outputs"]["target"] == case["generation"] and context == len(prompt),
     )
     return tok, tree, counts, kept, want, same
 
@@ -121,7 +122,8 @@ def test_tokenization_golden(case):
     """Where the reference cut nothing, its ids and labels; where it cut, superseded are
     `prompt`, `target` and all texts and ids made of them:
     whole turns go first, oldest first, then the last turn is cut, and completions are cut in
-    ids. `untruncated_conversation` is superseded: nothing is edited.
+    ids. `untruncated_conversation` is superseded: nothing is edited. So are the labels where
+    the end of the prompt and the beginning of the answer are one token: it is a target.
     """
     before = copy.deepcopy(case)
     out = case["outputs"]
@@ -155,7 +157,7 @@ def test_tokenization_golden(case):
             tok.apply_chat_template(kept + case["generation"], tokenize=False)
             == out["target_combined_text"]
         )
-    elif same_prompt:
+    elif same_prompt and case["outputs"]["target"] != case["generation"]:
         # the reference cut the text and encoded it anew, with an end of turn; both are
         # beginnings of the same completion
         assert len(tree.branches[0]) + len(tree.prompt_ids) == n
@@ -246,31 +248,27 @@ MERGING.add_tokens([AddedToken("\nYes", normalized=False)])
 
 
 @pytest.mark.parametrize("layout", ["tree", "plain"])
-def test_tokens_merged_over_the_end_of_the_prompt_are_not_predicted(layout):
-    tree = make_tree(
-        MERGING,
-        [dict(role="user", content="Q")],
-        ["Yes.", "No."],
-        ["chosen", "rejected"],
-        99,
-        50,
-        counts := Counter(),
-    )
-    whole = [
-        encode(MERGING, [dict(role="user", content="Q"), dict(role="assistant", content=x)])
-        for x in ("Yes.", "No.")
-    ]
-    prompt = encode(MERGING, [dict(role="user", content="Q")], generation_prompt=True)
+def test_tokens_merged_over_the_end_of_the_prompt_are_targets(layout):
+    "They carry the answer's first letters; of an answer that does not melt nothing more is."
+    asked = [dict(role="user", content="Q")]
+    counts = Counter()
+    meanings = ["chosen", "rejected"]
+    tree = make_tree(MERGING, asked, ["Yes.", "No."], meanings, 99, 50, counts)
+    prompt = encode(MERGING, asked, generation_prompt=True)
+    newline = MERGING.encode("\n")
     b = make_batch([tree], layout)
     assert counts["prefix_mismatch"] == 1
-    assert tree.skip == [1, 1]
-    assert [tree.prompt_ids + x for x in tree.branches] == whole
-    for k, ids in enumerate(whole):
+    assert tree.prompt_ids + newline == prompt
+    assert tree.skip == [0, 1]
+    said = [["\nYes", ".", "<|im_end|>"], ["N", "o", ".", "<|im_end|>"]]
+    for k, tokens in enumerate(said):
         mine = b.branch == k
-        assert b.target[mine].tolist() == ids[len(prompt) :]
-        assert b.input_ids.flatten()[b.predict[mine]].tolist() == ids[len(prompt) - 1 : -1]
+        whole = tree.prompt_ids + tree.branches[k]
+        first = len(whole) - len(tokens)
+        assert MERGING.convert_ids_to_tokens(b.target[mine].tolist()) == tokens
+        assert b.input_ids.flatten()[b.predict[mine]].tolist() == whole[first - 1 : -1]
         assert b.position_ids.flatten()[b.predict[mine]].tolist() == list(
-            range(len(prompt) - 1, len(ids) - 1)
+            range(first - 1, len(whole) - 1)
         ), "positions go on from the prompt's"
 
 
