@@ -389,7 +389,11 @@ def test_other_fields_are_kept_and_counted(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "text, told",
-    [("[]", "an empty list"), ("{", "not JSON"), ('{"type": "sample"}', "should be a list")],
+    [
+        ("[]", "an empty list"),
+        ("{", "not JSON"),
+        ('{"type": "sample"}', "`prompt_id` is missing"),
+    ],
 )
 def test_broken_file(tmp_path, text, told):
     (tmp_path / "samples.json").write_text(text)

@@ -118,7 +118,10 @@ def test_rewards_are_finite_numbers(type, name, bad, path):
         ("", "not JSON"),
         ('[{"a": 1},', "not JSON"),
         ("[]", "an empty list"),
-        ('{"type": "sample"}', "should be a list"),
+        (
+            '{"type": "sample"}',
+            "record 1: field `prompt_id` is missing",
+        ),  # one line, one record
         ("3", "should be a list"),
         ('["text"]', "record 1: should be an object"),
         ("[null]", "record 1: should be an object"),
@@ -163,7 +166,7 @@ def test_jsonl(tmp_path):
 
 def test_not_utf8(path):
     path.write_bytes(b'["\xff"]')
-    with pytest.raises(r.RecordError, match=r"file\.json: not JSON.*UTF-8"):
+    with pytest.raises(r.RecordError, match=r"file\.json: line 1 is not UTF-8"):
         r.read_rows(path)
 
 
