@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from .records import RecordError, as_text, as_turns, drawn_fields, drawn_of
+from .records import RecordError, as_text, as_turns, drawn_fields, drawn_of, same_prompt
 
 # %% ../nbs/06_feedback.ipynb #dac5a079
 def check_reward(
@@ -190,7 +190,7 @@ def samples_by_prompt(samples: list[dict]) -> list[list[dict]]:
         groups.setdefault(sample["prompt_id"], []).append(sample)
     for group in groups.values():
         first = group[0]
-        if any(s["prompt"] != first["prompt"] for s in group):
+        if not all(same_prompt(s["prompt"], first["prompt"]) for s in group):
             raise RecordError(
                 f"prompt_id {first['prompt_id']!r} stands for two different prompts; were "
                 "files joined whose ids are only numbers? See records.prompt_id"

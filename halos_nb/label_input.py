@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .records import DRAWN_FIELDS, RecordError, read_records
+from .records import DRAWN_FIELDS, RecordError, read_records, same_prompt
 from .configs import LabelConfig
 from .feedback import sample_key
 
@@ -82,7 +82,7 @@ class SeenSamples:
                 f"record {first} of the same prompt; number a prompt's samples"
             )
         before = self.prompts.setdefault(sample["prompt_id"], (number, sample["prompt"]))
-        if before[1] != sample["prompt"]:
+        if not same_prompt(before[1], sample["prompt"]):
             raise RecordError(
                 f"{where}: field `prompt` is not that of record {before[0]}, which "
                 "has the same prompt_id; see records.prompt_id"
@@ -124,7 +124,8 @@ def check_prompts(second: list[dict], first: list[dict], cfg: LabelConfig) -> No
     "A RecordError if a prompt_id stands for another prompt in the second file."
     prompts = {s["prompt_id"]: s["prompt"] for s in first}
     for number, sample in enumerate(second, 1):
-        if prompts.get(sample["prompt_id"], sample["prompt"]) != sample["prompt"]:
+        prompt = sample["prompt"]
+        if not same_prompt(prompts.get(sample["prompt_id"], prompt), prompt):
             raise RecordError(
                 f"{cfg.second_samples_path}, record {number}: field `prompt` is not that "
                 f"of the same prompt_id in {cfg.samples_file}; see records.prompt_id"

@@ -529,7 +529,7 @@ def place_too_deep(data: bytes) -> str:
             break
     number = f", record {record}" if top == 2 else ""
     field = name.decode().strip('"')
-    return f"{number}: field `{field}` is nested more than {MAX_DEPTH} levels deep"
+    return f"{number}: field `{field}` is nested more than {MAX_DEPTH} levels: mend it"
 
 # %% ../nbs/00_records.ipynb #b8529b8f
 def text_fault(text: str) -> str:
@@ -602,7 +602,7 @@ def parse_rows(data: bytes, path: str | Path) -> list:
         except RecordError:
             if first_line_is_whole(data):
                 raise
-        return [usable_json(data, str(path))]  # one record over several lines
+        return [usable_json(data, f"{path}, record 1")]  # over several lines
     rows = usable_json(data, str(path))
     if not isinstance(rows, list):
         raise RecordError(f"{path}: should be a list of records, is {shortened(rows)}")
@@ -610,12 +610,12 @@ def parse_rows(data: bytes, path: str | Path) -> list:
 
 
 def first_line_is_whole(data: bytes) -> bool:
-    "Whether a text begins with a line that is JSON."
+    "Whether a text begins with a line that is JSON, whatever is wrong in it."
     try:
-        orjson.loads(data.lstrip().split(b"\n", 1)[0])
+        parse_json(data.lstrip().split(b"\n", 1)[0], "")
         return True
-    except orjson.JSONDecodeError:
-        return False
+    except RecordError as e:
+        return "not JSON" not in str(e)
 
 # %% ../nbs/00_records.ipynb #2b6835fc
 def check_rows(rows: list, path: str | Path) -> None:
