@@ -36,8 +36,16 @@ def as_point(after: str, row: dict) -> Point:
     return Point(after, row["true_reward"], way, row["reward"], row["kl"])
 
 
-def play(seed: int, rounds: int, runs_dir: Path | None) -> tuple[list[Point], Path, float]:
-    "The demo with a seed: its points, its folder, and its reward model's accuracy."
+class Played(NamedTuple):
+    "The demo with one seed."
+
+    points: list[Point]
+    folder: Path
+    accuracy: float  # of its reward model, on pairs of held-out questions
+
+
+def play(seed: int, rounds: int, runs_dir: Path | None = None, prompts: int = 128) -> Played:
+    "Run the demo with a seed; prompts: of each round, and held-out ones."
     from halos_nb.configs import LoopConfig
     from halos_nb.ledger import run_folder
     from halos_nb.loop import run_rounds
@@ -52,7 +60,13 @@ def play(seed: int, rounds: int, runs_dir: Path | None) -> tuple[list[Point], Pa
     name = f"headline-{seed}"
     points: list[Point] = []
     for k in range(1, rounds + 1):
-        given = LoopConfig(run_name=name, seed=seed, world_seed=seed, total_prompts=128 * k)
+        given = LoopConfig(
+            run_name=name,
+            seed=seed,
+            world_seed=seed,
+            total_prompts=prompts * k,
+            prompts_per_round=prompts,
+        )
         cfg = into_playground(given, settings)
         list(run_rounds(cfg, settings))
         found = read_run(run_folder(settings, name), true_reward, BEST).rounds
@@ -60,7 +74,7 @@ def play(seed: int, rounds: int, runs_dir: Path | None) -> tuple[list[Point], Pa
             points.append(as_point("start", found[0]))
         points.append(as_point(f"{k}", found[-1]))
     metrics = read_jsonl(Path(cfg.reward_checkpoint).parent / "metrics.jsonl")
-    return points, run_folder(settings, name), metrics[-1]["rewards_eval/accuracies"]
+    return Played(points, run_folder(settings, name), metrics[-1]["rewards_eval/accuracies"])
 
 
 def told_counts(run: Path) -> dict[str, float]:

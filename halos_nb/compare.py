@@ -151,7 +151,7 @@ def round_curves(runs: list[Run], key: str = "reward") -> go.Figure:
         y = floats(run.rounds, key)
         add_run(fig, places, y, run.name, run_line(i), key, markers=True)
     what = escape(key).replace("_", " ")
-    note = "Before the round's training; final: the last policy on unseen prompts"
+    note = "Before the round's training; start, final: first and last policy, unseen prompts"
     ticks = dict(tickvals=list(range(len(names))), ticktext=[escape(n) for n in names])
     axes = dict(xaxis=dict(title_text="round", **ticks), yaxis_title_text=what)
     return styled(fig, f"{what} per round", [note], 460, margin_r=120, **axes)

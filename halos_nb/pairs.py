@@ -57,8 +57,10 @@ from .people import most_disputed
 
 # %% ../nbs/65_pairs.ipynb #aa4cc834
 def round_order(file: Path) -> tuple:
-    "Sorts round-2 before round-10, and folders without a number last."
+    "Sorts `start` first, round-2 before round-10, and other folders without a number last."
     folder = file.parent.name
+    if folder == "start":
+        return (0, folder)
     number = re.search(r"\d+$", folder)
     return (int(number[0]) if number else math.inf, folder)
 

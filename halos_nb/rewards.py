@@ -514,8 +514,8 @@ def frontier(
         )
     draw_best(fig, best)
     note = (
-        "Each point is a round, before its training; the last one is the final policy on "
-        "unseen prompts"
+        "Each point is a round, before its training; the last one, and where there is a "
+        "start the first, on unseen prompts"
     )
     across = "KL to the reference (nats per completion)"
     axes = dict(xaxis_title_text=across, yaxis_title_text=key.replace("_", " "))

@@ -9,9 +9,11 @@ import pytest
 from job_helpers import NEEDS_LINUX, quiet
 
 from halos_nb import ledger
+from halos_nb.compare import RunComparer
 from halos_nb.configs import LoopConfig
 from halos_nb.failures import StageError
 from halos_nb.loop import run_rounds
+from halos_nb.page import report
 from halos_nb.records import read_jsonl, read_records
 from halos_nb.runs import read_run, run_summary
 from halos_nb.settings import Settings
@@ -159,6 +161,13 @@ def test_first_and_last_policy_answer_the_held_out_prompts(with_held_out, tmp_pa
     ways = [row["share_of_way"].value for row in rows]
     assert ways == pytest.approx([0, math.nan, math.nan, 0.5], nan_ok=True)
     assert "share_of_way" not in read_run(tmp_path / "runs/r", truth).rounds[-1]
+
+    # and shown: in the comparison of runs, its file, and the run's page
+    compared = RunComparer(tmp_path / "runs", truth=truth, mode="static", best=1.0)
+    assert "50% [50%, 50%]" in compared.table().text
+    assert "0.5 [0.5, 0.5]" in compared.to_csv(tmp_path / "runs.csv").read_text()
+    page = report(tmp_path / "runs/r", truth=truth, best=1.0).read_text()
+    assert "50% [50%, 50%]" in page and "share_of_way" in page
 
 
 def test_held_out_prompts_that_a_round_asks_too_are_told(pretend, tmp_path):

@@ -81,3 +81,21 @@ def test_rounds_of(swept, method):
     params = json.loads((run / "params.json").read_text())["parameters"]
     assert params["fresh"]
     assert (params["beta"] is None) == (method == "ppo")
+
+
+def test_headline_follows_a_run_on_held_out_prompts(monkeypatch):
+    "The run is made longer round by round: what stands is not done again."
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import headline
+
+    played = headline.play(seed=0, rounds=2, prompts=4)
+    assert [point.after for point in played.points] == ["start", "1", "2"]
+    start, one, two = played.points
+    assert (start.way, start.kl) == (0, 0) and one.kl and two.kl
+    assert start.truth != one.truth or one.truth != two.truth
+    assert 0.8 < played.accuracy <= 1
+    events = read_jsonl(played.folder / "ledger.jsonl")
+    trained = [e["folder"] for e in events if e["event"] == "started" and e["stage"] == "train"]
+    assert trained == ["round-1", "round-2"]
+    head, _, *rows = headline.table([played.points, played.points]).splitlines()
+    assert len(rows) == 3 and f"{two.truth:.3f} ± 0.000" in rows[-1]
