@@ -6,13 +6,14 @@
 __all__ = ['Config', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'FeedbackType', 'Threshold', 'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD',
            'checked', 'refuse', 'unknown_parameter', 'parameter_problem', 'config_error', 'make_config', 'require_path',
            'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value',
-           'sample_problems', 'LabellerOptions', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions',
-           'LabelConfig', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'TrainingOptions',
-           'LossOptions', 'HumanlineOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrainConfig',
-           'online_problems', 'clamping_problems', 'sync_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'MethodOptions', 'RoundOptions', 'LoopConfig', 'loop_problems', 'is_difference',
-           'training_config', 'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
-           'hand_problems', 'RewardConfig', 'RunsConfig', 'config_json']
+           'read_template_options', 'option_value', 'template_problems', 'sample_problems', 'LabellerOptions',
+           'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'labeller_problems',
+           'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'HumanlineOptions',
+           'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrainConfig', 'online_problems', 'clamping_problems',
+           'sync_problems', 'adapter_problems', 'train_problems', 'read_options', 'MethodOptions', 'RoundOptions',
+           'LoopConfig', 'loop_problems', 'is_difference', 'training_config', 'split_names', 'CompareConfig',
+           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig', 'RunsConfig',
+           'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -135,6 +136,8 @@ class DrawOptions:
     # rows generated together on one process; vllm: rows handed to an engine at a time, many
     # more are faster
     batch_size: PositiveInt = 128
+    # options of the chat template: "enable_thinking=false, style=short", or a JSON object
+    template_options: str = ""
     # transformers: score the samples under this model too, for the KL to it
     reference: str | None = None
     # alpacaeval: the output is what AlpacaEval reads, one answer per prompt; the samples stand
@@ -202,10 +205,48 @@ def json_value(text: str) -> Any:
     except ValueError:
         return None
 
+# %% ../nbs/02_configs.ipynb #fd237d8e
+def read_template_options(text: str | dict) -> dict[str, Any]:
+    "`enable_thinking=false, style=short`, or a JSON object, as a dict."
+    if isinstance(text, dict):
+        return text
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    options: dict[str, Any] = {}
+    for item in filter(str.strip, text.split(",")):
+        name, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(
+                f"template_options: {item.strip()!r} has no value; write name=value, set "
+                "apart by commas, or a JSON object"
+            )
+        options[name.strip()] = option_value(value.strip())
+    return options
+
+
+def option_value(text: str) -> Any:
+    "true, false, null and numbers as JSON has them; anything else is a text."
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
 # %% ../nbs/02_configs.ipynb #9ec7ddd1
+def template_problems(options: str) -> Iterator[str]:
+    "What is wrong with the options of a chat template."
+    try:
+        read = read_template_options(options)
+    except ValueError as e:
+        yield str(e)
+        return
+    if not isinstance(read, dict):
+        yield f"template_options: should be a JSON object, is {options!r}"
+
+
 def sample_problems(c: SampleConfig) -> Iterator[str]:
     "What is wrong with a SampleConfig as a whole, each as 'field: why'."
     yield from backend_problems(c)
+    yield from template_problems(c.template_options)
     if not isinstance(json_value(c.extra_body), dict):
         yield f"extra_body: should be a JSON object, is {c.extra_body!r}"
     if "@" in (c.base_url or ""):
@@ -270,6 +311,8 @@ class ReadingOptions:
     # longest prompt + output, in tokens; longer outputs are cut and counted
     max_length: PositiveInt = 1024
     token_budget: PositiveInt = 4096  # tokens in one forward pass
+    # options of the reward model's chat template, as in "enable_thinking=false"
+    template_options: str = ""
     # reward models with several objectives: "helpful=0.7,safe=0.3", names as in the model's
     # id2label
     objective_weights: str = ""
@@ -380,6 +423,7 @@ def pairwise_judge_problems(c: LabelConfig) -> Iterator[str]:
 def label_problems(c: LabelConfig) -> Iterator[str]:
     "What is wrong with a LabelConfig as a whole, each as 'field: why'."
     yield from labeller_problems(c)
+    yield from template_problems(c.template_options)
     if c.judge == "pairwise":
         yield from pairwise_judge_problems(c)
     if c.combine and (c.labeller or not c.from_labels):
@@ -504,6 +548,10 @@ class ReadDataOptions:
     max_prompt_length: PositiveInt = 512
     # which turns of a long prompt go first; never the last one
     drop: Literal["oldest", "newest"] = "oldest"
+    # options of the chat template: "enable_thinking=false, style=short", or a JSON object
+    template_options: str = ""
+    # samples that were cut at max_new_tokens: keep (they are given no end) or drop, counted
+    unfinished: Literal["keep", "drop"] = "keep"
     # tree: prompt once for all its branches; auto: tree where the model is proved to take it
     layout: Literal["auto", "tree", "plain"] = "auto"
     # most pairs of one prompt in an epoch, drawn anew each time
@@ -619,6 +667,7 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
     "What is wrong with a TrainConfig as a whole, each as 'field: why'."
     if not c.model:
         yield "model: give `model` or `load_from`"
+    yield from template_problems(c.template_options)
     if c.online:
         yield from online_problems(c)
     if c.humanline:
