@@ -205,6 +205,32 @@ def json_value(text: str) -> Any:
     except ValueError:
         return None
 
+# %% ../nbs/02_configs.ipynb #1a5f86a8
+def read_template_options(text: str | dict) -> dict[str, Any]:
+    "`enable_thinking=false, style=short`, or a JSON object, as a dict."
+    if isinstance(text, dict):
+        return text
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    options: dict[str, Any] = {}
+    for item in filter(str.strip, text.split(",")):
+        name, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(
+                f"template_options: {item.strip()!r} has no value; write name=value, set "
+                "apart by commas, or a JSON object"
+            )
+        options[name.strip()] = option_value(value.strip())
+    return options
+
+
+def option_value(text: str) -> Any:
+    "true, false, null and numbers as JSON has them; anything else is a text."
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
 # %% ../nbs/02_configs.ipynb #fd237d8e
 def read_template_options(text: str | dict) -> dict[str, Any]:
     "`enable_thinking=false, style=short`, or a JSON object, as a dict."
@@ -755,6 +781,11 @@ class RoundOptions:
     # longest prompt + completion in training and labelling, in tokens
     max_length: PositiveInt = 512
     max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
+    # options of the chat templates: "enable_thinking=false, style=short", or a JSON object
+    template_options: str = ""
+    # samples that were cut at max_new_tokens: keep (they are given no end), drop, or a number
+    # that is taken from their score
+    unfinished: float | Literal["keep", "drop"] = "keep"
     # form of the feedback; auto: what the method needs
     feedback_type: Literal["auto", "pairwise", "binary", "scalar"] = "auto"
     # which pairs of a prompt's samples are kept
@@ -828,8 +859,9 @@ def is_difference(threshold: Threshold | None) -> bool:
 # %% ../nbs/02_configs.ipynb #e27a6f3f
 def training_config(loop: LoopConfig, **more: Any) -> TrainConfig:
     "The config of a loop's training stage; an error if `train_options` do not fit it."
+    # what becomes of unfinished samples has been decided when they were labelled
     shared = {f.name for f in fields(loop)} & {f.name for f in fields(TrainConfig)}
-    own = {name: getattr(loop, name) for name in shared - {"seed"}}
+    own = {name: getattr(loop, name) for name in shared - {"seed", "unfinished"}}
     options = read_options(loop.train_options)
     taken = {"loss"} | own.keys() | more.keys()
     for name in options:
@@ -907,6 +939,8 @@ class HandConfig(HandPairOptions):
     batch_size: PositiveInt = 16  # pairs per optimiser step
     max_length: PositiveInt = 512  # longest prompt + answer, in tokens
     max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
+    # options of the chat template: "enable_thinking=false, style=short", or a JSON object
+    template_options: str = ""
     profile: str = ""  # how stages are launched (empty: settings.ini's default)
     seed: int = 0  # decides pairs, sides, repeats and the order of training
 
@@ -965,6 +999,8 @@ class RewardConfig:
     token_budget: PositiveInt = 4096  # tokens in one forward pass
     max_length: PositiveInt = 1024  # longest prompt + answer, in tokens
     max_prompt_length: PositiveInt = 512  # longest prompt, in tokens
+    # options of the chat template: "enable_thinking=false, style=short", or a JSON object
+    template_options: str = ""
     profile: str = ""  # how stages are launched (empty: settings.ini's default)
     seed: int = 0  # decides the order of training and fresh weights
     fresh: bool = False  # start this run again from nothing

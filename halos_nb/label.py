@@ -58,6 +58,7 @@ from .label_input import LabelInput, pairs_to_ask, read_label_input
 
 # %% ../nbs/43_label.ipynb #31e2d00a
 from .processes import end_process, start_processes
+from .templates import template_notes
 from .models import fit_vocabulary, load_tokenizer
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
 from .score import Scored, head_at, load_scorer, score_samples, with_rewards
@@ -408,7 +409,8 @@ def label_by_reward_model(
     if progress:
         progress.close()
     rows = label_rows(data.samples, scored, f"rm:{path}")
-    return Labelled(scored, rows, dict(counts) | dict(head=head.meaning))
+    told = dict(counts) | dict(head=head.meaning) | template_notes(tokenizer)
+    return Labelled(scored, rows, told)
 
 # %% ../nbs/43_label.ipynb #45572f18
 def label_by_function(data: LabelInput, cfg: LabelConfig) -> Labelled:

@@ -18,6 +18,7 @@ from .records import as_turns, prompt_id
 from .configs import SampleConfig, make_config
 from .settings import parse_args
 from .data import Example
+from .templates import template_notes
 from .processes import end_process, start_processes
 from .models import choose_layout, fit_vocabulary, load_reference, load_tokenizer
 from .generate import Row, draw_answers, end_tokens, plan
@@ -167,6 +168,7 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     own = sample_share(batches, rank, world, path, draw)
     drawn: Counter = sum(gather_object([own]), Counter())  # all shards are complete now
     told = dict(planned) | {name: drawn[name] for name in count_names(cfg)}
+    told |= template_notes(tokenizer)
     if world > len(batches):
         told["idle_processes"] = world - len(batches)
     counts = all_counts(cfg, data, examples, told)

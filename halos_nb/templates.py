@@ -11,7 +11,7 @@ __all__ = ['CHATML', 'MARKERS', 'OF_A_PROMPT', 'NEVER', 'PROBE', 'MISSING', 'NO_
            'encode_prompt', 'encode_prompts', 'Answer', 'Encoded', 'Text', 'is_cut', 'is_one_text', 'end_of',
            'put_together', 'as_rendered', 'answer_text', 'behind_end', 'holds_a_stop', 'usable_ids', 'common_prefix',
            'Writer', 'encode_answers', 'read_behind', 'put_chatml', 'Oddity', 'content_oddities', 'template_oddities',
-           'check_template']
+           'template_notes', 'check_template']
 
 # %% ../nbs/10_templates.ipynb #1340c34c
 import hashlib
@@ -640,6 +640,12 @@ def template_oddities(tokenizer: "PreTrainedTokenizerBase") -> list[Oddity]:
     return found
 
 # %% ../nbs/10_templates.ipynb #e323b302
+def template_notes(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    "What is odd about a template, as one of a stage's counts; nothing if nothing is."
+    found = [oddity.detail for oddity in template_oddities(tokenizer)]
+    return dict(template="; ".join(found)) if found else {}
+
+
 def check_template(
     tokenizer: "PreTrainedTokenizerBase",
     name: str,  # of the model, for the message

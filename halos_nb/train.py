@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_LOADERS', 'check_checkpoint', 'load_model', 'control_tokens', 'make_tokenizer', 'with_adapters',
-           'loader_options', 'common_options', 'Loaders', 'make_loaders', 'LazyReference', 'reference_maker',
-           'fill_reference_logps', 'prepare_reference', 'metrics_path', 'Prepared', 'make_trainer', 'TrainResult',
-           'run_counts', 'write_scores', 'train', 'main']
+           'loader_options', 'common_options', 'Loaders', 'make_loaders', 'set_layout', 'LazyReference',
+           'reference_maker', 'fill_reference_logps', 'prepare_reference', 'metrics_path', 'Prepared', 'make_trainer',
+           'TrainResult', 'run_counts', 'write_scores', 'train', 'main']
 
 # %% ../nbs/24_train.ipynb #7476885b
 import json
@@ -24,6 +24,7 @@ from .records import Progress, atomic_write, write_json
 from .configs import TrainConfig
 from .settings import parse_args
 from .hub_sets import load_data
+from .templates import check_template, template_notes
 from .trees import Tree, TreeBatch
 from .loaders import TreeDataLoader, add_control_tokens
 from .processes import end_process, start_processes
@@ -86,11 +87,13 @@ def control_tokens(cfg: TrainConfig) -> dict[str, str]:
 
 
 def make_tokenizer(cfg: TrainConfig) -> Any:
-    "The tokenizer of the model that training starts from."
+    "The tokenizer of the model that training starts from; an error if it cannot teach an end."
     start = str(cfg.from_checkpoint or cfg.model)
     tokenizer = load_tokenizer(start, cfg.trust_remote_code, cfg.template_options)
     if cfg.loss == "csft":
         add_control_tokens(tokenizer, control_tokens(cfg))
+    if cfg.loss != "bradley-terry":
+        check_template(tokenizer, start)
     return tokenizer
 
 # %% ../nbs/24_train.ipynb #fce27bbe
@@ -118,7 +121,7 @@ def loader_options(cfg: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def common_options(cfg: TrainConfig, layout: str, accelerator: "Accelerator") -> dict[str, Any]:
+def common_options(cfg: TrainConfig, accelerator: "Accelerator") -> dict[str, Any]:
     "What every loader takes, for training and for held-out data."
     return dict(
         batch_size=cfg.batch_size,
@@ -129,7 +132,6 @@ def common_options(cfg: TrainConfig, layout: str, accelerator: "Accelerator") ->
         drop=cfg.drop,
         unfinished=cfg.unfinished,
         seed=cfg.seed,
-        layout=layout,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
@@ -142,12 +144,10 @@ class Loaders(NamedTuple):
     held_out: TreeDataLoader | None  # None: no test_datasets
 
 
-def make_loaders(
-    cfg: TrainConfig, tokenizer: Any, layout: str, accelerator: "Accelerator"
-) -> Loaders:
+def make_loaders(cfg: TrainConfig, tokenizer: Any, accelerator: "Accelerator") -> Loaders:
     "The method's loaders over the data sets or files that the config names."
     make = TRAINERS[cfg.loss].loader_class
-    options = common_options(cfg, layout, accelerator) | loader_options(cfg)
+    options = common_options(cfg, accelerator) | loader_options(cfg)
     train = make(
         load_data(cfg.train_datasets, "train"),
         tokenizer,
@@ -160,6 +160,13 @@ def make_loaders(
     test = load_data(cfg.test_datasets, "test")
     held_out = make(test, tokenizer, shuffle=False, n_examples=cfg.n_eval_examples, **options)
     return Loaders(train, held_out)
+
+
+def set_layout(loaders: Loaders, layout: str) -> None:
+    "Cut steps for this layout; it is known when the model is."
+    loaders.train.layout = layout
+    if loaders.held_out:
+        loaders.held_out.layout = layout
 
 # %% ../nbs/24_train.ipynb #6e895ffb
 class LazyReference:
@@ -263,7 +270,7 @@ class Prepared(NamedTuple):
 
 
 def make_trainer(cfg: TrainConfig) -> Prepared:
-    "Load model, reference and data, and put them into the method's trainer."
+    "Load data, model and reference, and put them into the method's trainer."
     accelerator = start_processes(cfg.num_processes)
     if not cfg.train_datasets:
         raise ValueError("train_datasets: name at least one data set or file")
@@ -271,9 +278,10 @@ def make_trainer(cfg: TrainConfig) -> Prepared:
         check_checkpoint(cfg.from_checkpoint, cfg.use_peft)
     set_seed(cfg.seed)
     tokenizer = make_tokenizer(cfg)
+    loaders = make_loaders(cfg, tokenizer, accelerator)
     model = load_model(cfg, tokenizer)
     layout = choose_layout(model, cfg.layout, cfg.max_length)
-    loaders = make_loaders(cfg, tokenizer, layout.name, accelerator)
+    set_layout(loaders, layout.name)
     if cfg.use_peft:
         model = with_adapters(cfg, model)
     reference = prepare_reference(cfg, model, tokenizer, loaders, layout.name, accelerator)
@@ -300,8 +308,9 @@ class TrainResult(NamedTuple):
 
 
 def run_counts(trainer: TreeTrainer) -> dict[str, Any]:
-    "What the loader counted, and the layout with its reason."
+    "What the loader counted, what is odd about the template, the layout with its reason."
     counts: dict[str, Any] = dict(trainer.loader.counts)
+    counts |= template_notes(trainer.tokenizer)
     if trainer.layout:
         counts["layout"] = trainer.layout.name
         counts["layout_reason"] = trainer.layout.reason
