@@ -231,32 +231,6 @@ def option_value(text: str) -> Any:
     except ValueError:
         return text
 
-# %% ../nbs/02_configs.ipynb #fd237d8e
-def read_template_options(text: str | dict) -> dict[str, Any]:
-    "`enable_thinking=false, style=short`, or a JSON object, as a dict."
-    if isinstance(text, dict):
-        return text
-    if text.lstrip().startswith("{"):
-        return json.loads(text)
-    options: dict[str, Any] = {}
-    for item in filter(str.strip, text.split(",")):
-        name, sign, value = item.partition("=")
-        if not sign:
-            raise ValueError(
-                f"template_options: {item.strip()!r} has no value; write name=value, set "
-                "apart by commas, or a JSON object"
-            )
-        options[name.strip()] = option_value(value.strip())
-    return options
-
-
-def option_value(text: str) -> Any:
-    "true, false, null and numbers as JSON has them; anything else is a text."
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
 # %% ../nbs/02_configs.ipynb #9ec7ddd1
 def template_problems(options: str) -> Iterator[str]:
     "What is wrong with the options of a chat template."
