@@ -10,14 +10,12 @@ made longer round by round: the rounds that are there stand, and only the last s
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-COUNT_FILES = ("samples.counts.json", "feedback.counts.json", "policy/counts.json")
-# what the stages may count of answers that were not trained as they were said
-TOLD = ("re_encoded", "broken", "unfinished", "finished")
+# what is counted of answers that are not trained as they were said, or did not end
+TOLD = ("reencoded", "broken_characters", "unfinished", "outputs_cut")
 
 
 class Point(NamedTuple):
@@ -77,19 +75,18 @@ def play(seed: int, rounds: int, runs_dir: Path | None = None, prompts: int = 12
     return Played(points, run_folder(settings, name), metrics[-1]["rewards_eval/accuracies"])
 
 
-def told_counts(run: Path) -> dict[str, float]:
-    "Over all stages of a run: what its counts files say of answers trained otherwise."
-    total: dict[str, float] = {}
+def told_counts(run: Path) -> str:
+    "Those of TOLD that a run's stages counted, over all its rounds."
+    from halos_nb.loop import round_counts
+
+    total: dict[str, int] = {}
     for folder in sorted(run.iterdir()):
-        for name in COUNT_FILES:
-            file = folder / name
-            if not file.exists():
-                continue
-            for key, value in json.loads(file.read_text()).items():
+        for stage, counts in round_counts(folder).items():
+            for key, value in counts.items():
                 if isinstance(value, int) and any(word in key for word in TOLD):
-                    label = f"{name.split('.')[0]}: {key}"
+                    label = f"{stage}: {key}"
                     total[label] = total.get(label, 0) + value
-    return total
+    return ", ".join(f"{label} {value}" for label, value in total.items())
 
 
 def spread(values: list[float]) -> str:
