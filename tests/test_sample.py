@@ -39,7 +39,15 @@ from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan
 from halos_nb.models import load_policy, load_reference, load_tokenizer
 from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
 from halos_nb.answers import answer_logps, merge, sample_share, shard
-from halos_nb.backends import ask_for_sample, ask_for_samples, own_end_tokens, sample_seed
+from halos_nb.backends import (
+    ENGINE_SETTINGS,
+    Question,
+    Wishes,
+    ask_for_sample,
+    ask_for_samples,
+    own_end_tokens,
+    sample_seed,
+)
 from halos_nb.sample import main, sample, sample_batch
 
 TWO = [
@@ -722,15 +730,24 @@ def test_what_alpacaeval_reads(tiny, prompts, tmp_path):
     assert [s["prompt"][0]["content"] for s in full] == PROMPTS
 
 
-# ---- vLLM: NOT run here. This module stands in its place; it has the names and signatures of
-# vLLM's documentation (LLM, LLM.generate,
-# SamplingParams, RequestOutput) and refuses others, notes how it was used, and says random
-# letters by each request's seed.
+# ---- vLLM on several GPUs, which are not at hand (tests/test_vllm.py runs the real one on a
+# CPU). This package stands in its place; it has the names and signatures that were found in
+# vLLM 0.32 (LLM, LLM.generate, SamplingParams, EngineArgs, RequestOutput) and refuses others,
+# notes how it was used, and says random letters by each request's seed.
 
 
+PLATFORM = """
+class current_platform:
+    is_cpu = staticmethod(lambda: False)
+"""
 VLLM = """
 import json, os, random
 from dataclasses import dataclass
+from types import SimpleNamespace
+
+@dataclass
+class EngineArgs:
+    logprobs_mode: str = "raw_logprobs"
 
 @dataclass(kw_only=True)
 class SamplingParams:
@@ -741,7 +758,10 @@ class SamplingParams:
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
     max_tokens: int | None = 16
+    logprobs: int | None = None
+    detokenize: bool = True
     skip_special_tokens: bool = True
 
 @dataclass
@@ -749,6 +769,7 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list
+    logprobs: list | None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -765,13 +786,19 @@ class LLM:
         dtype="auto", seed=None, gpu_memory_utilization=0.9, **engine_args,
     ):
         from transformers import AutoTokenizer
-        assert set(engine_args) <= {"max_model_len", "generation_config"}, engine_args
+        known = {"max_model_len", "generation_config", "logprobs_mode"}
+        assert set(engine_args) <= known | {"distributed_executor_backend"}, engine_args
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        self.llm_engine = SimpleNamespace(engine_core=self)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.most = engine_args["max_model_len"]
         self.note(
             model=model, tensor_parallel_size=tensor_parallel_size, dtype=dtype,
             gpu_memory_utilization=gpu_memory_utilization, **engine_args,
         )
+
+    def shutdown(self):
+        self.note(shutdown=True)
 
     def note(self, **what):
         here = dict(pid=os.getpid(), gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -790,6 +817,8 @@ class LLM:
             asked = p["prompt_token_ids"]
             assert s.n == 1
             assert 0 < s.top_p <= 1
+            assert s.detokenize or not s.stop
+            assert s.ignore_eos
             assert len(asked) + s.max_tokens <= self.most
             self.note(prompt_token_ids=asked, **vars(s))
             rng, ids, why = random.Random(f"{s.seed} {asked}"), [], "length"
@@ -799,7 +828,8 @@ class LLM:
                 if ids[-1] in s.stop_token_ids or any(x in text for x in s.stop or []):
                     why = "stop"
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            reply = CompletionOutput(0, text, ids, why)
+            steps = [{token: SimpleNamespace(logprob=-1.5)} for token in ids]
+            reply = CompletionOutput(0, text, ids, None if s.logprobs is None else steps, why)
             out.append(RequestOutput(str(i), None, asked, [reply]))
         return out
 """
@@ -808,8 +838,9 @@ class LLM:
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     "The stand-in, to be imported here and in processes started from here, and its log."
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/vllm.py").write_text(VLLM)
+    (tmp_path / "modules/vllm").mkdir(parents=True)
+    (tmp_path / "modules/vllm/__init__.py").write_text(VLLM)
+    (tmp_path / "modules/vllm/platforms.py").write_text(PLATFORM)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setenv(
         "PYTHONPATH",
@@ -819,8 +850,11 @@ def stand_in(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "vllm.log"))
     monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", *ENGINE_SETTINGS):
+        monkeypatch.setenv(name, "0")  # so that they are as before behind the test
     yield lambda: [json.loads(x) for x in (tmp_path / "vllm.log").read_text().splitlines()]
     sys.modules.pop("vllm", None)
+    sys.modules.pop("vllm.platforms", None)
 
 
 @pytest.fixture(scope="module")
@@ -880,6 +914,8 @@ def test_vllm_gets_what_it_should(with_bos, prompts, tmp_path, stand_in):
         gpu_memory_utilization=0.5,
         max_model_len=209,
         generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        distributed_executor_backend="uni",
     )
     text = tok.apply_chat_template(
         as_turns(PROMPTS[0], "user"), tokenize=False, add_generation_prompt=True
@@ -982,6 +1018,7 @@ def test_vllm_engines_share_the_work(with_bos, prompts, tmp_path, stand_in, monk
     assert {
         (n["gpus"], n["tensor_parallel_size"]) for n in notes if "tensor_parallel_size" in n
     } == {("4,5", 2), ("6,7", 2)}
+    assert sum("shutdown" in n for n in notes) == 2  # several GPUs: processes that must end
     assert len({n["pid"] for n in notes}) == 2
     assert not [p for p in tmp_path.iterdir() if ".shard" in p.name]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
@@ -1065,7 +1102,9 @@ NEVER = {  # (reply, why there is no answer)
     "no choices": (reply("x", choices=[]), "no choices"),
     "error in a 200": (dict(error=dict(message="overloaded")), "no choices"),
     "null": (reply(None), "no text"),
-    "filtered": (reply("I wo", "content_filter"), "filtered"),
+    "filtered": (reply("I wo", "content_filter"), "finish_reason content_filter"),
+    "tool": (reply("", "tool_calls"), "finish_reason tool_calls"),
+    "no end": (reply("I wo", None), "finish_reason None"),
     "html": ("<html>gateway</html>", "no choices"),
     "not json": ("{oops", "JSONDecodeError"),
     "bytes": (b"\xff\xfe{", "UnicodeDecodeError"),
@@ -1262,7 +1301,7 @@ def test_every_sample_is_answered_or_has_a_reason(serve, tmp_path):
         assert s["finished"] != text.startswith("cut")
     why = Counter(reason for _, reason in NEVER.values() for _ in range(4))
     assert {k: v for k, v in counts.items() if k.startswith("unanswered")} == dict(
-        unanswered=44
+        unanswered=4 * len(NEVER)
     ) | {f"unanswered ({k})": v for k, v in why.items()}
     assert counts["samples"] == len(fine)
     assert counts["empty_outputs"] == 4
@@ -1292,7 +1331,7 @@ def test_every_sample_is_answered_or_has_a_reason(serve, tmp_path):
     again = main(cfg)
     assert server.answered == before
     assert again["from_journal"] == len(fine)
-    assert again["unanswered"] == 44
+    assert again["unanswered"] == 4 * len(NEVER)
     assert {b["messages"][0]["content"].partition(":")[0] for b in server.bodies} == set(NEVER)
     assert read_records(tmp_path / "out/samples.json") == written
     assert not [
@@ -1351,8 +1390,9 @@ def test_name_of_the_longest_answer(host, name):
     answer = asyncio.run(
         ask_for_sample(
             client,
-            Row(0, examples(["Hi"])[0], 0, []),
+            Question(Row(0, examples(["Hi"])[0], 0, []), 5),
             SampleConfig(model="m", backend="openai", max_new_tokens=7),
+            Wishes({}),
         )
     )
     assert answer["reason"] == "no choices"
@@ -1385,7 +1425,10 @@ def test_a_dripping_answer_ends(serve, tmp_path):
         )
         kept = []
         await ask_for_samples(
-            [Row(0, examples(["Hi"])[0], 0, [])], cfg, lambda row, answer: kept.append(answer)
+            [Question(Row(0, examples(["Hi"])[0], 0, []), 5)],
+            cfg,
+            Wishes({}),
+            lambda question, answer: kept.append(answer),
         )
         return kept
 
