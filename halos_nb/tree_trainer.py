@@ -173,7 +173,11 @@ class TreeTrainer(Trainer):
             raise ValueError(f"{type(self).__name__} needs a reference model")
         args = training_arguments(config, loader)
         callbacks = [MetricsFile(metrics_file, config.loss, layout), Timetable(self)]
+        own_config = getattr(model, "config", None)
+        use_cache = getattr(own_config, "use_cache", True)
         super().__init__(model=model, args=args, callbacks=callbacks)
+        if own_config is not None:  # transformers switches it off, in the saved model too
+            own_config.use_cache = use_cache
         self.remove_callback(PrinterCallback)
         self.config = config
         self.loader = loader

@@ -13,7 +13,6 @@ import torch
 import transformers
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     DynamicCache,
     LlamaForCausalLM,
     Trainer,
@@ -22,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halos_nb import attention, generate, reference
 from halos_nb.configs import TrainConfig
@@ -243,30 +243,39 @@ def test_a_fresh_model_attends_by_sdpa_and_says_so(model):
         "attention_name", "configs have no _attn_implementation"
     )
     assert attention_name(model.config) == "sdpa", model_changed(
-        "use_tree_attention", f"a fresh model's attention is {attention_name(model.config)!r}"
+        "why_not_trees", f"a fresh model's attention is {attention_name(model.config)!r}"
     )
 
 
-def test_a_model_is_switched_by_its_config(model):
+def test_a_model_s_class_can_be_exchanged_and_its_config_stays(model):
     own = type(model)
+    before = model.config.to_dict()
     mixed = mix_in(model, TreePolicy)
-    assert attention_name(mixed.config) == attention.TREE_ATTENTION, model_changed(
-        "use_tree_attention", "setting _attn_implementation changes nothing"
-    )
+    assert mixed.config.to_dict() == before
     assert isinstance(mixed, own) and isinstance(mixed, TreePolicy), model_changed(
         "mix_in", "a model's class cannot be exchanged"
     )
 
 
-def test_tree_attention_is_known_by_name():
-    for table in (AttentionInterface(), AttentionMaskInterface()):
-        assert attention.TREE_ATTENTION in table, attention_changed(
+def test_tree_attention_stands_in_the_place_of_sdpa():
+    for table in (AttentionInterface(), ALL_ATTENTION_FUNCTIONS):
+        assert table["sdpa"] is attention.tree_attention, attention_changed(
             "register_attention", f"{type(table).__name__} does not keep what is registered"
         )
-    assert AttentionInterface()[attention.TREE_ATTENTION] is attention.tree_attention
 
 
-def test_what_a_model_is_called_with_reaches_every_layer(model, monkeypatch):
+def test_without_segments_it_is_sdpa_to_the_bit():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    layer = torch.nn.Identity()
+    layer.is_causal = True
+    ours, _ = attention.tree_attention(layer, q, k, v, None, scaling=0.3)
+    theirs, _ = attention.sdpa_attention_forward(layer, q, k, v, None, scaling=0.3)
+    assert torch.equal(ours, theirs)
+    assert ours.shape == (2, 7, 4, 8)
+
+
+def test_what_a_model_is_called_with_reaches_every_layer(model):
     "The segments unchanged, and the 4-D placeholder instead of a mask of transformers' own."
     calls = []
 
@@ -274,11 +283,12 @@ def test_what_a_model_is_called_with_reaches_every_layer(model, monkeypatch):
         calls.append((attention_mask, options.get("segments")))
         return attention.tree_attention(module, query, key, value, attention_mask, **options)
 
-    AttentionInterface.register("halos_spy", spy)
-    AttentionMaskInterface.register("halos_spy", attention.sdpa_mask)
-    model.config._attn_implementation = "halos_spy"
+    AttentionInterface.register("sdpa", spy)
     batch = make_batch(TREES)
-    attention.hidden_states(model, batch)
+    try:
+        attention.hidden_states(model, batch, batch.predict)
+    finally:
+        attention.register_attention()
     assert len(calls) == model.config.num_hidden_layers, attention_changed(
         "register_attention", f"{len(calls)} calls of a registered attention in two layers"
     )
@@ -316,9 +326,6 @@ def test_a_mixed_model_is_saved_as_what_it_is(model, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForCausalLM"], model_changed(
         "mix_in", f"config.json names {saved['architectures']}"
-    )
-    assert attention.TREE_ATTENTION not in json.dumps(saved), model_changed(
-        "use_tree_attention", "config.json names the attention"
     )
     assert type(LlamaForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
 
@@ -507,6 +514,40 @@ def test_the_layers_of_a_cache_can_be_exchanged_as_roomy_cache_does():
     assert cache.layers[1].buffers is None, cache_moved(
         "RoomyLayer.reorder_cache", "a cache reorders its layers in another way"
     )
+
+
+def test_generation_s_own_steps_hand_a_state_on():
+    "What OwnCache leans on: names of parameters, and that a state comes back."
+    model = small_llama(byte_tokenizer(), hidden_size=32).eval()
+    given = inspect.signature(model.prepare_inputs_for_generation).parameters
+    assert {"next_sequence_length", "is_first_iteration"} <= set(given), cache_moved(
+        "OwnCache", f"prepare_inputs_for_generation takes {list(given)}"
+    )
+    with torch.no_grad():
+        own = generate.OwnCache(model, torch.tensor([[5, 6, 7]]))
+        assert "past_key_values" in own.state, cache_moved("OwnCache", "no cache is handed on")
+        said = own.feed(torch.tensor([[8]]))
+        whole = model(torch.tensor([[5, 6, 7, 8]])).logits[:, -1]
+    torch.testing.assert_close(said, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_rope_that_stretches_is_known_by_its_parts():
+    "What fresh_positions puts back."
+    scaled = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    model = small_llama(byte_tokenizer(), max_length=16, rope_parameters=scaled).eval()
+    row = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        fresh = model(row).logits
+        model(torch.arange(40)[None])
+        model.base_model.rotary_emb.original_max_seq_len = 4  # so that it is not put back
+        assert not torch.equal(model(row).logits, fresh), cache_moved(
+            "fresh_positions", "rope forgets by itself"
+        )
+        attention.fresh_positions(model)
+        model.base_model.rotary_emb.max_seq_len_cached = 16
+        assert torch.equal(model(row).logits, fresh), cache_moved(
+            "fresh_positions", "rope keeps its state elsewhere"
+        )
 
 
 def test_a_forward_pass_has_the_names_that_decoder_gives():

@@ -583,6 +583,14 @@ def test_wrong_checkpoints_are_refused(home):
 # ---- LoRA
 
 
+@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+def test_a_trained_model_generates_with_its_cache_as_before(home, more):
+    "transformers' Trainer switches `use_cache` off, and would save it so."
+    train(config(home, "dpo", "run", **more))
+    saved = json.loads((home / "run/FINAL/config.json").read_text())
+    assert saved["use_cache"] is True
+
+
 def test_lora_trains_adapters_and_merges_them(home):
     "The final model is plain transformers, and what is not adapted has not moved."
     from transformers import AutoModelForCausalLM
