@@ -21,7 +21,7 @@ from .data import Example
 from .templates import template_notes
 from .processes import end_process, start_processes
 from .models import choose_layout, fit_vocabulary, load_reference, load_tokenizer
-from .generate import Row, draw_answers, end_tokens, plan
+from .generate import SLOWER, Row, draw_answers, end_tokens, plan
 from halos_nb.answers import (
     all_counts,
     answer_logps,
@@ -168,6 +168,9 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     own = sample_share(batches, rank, world, path, draw)
     drawn: Counter = sum(gather_object([own]), Counter())  # all shards are complete now
     told = dict(planned) | {name: drawn[name] for name in count_names(cfg)}
+    for name in SLOWER:
+        if drawn[name]:
+            told[name] = drawn[name]
     told |= template_notes(tokenizer)
     if world > len(batches):
         told["idle_processes"] = world - len(batches)

@@ -35,7 +35,7 @@ from halos_nb.templates import byte_tokenizer
 from halos_nb.configs import SampleConfig, config_json
 from halos_nb.settings import parse_args
 from halos_nb.data import Example
-from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan
+from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan, way_to_draw
 from halos_nb.models import load_policy, load_reference, load_tokenizer
 from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
 from halos_nb.answers import answer_logps, merge, sample_share, shard
@@ -261,6 +261,7 @@ def test_work_is_for_answers_that_go_on(policy, tok):
     )
     seen = []
     [rows] = plan(examples(PROMPTS), tok, cfg, counts := Counter())
+    assert way_to_draw(policy, len(rows[0].ids) + 60, 0) == "cache"  # asked once a model
     hook = policy.lm_head.register_forward_hook(
         lambda module, args, out: seen.append(args[0].shape[:2])
     )
