@@ -36,6 +36,7 @@ from .records import Progress, append_jsonl, read_jsonl, write_json
 from .configs import SampleConfig, json_value, read_template_options
 from .data import Example
 from .templates import prompt_ids, split_first_turn
+from .checkpoints import check_checkpoint_files, refuse_reward_model
 from .models import load_tokenizer
 from .generate import Row, all_ends, plan
 from halos_nb.api import (
@@ -344,6 +345,8 @@ def sample_with_vllm(cfg: SampleConfig) -> dict:  # the counts
     path = Path(cfg.output_file)
     gpus = gpu_groups(cfg)
     counts = Counter(prompts_shortened=0, prompts_cut=0)
+    note = check_checkpoint_files(cfg.model)
+    refuse_reward_model(cfg.model, cfg.trust_remote_code)
     data, examples = choose_prompts(cfg)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
     batches = plan(examples, tokenizer, cfg, counts)
@@ -355,8 +358,9 @@ def sample_with_vllm(cfg: SampleConfig) -> dict:  # the counts
         torch.multiprocessing.spawn(run_engine, (cfg, batches, gpus), nprocs=len(gpus))
     drawn = take_counts([counts_file(path, rank) for rank in range(len(gpus))])
     merge(path, len(gpus), sum(map(len, batches)), cfg.mode)
-    told = dict(counts) | {name: drawn[name] for name in count_names(cfg)}
+    told: dict = dict(counts) | {name: drawn[name] for name in count_names(cfg)}
     told["outputs_without_logps"] = drawn["outputs_without_logps"]
+    told["checkpoints"] = dict(model=note)
     told["seeds_moved"] = seeds_of_batches(batches, cfg).moved
     return write_counts(path, all_counts(cfg, data, examples, told), start)
 

@@ -659,11 +659,6 @@ def adapter_problems(c: TrainConfig) -> Iterator[str]:
             "use_peft: the reference is the model without adapters, so `model` and "
             f"`load_from` must be one, not {c.model} and {c.load_from}"
         )
-    if c.loss == "csft":
-        yield (
-            "use_peft: csft's control tokens are new, and LoRA does not train embeddings; "
-            "train csft in full"
-        )
 
 
 def train_problems(c: TrainConfig) -> Iterator[str]:

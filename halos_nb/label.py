@@ -57,6 +57,7 @@ from halos_nb.verdicts import (
 from .label_input import LabelInput, pairs_to_ask, read_label_input
 
 # %% ../nbs/43_label.ipynb #31e2d00a
+from .checkpoints import check_together
 from .processes import end_process, start_processes
 from .templates import template_notes
 from .models import fit_vocabulary, load_tokenizer
@@ -387,6 +388,7 @@ def label_by_reward_model(
 ) -> Labelled:
     "Scores of a reward model, shared among all processes."
     path, trust = str(cfg.reward_model_path), cfg.trust_remote_code
+    [note] = check_together([path], accelerator)
     head = head_at(path, cfg.objective_weights, trust)
     tokenizer = load_tokenizer(path, trust, cfg.template_options)
     model = fit_vocabulary(load_scorer(path, head, cfg.precision, trust), tokenizer)
@@ -410,6 +412,7 @@ def label_by_reward_model(
         progress.close()
     rows = label_rows(data.samples, scored, f"rm:{path}")
     told = dict(counts) | dict(head=head.meaning) | template_notes(tokenizer)
+    told["checkpoints"] = dict(reward_model=note)
     return Labelled(scored, rows, told)
 
 # %% ../nbs/43_label.ipynb #45572f18

@@ -145,6 +145,7 @@ EXPECTED_COUNTS = (
     "positions",
     "other_fields",
     "head",
+    "checkpoints",
 )
 
 # %% ../nbs/57_loop.ipynb #2c8dc5a2

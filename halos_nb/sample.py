@@ -20,6 +20,7 @@ from .settings import parse_args
 from .data import Example
 from .templates import template_notes
 from .processes import end_process, start_processes
+from .checkpoints import check_together
 from .models import choose_layout, fit_vocabulary, load_reference, load_tokenizer
 from .generate import SLOWER, Row, draw_answers, end_tokens, plan
 from halos_nb.answers import (
@@ -154,6 +155,10 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     start = time.monotonic()
     rank, world = accelerator.process_index, accelerator.num_processes
     path = Path(cfg.output_file)
+    checkpoints = dict(model=cfg.model)
+    if cfg.reference:
+        checkpoints["reference"] = cfg.reference
+    notes = check_together([*checkpoints.values()], accelerator)
     data, examples = choose_prompts(cfg)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
     planned = Counter(prompts_shortened=0, prompts_cut=0)
@@ -167,13 +172,14 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
 
     own = sample_share(batches, rank, world, path, draw)
     drawn: Counter = sum(gather_object([own]), Counter())  # all shards are complete now
-    told = dict(planned) | {name: drawn[name] for name in count_names(cfg)}
+    told: dict = dict(planned) | {name: drawn[name] for name in count_names(cfg)}
     for name in SLOWER:
         if drawn[name]:
             told[name] = drawn[name]
     told |= template_notes(tokenizer)
     if world > len(batches):
         told["idle_processes"] = world - len(batches)
+    told["checkpoints"] = dict(zip(checkpoints, notes))
     counts = all_counts(cfg, data, examples, told)
     if accelerator.is_main_process:
         merge(path, world, sum(map(len, batches)), cfg.mode)

@@ -20,10 +20,18 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .records import Progress, as_turns
+from .checkpoints import architecture, load_whole
 from .configs import require_path
 from .trees import Tree, make_batch, pack_trees, trees_from_samples
 from .processes import in_turns
-from .models import BranchScores, TreeScorer, choose_layout, evaluating, mix_in
+from halos_nb.models import (
+    BranchScores,
+    TreeScorer,
+    choose_layout,
+    evaluating,
+    mix_in,
+    untrained_head,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -246,6 +254,7 @@ def head_at(
 ) -> Head:
     "How the model there is read; nothing but its config is loaded."
     found = require_path(str(path), "reward_model_path")
+    architecture(found, trust_remote_code)  # an adapter's folder or a broken one is named
     config = AutoConfig.from_pretrained(found, trust_remote_code=trust_remote_code)
     return head_of(config, objective_weights, trust_remote_code, str(path))
 
@@ -280,14 +289,22 @@ def load_scorer(
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     "A reward model ready for `model(tree=batch)`."
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
+    loaded = load_whole(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=getattr(torch, precision),
+        trust_remote_code=trust_remote_code,
     )
-    return as_scorer(model, head)
+    return as_scorer(loaded.model, head)
 
 # %% ../nbs/40_score.ipynb #572d4539
 def as_scorer(model: "PreTrainedModel", head: Head) -> "PreTrainedModel":
     "The same model, which takes batches of trees now."
+    if drawn := untrained_head(model):
+        raise ValueError(
+            f"{model.name_or_path}: its head ({drawn}) is as it was drawn, so its scores would "
+            "be noise; train it with `halos_nb.train --loss bradley-terry`"
+        )
     if isinstance(model, TreeScorer | OwnScore):
         return model
     return mix_in(model, TreeScorer if head.weights else OwnScore)

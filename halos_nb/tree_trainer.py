@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .records import Progress, append_jsonl, write_json
 from .configs import TrainConfig
 from .trees import TreeBatch
+from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import gather_padded
 from .models import Layout, merge_lora, save_adapter
@@ -97,7 +98,10 @@ def read_counters(checkpoint: str | Path | None) -> Counters:
     if not checkpoint:
         return Counters()
     file = Path(checkpoint) / "counters.json"
-    return Counters(**json.loads(file.read_text())) if file.exists() else Counters()
+    if not file.exists():
+        return Counters()
+    saved = json.loads(file.read_text())
+    return Counters(**{f.name: saved[f.name] for f in fields(Counters)})
 
 # %% ../nbs/22_tree_trainer.ipynb #02c5689d
 def updates_per_step(cfg: TrainConfig) -> int:
@@ -157,6 +161,7 @@ class TreeTrainer(Trainer):
     loader_options: dict[str, Any] = {}  # what that loader takes beside the common options
     use_reference_model = False
     model: Any  # a model of 16_models, or LoRA's wrapper of one
+    checkpoints: dict[str, str] = {}  # a note on each checkpoint that was loaded
 
     def __init__(
         self,
@@ -578,6 +583,8 @@ def save_checkpoint(
     if main:
         self.save_progress(partial, tokenizer)
     self.accelerator.wait_for_everyone()
+    if main:
+        seal(partial)
     if main and folder.exists():
         shutil.rmtree(folder)
     if main:
@@ -612,4 +619,4 @@ def save_progress(self: TreeTrainer, folder: Path, tokenizer: Any) -> None:
     # its times would make the same checkpoint another one; the logs are in metrics.jsonl
     self.state.log_history = []
     self.state.save_to_json(str(folder / "trainer_state.json"))
-    write_json(folder / "counters.json", vars(self.counters))
+    write_json(folder / "counters.json", vars(self.counters) | {SEALED: True})
