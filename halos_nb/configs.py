@@ -308,6 +308,9 @@ class ReadingOptions:
 
     # cut outputs behind their last full sentence before labelling
     trim_to_sentence: bool = False
+    # answers that were cut before they ended by themselves: keep, drop (they are unscored), or
+    # a number that is taken off their score; how many there were is counted in every case
+    unfinished: Literal["keep", "drop"] | PositiveFloat = "keep"
     # reward model: most samples in one forward pass (None: the token budget decides); api:
     # requests at a time (None: 10)
     batch_size: PositiveInt | None = None
@@ -415,6 +418,10 @@ def pairwise_judge_problems(c: LabelConfig) -> Iterator[str]:
         yield (
             f"feedback_mode: {c.feedback_mode} needs scores; a pairwise judge has none, "
             "its pairs are random"
+        )
+    if c.unfinished not in ("keep", "drop"):
+        yield (
+            "unfinished: a pairwise judge gives no scores to take something off; keep or drop"
         )
     if c.threshold not in (None, 0):
         yield (

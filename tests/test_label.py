@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from halos_nb.templates import byte_tokenizer, encode, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
 from halos_nb.label import feedback_from_scores, main, make_feedback
-from halos_nb.label_input import LabelInput, pairs_to_ask, read_samples
+from halos_nb.label_input import LabelInput, only_finished, pairs_to_ask, read_samples
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
 from halos_nb.people import Session, choose_pairs, comparisons
 from halos_nb.records import (
@@ -397,7 +398,7 @@ def test_other_fields_are_kept_and_counted(folder, tmp_path):
 )
 def test_broken_file(tmp_path, text, told):
     (tmp_path / "samples.json").write_text(text)
-    with pytest.raises(RecordError, match=f"samples.json: .*{told}"):
+    with pytest.raises(RecordError, match=f"samples.json.*: .*{told}"):
         read_samples(tmp_path / "samples.json")
 
 
@@ -1192,3 +1193,106 @@ def test_ties_of_given_pairs_are_told_whatever_the_mode(mode):
     assert (len(records), counts["ties"]) == (1, 2)
     scored[5] = Scored(None, "no word", False)
     assert feedback_from_scores(data, scored, cfg)[1]["ties"] == 2
+
+
+def count_words(prompt, output):
+    "A labeller: how many words."
+    return float(len(output.split()))
+
+
+def answers_of_three_lengths():
+    "Per prompt: a short finished answer, a long cut one, a middling finished one."
+    rows = []
+    for p in range(3):
+        prompt = as_turns(f"Question {p}?", "user")
+        for k, (words, finished) in enumerate([(1, True), (9, False), (4, True)]):
+            rows.append(
+                dict(
+                    prompt_id=prompt_id(prompt),
+                    sample_id=k,
+                    prompt=prompt,
+                    output="word " * words,
+                    output_ids=[words, k, 2],
+                    finished=finished,
+                    type="sample",
+                )
+            )
+    return rows
+
+
+def label_lengths(tmp_path, **options):
+    "Counts and winners where answers are judged by their length."
+    write_records(tmp_path / "samples.json", answers_of_three_lengths())
+    counts = main(
+        LabelConfig(
+            samples_file=str(tmp_path / "samples.json"),
+            output_file=str(tmp_path / "feedback.json"),
+            feedback_type="pairwise",
+            feedback_mode="max",
+            **options,
+        )
+    )
+    feedback = read_records(tmp_path / "feedback.json")
+    won = {r["sample_id_A" if r["label"] else "sample_id_B"] for r in feedback}
+    return counts, won, feedback
+
+
+@pytest.mark.parametrize(
+    "unfinished, winner, counted",
+    [
+        ("keep", 1, dict(unscored=0, unfinished=3)),
+        ("drop", 2, dict(unscored=3, unfinished=3, unfinished_dropped=3)),
+        (2.5, 1, dict(unscored=0, unfinished=3, unfinished_penalised=3)),
+        (5.5, 2, dict(unscored=0, unfinished=3, unfinished_penalised=3)),
+    ],
+)
+def test_unfinished_answers(tmp_path, monkeypatch, unfinished, winner, counted):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    function = f"{Path(__file__).stem}:count_words"
+    counts, won, feedback = label_lengths(tmp_path, function=function, unfinished=unfinished)
+    assert won == {winner}
+    assert {name: counts[name] for name in counted} == counted
+    assert counts["reasons"] == ({"unfinished": 3} if unfinished == "drop" else {})
+    # what was drawn is in the pairs, on its side
+    for record in feedback:
+        for side in "AB":
+            words = len(record[f"output_{side}"][0]["content"].split())
+            assert record[f"output_ids_{side}"] == [words, record[f"sample_id_{side}"], 2]
+            assert record[f"finished_{side}"] == (words != 9)
+    # the journal keeps what was said, so another choice costs nothing
+    labels = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    scores = {r["sample_id"]: r["score"] for r in labels}
+    assert scores == {0: 1.0, 1: None if unfinished == "drop" else 9.0, 2: 4.0}
+    journal = str(tmp_path / "journal.jsonl")
+    (tmp_path / "feedback.labels.jsonl").rename(journal)
+    again = label_lengths(tmp_path, from_labels=journal, unfinished=5.5)
+    assert again[1] == {2}
+    again = label_lengths(tmp_path, from_labels=journal, unfinished="drop")
+    assert again[1] == {2}
+
+
+def test_pairs_of_two_files_without_their_unfinished(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    second = [s | dict(output="word " * 6, finished=True) for s in answers_of_three_lengths()]
+    write_records(tmp_path / "second.json", second)
+    function = f"{Path(__file__).stem}:count_words"
+    counts, _, feedback = label_lengths(
+        tmp_path,
+        function=function,
+        second_samples_path=str(tmp_path / "second.json"),
+        unfinished="drop",
+    )
+    assert counts["unfinished_pairs"] == 3
+    assert len(feedback) == counts["second_better"] == 6
+    assert all(r["finished_A"] and r["finished_B"] for r in feedback)
+
+
+def test_a_judge_is_not_asked_about_dropped_answers():
+    data = LabelInput(answers_of_three_lengths(), None, {})
+    judge = dict(api_type="openai", api_model="toy", judge="pairwise", unfinished="drop")
+    cfg = LabelConfig(samples_file="s.json", output_file="f.json", **judge)
+    asked = only_finished(data, cfg)
+    pairs = pairs_to_ask(asked, cfg)
+    assert len(pairs) == 3
+    for pair in pairs:
+        assert [asked.samples[i]["finished"] for i in pair] == [True, True]
