@@ -419,3 +419,62 @@ def test_a_tokenizer_is_known_by_what_it_does(tmp_path):
     set_template_options(tok, "a=1")
     others.add(tokenizer_hash(tok))
     assert len(others) == 5
+
+
+# ---- from the sampler to the trainer
+
+
+@pytest.fixture(scope="module")
+def talker():
+    "A tiny policy that says anything, broken bytes among it, and often does not end."
+    from halos_nb.models import TreePolicy, mix_in, small_llama
+
+    tok = byte_tokenizer()
+    model = small_llama(tok, hidden_size=32, initializer_range=0.3)
+    return tok, mix_in(model, TreePolicy).eval()
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "binary", "scalar"])
+def test_what_was_sampled_is_what_is_trained(talker, kind, tmp_path):
+    "Token for token, with the log-probabilities it was drawn with, whatever the words are."
+    import torch
+
+    from halos_nb import feedback, loaders
+    from halos_nb.sample import sample
+    from halos_nb.trees import make_batch
+
+    tok, model = talker
+    prompts = [f"Question {i}?" for i in range(4)]
+    samples = sample(prompts, model, tok, num_samples_per_prompt=6, max_new_tokens=70, seed=1)
+    assert any("\ufffd" in s["output"] for s in samples), "none of the cases that it is about"
+    assert {s["finished"] for s in samples} == {True, False}
+    for i, s in enumerate(samples):
+        s["reward"] = float(i % 5)
+    records = dict(
+        pairwise=lambda: feedback.convert_to_pairwise_feedback(samples, seed=0),
+        binary=lambda: feedback.convert_to_binary_feedback(samples),
+        scalar=lambda: feedback.convert_to_scalar_feedback(samples),
+    )[kind]()
+    write_records(tmp_path / "f.json", records)
+    make = dict(
+        pairwise=loaders.PairedPreferenceDataLoader,
+        binary=loaders.UnpairedPreferenceDataLoader,
+        scalar=loaders.GroupUnpairedPreferenceDataLoader,
+    )[kind]
+    loader = make(get_feedback(tmp_path / "f.json"), tok)
+    known = {(s["prompt_id"], tuple(s["output_ids"])): s for s in samples}
+    seen = 0
+    for item, tree in zip(loader.items, loader.trees, strict=True):
+        example = loader.examples[item.prompt]
+        batch = make_batch([tree])
+        with torch.no_grad():
+            logps = model(tree=batch).logps.double()
+        for k, branch in enumerate(tree.branches):
+            drawn = known[example.prompt_id, tuple(branch[tree.skip[k] :])]
+            want = torch.tensor(drawn["output_logps"]).double()
+            assert (logps[k, : len(want)] - want).abs().max() < 1e-4
+            assert (branch[-1:] == end_ids(tok)) == drawn["finished"]
+            seen += 1
+    assert seen >= 8
+    assert loader.counts["reencoded"] == loader.counts["broken_characters"] == 0
+    assert loader.counts["unfinished"] > 0
