@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .records import FileLocked, append_jsonl, lock_file, write_json
 from .settings import Profile, Settings
 from .jobs import Job, launch, lock_log, prepare, remove
-from .identity import RunFiles, Stage, identity, reason_to_run
+from .identity import RunFiles, Stage, identity, reason_to_run, with_revisions
 
 # %% ../nbs/56_ledger.ipynb #dcaf8436
 def run_folder(
@@ -264,7 +264,7 @@ def seal(self: Ledger, ended: Running) -> None:
     seconds = round(job.file("status.json").stat().st_mtime - ended.began, 3)
     manifest = {
         "stage": stage.name,
-        "identity": ended.identity,
+        "identity": with_revisions(self, stage, ended.identity),
         "outputs": outputs,
         "pruned": [],
         "seconds": seconds,

@@ -25,7 +25,7 @@ from .records import write_json
 from .configs import FeedbackType, LabelConfig, LoopConfig, SampleConfig, require_path
 from .settings import Settings
 from .jobs import Job, remove
-from .identity import PACKAGE, Stage, versions
+from .identity import PACKAGE, Stage, hub_revisions, versions
 from .ledger import Ledger, run_folder
 
 # %% ../nbs/57_loop.ipynb #df761afc
@@ -242,7 +242,8 @@ def write_params(
     params = {
         "parameters": asdict(cfg),
         "settings": asdict(settings),
-        "versions": versions(),
+        "versions": versions(cfg),
+        "hub": hub_revisions(asdict(cfg).values()),  # name -> commit
         "revision": revision(),
     }
     write_json(run / "params.json", params | more)

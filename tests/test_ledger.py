@@ -115,9 +115,20 @@ def test_what_changed_is_redone_and_what_follows(run, monkeypatch):
     assert go(run, changed) == [False, True, True]
     (run.parent / "start").write_text("A\n")
     assert go(run, changed) == [True] * 3
-    monkeypatch.setattr(identity, "versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(identity, "versions", lambda config: {"torch": "9"})
     assert go(run, changed) == [True] * 3
     assert [row["why"] for row in events(run)][-3:] == ["changed: libraries"] * 3
+
+
+def test_another_number_of_processes(run):
+    "Samples are the same bytes for any number; of training that holds only to rounding."
+    go(run, chain(run, 2))
+    two = Profile(name="cpu2", num_processes=2)
+    assert go(run, chain(run, 2), two) == [False] * 2
+    with Ledger(run, two, watch=quiet) as ledger:
+        trained = chain(run, 1)[0]
+        trained.name = "train"
+        assert ledger.look(trained)["config"]["num_processes"] == 2
 
 
 def test_a_moved_run_still_stands(run, tmp_path):
