@@ -22,7 +22,7 @@ from fastcore.basics import patch
 
 from .records import atomic_write, lock_file
 from .configs import config_json
-from .settings import Profile
+from .settings import Profile, check_precision
 from .preload import ForkedProcess, can_fork, expect_jobs, fork
 from .failures import StageError
 from .progress import StatusLine, describe, last_line
@@ -136,6 +136,7 @@ def give_config(
     "Write its config, which is what a waiting process waits for."
     for path in clear:
         remove(Path(path))
+    check_precision(getattr(cfg, "precision", "float32"))
     cfg = replace(cfg, num_processes=profile.num_processes)
     with atomic_write(self.file("config.json")) as f:
         f.write(config_json(cfg))

@@ -105,6 +105,10 @@ class TreeDataLoader:
         drawn = [example.drawn_at(k) for k in item.answers]
         return [Answer(*both) for both in zip(self.outputs(item), drawn, strict=True)]
 
+    def nothing_to_learn(self) -> str:
+        "Why no example can teach anything; empty if one can."
+        return ""
+
 # %% ../nbs/12_loaders.ipynb #4fcab4e7
 @patch
 def fill(self: TreeDataLoader) -> None:
@@ -392,6 +396,15 @@ def keep(
     for tree in chain(*chain(*self.kept.values())):
         distinct[id(tree)] = tree
     return list(distinct.values())
+
+# %% ../nbs/12_loaders.ipynb #00d073ae
+@patch
+def kept_batches(self: TreeDataLoader) -> Iterator[tuple[int, list[Tree]]]:
+    "The batches of the epochs that are kept, in order, each behind the process it falls to."
+    for trees in chain(*self.kept.values()):
+        for rank, own in enumerate(balance_trees(trees, self.world, self.layout)):
+            for batch in pack_trees(own, self.token_budget, self.layout, self.microbatch_size):
+                yield rank, batch
 
 # %% ../nbs/12_loaders.ipynb #04e01f26
 @patch
@@ -772,6 +785,15 @@ def choose(
         "advantage": [used[k] for k in filled],
     }
     return [[LoaderItem(p, filled, ["sample"] * len(filled), facts)]]
+
+# %% ../nbs/12_loaders.ipynb #f546f721
+@patch
+def nothing_to_learn(self: GroupUnpairedPreferenceDataLoader) -> str:
+    "Why no example can teach anything: no group has two rewards that differ."
+    if any(any(tree.facts["advantage"]) for tree in self.trees):
+        return ""
+    groups = len(self.trees)
+    return f"within each of the {groups} groups all rewards are equal, so no advantage is left"
 
 # %% ../nbs/12_loaders.ipynb #8aa3b238
 @patch

@@ -14,7 +14,7 @@ __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE
            'without_wrapper', 'Probe', 'row_alone', 'make_probe', 'spread', 'probe_fault', 'not_causal', 'row_layout',
            'choose_layout', 'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train',
            'check_targets', 'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter',
-           'merge_lora', 'without_adapter']
+           'merge_lora', 'without_adapter', 'chances', 'dropouts', 'set_dropout', 'training_difference']
 
 # %% ../nbs/16_models.ipynb #4713803c
 import inspect
@@ -885,13 +885,16 @@ def add_lora(
         if not adapter:
             return get_peft_model(model, config)
         folder = checked_adapter(adapter, config)
-        check_targets(model, LoraConfig.from_pretrained(folder))
-        return loaded_whole(PeftModel.from_pretrained(model, folder, is_trainable=True), folder)
+        saved = LoraConfig.from_pretrained(folder)
+        check_targets(model, saved)
+        saved.lora_dropout = dropout  # not a matter of what was learnt
+        own = PeftModel.from_pretrained(model, folder, is_trainable=True, config=saved)
+        return loaded_whole(own, folder)
 
 # %% ../nbs/16_models.ipynb #06727a1a
 def differences(saved: "LoraConfig", asked: "LoraConfig") -> list[str]:
     "What a saved adapter has and was not asked for, in words."
-    names = ["r", "lora_alpha", "lora_dropout", "trainable_token_indices"]
+    names = ["r", "lora_alpha", "trainable_token_indices"]
     if asked.target_modules != "all-linear":
         names.append("target_modules")
     found = []
@@ -965,3 +968,51 @@ def without_adapter(model: Any) -> Iterator[Any]:
     model = unwrap(model)
     with evaluating(model), model.disable_adapter():
         yield model
+
+# %% ../nbs/16_models.ipynb #753249e7
+def chances(module: torch.nn.Module) -> list[str]:
+    "The attributes of a module that say which share is dropped or shaken at random."
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return ["p"]
+    names = []
+    for name, value in vars(module).items():
+        is_share = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_share and ("drop" in name or "jitter" in name):
+            names.append(name)
+    return names
+
+
+def dropouts(model: torch.nn.Module) -> dict[str, float]:
+    "Where a model drops at random while it trains, and which share; empty if nowhere."
+    found = {}
+    for path, module in model.named_modules():
+        for name in chances(module):
+            if share := getattr(module, name):
+                found[f"{path}.{name}"] = float(share)
+    return found
+
+
+def set_dropout(model: torch.nn.Module, share: float) -> None:
+    "Drop this share wherever the model can; 0 also keeps all layers and shakes nothing."
+    for module in model.modules():
+        for name in chances(module):
+            if not share or name == "p" or "dropout" in name:
+                setattr(module, name, share)
+
+# %% ../nbs/16_models.ipynb #21dd2310
+def training_difference(
+    model: Any,  # policy, actor-critic or reward model
+    layout: str = "plain",  # tree or plain
+) -> float:
+    "How far what a model says in training mode is from evaluation mode; 0 without chance."
+    batch = make_batch(probe_trees(model.config.vocab_size), layout).to(model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    off = 0.0
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        evaluated = model(tree=batch)[0].float()
+        model.train()
+        for _ in range(2):
+            said = model(tree=batch)[0].float()
+            off = max(off, (said - evaluated).abs().max().item())
+    return off

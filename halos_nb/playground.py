@@ -611,6 +611,7 @@ SHARED = (
     "total_prompts",
     "prompts_per_round",
     "num_samples_per_prompt",
+    "precision",
     "profile",
     "world_seed",
     "seed",

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['IPYTHON_NAMES', 'DEFINITIONS', 'Profile', 'default_profiles', 'Settings', 'find_settings', 'environment_values',
-           'read_profiles', 'load_settings', 'notebook_config', 'parse_args']
+           'read_profiles', 'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
+           'check_precision', 'notebook_config', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import configparser
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -46,7 +48,6 @@ class Settings:
 
     runs_dir: str = "runs"  # where runs, models and the playground go; relative to settings.ini
     profile: str = "cpu1"  # profile used when a run names none
-    precision: Literal["float32", "bfloat16"] = "float32"  # of every stage
     profiles: dict[str, Profile] = field(default_factory=default_profiles)
 
     def get_profile(
@@ -97,6 +98,16 @@ def read_profiles(ini: configparser.ConfigParser, path: Path | None) -> dict[str
     return profiles
 
 # %% ../nbs/03_settings.ipynb #e2fb74c9
+def moved_precision(path: Path | None, value: str) -> str:
+    "What is said where settings still name a precision."
+    return (
+        f"precision: {path or 'settings.ini'} or HALOS_NB_PRECISION says {value}; it is a "
+        "parameter of the experiment now, for every stage of it: remove it there and give "
+        f"`precision` to the run (-p precision {value}, LoopConfig(precision=...), "
+        f"--precision {value})"
+    )
+
+
 def load_settings(
     path: str | Path | None = None,  # settings.ini; None: the nearest one
     env: Mapping[str, str] = os.environ,
@@ -108,12 +119,57 @@ def load_settings(
         ini.read(path)
     values: dict[str, Any] = dict(ini["halos_nb"]) if ini.has_section("halos_nb") else {}
     values |= environment_values(env)
+    if "precision" in values:
+        raise ValueError(moved_precision(path, values["precision"]))
     if profiles := read_profiles(ini, path):
         values["profiles"] = profiles
     settings = make_config(Settings, **values)
     if path and not Path(settings.runs_dir).is_absolute():
         settings.runs_dir = str(path.parent / settings.runs_dir)
     return settings
+
+# %% ../nbs/03_settings.ipynb #85129bc1
+class MixedPrecision(NamedTuple):
+    "What Accelerate computes in unless told otherwise."
+
+    value: str  # in its own words: no, bf16, fp16, fp8
+    where: str  # that says so
+
+
+def accelerate_file(env: Mapping[str, str] = os.environ) -> Path:
+    "Where `accelerate config` leaves its answers."
+    cache = env.get("XDG_CACHE_HOME", "~/.cache")
+    home = env.get("HF_HOME", f"{cache}/huggingface")
+    return Path(home).expanduser() / "accelerate/default_config.yaml"
+
+
+def mixed_precision(env: Mapping[str, str] = os.environ) -> MixedPrecision:
+    "What this machine's Accelerate configuration says."
+    name = "ACCELERATE_MIXED_PRECISION"
+    file = accelerate_file(env)
+    text = file.read_text() if file.is_file() else ""
+    found = re.search(r"^[ \t\"]*mixed_precision\"?[ \t]*:[ \t]*[\"']?(\w+)", text, re.M)
+    in_file = found[1].lower() if found else "no"
+    exported = env.get(name, "").lower()
+    if not exported:
+        return MixedPrecision(in_file, str(file))
+    where = f"{name} and {file}" if exported == in_file else name
+    return MixedPrecision(exported, where)
+
+# %% ../nbs/03_settings.ipynb #5db8f827
+def check_precision(
+    precision: str,  # the experiment's
+    env: Mapping[str, str] = os.environ,
+) -> None:
+    "An error if Accelerate was told on this machine to compute in something else."
+    said = mixed_precision(env)
+    if said.value in ("no", "false", "null") or (said.value, precision) == ("bf16", "bfloat16"):
+        return
+    raise ValueError(
+        f"precision: this experiment computes in {precision}, but Accelerate is configured "
+        f"for mixed_precision {said.value} on this machine ({said.where}); change one of the "
+        "two, or export ACCELERATE_MIXED_PRECISION=no to leave it to the experiment"
+    )
 
 # %% ../nbs/03_settings.ipynb #4abaa804
 # what IPython itself puts into a notebook's names

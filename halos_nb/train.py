@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_LOADERS', 'check_checkpoint', 'checkpoints_of', 'check_checkpoints', 'load_model', 'control_tokens',
-           'make_tokenizer', 'new_tokens', 'with_adapters', 'loader_options', 'common_options', 'Loaders',
-           'make_loaders', 'set_layout', 'LazyReference', 'reference_maker', 'fill_reference_logps',
-           'prepare_reference', 'metrics_path', 'Prepared', 'make_trainer', 'TrainResult', 'run_counts', 'write_scores',
-           'train', 'main']
+           'make_tokenizer', 'check_no_chance', 'new_tokens', 'with_adapters', 'loader_options', 'common_options',
+           'Loaders', 'make_loaders', 'set_layout', 'LazyReference', 'planned_passes', 'reference_maker',
+           'fill_reference_logps', 'prepare_reference', 'metrics_path', 'Prepared', 'make_trainer', 'TrainResult',
+           'run_counts', 'write_scores', 'train', 'main']
 
 # %% ../nbs/24_train.ipynb #7476885b
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from .records import Progress, atomic_write, write_json
-from .configs import TrainConfig
+from .configs import COMPARING, TrainConfig
 from .settings import parse_args
 from .hub_sets import load_data
 from .templates import check_template, template_notes
@@ -41,8 +41,10 @@ from halos_nb.models import (
     load_tokenizer,
     own_padding,
     pad_as,
+    set_dropout,
+    training_difference,
 )
-from .reference import cache_reference_logps, make_reference
+from .reference import Pass, cache_reference_logps, make_reference
 from .tree_trainer import PairScore, Reference, TreeTrainer
 from .trainers import TRAINERS
 
@@ -101,6 +103,8 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
     # an adapter belongs to the weights it was made for
     start = cfg.model if cfg.use_peft else cfg.from_checkpoint or cfg.model
     model = fit_vocabulary(load(start, trust_remote_code=cfg.trust_remote_code), tokenizer)
+    if cfg.dropout is not None:
+        set_dropout(model, cfg.dropout)
     return pad_as(model, tokenizer) if cfg.loss == "bradley-terry" else model
 
 
@@ -118,6 +122,19 @@ def make_tokenizer(cfg: TrainConfig) -> Any:
     if cfg.loss != "bradley-terry":
         check_template(tokenizer, start)
     return own_padding(tokenizer) if cfg.loss == "bradley-terry" else tokenizer
+
+# %% ../nbs/24_train.ipynb #d2a9acd9
+def check_no_chance(cfg: TrainConfig, model: Any, layout: str) -> None:
+    "An error if what is compared with a reference would be drawn at random."
+    if cfg.loss not in COMPARING:
+        return
+    off = training_difference(model, layout)
+    if off > 1e-5:
+        raise RuntimeError(
+            f"{cfg.model}: while it trains the model says something else than when it is "
+            f"evaluated (log-probs of a probe differ by {off:.1e}), though its dropout is off; "
+            f"{cfg.loss} compares it with a reference and cannot train it"
+        )
 
 # %% ../nbs/24_train.ipynb #fce27bbe
 def new_tokens(cfg: TrainConfig, tokenizer: Any) -> list[int]:
@@ -227,6 +244,23 @@ class LazyReference:
         raise RuntimeError("a reference whose log-probs are kept never changes")
 
 # %% ../nbs/24_train.ipynb #6cc00f80
+def planned_passes(cfg: TrainConfig, loader: TreeDataLoader) -> list[Pass]:
+    "The forward passes that training will make on the epochs that a loader keeps."
+    passes = []
+    for rank, trees in loader.kept_batches():
+        for meanings in TRAINERS[cfg.loss].passes:
+            parts = []
+            for tree in trees:
+                which = list(range(len(tree.branches)))
+                if meanings:
+                    which = [k for k in which if tree.meanings[k] in meanings]
+                if which:
+                    parts.append((tree, which))
+            if parts:
+                passes.append(Pass(rank, parts))
+    return passes
+
+
 def reference_maker(
     cfg: TrainConfig, model: Any, tokenizer: Any, accelerator: "Accelerator"
 ) -> Callable[[], Reference]:
@@ -234,12 +268,17 @@ def reference_maker(
 
     def load() -> Any:
         path = str(cfg.load_from)
-        reference = load_reference(path, cfg.precision, cfg.trust_remote_code)
+        # float32, as the policy's weights are; both compute in the run's precision
+        reference = load_reference(path, "float32", cfg.trust_remote_code)
         return fit_vocabulary(reference, tokenizer)
 
     def make() -> Reference:
         reference = make_reference(
-            model, load, lora=cfg.use_peft, sync=bool(cfg.sync_reference)
+            model,
+            load,
+            lora=cfg.use_peft,
+            sync=bool(cfg.sync_reference),
+            precision=cfg.precision,
         )
         return reference.to(accelerator.device)
 
@@ -253,10 +292,9 @@ def fill_reference_logps(
     layout: str,
     tokenizer: Any,
     accelerator: "Accelerator",
+    passes: list[Pass],  # that training will make
 ) -> Counter:
     "Look up the trees' log-probs in the cache, compute what is missing; how many of each."
-    # without its adapters the policy is the reference, in its own weights
-    precision = "float32" if cfg.use_peft else cfg.precision
     shown = accelerator.is_main_process
     progress = Progress(len(trees), "trees", "reference") if shown else None
     with progress or nullcontext():
@@ -265,12 +303,14 @@ def fill_reference_logps(
             make,
             str(cfg.reference_cache),
             str(cfg.load_from),
-            precision,
+            cfg.precision,
             layout,
             cfg.token_budget,
             accelerator,
+            pad_id=tokenizer.pad_token_id or 0,
             vocabulary=len(tokenizer),
             progress=progress.update if progress else None,
+            passes=passes,
         )
 
 # %% ../nbs/24_train.ipynb #d50aa51d
@@ -289,9 +329,11 @@ def prepare_reference(
     if not cfg.reference_cache:
         return make()
     trees = loaders.train.keep(cfg.epochs)
+    passes = planned_passes(cfg, loaders.train)
     if loaders.held_out:
         trees = trees + loaders.held_out.keep(1)
-    found = fill_reference_logps(cfg, trees, make, layout, tokenizer, accelerator)
+        passes += planned_passes(cfg, loaders.held_out)
+    found = fill_reference_logps(cfg, trees, make, layout, tokenizer, accelerator, passes)
     loaders.train.counts.update(found)
     return LazyReference(make)
 
@@ -310,7 +352,7 @@ class Prepared(NamedTuple):
 
 def make_trainer(cfg: TrainConfig) -> Prepared:
     "Load data, model and reference, and put them into the method's trainer."
-    accelerator = start_processes(cfg.num_processes)
+    accelerator = start_processes(cfg.num_processes, precision=cfg.precision)
     if not cfg.train_datasets:
         raise ValueError("train_datasets: name at least one data set or file")
     notes = check_checkpoints(cfg, accelerator)
@@ -319,6 +361,9 @@ def make_trainer(cfg: TrainConfig) -> Prepared:
     loaders = make_loaders(cfg, tokenizer, accelerator)
     model = load_model(cfg, tokenizer)
     layout = choose_layout(model, cfg.layout, cfg.max_length)
+    check_no_chance(cfg, model, layout.name)
+    if why := loaders.train.nothing_to_learn():
+        raise ValueError(f"{', '.join(cfg.train_datasets)}: nothing can be learnt: {why}")
     set_layout(loaders, layout.name)
     if cfg.use_peft:
         model = with_adapters(cfg, model, tokenizer)
@@ -344,12 +389,15 @@ class TrainResult(NamedTuple):
     metrics_file: str  # one JSON line per log
     counts: dict  # trees trained on; what was cut, shortened or refused
     evaluation: dict  # metrics on held-out data after training, empty without such data
+    summary: dict = {}  # loss and metrics as means over all that was trained on
 
 
 def run_counts(trainer: TreeTrainer) -> dict[str, Any]:
     "What the loader counted, what is odd about the template, the layout with its reason."
     counts: dict[str, Any] = dict(trainer.loader.counts)
     counts |= template_notes(trainer.tokenizer)
+    counts["steps"] = trainer.progress_made.steps
+    counts["steps_without_gradient"] = trainer.progress_made.without_gradient
     if trainer.layout:
         counts["layout"] = trainer.layout.name
         counts["layout_reason"] = trainer.layout.reason
@@ -377,6 +425,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     if trainer.eval_loader and cfg.eval_at_start:
         trainer.evaluate()
     trainer.train()
+    summary = trainer.log_summary()
     evaluation = trainer.evaluate() if trainer.eval_loader else {}
     counts = run_counts(trainer)
     if main:
@@ -384,7 +433,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     if main and evaluation and trainer.pair_scores:
         write_scores(folder / "eval_scores.jsonl", trainer.pair_scores)
     model = trainer.save_final(folder / "FINAL", tokenizer)
-    return TrainResult(str(model), str(metrics), counts, evaluation)
+    return TrainResult(str(model), str(metrics), counts, evaluation, summary)
 
 # %% ../nbs/24_train.ipynb #bcf902eb
 def main(cfg: TrainConfig) -> TrainResult:

@@ -101,7 +101,7 @@ class PairedPreferenceTrainer(TreeTrainer):
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> Sides:
         "Token log-probs of (chosen, rejected), each (B, S)."
-        return sides(model(tree=batch).logps, batch)
+        return sides(self.ask(model, batch).logps, batch)
 
     def get_batch_metrics(
         self, batch: TreeBatch, mode: str = "train", model: torch.nn.Module | None = None
@@ -192,7 +192,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> Sides:
         "Logits of (chosen, rejected), each (B, 2)."
-        return sides(model(tree=batch).scores, batch)
+        return sides(self.ask(model, batch).scores.float(), batch)
 
     def loss(
         self,
@@ -242,6 +242,7 @@ class KTOTrainer(UnpairedPreferenceTrainer):
     "Kahneman-Tversky optimisation (Ethayarajh et al. 2024)."
 
     loader_options = dict(mismatched=True)
+    passes = (("KL",), ("chosen", "rejected"))
 
     def prepare(self, step: Step, mode: str = "train") -> list[TreeBatch]:
         "Estimates `self.KL` over the step; returns the batches without the mismatched answers."
@@ -453,7 +454,7 @@ class PPOTrainer(PerToken, UnpairedPreferenceTrainer):
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> BranchValues:
         "Log-probs, values and entropies, each (K, S)."
-        return model(tree=batch)
+        return self.ask(model, batch)
 
     def get_batch_metrics(
         self, batch: TreeBatch, mode: str = "train", model: torch.nn.Module | None = None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Metrics', 'as_share', 'Sums', 'Counters', 'TokenUse', 'read_counters', 'updates_per_step', 'steps_of_run',
-           'training_arguments', 'Reference', 'TreeTrainer', 'PerToken', 'BatchResult', 'need_number', 'MetricsFile',
-           'is_due', 'Timetable', 'PairScore']
+           'training_arguments', 'warmup_steps', 'Schedule', 'Reference', 'ProgressMade', 'TreeTrainer', 'PerToken',
+           'BatchResult', 'need_number', 'bits_of', 'trained_bits', 'MetricsFile', 'is_due', 'Timetable', 'PairScore']
 
 # %% ../nbs/22_tree_trainer.ipynb #7f73080b
 import json
@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from fastcore.basics import patch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .records import Progress, append_jsonl, write_json
@@ -30,7 +31,7 @@ from .configs import TrainConfig
 from .trees import TreeBatch
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
-from .processes import gather_padded
+from .processes import computing_in, gather_padded
 from .models import Layout, merge_lora, save_adapter
 from .losses import Share, widest_float
 
@@ -60,19 +61,34 @@ class Sums:
                 total[0] += float(share.part)
                 total[1] += float(share.whole)
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        "Mean of each metric over all processes; afterwards the sums are empty."
+    def gathered(self, accelerator: Accelerator) -> "Sums":
+        "The sums over all processes; afterwards these are empty."
         names = sorted(self.totals)
         if not names:
-            return {}
+            return Sums()
         device = accelerator.device
         totals = [self.totals[name] for name in names]
         own = torch.tensor(totals, dtype=widest_float(device), device=device)
         self.totals = {}
+        return Sums(dict(zip(names, accelerator.reduce(own, "sum").tolist(), strict=True)))
+
+    def add_up(self, other: "Sums") -> None:
+        "Add what other sums hold."
+        for name, (part, whole) in other.totals.items():
+            total = self.totals.setdefault(name, [0.0, 0.0])
+            total[0] += part
+            total[1] += whole
+
+    def ratios(self) -> dict[str, float]:
+        "Mean of each metric, not a number where nothing was counted."
         means = {}
-        for name, (part, whole) in zip(names, accelerator.reduce(own, "sum"), strict=True):
-            means[name] = (part / whole).item() if whole > 1e-6 else math.nan
+        for name, (part, whole) in self.totals.items():
+            means[name] = part / whole if whole > 1e-6 else math.nan
         return means
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        "Mean of each metric over all processes; afterwards the sums are empty."
+        return self.gathered(accelerator).ratios()
 
 # %% ../nbs/22_tree_trainer.ipynb #1c832a49
 @dataclass
@@ -118,18 +134,15 @@ def steps_of_run(cfg: TrainConfig, loader: TreeDataLoader) -> int:
 
 def training_arguments(cfg: TrainConfig, loader: TreeDataLoader) -> TrainingArguments:
     "Our config in transformers' words."
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(Path(cfg.cache_dir) / cfg.exp_name),
         per_device_train_batch_size=1,
         num_train_epochs=cfg.epochs,
         max_steps=steps_of_run(cfg, loader),
         learning_rate=cfg.lr,
-        lr_scheduler_type=cfg.lr_scheduler,
-        warmup_steps=cfg.warmup,  # below 1 a share of the steps, since transformers 5
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
         optim="adamw_torch",
-        bf16=cfg.precision == "bfloat16",
         use_cpu=PartialState().device.type == "cpu",
         seed=cfg.seed,
         logging_steps=cfg.log_every,
@@ -142,6 +155,35 @@ def training_arguments(cfg: TrainConfig, loader: TreeDataLoader) -> TrainingArgu
         ddp_find_unused_parameters=False,
         ignore_data_skip=True,
     )
+    args.mixed_precision = "no"  # `ask` computes in the run's precision
+    return args
+
+# %% ../nbs/22_tree_trainer.ipynb #188ce215
+def warmup_steps(cfg: TrainConfig, steps: int) -> int:
+    "How many steps of a run of so many have less than the peak rate."
+    if cfg.warmup >= 1:
+        return int(cfg.warmup)
+    return 0 if cfg.from_checkpoint else int(cfg.warmup * steps)
+
+
+class Schedule:
+    "The learning rate of each step, as a share of its peak. Its fields are saved with it."
+
+    def __init__(self, kind: str, warmup: int, steps: int) -> None:
+        self.kind = kind  # constant_with_warmup, linear or cosine
+        self.warmup = warmup  # steps below the peak
+        self.steps = steps  # of the whole run
+
+    def __call__(self, step: int) -> float:
+        "Of this step, from 0 on; above 0 for every step of the run."
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.kind == "constant_with_warmup":
+            return 1.0
+        left = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
+        if self.kind == "linear":
+            return left
+        return 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
 # %% ../nbs/22_tree_trainer.ipynb #5188dc27
 class Reference(Protocol):
@@ -154,12 +196,25 @@ class Reference(Protocol):
     def sync(self) -> None: ...  # becomes the policy as it is now
 
 # %% ../nbs/22_tree_trainer.ipynb #945e0de8
+@dataclass
+class ProgressMade:
+    "What a run has learnt from, and whether it has learnt."
+
+    weights: dict[str, int] = field(default_factory=dict)  # their bits before the first step
+    steps: int = 0  # optimiser steps of this run
+    without_gradient: int = 0  # steps in which no weight had one
+    top_lr: float = 0.0  # highest learning rate of a step
+
+
 class TreeTrainer(Trainer):
     "transformers' Trainer over steps of tree batches."
 
     loader_class: type[TreeDataLoader] = TreeDataLoader  # what gives the method's steps
     loader_options: dict[str, Any] = {}  # what that loader takes beside the common options
     use_reference_model = False
+    # the branches that one forward pass takes, by their meaning; () takes all of a batch
+    passes: tuple[tuple[str, ...], ...] = ((),)
+    precision = "float32"  # what the model and its reference compute in
     model: Any  # a model of 16_models, or LoRA's wrapper of one
     checkpoints: dict[str, str] = {}  # a note on each checkpoint that was loaded
 
@@ -185,6 +240,7 @@ class TreeTrainer(Trainer):
             own_config.use_cache = use_cache
         self.remove_callback(PrinterCallback)
         self.config = config
+        self.precision = config.precision
         self.loader = loader
         self.eval_loader = eval_loader
         self.layout = layout
@@ -192,7 +248,9 @@ class TreeTrainer(Trainer):
         self.reference: Reference | None = None
         if self.use_reference_model and reference is not None:
             self.reference = reference.to(self.args.device)
-        self.sums = Sums()
+        self.sums = Sums()  # since the last log
+        self.run_sums = Sums()  # of the logs before, over all processes
+        self.progress_made = ProgressMade()
         self.token_use = TokenUse()
         self.clock = time.monotonic()  # of the last log
         self.counters = read_counters(config.from_checkpoint)
@@ -230,9 +288,16 @@ class BatchResult(NamedTuple):
 
 
 @patch
+def ask(self: TreeTrainer, model: torch.nn.Module, batch: TreeBatch) -> Any:
+    "What the model says of a batch, computed as its reference computes."
+    with computing_in(self.precision, batch.input_ids.device):
+        return model(tree=batch)
+
+
+@patch
 def forward(self: TreeTrainer, model: torch.nn.Module, batch: TreeBatch) -> Any:
     "What the loss reads from the model; here the (K, S) token log-probs of every branch."
-    return model(tree=batch).logps
+    return self.ask(model, batch).logps
 
 
 @patch
@@ -324,7 +389,8 @@ def training_step(
             loss = losses.sum() * scale
             self.accelerator.backward(loss)
         total += loss.detach()
-        self.sums.add(metrics, counted=not step.idle)
+        mean = Share(losses.detach().sum(), torch.tensor(self.batch_size(batch)))
+        self.sums.add({**metrics, "loss": mean}, counted=not step.idle)
     self.count_step(step)
     return total
 
@@ -377,6 +443,7 @@ def _get_grad_norm(self: TreeTrainer, model: torch.nn.Module, grad_norm: Any = N
     # of the optimiser, and what it returns is the norm over all processes.
     norm = Trainer._get_grad_norm(self, model, grad_norm)
     if math.isfinite(norm):
+        self.count_gradient(float(norm))
         return norm
     raise FloatingPointError(
         f"step {self.state.global_step + 1}: the gradient of {self.config.loss} is "
@@ -386,6 +453,21 @@ def _get_grad_norm(self: TreeTrainer, model: torch.nn.Module, grad_norm: Any = N
     )
 
 # %% ../nbs/22_tree_trainer.ipynb #e281c63a
+@patch
+def create_scheduler(
+    self: TreeTrainer, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+) -> LambdaLR:
+    "Our schedule over the optimiser."
+    # Relies on: Trainer calls this when training begins, steps `lr_scheduler` behind each
+    # optimiser step, and saves its state with the optimiser's.
+    if self.lr_scheduler is None:
+        cfg = self.config
+        warmup = warmup_steps(cfg, num_training_steps)
+        schedule = Schedule(cfg.lr_scheduler, warmup, num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)
+    return self.lr_scheduler
+
+
 @patch
 def load_training_state(self: TreeTrainer, checkpoint: str | Path) -> None:
     "Optimiser and scheduler of a checkpoint, for a run of its own."
@@ -441,11 +523,81 @@ def derive(self: TreeTrainer, means: dict[str, float]) -> dict[str, float]:
 
 @patch
 def log(self: TreeTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
-    "Trainer's log, with the step's metrics beside `loss`."
+    "Trainer's log, with means over the examples since the last one."
     if "loss" in logs:
-        metrics = self.derive(self.sums.means(self.accelerator))
+        since = self.sums.gathered(self.accelerator)
+        self.run_sums.add_up(since)
+        metrics = self.derive(since.ratios())
         logs = {**logs, **metrics, **self.work_done(), **vars(self.counters)}
     Trainer.log(self, logs, start_time)
+
+# %% ../nbs/22_tree_trainer.ipynb #a9b8f6f4
+@patch
+def summary(self: TreeTrainer) -> dict[str, float]:
+    "Loss and metrics of the run, each a mean over all that it was trained on."
+    self.run_sums.add_up(self.sums.gathered(self.accelerator))
+    return self.derive(self.run_sums.ratios())
+
+
+@patch
+def log_summary(self: TreeTrainer) -> dict[str, float]:
+    "The summary, which becomes a line of the metrics of its own."
+    means = self.summary()
+    Trainer.log(self, {f"summary/{name}": mean for name, mean in means.items()})
+    return means
+
+# %% ../nbs/22_tree_trainer.ipynb #25411576
+def bits_of(weight: Tensor) -> int:
+    "A number that other bits would change: two sums, one of them by position."
+    flat = weight.detach().contiguous().view(-1)
+    as_ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    plain = torch.zeros((), dtype=torch.int64, device=flat.device)
+    placed = plain.clone()
+    for i, part in enumerate(flat.view(as_ints[flat.element_size()]).split(1 << 22)):
+        bits = part.long()
+        place = torch.arange(1, len(bits) + 1, device=bits.device)
+        plain += bits.sum()
+        placed += (bits * place).sum() * (i + 1)
+    return hash((plain.item(), placed.item()))
+
+
+def trained_bits(model: torch.nn.Module) -> dict[str, int]:
+    "The bits of each weight that is trained, by name; a critic's value head does not count."
+    found = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and "value_head" not in name:
+            found[name] = bits_of(weight)
+    return found
+
+# %% ../nbs/22_tree_trainer.ipynb #c1fdff40
+@patch
+def count_gradient(self: TreeTrainer, norm: float) -> None:
+    "Count a step by its gradient's norm."
+    made = self.progress_made
+    made.steps += 1
+    made.without_gradient += norm == 0
+    rates = [group["lr"] for group in self.optimizer.param_groups]
+    made.top_lr = max(made.top_lr, *rates)
+
+
+@patch
+def check_learnt(self: TreeTrainer) -> None:
+    "An error if the run has changed no weight, or had nothing to learn from."
+    made = self.progress_made
+    what = f"nothing was learnt: {self.config.loss}, {made.steps} steps on " + ", ".join(
+        self.config.train_datasets
+    )
+    if made.without_gradient == made.steps:
+        raise RuntimeError(
+            f"{what}: no step had a gradient, so no example says which answer is better "
+            "(answers that are equal, rewards that do not differ, margins beyond a hinge)"
+        )
+    if trained_bits(self.model) == made.weights:
+        raise RuntimeError(
+            f"{what}: every weight is bit for bit what it was; the highest learning rate was "
+            f"{made.top_lr:.1e}, too small for float32 weights, or 0 because the schedule of "
+            "from_checkpoint has ended"
+        )
 
 # %% ../nbs/22_tree_trainer.ipynb #216608cd
 class MetricsFile(TrainerCallback):
@@ -491,7 +643,7 @@ def is_due(every: int | None, step: int) -> bool:
 
 
 class Timetable(TrainerCallback):
-    "What happens when training begins, and every so many steps."
+    "What happens when training begins, every so many steps, and when it ends."
 
     def __init__(self, trainer: TreeTrainer) -> None:
         self.trainer = trainer
@@ -500,6 +652,10 @@ class Timetable(TrainerCallback):
         checkpoint = self.trainer.config.from_checkpoint
         if checkpoint:
             self.trainer.load_training_state(checkpoint)
+        self.trainer.progress_made = ProgressMade(trained_bits(self.trainer.model))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.trainer.check_learnt()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
         trainer, step = self.trainer, state.global_step

@@ -27,6 +27,7 @@ from halos_nb.models import (
     BranchLogps,
     BranchScores,
     BranchValues,
+    dropouts,
     load_policy,
     load_reference,
     load_tokenizer,
@@ -828,21 +829,287 @@ def test_one_side_only(home, loss, label):
 def test_equal_rewards_pull_to_the_reference_only(home):
     "A group of equal rewards has no advantage; the loss is the KL term, zero at first."
     rows = [scored_answer("Count.", k, 1.0) for k in range(3)]
+    rows += [scored_answer("Name a star.", k, float(k)) for k in range(2)]
     write_records(home / "equal.json", rows)
-    result = train(
-        config(
-            home, "grpo", "equal", train_datasets=[str(home / "equal.json")], test_datasets=[]
-        )
-    )
+    data = dict(train_datasets=[str(home / "equal.json")], test_datasets=[])
+    result = train(config(home, "grpo", "equal", batch_size=1, epochs=1, **data))
     assert result.counts["groups_without_signal"] == 1
-    assert steps_of(home / "equal")[0]["loss"] == pytest.approx(0, abs=1e-6)
-    assert apart_from_start(home, "equal") < 1e-6
+    logs = steps_of(home / "equal")
+    assert result.counts["steps_without_gradient"] == (logs[0]["grad_norm"] == 0)
+    assert 0 in [round(abs(row["loss"]), 3) for row in logs]
 
 
-def apart_from_start(home, name):
-    start = load_file(home / "start/model.safetensors")
-    flat = torch.cat([start[key].flatten() for key in sorted(start)])
-    return (flat - weights(home / name)).abs().max().item()
+# ---- a run that learnt nothing
+
+
+def test_groups_without_signal_are_no_training(home):
+    "Where all rewards are equal nothing is started."
+    rows = [scored_answer(f"Count {q}.", k, float(q)) for q in range(3) for k in range(2)]
+    write_records(home / "same.json", rows)
+    data = dict(train_datasets=[str(home / "same.json")], test_datasets=[])
+    with pytest.raises(ValueError, match="same.json: nothing can be learnt.* 3 groups"):
+        train(config(home, "grpo", "same", **data))
+    assert not (home / "same/FINAL").exists()
+
+
+def test_weights_that_did_not_move_are_an_error(home):
+    "The rate is too small for a single bit of a float32 weight."
+    with pytest.raises(RuntimeError, match="bit for bit .* learning rate was 1.0e-30"):
+        train(config(home, "dpo", "still", lr=1e-30, test_datasets=[]))
+    assert not (home / "still/FINAL").exists()
+
+
+def test_steps_without_a_gradient_are_told(home):
+    "Pairs whose answers are the same tokens, should a loader let them through."
+    trainer, _ = make_trainer(config(home, "dpo", "equal-pairs", test_datasets=[]))
+    for tree in trainer.loader.trees:
+        tree.branches[1] = list(tree.branches[0])
+        tree.skip[1] = tree.skip[0]
+    with pytest.raises(RuntimeError, match="no step had a gradient"):
+        trainer.train()
+    assert trainer.progress_made.without_gradient == trainer.progress_made.steps == 6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_step_trains_at_the_full_rate(home, loss):
+    "Today's default warm-up does not eat a run that is one step long."
+    more = dict(warmup=0.1, epochs=1, batch_size=20, test_datasets=[])
+    result = train(config(home, loss, "single", **more))
+    (step,) = steps_of(home / "single")
+    assert step["learning_rate"] == 2e-3
+    assert result.counts["steps"] == 1 and result.counts["steps_without_gradient"] == 0
+
+
+def test_warm_up_starts_above_zero(home):
+    "And ends at the peak; a round that continues has none of its own."
+    more = dict(warmup=0.4, batch_size=1, test_datasets=[])
+    result = train(config(home, "dpo", "warm", epochs=1, **more))
+    rates = [row["learning_rate"] / 2e-3 for row in steps_of(home / "warm")]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1])
+    start = dict(from_checkpoint=result.model, load_from=str(home / "start"))
+    train(config(home, "dpo", "warm-2", epochs=20, **start, **more))
+    assert {row["learning_rate"] for row in steps_of(home / "warm-2")} == {2e-3}
+
+
+def test_an_unfinished_warm_up_goes_on(home):
+    more = dict(warmup=20.0, batch_size=1, epochs=1, test_datasets=[])
+    first = train(config(home, "dpo", "slow", **more))
+    start = dict(from_checkpoint=first.model, load_from=str(home / "start"))
+    train(config(home, "dpo", "slow-2", **start, **more))
+    rates = []
+    for name in ("slow", "slow-2"):
+        rates += [row["learning_rate"] / 2e-3 * 21 for row in steps_of(home / name)]
+    assert rates == pytest.approx([i + 1 for i in range(14)])
+
+
+# ---- means over examples
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_run_s_numbers_are_means_over_its_examples(home, log_every):
+    "Seven pairs in steps of 3, 3 and 1: the last line is not what the run is called by."
+    more = dict(epochs=1, lr=1e-12, test_datasets=[])
+    result = train(config(home, "dpo", "means", batch_size=3, log_every=log_every, **more))
+    rows = read_jsonl(home / "means/metrics.jsonl")
+    (line,) = [row for row in rows if "summary/loss" in row]
+    summary = result.summary
+    assert {f"summary/{name}" for name in summary} <= line.keys()
+    assert line["summary/loss"] == summary["loss"]
+    whole = train(config(home, "dpo", "whole", batch_size=7, **more))
+    (step,) = steps_of(home / "whole")
+    for name in ("loss", "rewards_train/margins", "logps_train/chosen", "loss/train"):
+        assert summary[name] == pytest.approx(step[name], abs=1e-5), name
+    assert summary["loss"] == summary["loss/train"]
+    if log_every == 1:
+        sizes = (3, 3, 1)
+        lines = [row["logps_train/chosen"] for row in rows if "loss" in row]
+        mean = sum(x * n for x, n in zip(lines, sizes)) / 7
+        assert summary["logps_train/chosen"] == pytest.approx(mean)
+        assert abs(lines[-1] - mean) > 1
+    assert whole.summary["loss"] == step["loss"]
+
+
+# ---- policy and reference are one function
+
+LOG_2 = torch.tensor(2.0).log().item()
+AT_START = {
+    "full": {},
+    "plain": dict(layout="plain"),
+    "lora": LORA,
+    "cached": dict(reference_cache="cache"),
+    "lora, cached": LORA | dict(reference_cache="cache"),
+    "humanline": HUMANLINE,
+}
+
+
+def at_start(home, how, precision, **more):
+    "A run of one epoch in several batches; its policy has not moved before its first step."
+    options = dict(AT_START[how])
+    name = f"{how}-{precision}-{more.get('num_processes', 1)}".replace(", ", "-")
+    if "reference_cache" in options:
+        options["reference_cache"] = str(home / f"cache-{name}")
+    given = dict(precision=precision, epochs=2, batch_size=4, microbatch_size=2)
+    return config(home, "dpo", name, **given | options | more)
+
+
+def check_first_step(folder):
+    first, *later = steps_of(folder)
+    assert first["loss"] == LOG_2
+    assert first["rewards_train/chosen"] == first["rewards_train/rejected"] == 0
+    assert any(row["loss"] != LOG_2 for row in later), "or this compares nothing"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", AT_START)
+def test_the_first_loss_is_log_2(home, how, precision):
+    "Exactly, however the reference is come by; held-out pairs too, before the first step."
+    cfg = at_start(home, how, precision)
+    train(cfg)
+    check_first_step(home / cfg.exp_name)
+    before = read_jsonl(home / cfg.exp_name / "metrics.jsonl")[0]
+    assert before["eval_loss"] == LOG_2
+
+
+def test_the_first_loss_is_log_2_on_two_processes(home):
+    files = []
+    for how in ("full", "lora", "cached"):
+        for precision in ("float32", "bfloat16"):
+            cfg = at_start(home, how, precision, num_processes=2, test_datasets=[])
+            files.append(home / f"{cfg.exp_name}.json")
+            files[-1].write_text(config_json(cfg))
+    run = launch_two(*files)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for file in files:
+        check_first_step(home / file.stem)
+
+
+@pytest.mark.parametrize("loss", ["kto", "grpo", "ppo", "ipo"])
+@pytest.mark.parametrize("how", ["full", "cached"])
+def test_no_method_sees_a_policy_that_has_not_moved_move(home, loss, how):
+    "In bfloat16 too: KL, ratios and rewards of the first step are those of equal policies."
+    train(with_loss(home, loss, how))
+    first = steps_of(home / f"{loss}-{how}")[0]
+    zero = dict(
+        kto=["rewards_train/KL_estimate", "rewards_train/chosen", "rewards_train/rejected"],
+        grpo=["rewards_train/KL"],
+        ppo=["loss/policykl"],
+        ipo=["rewards_train/chosen", "rewards_train/rejected"],
+    )
+    for name in zero[loss]:
+        assert first[name] == 0, name
+
+
+def with_loss(home, loss, how):
+    more = dict(AT_START[how])
+    if more:
+        more["reference_cache"] = str(home / f"cache-{loss}-b")
+    more |= dict(precision="bfloat16", batch_size=4, microbatch_size=2, test_datasets=[])
+    return config(home, loss, f"{loss}-{how}", **more)
+
+
+def test_a_cache_of_another_cut_is_not_taken_in_bfloat16(home):
+    "There its values would be other roundings; in float32 they are taken."
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        cache = str(home / f"cache-cut-{precision}")
+        given = dict(precision=precision, reference_cache=cache, epochs=1, test_datasets=[])
+        train(config(home, "dpo", "cut-1", **given))
+        again = train(config(home, "dpo", "cut-1", lr=1e-3, **given))
+        other = train(config(home, "dpo", "cut-2", batch_size=2, seed=3, **given))
+        found[precision] = [x.counts["reference_computed"] for x in (again, other)]
+    assert found["float32"] == [0, 0]
+    assert found["bfloat16"][0] == 0 and found["bfloat16"][1] > 0
+
+
+# ---- dropout
+
+
+@pytest.fixture(scope="module")
+def dropping(home):
+    "A GPT-2, whose config says that a tenth is dropped, everywhere."
+    from tiny_models import save_small
+
+    tok = byte_tokenizer()
+    save_small("gpt2", home / "gpt2", vocab_size=len(tok), max_position_embeddings=512)
+    tok.save_pretrained(home / "gpt2")
+    return str(home / "gpt2")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "grpo", "ppo", "simpo", "sft"])
+def test_dropout_is_off(home, dropping, loss):
+    "So the first loss is that of equal policies, and no cut changes it."
+    losses = []
+    for cut in (dict(), dict(microbatch_size=1)):
+        given = dict(model=dropping, batch_size=4, test_datasets=[], epochs=1)
+        train(config(home, loss, "drop", **given | cut))
+        losses.append(steps_of(home / "drop")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    if loss == "dpo":
+        assert losses == [LOG_2, LOG_2]
+    saved = json.loads((home / "drop/FINAL/config.json").read_text())
+    assert saved["resid_pdrop"] == 0.1, "what the model says of itself has not changed"
+
+
+def test_dropout_is_a_setting_of_sft(home, dropping):
+    "None: what the model's config says; a number: this."
+    firsts = {}
+    for dropout in (0.0, 0.5, None):
+        cfg = config(home, "sft", "drop", model=dropping, dropout=dropout, test_datasets=[])
+        trainer, _ = make_trainer(cfg)
+        firsts[dropout] = set(dropouts(trainer.model).values())
+    assert firsts == {0.0: set(), 0.5: {0.5}, None: {0.1}}
+
+
+def test_lora_has_no_dropout_where_it_is_compared(home, dropping):
+    more = LORA | dict(lora_dropout=None, model=dropping)
+    trainer, _ = make_trainer(config(home, "dpo", "x", **more))
+    assert dropouts(trainer.model) == {}
+    trainer, _ = make_trainer(config(home, "bradley-terry", "x", **more))
+    assert set(dropouts(trainer.model).values()) == {0.05}
+
+
+def test_a_chance_that_nobody_knows_is_refused(home, monkeypatch):
+    "Log-probs that change from pass to pass are measured before the data are read."
+    monkeypatch.setattr("halos_nb.train.set_dropout", lambda model, share: None)
+    with pytest.raises(RuntimeError, match="differ by .*dpo compares it with a reference"):
+        make_trainer(config(home, "dpo", "x", model=str(home / "gpt2")))
+
+
+# ---- the machine has no say
+
+
+@pytest.mark.parametrize("said", ["bf16", "fp16"])
+def test_a_machine_that_says_another_precision_stops_the_run(home, monkeypatch, said):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", said)
+    with pytest.raises(ValueError, match=f"float32.*mixed_precision {said}"):
+        train(config(home, "dpo", "x"))
+    if said == "bf16":
+        train(config(home, "dpo", "agreed", precision="bfloat16", epochs=1))
+        check = steps_of(home / "agreed")[0]["loss"]
+        assert check == LOG_2
+
+
+def test_launched_with_another_precision_stops(home, tmp_path):
+    "`accelerate launch` reads the machine's own file."
+    file = tmp_path / "accelerate/default_config.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: bf16\n"
+        "num_machines: 1\nnum_processes: 1\nuse_cpu: true\n"
+    )
+    cfg = tmp_path / "c.json"
+    cfg.write_text(config_json(config(home, "dpo", "x")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "halos_nb.train"]
+    run = subprocess.run(
+        [*launch, "--config", str(cfg)],
+        env=os.environ | {"HF_HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode != 0
+    assert "float32" in run.stderr and "mixed_precision bf16" in run.stderr
+    assert str(file) in run.stderr
 
 
 def test_nothing_to_train_on(home):
