@@ -359,11 +359,11 @@ def make_trainer(cfg: TrainConfig) -> Prepared:
     set_seed(cfg.seed)
     tokenizer = make_tokenizer(cfg)
     loaders = make_loaders(cfg, tokenizer, accelerator)
+    if why := loaders.train.nothing_to_learn():
+        raise ValueError(f"{', '.join(cfg.train_datasets)}: nothing can be learnt: {why}")
     model = load_model(cfg, tokenizer)
     layout = choose_layout(model, cfg.layout, cfg.max_length)
     check_no_chance(cfg, model, layout.name)
-    if why := loaders.train.nothing_to_learn():
-        raise ValueError(f"{', '.join(cfg.train_datasets)}: nothing can be learnt: {why}")
     set_layout(loaders, layout.name)
     if cfg.use_peft:
         model = with_adapters(cfg, model, tokenizer)

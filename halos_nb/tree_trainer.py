@@ -550,11 +550,14 @@ def log_summary(self: TreeTrainer) -> dict[str, float]:
 def bits_of(weight: Tensor) -> int:
     "A number that other bits would change: two sums, one of them by position."
     flat = weight.detach().contiguous().view(-1)
+    # a weight of 0 takes the smallest step, which says nothing
+    nothing = 1e-12 * torch.linalg.vector_norm(flat, math.inf)
     as_ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     plain = torch.zeros((), dtype=torch.int64, device=flat.device)
     placed = plain.clone()
-    for i, part in enumerate(flat.view(as_ints[flat.element_size()]).split(1 << 22)):
-        bits = part.long()
+    for i, part in enumerate(flat.split(1 << 22)):
+        kept = torch.where(part.abs() > nothing, part, 0)
+        bits = kept.view(as_ints[kept.element_size()]).long()
         place = torch.arange(1, len(bits) + 1, device=bits.device)
         plain += bits.sum()
         placed += (bits * place).sum() * (i + 1)

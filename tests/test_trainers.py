@@ -860,14 +860,17 @@ def test_weights_that_did_not_move_are_an_error(home):
 
 
 def test_steps_without_a_gradient_are_told(home):
-    "Pairs whose answers are the same tokens, should a loader let them through."
-    trainer, _ = make_trainer(config(home, "dpo", "equal-pairs", test_datasets=[]))
-    for tree in trainer.loader.trees:
-        tree.branches[1] = list(tree.branches[0])
-        tree.skip[1] = tree.skip[0]
-    with pytest.raises(RuntimeError, match="no step had a gradient"):
-        trainer.train()
-    assert trainer.progress_made.without_gradient == trainer.progress_made.steps == 6
+    "All margins are beyond the hinge already, and nothing else pulls."
+    rows = []
+    for word in ("one", "two", "three"):
+        rows.append(dict(prompt=f"Say {word}.", chosen="!", rejected="No. " * 9))
+    data = write(home, "beyond.jsonl", rows) | dict(test_datasets=[], batch_size=1)
+    with pytest.raises(RuntimeError, match="no step had a gradient.*beyond a hinge"):
+        train(config(home, "slic", "beyond", lambda_coef=0.0, beta=0.1, **data))
+    assert not (home / "beyond/FINAL").exists()
+    write(home, "beyond.jsonl", [*rows, PAIR])
+    result = train(config(home, "slic", "half", lambda_coef=0.0, beta=50.0, **data))
+    assert 0 <= result.counts["steps_without_gradient"] < result.counts["steps"] == 8
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -1030,7 +1033,7 @@ def dropping(home):
     from tiny_models import save_small
 
     tok = byte_tokenizer()
-    save_small("gpt2", home / "gpt2", vocab_size=len(tok), max_position_embeddings=512)
+    save_small("gpt2", home / "gpt2")
     tok.save_pretrained(home / "gpt2")
     return str(home / "gpt2")
 
@@ -1068,11 +1071,11 @@ def test_lora_has_no_dropout_where_it_is_compared(home, dropping):
     assert set(dropouts(trainer.model).values()) == {0.05}
 
 
-def test_a_chance_that_nobody_knows_is_refused(home, monkeypatch):
+def test_a_chance_that_nobody_knows_is_refused(home, dropping, monkeypatch):
     "Log-probs that change from pass to pass are measured before the data are read."
     monkeypatch.setattr("halos_nb.train.set_dropout", lambda model, share: None)
     with pytest.raises(RuntimeError, match="differ by .*dpo compares it with a reference"):
-        make_trainer(config(home, "dpo", "x", model=str(home / "gpt2")))
+        make_trainer(config(home, "dpo", "x", model=dropping))
 
 
 # ---- the machine has no say
