@@ -1005,7 +1005,8 @@ def training_difference(
     layout: str = "plain",  # tree or plain
 ) -> float:
     "How far what a model says in training mode is from evaluation mode; 0 without chance."
-    batch = make_batch(probe_trees(model.config.vocab_size), layout).to(model.device)
+    small = probe_trees(model, 0)[0]
+    batch = make_batch(small, layout).to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     off = 0.0
     with evaluating(model), torch.random.fork_rng(devices):
