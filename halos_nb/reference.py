@@ -105,8 +105,10 @@ class FrozenAdapter(AdapterOff):
         now = dict(unwrap(self.policy).named_parameters())
         pairs = []
         for name, own in now.items():
-            if f".{REFERENCE}." in name:
-                pairs.append((own, now[name.replace(f".{REFERENCE}.", ".default.")]))
+            parts = name.split(".")
+            if REFERENCE in parts:
+                policy = ["default" if part == REFERENCE else part for part in parts]
+                pairs.append((own, now[".".join(policy)]))
         return pairs
 
     def __call__(self, batch: TreeBatch) -> Tensor:
