@@ -7,9 +7,10 @@ __all__ = ['ENGINE_SETTINGS', 'DRAWING', 'sample_seed', 'JobSeeds', 'job_seeds',
            'engine_options', 'running_engine', 'EngineAnswer', 'sampling_params', 'engine_answer',
            'generate_with_engine', 'own_end_tokens', 'visible_gpus', 'gpu_groups', 'counts_file', 'seeds_of_batches',
            'run_engine', 'sample_with_vllm', 'take_counts', 'Question', 'wishes', 'request_options', 'ids_hash',
-           'drawn_tokens', 'read_reply', 'refused_wish', 'Wishes', 'ask_once', 'ask_first', 'ask_for_sample',
-           'ask_for_samples', 'settings_hash', 'question_key', 'AnswerJournal', 'ServerTokens', 'server_tokens',
-           'why_not_ours', 'questions_of', 'ask_missing', 'answered_record', 'answered_records', 'sample_with_server']
+           'drawn_tokens', 'read_reply', 'error_text', 'refused_wishes', 'Wishes', 'ask_once', 'ask_first',
+           'ask_for_sample', 'ask_for_samples', 'settings_hash', 'question_key', 'AnswerJournal', 'ServerTokens',
+           'server_tokens', 'why_not_ours', 'questions_of', 'ask_missing', 'answered_record', 'answered_records',
+           'sample_with_server']
 
 # %% ../nbs/33_backends.ipynb #26d00ac6
 import asyncio
@@ -475,17 +476,25 @@ def read_reply(
     return answer | drawn_tokens(reply)
 
 # %% ../nbs/33_backends.ipynb #91e34076
-def refused_wish(error: Exception, names: Iterable[str]) -> str | None:
-    "The one of these options that a server's error is about."
-    if getattr(error, "status_code", None) not in (400, 403, 422):
-        return None
+def error_text(error: Exception) -> str:
+    "What a server said of an error; some say it in the body alone."
+    body = getattr(error, "body", None)
     said = str(error)
+    return said if not body or str(body) in said else f"{said} {body}"
+
+
+def refused_wishes(error: Exception, names: Iterable[str]) -> list[str]:
+    "Those of these options that a server's error is about."
+    if getattr(error, "status_code", None) not in (400, 403, 422):
+        return []
+    said = error_text(error)
+    refused = []
     for name in names:
         # `seed` is a word that a question may have, too
         sign = r"['\"`]seed['\"`]" if name == "seed" else rf"\b{name}\b"
         if getattr(error, "param", None) == name or re.search(sign, said):
-            return name
-    return None
+            refused.append(name)
+    return refused
 
 # %% ../nbs/33_backends.ipynb #5e4e0007
 class Wishes:
@@ -510,7 +519,7 @@ class Wishes:
         self.refused = refused
         for name, said in refused.items():
             warnings.warn(
-                f"the server refuses {name}; it is asked without from now on ({said})",
+                f"the server refuses {name} and is asked without it from now on: {said}",
                 stacklevel=2,
             )
 
@@ -544,10 +553,10 @@ async def ask_first(
         if not isinstance(answer, Exception):
             wished.settle(refused)
             return answer
-        name = refused_wish(answer, wished.options(refused))
-        if name is None:
+        names = refused_wishes(answer, wished.options(refused))
+        if not names:
             return answer
-        refused[name] = excerpt(answer)
+        refused |= dict.fromkeys(names, excerpt(error_text(answer)))
 
 
 async def ask_for_sample(
@@ -568,7 +577,7 @@ async def ask_for_sample(
     status = getattr(answer, "status_code", None)
     return dict(
         reason=f"http {status}" if status else type(answer).__name__,
-        detail=excerpt(answer),
+        detail=excerpt(error_text(answer)),
         down=is_down(answer),
     )
 

@@ -1576,7 +1576,8 @@ def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
             except OSError:
                 assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
             time.sleep(0.2)
-        greedy = run("greedy.json", extra_body="", concurrency=4)
+        with pytest.warns(UserWarning, match="refuses return_token_ids"):
+            greedy = run("greedy.json", extra_body="", concurrency=4, tokenizer=str(tiny))
         drawn = run("a.json")
         again = run("b.json")
         stopped = run("stopped.json", stop=STOPS)
@@ -1588,6 +1589,10 @@ def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
         for n in ("greedy", "a", "b", "stopped")
     }
     assert greedy["repeated_outputs"] == 14
+    # once, before the other questions
+    refusals = (tmp_path / "server.log").read_text().count("422 Unprocessable")
+    assert refusals == greedy["refused by the server (return_token_ids)"] == 1
+    assert greedy["outputs_without_ids (not told)"] == 21
     assert drawn["repeated_outputs"] < 3
     assert texts["a"] == texts["b"]
     assert len(set(texts["a"])) > 15
