@@ -8,12 +8,14 @@ commands (each: --help, or --config FILE)
   python -m halos_nb.train      a policy or reward model from data (sft, dpo, kto, ...)
   python -m halos_nb.sample     prompts in, samples out
   python -m halos_nb.label      samples in, feedback out: reward model, API judge, function
+  python -m halos_nb.audit      what models really see: tokens, ends, log-probs, scores
   accelerate launch -m ...      the same in several processes
 
 notebooks (JupyterLab, or papermill NOTEBOOK out.ipynb -p NAME VALUE)
   nbs/online_loop.ipynb         the online loop, round after round
   nbs/reward_model.ipynb        train, judge and use a reward model
   nbs/label_by_hand.ipynb       from samples to a trained step by your own judgement
+  nbs/audit.ipynb               what models really see
   nbs/compare_runs.ipynb        runs side by side
   nbs/compare_methods.ipynb     every method once, in the playground
 

@@ -13,7 +13,8 @@ __all__ = ['Config', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'COMPARING', 'Fee
            'online_problems', 'clamping_problems', 'sync_problems', 'schedule_problems', 'dropout_problems',
            'adapter_problems', 'train_problems', 'read_options', 'MethodOptions', 'RoundOptions', 'LoopConfig',
            'loop_problems', 'is_difference', 'training_config', 'split_names', 'CompareConfig', 'HandPairOptions',
-           'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig', 'RunsConfig', 'config_json']
+           'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig',
+           'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -827,6 +828,9 @@ class LoopConfig(RoundOptions, MethodOptions):
     # float32 weights
     precision: Literal["float32", "bfloat16"] = "float32"
     profile: str = ""  # how stages are launched, a section of settings.ini (empty: its default)
+    # look first at what the models really see; a wrong check stops the run (run), is told
+    # (warn), or is not looked for (skip)
+    audit: Literal["run", "warn", "skip"] = "run"
     seed: int = 0  # decides samples, pairs and order of training
     fresh: bool = False  # start this run again from nothing instead of continuing it
 
@@ -909,6 +913,9 @@ class CompareConfig:
     num_samples_per_prompt: PositiveInt = 8  # samples drawn for each prompt
     precision: Literal["float32", "bfloat16"] = "float32"  # of every stage of every run
     profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    # look first at what the models really see; a wrong check stops the run (run), is told
+    # (warn), or is not looked for (skip)
+    audit: Literal["run", "warn", "skip"] = "run"
     world_seed: NonNegativeInt = 0  # which playground
     seed: int = 0  # of every run
     fresh: bool = False  # start all runs again from nothing
@@ -959,6 +966,9 @@ class HandConfig(HandPairOptions):
     # of every stage: dtype of the weights that label, in training autocast over float32 weights
     precision: Literal["float32", "bfloat16"] = "float32"
     profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    # look first at what the models really see; a wrong check stops the run (run), is told
+    # (warn), or is not looked for (skip)
+    audit: Literal["run", "warn", "skip"] = "run"
     seed: int = 0  # decides pairs, sides, repeats and the order of training
 
     def __post_init__(self) -> None:
@@ -1021,6 +1031,9 @@ class RewardConfig:
     # of every stage: dtype of the weights that label, in training autocast over float32 weights
     precision: Literal["float32", "bfloat16"] = "float32"
     profile: str = ""  # how stages are launched (empty: settings.ini's default)
+    # look first at what the models really see; a wrong check stops the run (run), is told
+    # (warn), or is not looked for (skip)
+    audit: Literal["run", "warn", "skip"] = "run"
     seed: int = 0  # decides the order of training and fresh weights
     fresh: bool = False  # start this run again from nothing
 
@@ -1032,6 +1045,44 @@ class RewardConfig:
                 "test_datasets: name training and held-out pairs together, or neither "
                 "(then the playground's are used)"
             )
+
+# %% ../nbs/02_configs.ipynb #a0d17c01
+@checked
+class AuditConfig:
+    """What the audit needs: what does each model really see?
+    Name a policy, a reward model, or both."""
+
+    # policy: a checkpoint folder or hub name (empty, in the notebook: the playground's)
+    model: str = ""
+    # reward model, likewise (empty: none is looked at)
+    reward_model_path: str = ""
+    reference: str = ""  # what training compares the policy with (empty: the policy itself)
+    # a checkpoint that training goes on from; it must read and write like the policy
+    from_checkpoint: str = ""
+    # names or files, comma-separated or a list; their first examples are looked at (empty: a
+    # few of our own)
+    datasets: list[str] | str = ""
+    # file of samples or feedback: is it this policy's tokenizer that they were drawn with?
+    samples: str = ""
+    # options of the chat template, as "enable_thinking=false" or a JSON object
+    template_options: str = ""
+    num_examples: PositiveInt = 4  # examples that are looked at
+    max_length: PositiveInt = 512  # longest prompt + answer, in tokens
+    max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
+    max_new_tokens: PositiveInt = 16  # longest answer that is drawn, in tokens
+    quick: bool = False  # only what is cheap: nothing is saved, no adapter is made
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    seed: int = 0  # of the answers that are drawn
+    json: str = ""  # where the result goes, besides the screen (empty: nowhere)
+    # exit status 1 if a check is wrong; off where whoever started it reads the result
+    fail: bool = True
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        self.datasets = split_names(self.datasets)
 
 # %% ../nbs/02_configs.ipynb #e3564859
 @checked

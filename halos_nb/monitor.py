@@ -250,7 +250,8 @@ def time_left(
     "Seconds until the run is done; None if it cannot be known yet."
     done = {}
     for event in events:
-        if event["event"] in ("finished", "skipped"):
+        of_a_round = event["stage"] in STAGES
+        if of_a_round and event["event"] in ("finished", "skipped"):
             done[event["folder"], event["stage"]] = event["seconds"]
     measured = ["sample", "label"]
     plan = STAGES * rounds + measured

@@ -6,7 +6,8 @@
 __all__ = ['Part', 'Rounds', 'data_block', 'figure_html', 'part_html', 'page_html', 'round_titles', 'samples_by_round',
            'feedback_by_round', 'truth_margins', 'truth_figures', 'feedback_figures', 'figure_sections', 'truncate',
            'truncate_texts', 'fold', 'searchable', 'feedback_gallery', 'repeated_prompts', 'text_sections',
-           'plain_value', 'parameters_table', 'counts_table', 'utc', 'ledger_table', 'state_and_rounds', 'report']
+           'plain_value', 'parameters_table', 'counts_table', 'utc', 'ledger_table', 'state_and_rounds', 'audit_part',
+           'report']
 
 # %% ../nbs/69_page.ipynb #a2b47309
 import json
@@ -24,6 +25,7 @@ from .records import atomic_write, read_jsonl
 from halos_nb.show import (
     DARK,
     Shown,
+    audit_report,
     pairs_table,
     render,
     samples_table,
@@ -310,6 +312,12 @@ def state_and_rounds(state: RunState, run: Run) -> list[Part]:
     table = summary_table(run.rounds, formats, "One row per round, before its training")
     return [*parts, table]
 
+
+def audit_part(run: Path) -> Part:
+    "What the run's audit found; None if nobody looked."
+    file = run / "audit.json"
+    return audit_report(json.loads(file.read_text())) if file.exists() else None
+
 # %% ../nbs/69_page.ipynb #fa1ff509
 def report(
     run_dir: str | Path,  # the run's folder
@@ -328,6 +336,7 @@ def report(
     metrics = {title: rows for title, rows in run.metrics().items() if rows}
     sections: dict[str, list] = {
         "Rounds": state_and_rounds(look(run.folder), run),
+        "What the models see": [audit_part(run.folder)],
         **figure_sections(rounds, feedback, metrics, best),
         **text_sections(rounds, feedback, n),
         "What was counted": [counts_table(run)],

@@ -10,7 +10,8 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED
            'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside', 'plan_answer',
            'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data', 'shared_questions', 'Playground',
            'world_texts', 'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate',
-           'build', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'sweep_configs']
+           'build', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'models_of_playground',
+           'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
@@ -23,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from .records import as_text, file_hash, prompt_id, write_records
-from .configs import CompareConfig, LoopConfig, RewardConfig, TrainConfig, require_path
+from halos_nb.configs import (
+    AuditConfig,
+    CompareConfig,
+    LoopConfig,
+    RewardConfig,
+    TrainConfig,
+    require_path,
+)
 from .settings import Profile, Settings, load_settings
 from .ledger import Ledger, RunBusy, Stage, run_folder
 
@@ -589,6 +597,19 @@ def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
         test_datasets=[str(world.pairs_test)],
         samples=cfg.samples or str(world.samples),
         model=cfg.model or str(world.policy),
+    )
+
+
+def models_of_playground(cfg: AuditConfig, settings: Settings) -> AuditConfig:
+    "The config with the playground's models and prompts where no model is named."
+    if cfg.model or cfg.reward_model_path:
+        return cfg
+    world = build(settings)
+    return replace(
+        cfg,
+        model=str(world.policy),
+        reward_model_path=str(world.reward_model),
+        datasets=cfg.datasets or [str(world.prompts)],
     )
 
 # %% ../nbs/70_playground.ipynb #3d0232ab

@@ -222,6 +222,7 @@ STAGES_NEED = (
     "halos_nb.sample",
     "halos_nb.label",
     "halos_nb.train",
+    "halos_nb.audit",
 )
 
 # %% ../nbs/51_preload.ipynb #d837e9e6

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'SCORE', 'HELD_OUT', 'DISTANCE', 'SERIES', 'INK', 'CAPTION', 'EDGE',
-           'GRID', 'PAPER', 'DARK', 'UNSEEN', 'in_jupyterlab', 'display_mode', 'spelt_out', 'visible', 'escape',
-           'readable', 'labeller_name', 'templates', 'render', 'static_text', 'Shown', 'number_format', 'number_text',
-           'numeric_column', 'aligned', 'summary_table', 'escaped_words', 'word_diff', 'spread', 'Answer', 'Answered',
-           'gallery', 'side_of_pair', 'pairs_table', 'answer_of_sample', 'samples_table']
+           'GRID', 'PAPER', 'DARK', 'UNSEEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab', 'display_mode',
+           'spelt_out', 'visible', 'escape', 'readable', 'labeller_name', 'templates', 'render', 'static_text', 'Shown',
+           'number_format', 'number_text', 'numeric_column', 'aligned', 'summary_table', 'escaped_words', 'word_diff',
+           'spread', 'Answer', 'Answered', 'gallery', 'side_of_pair', 'pairs_table', 'answer_of_sample',
+           'samples_table', 'ShownToken', 'drawn_tokens', 'example_line', 'audit_report']
 
 # %% ../nbs/60_show.ipynb #8818d359
 import difflib
@@ -319,3 +320,57 @@ def samples_table(
         answers = [[answer_of_sample(s)] for s in rows]
         items.append(Answered(head, rows[0]["prompt"], answers))
     return gallery(title, items, f"{len(groups):,} prompts")
+
+# %% ../nbs/60_show.ipynb #a0d15e01
+# part of an audited example -> what it is called, and its style
+TOKEN_MEANINGS = dict(prompt="context", target="target", end="end", cut="cut off")
+TOKEN_STYLES = dict(
+    prompt="opacity: 0.65",
+    target=f"border-bottom: 2px solid {CHOSEN}",
+    end=f"border-bottom: 2px solid {TRUTH}; font-weight: bold",
+    cut=f"border-bottom: 2px solid {REJECTED}; text-decoration: line-through",
+)
+
+
+class ShownToken(NamedTuple):
+    "A token as it is drawn."
+
+    id: int
+    text: str
+
+
+def drawn_tokens(example: dict) -> list[tuple[str, list[ShownToken]]]:
+    "An audited example's parts, each with its tokens."
+    parts = []
+    for part in TOKEN_MEANINGS:
+        tokens = [(i, text.replace("\n", "↵\n")) for i, text in example.get(part, [])]
+        parts.append((part, [ShownToken(*token) for token in tokens]))
+    return parts
+
+# %% ../nbs/60_show.ipynb #a0d15e02
+def example_line(parts: list[tuple[str, list[ShownToken]]]) -> str:
+    "An audited example as text: its parts set apart."
+    texts = ["".join(visible(token.text) for token in tokens) for _, tokens in parts]
+    return " ┃ ".join(text.replace("\n", "") for text in texts if text)
+
+
+def audit_report(
+    report: dict,  # of `halos_nb.audit`, or read from a run's audit.json
+    n: int = 4,  # how many examples are shown
+    title: str = "What the models really see",
+) -> Shown:
+    "The checks of an audit, and the tokens of its examples."
+    table = summary_table(report["checks"])
+    wrong = [check for check in report["checks"] if check["verdict"] == "wrong"]
+    title = f"{title}: {len(wrong)} of {len(report['checks'])} checks are wrong"
+    examples = [drawn_tokens(example) for example in report["examples"][:n]]
+    page = render(
+        "audit.html",
+        title=title,
+        table=Markup(table.html),
+        examples=examples,
+        styles=TOKEN_STYLES,
+        meanings=TOKEN_MEANINGS,
+    )
+    lines = [example_line(parts) for parts in examples]
+    return Shown(str(page), "\n".join([title, table.text, *lines]))

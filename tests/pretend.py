@@ -63,11 +63,23 @@ def train(cfg):
     Path(cfg["metrics_file"]).write_text(json.dumps(row) + "\n")
 
 
+def audit(cfg):
+    "What is wrong, if the policy's folder says so."
+    said = Path(cfg["model"]) / "wrong"
+    detail = said.read_text() if said.exists() else "as it should be"
+    verdict = "wrong" if said.exists() else "ok"
+    check = dict(name="bos", verdict=verdict, detail=detail)
+    example = dict(prompt=[[5, "Is it?"]], target=[[6, " <b>yes</b>"]], end=[[2, "<|end|>"]])
+    Path(cfg["json"]).write_text(json.dumps(dict(checks=[check], examples=[example])))
+
+
 def main():
     "Do what the config is for."
     cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
     if "num_skip" in cfg:
         sample(cfg)
+    elif "num_examples" in cfg:
+        audit(cfg)
     elif "samples_file" in cfg:
         label(cfg)
     else:

@@ -12,7 +12,7 @@ from halos_nb import ledger
 from halos_nb.compare import RunComparer
 from halos_nb.configs import LoopConfig
 from halos_nb.failures import StageError
-from halos_nb.loop import run_rounds
+from halos_nb.loop import AuditError, run_rounds
 from halos_nb.page import report
 from halos_nb.records import read_jsonl, read_records
 from halos_nb.runs import read_run, run_summary
@@ -43,6 +43,7 @@ def pretend(tmp_path, monkeypatch, stages_on_path):
         sft_checkpoint=str(tmp_path / "sft"),
         reward_checkpoint=str(tmp_path / "rm"),
         prompts=str(tmp_path / "prompts.json"),
+        audit="skip",
     )
     settings = Settings(runs_dir=str(tmp_path / "runs"))
 
@@ -228,3 +229,32 @@ def test_a_round_that_fails_is_continued_when_the_cause_is_gone(pretend):
         pretend(total_prompts=10, prompts_per_round=10, threshold=50.0)
     rounds = pretend(total_prompts=10, prompts_per_round=10)
     assert [r.skipped for r in rounds] == [["sample"], []]
+
+
+def test_a_run_looks_at_its_models_first(pretend, tmp_path):
+    rounds = pretend(audit="run", total_prompts=4, prompts_per_round=4)
+    run = tmp_path / "runs/r"
+    events = [e for e in read_jsonl(run / "ledger.jsonl") if e["event"] == "started"]
+    assert events[0]["stage"] == "audit"
+    assert [r.name for r in rounds] == ["round-1", "final"]
+    assert json.loads((run / "audit.json").read_text())["checks"][0]["verdict"] == "ok"
+    # its result stands, and is no part of a round
+    pretend(audit="run", total_prompts=4, prompts_per_round=4)
+    last = [e for e in read_jsonl(run / "ledger.jsonl") if e.get("stage") == "audit"][-1]
+    assert last["event"] == "skipped"
+    assert [row["round"] for row in run_summary(run)] == ["1", "final"]
+
+
+def test_a_wrong_check_stops_a_run_unless_it_is_only_told(pretend, tmp_path):
+    (tmp_path / "sft/wrong").write_text("twice")
+    few = dict(total_prompts=4, prompts_per_round=4)
+    with pytest.raises(AuditError, match=r"(?s)bos: twice.*audit\.json.*audit=warn"):
+        pretend(audit="run", **few)
+    assert not (tmp_path / "runs/r/round-1/samples.json").exists()
+    # asked again it is not computed again, and still wrong
+    with pytest.raises(AuditError, match="bos: twice"):
+        pretend(audit="run", **few)
+    assert len(pretend(audit="warn", **few)) == 2
+    # mended, it is looked at anew
+    (tmp_path / "sft/wrong").unlink()
+    assert len(pretend(audit="run", **few)) == 2

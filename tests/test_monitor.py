@@ -207,6 +207,7 @@ def pretend_run(tmp_path, **more):
         sft_checkpoint=str(tmp_path / "sft"),
         reward_checkpoint=str(tmp_path / "rm"),
         prompts=str(tmp_path / "prompts.json"),
+        audit="skip",
         **more,
     )
     return cfg, Settings(runs_dir=str(tmp_path / "runs"))

@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 from test_house import NOTEBOOKS, default_exp
 
-from halos_nb.configs import CompareConfig, HandConfig, LoopConfig, RewardConfig, RunsConfig
+from halos_nb.configs import (
+    AuditConfig,
+    CompareConfig,
+    HandConfig,
+    LoopConfig,
+    RewardConfig,
+    RunsConfig,
+)
 from halos_nb.settings import notebook_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +32,7 @@ CONFIG = {
     "compare_methods": CompareConfig,
     "label_by_hand": HandConfig,
     "compare_runs": RunsConfig,
+    "audit": AuditConfig,
 }
 # parameter and value that must be refused by name: a misspelling, a wrong type, a value out of
 # range
@@ -34,6 +42,7 @@ WRONG = {
     "compare_methods": [("method", "dpo"), ("seed", "hello"), ("total_prompts", "0")],
     "label_by_hand": [("pendng", "skip"), ("num_pairs", "0"), ("lr", "hello")],
     "compare_runs": [("run", "x"), ("only_differences", "maybe"), ("prompts", "0")],
+    "audit": [("modl", "x"), ("num_examples", "0")],
 }
 drivers = pytest.mark.parametrize("name", DRIVERS)
 
