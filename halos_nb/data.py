@@ -802,8 +802,10 @@ def format_of(row: dict) -> str | None:
 def format_problem(row: dict) -> str:
     "What is said about a row in no known format."
     known = [f"{kind} ({', '.join(form.columns)})" for kind, form in FORMATS.items()]
+    names = [str(name) for name in row]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (
-        f"columns {', '.join(row)} are in no known format; "
+        f"columns {', '.join(names[:20])}{more} are in no known format; "
         f"rename them to one of: {'; '.join(known)}"
     )
 

@@ -10,8 +10,8 @@ __all__ = ['PLAIN_SPLITS', 'ALPACA_FILE', 'DATASETS', 'REPOSITORIES', 'TEST_SPLI
            'neighbour_pairs', 'get_oasst', 'add_comments', 'keep_five_pairs', 'get_shp', 'get_answers', 'get_ultrachat',
            'thoughts_and_answer', 'get_s1k_11', 'alpaca_rows', 'alpaca_row', 'get_alpacaeval', 'wildbench_row',
            'get_wildbench', 'splits_for', 'only_text', 'ask_hub', 'holds_csv', 'load_hub', 'saved_splits',
-           'folder_splits', 'PlacedRows', 'rows_in_files', 'rows_saved', 'load_folder', 'load_file', 'load_one',
-           'add_source', 'load_data']
+           'folder_splits', 'PlacedRows', 'rows_in_files', 'rows_saved', 'load_saved', 'of_splits', 'load_folder',
+           'load_file', 'load_one', 'add_source', 'load_data']
 
 # %% ../nbs/05_hub_sets.ipynb #eb459803
 import difflib
@@ -508,10 +508,8 @@ def load_hub(
     plain: Iterable[dict] = map(plain_row, rows)
     if holds_csv(found):
         plain = (typed_row(row, f"{name}, record {i}") for i, row in enumerate(plain, 1))
-    data = get_preferences(plain, name=name)
-    if split and splits != [split]:
-        data.counts[f"rows_of_{splits[0]}"] += len(found[splits[0]])
-    return data
+    count = sum(len(found[s]) for s in splits)
+    return of_splits(get_preferences(plain, name=name), split, splits, count)
 
 # %% ../nbs/05_hub_sets.ipynb #a3d98d11
 def saved_splits(folder: Path) -> dict[str, Any]:
@@ -563,30 +561,48 @@ def rows_saved(rows: Iterable[Mapping[str, Any]], name: str) -> PlacedRows:
     plain = [plain_row(row) for row in rows]
     return PlacedRows(plain, [f"{name}, record {i}" for i in range(1, len(plain) + 1)])
 
+# %% ../nbs/05_hub_sets.ipynb #94549a24
+def load_saved(
+    name: str,  # a folder that `save_to_disk` has written
+    split: str | None,  # None: all
+) -> Dataset:
+    "A saved set in one of the known formats; one alone belongs to every split, as a file does."
+    found = saved_splits(Path(name))
+    if (Path(name) / "state.json").exists():
+        ((own, table),) = found.items()
+        rows, places = rows_saved(table, name)
+        data = get_preferences(rows, split, name, places)
+        if own and split not in (None, own):
+            data.counts[f"rows_of_{own}"] += len(rows)
+        return data
+    rows, places = PlacedRows([], [])
+    splits = splits_for(split, list(found), name)
+    for own in splits:
+        more = rows_saved(found[own], f"{name} ({own})")
+        rows += more.rows
+        places += more.places
+    return of_splits(get_preferences(rows, None, name, places), split, splits, len(rows))
 
+
+def of_splits(data: Dataset, split: str | None, splits: list[str], count: int) -> Dataset:
+    "The data; rows of a split of another name than was asked for are counted."
+    if split and splits != [split]:
+        data.counts[f"rows_of_{splits[0]}"] += count
+    return data
+
+# %% ../nbs/05_hub_sets.ipynb #b05a3d90
 def load_folder(
     name: str,
     split: str | None,  # None: all
 ) -> Dataset:
     "A folder of files, or what `save_to_disk` has written, in one of the known formats."
     folder = Path(name)
-    saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-    found: dict[str, Any] = saved_splits(folder) if saved else folder_splits(folder)
-    alone = saved and (folder / "state.json").exists()  # belongs to every split, as a file does
-    splits = list(found) if alone else splits_for(split, list(found), name)
-    rows, places = PlacedRows([], [])
-    for part in splits:
-        more = (
-            rows_saved(found[part], f"{name} ({part})" if part else name)
-            if saved
-            else (rows_in_files(found[part]))
-        )
-        rows += more.rows
-        places += more.places
-    data = get_preferences(rows, split if alone else None, name, places)
-    if split and splits not in ([split], [""]):
-        data.counts[f"rows_of_{splits[0]}"] += len(rows)
-    return data
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        return load_saved(name, split)
+    found = folder_splits(folder)
+    splits = splits_for(split, list(found), name)
+    rows, places = rows_in_files(chain.from_iterable(found[own] for own in splits))
+    return of_splits(get_preferences(rows, None, name, places), split, splits, len(rows))
 
 # %% ../nbs/05_hub_sets.ipynb #7cfbb926
 def load_file(

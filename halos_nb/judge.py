@@ -195,7 +195,7 @@ class Question(NamedTuple):
 # %% ../nbs/42_judge.ipynb #5e50749a
 def conversation(turns: list[dict]) -> str:
     "All turns, each under its role."
-    return "\n\n".join(f"[{t['role']}]\n{t['content']}" for t in turns)
+    return "\n\n".join(f"[{t['role']}]\n{as_text([t])}" for t in turns)
 
 
 def question(

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from halos_nb.records import (
     as_turns,
     fault_in,
     prompt_id,
+    read_jsonl,
     read_records,
     read_rows,
     write_records,
@@ -376,7 +378,7 @@ def count_letters(prompt, output):
 
 def test_big_numbers_are_carried_to_the_end(tmp_path, monkeypatch):
     "Through labelling into feedback, digit for digit."
-    monkeypatch.syspath_prepend(str(__import__("pathlib").Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     rows = [SAMPLE | dict(x=10**30 + 1), SAMPLE | dict(sample_id=1, output="Io", x=2**64)]
     (tmp_path / "s.json").write_text(json.dumps(rows))
     label(
@@ -454,3 +456,29 @@ def test_recursion_and_field_limits_are_left_alone(tmp_path):
         load(tmp_path / "x.json", f'[{{"x": {DEEP}}}]')
     assert sys.getrecursionlimit() == before
     assert d.file_rows is hub_sets.file_rows
+
+
+def raise_half(prompt, output):
+    "A labeller whose complaint cannot be written."
+    raise ValueError("half \ud83d")
+
+
+def give_huge(prompt, output):
+    "A labeller whose number is beyond floats."
+    return 10**400
+
+
+@pytest.mark.parametrize("function", ["raise_half", "give_huge"])
+def test_what_a_function_says_can_always_be_written(tmp_path, monkeypatch, function):
+    "Everything was scored by then."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    write_records(tmp_path / "s.json", [SAMPLE])
+    cfg = LabelConfig(
+        samples_file=str(tmp_path / "s.json"),
+        output_file=str(tmp_path / "f.json"),
+        function=f"test_cases_reading:{function}",
+    )
+    with pytest.raises(ValueError, match="nothing to learn from: 1 prompts, 1 unscored"):
+        label(cfg)
+    (row,) = read_jsonl(tmp_path / "f.labels.jsonl")
+    assert row["score"] is None and row["reason"]
