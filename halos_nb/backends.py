@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENGINE_SETTINGS', 'DRAWING', 'sample_seed', 'JobSeeds', 'job_seeds', 'import_vllm', 'on_cpu', 'can_process_logps',
            'engine_options', 'running_engine', 'EngineAnswer', 'sampling_params', 'engine_answer',
-           'generate_with_engine', 'own_end_tokens', 'visible_gpus', 'gpu_groups', 'counts_file', 'seeds_of_batches',
-           'run_engine', 'sample_with_vllm', 'take_counts', 'Question', 'wishes', 'request_options', 'ids_hash',
-           'drawn_tokens', 'read_reply', 'error_text', 'refused_wishes', 'Wishes', 'ask_once', 'ask_first',
+           'generate_with_engine', 'own_end_tokens', 'check_rows', 'visible_gpus', 'gpu_groups', 'counts_file',
+           'seeds_of_batches', 'run_engine', 'sample_with_vllm', 'take_counts', 'Question', 'wishes', 'request_options',
+           'ids_hash', 'drawn_tokens', 'read_reply', 'error_text', 'refused_wishes', 'Wishes', 'ask_once', 'ask_first',
            'ask_for_sample', 'ask_for_samples', 'settings_hash', 'question_key', 'AnswerJournal', 'ServerTokens',
            'server_tokens', 'why_not_ours', 'questions_of', 'ask_missing', 'answered_record', 'answered_records',
            'sample_with_server']
@@ -270,6 +270,23 @@ def own_end_tokens(
         own = GenerationConfig.from_model_config(config)
     return all_ends(own.eos_token_id, tokenizer)
 
+# %% ../nbs/33_backends.ipynb #5eed0007
+def check_rows(
+    path: str,  # a folder or a name on the hub
+    ids: Iterable[int],  # that are read, or end an answer
+    trust_remote_code: bool = False,
+) -> None:
+    "An error if the model has no row for one of these tokens."
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    rows = config.get_text_config().vocab_size
+    highest = max(ids, default=0)
+    if highest >= rows:
+        raise ValueError(
+            f"{path}: prompts or ends have the token {highest}, and the model has only "
+            f"{rows} rows. Was ChatML put in the place of a missing template? vLLM adds no "
+            "rows: sample with transformers, or with a model that was trained"
+        )
+
 # %% ../nbs/33_backends.ipynb #2c936ba2
 def visible_gpus() -> list[str]:
     "The GPUs that this process may use, by CUDA's names."
@@ -351,6 +368,11 @@ def sample_with_vllm(cfg: SampleConfig) -> dict:  # the counts
     data, examples = choose_prompts(cfg)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
     batches = plan(examples, tokenizer, cfg, counts)
+    ends = own_end_tokens(cfg.model, tokenizer, cfg.trust_remote_code)
+    read = set(ends)
+    for batch in batches:
+        read.update(*(row.ids for row in batch))
+    check_rows(cfg.model, read, cfg.trust_remote_code)
     gpus = gpus[: len(batches)]  # no engine without work
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(gpus) == 1:
