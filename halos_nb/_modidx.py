@@ -217,6 +217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.backends.ask_missing': ('backends.html#ask_missing', 'halos_nb/backends.py'),
                                    'halos_nb.backends.ask_once': ('backends.html#ask_once', 'halos_nb/backends.py'),
                                    'halos_nb.backends.can_process_logps': ('backends.html#can_process_logps', 'halos_nb/backends.py'),
+                                   'halos_nb.backends.check_rows': ('backends.html#check_rows', 'halos_nb/backends.py'),
                                    'halos_nb.backends.counts_file': ('backends.html#counts_file', 'halos_nb/backends.py'),
                                    'halos_nb.backends.drawn_tokens': ('backends.html#drawn_tokens', 'halos_nb/backends.py'),
                                    'halos_nb.backends.engine_answer': ('backends.html#engine_answer', 'halos_nb/backends.py'),
