@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FIELDS', 'UNPACK', 'ONLY_ZEROS', 'FRACTION',
            'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn',
-           'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label',
-           'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of', 'check_record', 'Drawn', 'drawn_of',
-           'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns',
-           'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of',
-           'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
-           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
-           'check_type', 'read_records', 'sync_folder', 'atomic_write', 'StreamingJSONWriter', 'write_records',
-           'write_json', 'FileLocked', 'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl',
-           'read_jsonl', 'file_hash', 'Progress']
+           'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback',
+           'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of',
+           'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts',
+           'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'file_bytes',
+           'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
+           'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
+           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'read_records', 'sync_folder',
+           'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'take_lock', 'is_locked',
+           'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -44,6 +44,7 @@ from pydantic import (
     FiniteFloat,
     NonNegativeInt,
     ValidationError,
+    ValidationInfo,
 )
 
 # %% ../nbs/00_records.ipynb #190221fe
@@ -89,7 +90,17 @@ Turns = Annotated[list[Turn], Field(min_length=1)]
 
 # %% ../nbs/00_records.ipynb #4a97fe6d
 Ids = list[NonNegativeInt]
-Logps = list[FiniteFloat]
+
+
+def one_for_each(logps: list[float] | None, info: ValidationInfo) -> list[float] | None:
+    "The log-probs, if there is one for each drawn id."
+    ids = info.data.get(str(info.field_name).replace("logps", "ids"))
+    if ids is not None and logps is not None and len(ids) != len(logps):
+        raise ValueError(f"should be one number for each of {len(ids)} ids, not {len(logps)}")
+    return logps
+
+
+Logps = Annotated[list[FiniteFloat] | None, AfterValidator(one_for_each)]
 
 
 class DrawnFields(Record):
@@ -97,7 +108,7 @@ class DrawnFields(Record):
 
     output_ids: Ids | None = None  # the drawn token ids, the end among them if it was drawn
     finished: bool | None = None  # whether the answer ended by itself
-    output_logps: Logps | None = None  # of the drawn ids, one each
+    output_logps: Logps = None  # of the drawn ids, one each
     tokenizer: str | None = None  # hash of the tokenizer and template the ids belong to
     temperature: FiniteFloat | None = None  # of the distribution that `output_logps` are of
     top_p: FiniteFloat | None = None  # of the same distribution
@@ -108,13 +119,13 @@ class DrawnPairFields(Record):
 
     output_ids_A: Ids | None = None
     finished_A: bool | None = None
-    output_logps_A: Logps | None = None
+    output_logps_A: Logps = None
     tokenizer_A: str | None = None
     temperature_A: FiniteFloat | None = None
     top_p_A: FiniteFloat | None = None
     output_ids_B: Ids | None = None
     finished_B: bool | None = None
-    output_logps_B: Logps | None = None
+    output_logps_B: Logps = None
     tokenizer_B: str | None = None
     temperature_B: FiniteFloat | None = None
     top_p_B: FiniteFloat | None = None
