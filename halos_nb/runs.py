@@ -39,9 +39,9 @@ def kl_estimate(samples: list[dict]) -> float | None:
 # %% ../nbs/63_runs.ipynb #de51aef7
 def step_sizes(rows: list[dict]) -> list[int]:
     "How many examples each line of metrics speaks of; all alike where nobody counted."
-    ends = [row.get("total_examples") for row in rows]
-    if None in ends:
+    if not all("total_examples" in row for row in rows):
         return [1] * len(rows)
+    ends = [row["total_examples"] for row in rows]
     sizes = [end - start for start, end in zip(ends, ends[1:])]
     # the first step is as full as the next one, or all there was in the first round
     return [min([ends[0], *sizes[:1]]), *sizes]

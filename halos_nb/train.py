@@ -185,7 +185,7 @@ def with_adapters(cfg: TrainConfig, model: Any, tokenizer: Any) -> Any:
         model,
         cfg.lora_r,
         cfg.lora_alpha,
-        cfg.lora_dropout,
+        cfg.lora_dropout or 0.0,
         targets,
         cfg.seed,
         adapter,

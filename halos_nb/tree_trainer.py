@@ -461,10 +461,12 @@ def create_scheduler(
     # Relies on: Trainer calls this when training begins, steps `lr_scheduler` behind each
     # optimiser step, and saves its state with the optimiser's.
     if self.lr_scheduler is None:
+        own = optimizer or self.optimizer
+        assert own is not None  # Trainer makes it first
         cfg = self.config
         warmup = warmup_steps(cfg, num_training_steps)
         schedule = Schedule(cfg.lr_scheduler, warmup, num_training_steps)
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)
+        self.lr_scheduler = LambdaLR(own, schedule)
     return self.lr_scheduler
 
 
@@ -579,8 +581,9 @@ def count_gradient(self: TreeTrainer, norm: float) -> None:
     made = self.progress_made
     made.steps += 1
     made.without_gradient += norm == 0
-    rates = [group["lr"] for group in self.optimizer.param_groups]
-    made.top_lr = max(made.top_lr, *rates)
+    if self.optimizer is not None:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        made.top_lr = max(made.top_lr, *rates)
 
 
 @patch

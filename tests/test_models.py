@@ -1,6 +1,7 @@
 "Policy, critic and reward model, whole or with LoRA: the same numbers by every road."
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -29,12 +30,15 @@ from halos_nb.models import (
     TreeScorer,
     add_lora,
     choose_layout,
+    dropouts,
     fit_vocabulary,
     load_actor_critic,
     load_policy,
     load_reward_model,
     merge_lora,
     save_adapter,
+    set_dropout,
+    training_difference,
 )
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import make_batch
@@ -419,14 +423,49 @@ def test_dropout_acts_in_training_only_and_repeats(llama):
     assert torch.equal(steps(), steps())
 
 
+def test_an_adapter_goes_on_with_the_dropout_asked_for(llama, tmp_path):
+    "Adapters of before were saved with 0.05; what was learnt does not depend on it."
+    save_adapter(perturb(add_lora(load_policy(llama), **(LORA | dict(dropout=0.05)))), tmp_path)
+    again = add_lora(load_policy(llama), **LORA, adapter=tmp_path)
+    assert dropouts(again) == {}
+    assert again.peft_config["default"].lora_dropout == 0
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(p.any() for n, p in saved.items() if "lora_B" in n)
+    more = add_lora(load_policy(llama), **(LORA | dict(dropout=0.2)), adapter=tmp_path)
+    assert set(dropouts(more).values()) == {0.2}
+
+
+DROPPING = {
+    "gpt2": dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
+    "llama": dict(attention_dropout=0.3),
+    "gpt_neox": dict(attention_dropout=0.3, hidden_dropout=0.2),
+}
+
+
+@pytest.mark.parametrize("layout", ["tree", "plain"])
+@pytest.mark.parametrize("arch", DROPPING)
+def test_nothing_is_dropped_where_dropout_is_off(tmp_path, arch, layout):
+    "Layers and shares that attention reads alike; with gradient checkpointing too."
+    model = load_policy(save_small(arch, tmp_path, **DROPPING[arch]))
+    config = model.config.to_dict()
+    assert training_difference(model, layout) > 1e-3
+    set_dropout(model, 0)
+    assert training_difference(model, layout) == 0
+    asked = outputs(model.eval(), layout).logps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions call it by another name
+        model.train().gradient_checkpointing_enable()
+    said = model(tree=make_batch(TREES, layout)).logps
+    assert torch.equal(said, asked) and said.requires_grad
+    assert model.config.to_dict() == config, "what is saved says what it said"
+
+
 def test_adapter_with_other_settings_is_refused(llama, tmp_path):
     save_adapter(add_lora(load_policy(llama), **LORA), tmp_path)
     with pytest.raises(ValueError, match="r is 4, asked for 8"):
         add_lora(load_policy(llama), **(LORA | dict(r=8)), adapter=tmp_path)
     with pytest.raises(ValueError, match="lora_alpha is 8, asked for 3"):
         add_lora(load_policy(llama), **(LORA | dict(alpha=3)), adapter=tmp_path)
-    with pytest.raises(ValueError, match="lora_dropout is 0.0, asked for 0.1"):
-        add_lora(load_policy(llama), **(LORA | dict(dropout=0.1)), adapter=tmp_path)
     with pytest.raises(ValueError, match="target_modules is .*asked for {'q_proj'}"):
         add_lora(load_policy(llama), **LORA, targets=["q_proj"], adapter=tmp_path)
     with pytest.raises(ValueError, match="no adapter_model.safetensors here"):

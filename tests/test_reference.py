@@ -7,13 +7,26 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from tiny_models import ARCHS, KINDS, LORA, TREES, outputs, perturb, trained, with_random_critic
+from tiny_models import (
+    ARCHS,
+    CONFIGS,
+    KINDS,
+    LORA,
+    SHAPE,
+    TREES,
+    outputs,
+    perturb,
+    trained,
+    with_random_critic,
+)
+from transformers import AutoModelForCausalLM
 
 from halos_nb import processes
 from halos_nb import reference as references
@@ -30,10 +43,16 @@ from halos_nb.models import (
     load_reference,
     merge_lora,
     save_adapter,
+    set_dropout,
     without_adapter,
 )
-from halos_nb.processes import start_processes
-from halos_nb.reference import cache_reference_logps, make_reference
+from halos_nb.processes import computing_in, start_processes
+from halos_nb.reference import (
+    Pass,
+    cache_reference_logps,
+    largest_log_ratio,
+    make_reference,
+)
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import Tree, make_batch
 
@@ -198,6 +217,124 @@ def test_reference_with_weights_of_its_own(llama, precision):
     assert not any(p.requires_grad for p in reference.model.parameters())
     assert {p.dtype for p in reference.model.parameters()} == {getattr(torch, precision)}
     assert [p.data_ptr() for p in reference.model.parameters()] == pointers, "copied in place"
+
+
+DEEP = dict(num_hidden_layers=6, initializer_range=0.2)
+
+
+def deep_model(arch, folder):
+    "Six layers, whose bfloat16 roundings add up."
+    torch.manual_seed(1)
+    small = CONFIGS[arch]()
+    groups = dict(num_key_value_heads=2) if hasattr(small, "num_key_value_heads") else {}
+    config = type(small)(**(SHAPE | DEEP | groups))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def long_trees():
+    "Pairs of some 80 tokens in all, no two alike in length."
+    rng = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(3, 259, (n,), generator=rng).tolist()
+
+    trees = []
+    for i in range(3):
+        answers = [ids(20 + 7 * i), ids(50 - 11 * i)]
+        trees.append(Tree(ids(10 + i), answers, ["chosen", "rejected"], [0, 0]))
+    return trees
+
+
+@ARCHS
+def test_an_unmoved_policy_is_its_reference(tmp_path, arch):
+    """Log-ratios of exactly 0, in each precision and layout, with gradient checkpointing, with
+    an adapter. A reference with rounded weights, as there was once, is another function.
+    """
+    path = deep_model(arch, tmp_path)
+    policy = load_policy(path).train()
+    set_dropout(policy, 0)
+    adapted = add_lora(load_policy(path), **LORA).train()
+    set_dropout(adapted, 0)
+    frozen = load_reference(path)
+    for layout, precision in product(("tree", "plain"), ("float32", "bfloat16")):
+        batch = make_batch(long_trees(), layout)
+        own = make_reference(policy, load=lambda: frozen, precision=precision)
+        assert largest_log_ratio(policy, own, batch, precision) == 0
+        policy.gradient_checkpointing_enable()
+        assert largest_log_ratio(policy, own, batch, precision) == 0
+        policy.gradient_checkpointing_disable()
+        off = make_reference(adapted, lora=True, precision=precision)
+        assert largest_log_ratio(adapted, off, batch, precision) == 0
+        assert largest_log_ratio(adapted, own, batch, precision) == 0
+    rounded = make_reference(policy, load=lambda: load_reference(path, "bfloat16"))
+    assert largest_log_ratio(policy, rounded, batch, "bfloat16") > 1e-3
+
+
+def test_a_second_adapter_is_the_reference_too(llama):
+    policy = add_lora(load_policy(llama), **LORA).train()
+    second = make_reference(policy, lora=True, sync=True, precision="bfloat16")
+    batch = make_batch(TREES)
+    assert largest_log_ratio(policy, second, batch, "bfloat16") == 0
+    perturb(policy)
+    assert largest_log_ratio(policy, second, batch, "bfloat16") > 1e-3
+    second.sync()
+    assert largest_log_ratio(policy, second, batch, "bfloat16") == 0
+
+
+def planned(trees, *batches):
+    "Passes of these batches of whole trees, on one process."
+    passes = []
+    for numbers in batches:
+        parts = [(trees[i], list(range(len(trees[i].branches)))) for i in numbers]
+        passes.append(Pass(0, parts))
+    return passes
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_cache_computes_what_training_will_ask(llama, tmp_path, precision):
+    "In its batches, bit for bit; in bfloat16 another cut is another entry."
+    policy = load_policy(llama)
+
+    def kept(trees, *batches):
+        def reference():
+            return make_reference(policy, lambda: load_reference(llama), precision=precision)
+
+        return cache_reference_logps(
+            trees,
+            reference,
+            tmp_path,
+            llama,
+            precision,
+            "plain",
+            4096,
+            start_processes(1, cpu=True),
+            passes=planned(trees, *batches),
+        )
+
+    trees = long_trees()
+    assert kept(trees, [0, 2], [1])["reference_computed"] == 6
+    for numbers in ([0, 2], [1]):
+        batch = make_batch([trees[i] for i in numbers], "plain")
+        with computing_in(precision, "cpu"):
+            assert torch.equal(policy(tree=batch).logps.detach(), batch.reference)
+    again = long_trees()
+    assert kept(again, [0, 2], [1]) == dict(reference_cached=6, reference_computed=0)
+    assert [t.reference for t in again] == [t.reference for t in trees]
+    other = kept(long_trees(), [0, 1], [2])
+    assert other["reference_computed"] == (0 if precision == "float32" else 6)
+    # what stands in two passes has the values of the first
+    twice = long_trees()
+    found = kept(twice, [0, 2], [1], [2, 1, 0])
+    assert found == dict(reference_cached=6, reference_computed=0)
+
+
+def test_a_cache_of_rounded_weights_is_not_read(llama, tmp_path):
+    "In bfloat16 files were once written by another function, under another name."
+    key = references.sha256("1", "\n", "some model", "\n", "bfloat16")[:16]
+    assert references.cache_key("some model", "bfloat16") != key
+    known = references.sha256("1", "\n", "some model", "\n", "float32")[:16]
+    assert references.cache_key("some model", "float32") == known
 
 
 # The cache

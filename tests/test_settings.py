@@ -1,5 +1,6 @@
 "Command lines and this machine: every field is a flag, and a wrong value is named."
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,12 @@ from dataclasses import fields
 import pytest
 
 from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig
-from halos_nb.settings import load_settings, notebook_config, parse_args
+from halos_nb.settings import (
+    check_precision,
+    load_settings,
+    notebook_config,
+    parse_args,
+)
 
 STAGES = {
     "sample": (SampleConfig, ["m"]),
@@ -91,9 +97,9 @@ def test_the_command_itself(tmp_path):
 
 def test_the_environment_overrides_the_file(tmp_path):
     file = tmp_path / "settings.ini"
-    file.write_text("[halos_nb]\nprofile = cpu2\nprecision = bfloat16\n")
+    file.write_text("[halos_nb]\nprofile = cpu2\n")
     settings = load_settings(file, env={"HALOS_NB_PROFILE": "cpu1", "PROFILE": "tpu"})
-    assert (settings.profile, settings.precision) == ("cpu1", "bfloat16")
+    assert settings.profile == "cpu1"
     assert settings.runs_dir == str(tmp_path / "runs")
 
 
@@ -104,3 +110,64 @@ def test_what_a_notebook_defines_is_a_parameter_unless_it_is_code():
     assert notebook_config(TrainConfig, namespace).loss == "dpo"
     with pytest.raises(ValueError, match="TrainConfig: colour: unknown parameter"):
         notebook_config(TrainConfig, namespace | dict(colour="red"))
+
+
+@pytest.mark.parametrize("value", ["float32", "bfloat16"])
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_a_machine_that_still_names_a_precision_is_told_where_it_went(tmp_path, value, where):
+    file = tmp_path / "settings.ini"
+    line = f"precision = {value}\n" if where == "file" else ""
+    file.write_text(f"[halos_nb]\n{line}")
+    env = {} if where == "file" else {"HALOS_NB_PRECISION": value}
+    with pytest.raises(ValueError) as error:
+        load_settings(file, env=env)
+    told = str(error.value)
+    assert str(file) in told and f"-p precision {value}" in told
+
+
+FILE = "compute_environment: LOCAL_MACHINE\nmixed_precision: {}\nnum_machines: 1\n"
+
+
+@pytest.mark.parametrize(
+    "in_file, exported, precision, wrong",
+    [
+        (None, None, "float32", ""),
+        ("'no'", None, "bfloat16", ""),
+        ("no", None, "float32", ""),
+        ("bf16", None, "float32", "bf16"),
+        ('"bf16"', None, "bfloat16", ""),
+        ("fp16", None, "bfloat16", "fp16"),
+        (None, "bf16", "float32", "bf16"),
+        ("bf16", "no", "float32", ""),
+        ("bf16", "fp16", "bfloat16", "fp16"),
+        (None, "BF16", "bfloat16", ""),
+        (None, "fp8", "bfloat16", "fp8"),
+    ],
+)
+def test_accelerate_must_not_say_otherwise(tmp_path, in_file, exported, precision, wrong):
+    env = {"HF_HOME": str(tmp_path)}
+    if in_file:
+        (tmp_path / "accelerate").mkdir()
+        (tmp_path / "accelerate/default_config.yaml").write_text(FILE.format(in_file))
+    if exported:
+        env["ACCELERATE_MIXED_PRECISION"] = exported
+    if not wrong:
+        check_precision(precision, env)
+        return
+    with pytest.raises(ValueError, match=f"{precision}.*mixed_precision {wrong}") as error:
+        check_precision(precision, env)
+    told = str(error.value)
+    assert ("ACCELERATE_MIXED_PRECISION" if exported else "default_config.yaml") in told
+
+
+def test_our_file_is_accelerate_s(tmp_path):
+    "The same place, by the same rules."
+    code = (
+        "from accelerate.commands.config.config_args import default_config_file as theirs; "
+        "from halos_nb.settings import accelerate_file as ours; "
+        "assert str(ours()) == theirs, (ours(), theirs)"
+    )
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        env = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")}
+        env[name] = str(tmp_path)
+        subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=60)
