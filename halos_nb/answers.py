@@ -282,11 +282,13 @@ def all_counts(
     counts: dict,  # of what happened on the way
 ) -> dict:
     "What was asked and what is left of the data, and what was counted."
+    reading = dict(reading=dict(data.counts)) if data.counts else {}
     return dict(
         prompts_asked=cfg.num_prompts,
         prompts=len(examples),
         prompts_left=len(distinct_prompts(data)) - cfg.num_skip - len(examples),
         **counts,
+        **reading,
     )
 
 # %% ../nbs/32_answers.ipynb #e664d39b

@@ -423,6 +423,8 @@ def run_counts(trainer: TreeTrainer) -> dict[str, Any]:
     "What the loader counted, what is odd about the template, the layout with its reason."
     counts: dict[str, Any] = dict(trainer.loader.counts)
     counts |= template_notes(trainer.tokenizer)
+    if reading := dict(getattr(trainer.loader.data, "counts", {})):
+        counts["reading"] = reading  # what was passed over before the loader
     counts["steps"] = trainer.progress_made.steps
     counts["steps_without_gradient"] = trainer.progress_made.without_gradient
     if trainer.layout:

@@ -1119,6 +1119,9 @@ def test_nothing_to_train_on(home):
     tie = write(home, "tie.jsonl", [PAIR | {"rejected": PAIR["chosen"]}])
     with pytest.raises(ValueError, match="equal_pairs 1"):
         train(config(home, "dpo", "x", **tie))
+    some = write(home, "some.jsonl", [PAIR, PAIR | {"rejected": PAIR["chosen"]}])
+    counts = train(config(home, "dpo", "some", **some, epochs=1)).counts
+    assert counts["reading"]["equal_pairs"] == 1  # told, though the loader never saw it
     empty = write(home, "empty.jsonl", [PAIR | {"rejected": " "}])
     with pytest.raises(ValueError, match="no trainable example.*1 empty_completions"):
         train(config(home, "dpo", "x", **empty))
