@@ -1074,6 +1074,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.models.choose_layout': ('models.html#choose_layout', 'halos_nb/models.py'),
                                  'halos_nb.models.differences': ('models.html#differences', 'halos_nb/models.py'),
                                  'halos_nb.models.dropouts': ('models.html#dropouts', 'halos_nb/models.py'),
+                                 'halos_nb.models.end_as': ('models.html#end_as', 'halos_nb/models.py'),
                                  'halos_nb.models.evaluating': ('models.html#evaluating', 'halos_nb/models.py'),
                                  'halos_nb.models.fit_vocabulary': ('models.html#fit_vocabulary', 'halos_nb/models.py'),
                                  'halos_nb.models.forward_parameters': ('models.html#forward_parameters', 'halos_nb/models.py'),

@@ -6,15 +6,15 @@
 __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE', 'Predicting', 'BranchLogps', 'TreePolicy',
            'text_config', 'attention_name', 'mix_in', 'forward_parameters', 'own_forward', 'load_policy',
            'load_reference', 'load_tokenizer', 'fit_vocabulary', 'tokens_in_texts', 'own_padding', 'pad_as',
-           'small_llama', 'start_from_scratch', 'BranchValues', 'TreeActorCritic', 'take_value_head', 'load_value_head',
-           'load_actor_critic', 'BranchScores', 'last_attended', 'score_logits', 'last_hidden', 'branch_scores',
-           'TreeScorer', 'with_two_logits', 'is_head_of_classifier', 'untrained_head', 'AutoModelForBradleyTerry',
-           'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model', 'evaluating', 'Layout',
-           'smallest_window', 'why_not_trees', 'special_ids', 'probe_tokens', 'longest_row', 'probe_trees',
-           'without_wrapper', 'Probe', 'row_alone', 'make_probe', 'spread', 'probe_fault', 'not_causal', 'row_layout',
-           'choose_layout', 'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train',
-           'check_targets', 'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter',
-           'merge_lora', 'without_adapter', 'chances', 'dropouts', 'set_dropout', 'training_difference']
+           'small_llama', 'start_from_scratch', 'end_as', 'BranchValues', 'TreeActorCritic', 'take_value_head',
+           'load_value_head', 'load_actor_critic', 'BranchScores', 'last_attended', 'score_logits', 'last_hidden',
+           'branch_scores', 'TreeScorer', 'with_two_logits', 'is_head_of_classifier', 'untrained_head',
+           'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model',
+           'evaluating', 'Layout', 'smallest_window', 'why_not_trees', 'special_ids', 'probe_tokens', 'longest_row',
+           'probe_trees', 'without_wrapper', 'Probe', 'row_alone', 'make_probe', 'spread', 'probe_fault', 'not_causal',
+           'row_layout', 'choose_layout', 'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of',
+           'rows_to_train', 'check_targets', 'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap',
+           'save_adapter', 'merge_lora', 'without_adapter', 'chances', 'dropouts', 'set_dropout', 'training_difference']
 
 # %% ../nbs/16_models.ipynb #4713803c
 import inspect
@@ -59,7 +59,13 @@ from halos_nb.checkpoints import (
     seal,
 )
 from .configs import require_path
-from .templates import encode, put_chatml, set_template_options, train_tokenizer
+from halos_nb.templates import (
+    encode,
+    end_ids,
+    put_chatml,
+    set_template_options,
+    train_tokenizer,
+)
 from .trees import Tree, TreeBatch, make_batch
 
 if TYPE_CHECKING:
@@ -282,6 +288,17 @@ def start_from_scratch(
     small_llama(tokenizer, **size).save_pretrained(folder)
     seal(folder)
     return str(folder)
+
+# %% ../nbs/16_models.ipynb #644922e3
+def end_as(model: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    "The model, whose generation config names the end of a turn among the tokens that end."
+    config = model.generation_config
+    own = config.eos_token_id
+    known = own if isinstance(own, list) else [own]
+    missing = [i for i in end_ids(tokenizer) if i not in known]
+    if missing:
+        config.eos_token_id = [i for i in known if i is not None] + missing
+    return model
 
 # %% ../nbs/16_models.ipynb #fcc0433f
 class BranchValues(NamedTuple):

@@ -40,6 +40,7 @@ from halos_nb.checkpoints import (
 from halos_nb.models import (
     add_lora,
     choose_layout,
+    end_as,
     fit_vocabulary,
     load_actor_critic,
     load_policy,
@@ -132,7 +133,8 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
     model = fit_vocabulary(load(start, trust_remote_code=cfg.trust_remote_code), tokenizer)
     if cfg.dropout is not None:
         set_dropout(model, cfg.dropout)
-    return pad_as(model, tokenizer) if cfg.loss == "bradley-terry" else model
+    settled = pad_as if cfg.loss == "bradley-terry" else end_as
+    return settled(model, tokenizer)
 
 
 def control_tokens(cfg: TrainConfig) -> dict[str, str]:
