@@ -36,6 +36,7 @@ from halos_nb.records import (
     RecordError,
     Turns,
     as_utf8,
+    check_records,
     check_rows,
     field_name,
     file_bytes,
@@ -46,7 +47,6 @@ from halos_nb.records import (
     drawn_of,
     fuller,
     prompt_id,
-    read_records,
     read_rows,
     same_draw,
     shortened,
@@ -281,9 +281,10 @@ ADD_FEEDBACK: dict[str, Callable[[Example, dict], Counter[str]]] = dict(
 def get_feedback(
     path: str | Path,  # file of binary, pairwise or scalar feedback
     split: str | None = None,  # "train", "test"; None: all
+    rows: list[dict] | None = None,  # what stands in the file, where it has been read
 ) -> Dataset:
     "A feedback file, one example per `prompt_id`."
-    records = read_records(path)
+    records = check_records(read_rows(path) if rows is None else rows, path)
     type = records[0]["type"]
     if type not in ADD_FEEDBACK:
         raise RecordError(
@@ -306,10 +307,12 @@ def get_feedback(
 def get_sampled_data(
     path: str | Path,  # file of samples
     split: str | None = None,  # "train", "test"; None: all
+    rows: list[dict] | None = None,  # what stands in the file, where it has been read
 ) -> Dataset:
     "A samples file, one example per sample, under the key 'prompt_id sample_id'."
     data = Dataset("samples", apart=True)
-    for i, r in of_split(read_records(path, "sample"), split, data):
+    records = check_records(read_rows(path) if rows is None else rows, path, "sample")
+    for i, r in of_split(records, split, data):
         key = f"{r['prompt_id']} {r['sample_id']}"
         if key in data.data:
             key += f" (record {i})"

@@ -634,7 +634,8 @@ def load_file(
         raise RecordError(
             f"{path}, record 1: field `type` is missing, and {format_problem(rows[0])}"
         )
-    return get_sampled_data(path, split) if type == "sample" else get_feedback(path, split)
+    read = get_sampled_data if type == "sample" else get_feedback
+    return read(path, split, rows)
 
 # %% ../nbs/05_hub_sets.ipynb #fe972f21
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")

@@ -11,9 +11,10 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FI
            'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'file_bytes',
            'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
            'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
-           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'read_records', 'sync_folder',
-           'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'take_lock', 'is_locked',
-           'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'file_hash', 'Progress']
+           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records',
+           'sync_folder', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked',
+           'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'file_hash',
+           'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -694,18 +695,26 @@ def check_type(
     return given
 
 # %% ../nbs/00_records.ipynb #06bc9c4c
-def read_records(
-    path: str | Path,  # a JSON array or .jsonl
+def check_records(
+    rows: list[dict],  # of a file
+    path: str | Path,  # the file, for messages
     type: str | None = None,  # the expected type; None: that of the first record
 ) -> list[dict]:
-    "The checked records of a file, all of one type."
-    rows = read_rows(path)
+    "The rows themselves, if they are records of one type."
     expected = type or rows[0].get("type")
     for i, row in enumerate(rows, 1):
         where = f"{path}, record {i}"
         given = check_type(row.get("type", type), expected, where)
         check_record(row, given, where)
     return rows
+
+
+def read_records(
+    path: str | Path,  # a JSON array, or one record per line; perhaps compressed
+    type: str | None = None,  # the expected type; None: that of the first record
+) -> list[dict]:
+    "The checked records of a file, all of one type."
+    return check_records(read_rows(path), path, type)
 
 # %% ../nbs/00_records.ipynb #d56405a0
 def sync_folder(path: Path) -> None:

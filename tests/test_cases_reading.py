@@ -15,6 +15,7 @@ from halos_nb import hub_sets
 from halos_nb.configs import LabelConfig
 from halos_nb.label import main as label
 from halos_nb.records import (
+    Drawn,
     RecordError,
     as_text,
     as_turns,
@@ -214,6 +215,27 @@ def test_tables_say_what_json_says(tmp_path, kind):
     (tmp_path / f"t.{suffix}").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RecordError, match=rf"t\.{suffix}: is no whole Parquet or Arrow"):
         hub_sets.load_data(tmp_path / f"t.{suffix}")
+
+
+def test_feedback_in_a_table(tmp_path):
+    "As it comes back from the hub."
+    import datasets
+
+    record = dict(
+        prompt_id=prompt_id(ASK),
+        prompt=ASK,
+        output=as_turns("Vega."),
+        output_ids=[7, 2],
+        finished=True,
+        label=1,
+        reward=0.5,
+        type="binary_feedback",
+    )
+    other = record | dict(output_ids=None, finished=None, label=0)
+    datasets.Dataset.from_list([record, other]).to_parquet(tmp_path / "f.parquet")
+    (ex,) = hub_sets.load_data(tmp_path / "f.parquet")
+    assert ex.desirable == [True, False]
+    assert ex.drawn == [Drawn([7, 2], True), None]
 
 
 def test_tables_with_types_of_their_own_are_refused_by_name(tmp_path):
