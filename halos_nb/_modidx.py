@@ -1464,6 +1464,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.records.atomic_write': ('records.html#atomic_write', 'halos_nb/records.py'),
                                   'halos_nb.records.call_text': ('records.html#call_text', 'halos_nb/records.py'),
                                   'halos_nb.records.check_record': ('records.html#check_record', 'halos_nb/records.py'),
+                                  'halos_nb.records.check_records': ('records.html#check_records', 'halos_nb/records.py'),
                                   'halos_nb.records.check_rows': ('records.html#check_rows', 'halos_nb/records.py'),
                                   'halos_nb.records.check_type': ('records.html#check_type', 'halos_nb/records.py'),
                                   'halos_nb.records.cut_torn_line': ('records.html#cut_torn_line', 'halos_nb/records.py'),
