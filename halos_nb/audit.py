@@ -7,17 +7,18 @@ __all__ = ['QUESTIONS', 'LENT', 'OTHER_HEADS', 'ALLOWED', 'LOG2', 'MOST', 'POLIC
            'Token', 'COLOURS', 'SIGNS', 'Finding', 'Check', 'within', 'counted_if', 'wrong_if', 'own_examples',
            'with_a_pair', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end', 'Untouched', 'untouched_model',
            'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader', 'both_answers', 'loading_finding',
-           'check_weights', 'check_read', 'check_vocabulary', 'begins', 'check_bos', 'template_finding',
-           'check_template', 'check_same_template', 'names_of', 'check_end', 'Drawn', 'sampling', 'as_trained', 'draw',
-           'check_ids', 'again_other', 'differences', 'same_logps', 'rows_as_trees', 'branch_logps', 'check_plain',
-           'check_batch', 'check_tree', 'decoded_logps', 'check_cache', 'check_cache_batch', 'check_drawn_logps',
-           'pair_records', 'pair_trainer', 'FirstStep', 'take_first_step', 'check_dropout', 'check_reference',
-           'loss_finding', 'check_loss', 'check_loss_bfloat16', 'saved_again', 'saved_logps', 'check_save', 'nudge',
-           'adapted_logps', 'check_merge', 'many_examples', 'check_cut', 'texts_of', 'check_special', 'drawn_in',
-           'check_samples', 'check_unfinished', 'UntouchedScores', 'Reward', 'read_scores', 'scores_together',
-           'ask_untouched_scores', 'our_scores', 'same_scores', 'check_reward_weights', 'check_reward_scores',
-           'check_reward_batch', 'check_reward_template', 'check_reward_ids', 'check_reward_vocabulary', 'is_left_out',
-           'run_checks', 'token_texts', 'as_example', 'shown_examples', 'audit', 'examples_or_none', 'wrong_checks',
+           'files_finding', 'check_files', 'check_weights', 'check_read', 'check_vocabulary', 'begins', 'check_bos',
+           'template_finding', 'check_template', 'check_same_template', 'names_of', 'check_end', 'Drawn', 'sampling',
+           'as_trained', 'draw', 'check_ids', 'again_other', 'differences', 'same_logps', 'rows_as_trees',
+           'branch_logps', 'check_plain', 'check_batch', 'check_tree', 'fed', 'decoded_logps', 'check_cache',
+           'check_cache_batch', 'as_drawn', 'check_drawn_logps', 'pair_records', 'pair_trainer', 'FirstStep',
+           'take_first_step', 'check_dropout', 'check_reference', 'loss_finding', 'check_loss', 'check_loss_bfloat16',
+           'saved_again', 'saved_logps', 'check_save', 'nudge', 'adapted_logps', 'check_merge', 'many_examples',
+           'check_cut', 'texts_of', 'check_special', 'drawn_in', 'check_samples', 'check_unfinished', 'UntouchedScores',
+           'Reward', 'read_scores', 'scores_together', 'ask_untouched_scores', 'our_scores', 'same_scores',
+           'check_reward_files', 'check_reward_weights', 'check_reward_scores', 'check_reward_batch',
+           'check_reward_template', 'check_reward_ids', 'check_reward_vocabulary', 'is_left_out', 'run_checks',
+           'token_texts', 'as_example', 'shown_examples', 'how_many', 'audit', 'examples_or_none', 'wrong_checks',
            'printable', 'token_line', 'report_text', 'only_process', 'main']
 
 # %% ../nbs/44_audit.ipynb #77c357e8
@@ -66,8 +67,10 @@ from halos_nb.templates import (
 from .trees import Tree, make_batch
 from .loaders import PairedPreferenceDataLoader, SFTDataLoader
 from .processes import end_process, start_processes
-from .attention import gather_logps
+from .checkpoints import check_checkpoint_files, real_losses
+from .attention import fresh_positions, gather_logps
 from halos_nb.models import (
+    Layout,
     choose_layout,
     evaluating,
     fit_vocabulary,
@@ -76,7 +79,15 @@ from halos_nb.models import (
 )
 from .trainers import DPOTrainer
 from .train import make_trainer
-from .generate import Decoder, Generated, Row, all_ends, draw_answers, plan
+from halos_nb.generate import (
+    Generated,
+    Row,
+    all_ends,
+    draw_answers,
+    plan,
+    read_as,
+    way_to_draw,
+)
 from .answers import to_record
 from halos_nb.score import (
     Head,
@@ -240,6 +251,8 @@ def untouched_model(
         trust_remote_code=cfg.trust_remote_code,
         output_loading_info=True,
     )
+    # names that share their weights with one that is there are not missing
+    loading["missing_keys"] = real_losses(model, set(loading["missing_keys"]))
     try:
         yield model.eval(), loading
     finally:
@@ -250,6 +263,7 @@ def untouched_model(
 @torch.no_grad()
 def row_logps(model: "PreTrainedModel", row: Seen) -> Tensor:  # (S,) float32
     "Log-prob of each target under a model of transformers, the row alone."
+    fresh_positions(model)
     ids = torch.tensor([row.context + row.target], device=model.device)
     logits = model(input_ids=ids).logits[0].float()
     first = len(row.context) - 1
@@ -320,6 +334,17 @@ class Policy:
         return fit_vocabulary(model, self.tokenizer).to(self.device).eval()
 
     @cached_property
+    def layout(self) -> Layout:
+        "How the model is run in training; an error if it cannot be."
+        return choose_layout(self.model, max_length=self.cfg.max_length)
+
+    @cached_property
+    def way(self) -> str:
+        "How the model is drawn from; an error if it cannot be."
+        longest = max(len(row.context + row.target) for row in self.seen)
+        return way_to_draw(self.model, longest, self.tokenizer.pad_token_id or 0)
+
+    @cached_property
     def ends(self) -> list[int]:
         "The token ids at which the sampler stops."
         return all_ends(self.untouched.eos, self.tokenizer)
@@ -380,6 +405,16 @@ def loading_finding(loading: dict[str, Any], foreign: tuple[str, ...] = ()) -> F
         names = ", ".join(unused[:5])
         return Finding("counted", f"{len(unused)} weights in the files are not used: {names}")
     return Finding("ok", "every weight is in the files, and every one there is used")
+
+
+def files_finding(path: str) -> Finding:
+    "Whether a checkpoint's files are what was written; an error that names one that is not."
+    return Finding("ok", check_checkpoint_files(path))
+
+
+def check_files(policy: Policy) -> Finding:
+    "The files of the policy are those that were saved."
+    return files_finding(policy.cfg.model)
 
 
 def check_weights(policy: Policy) -> Finding:
@@ -601,40 +636,43 @@ def check_plain(policy: Policy) -> Finding:
 
 
 def check_batch(policy: Policy) -> Finding:
-    "Rows together, with padding, say what each says alone."
-    ours = branch_logps(policy, rows_as_trees(policy), "plain")
-    return same_logps(policy, ours, "rows with padding, the untouched model's alone")
+    "Rows together say what each says alone, with padding where the model takes it."
+    name = "plain" if policy.layout.name == "tree" else policy.layout.name
+    ours = branch_logps(policy, rows_as_trees(policy), name)
+    found = same_logps(policy, ours, f"{name} rows together, the untouched model's alone")
+    if found.verdict == "ok" and name != "plain":
+        return Finding("counted", f"{found.detail}; {policy.layout.reason}")
+    return found
 
 # %% ../nbs/44_audit.ipynb #150bf6c5
 def check_tree(policy: Policy) -> Finding:
     "Trees say what plain rows say; where they are not used, why."
-    layout = choose_layout(policy.model, max_length=policy.cfg.max_length)
-    if layout.name != "tree":
-        return Finding("counted", f"trees are not used: {layout.reason}")
+    if policy.layout.name != "tree":
+        return Finding("counted", f"trees are not used: {policy.layout.reason}")
     ours = branch_logps(policy, policy.loader.trees, "tree")
     return same_logps(policy, ours, "trees, the untouched model's rows")
 
-# %% ../nbs/44_audit.ipynb #47d5cfb4
+# %% ../nbs/44_audit.ipynb #8ee211cc
+def fed(rows: list[Seen], t: int, pad: int) -> list[int]:
+    "The token number `t` of each row; padding where a row is over."
+    return [row.target[t] if t < len(row.target) else pad for row in rows]
+
+
 @torch.inference_mode()
-def decoded_logps(policy: Policy, rows: list[Seen]) -> list[Tensor]:
+def decoded_logps(policy: Policy, seen: list[Seen]) -> list[Tensor]:
     "Log-probs of the targets of these rows, read together and token by token."
     pad = policy.tokenizer.pad_token_id or 0
-    decoder = Decoder(policy.model, [row.context for row in rows], pad)
-    twice = [k for k in range(len(rows)) for _ in range(2)]  # as for two samples of each
-    decoder.keep(torch.tensor(twice, device=policy.device))
-    logps: list[list[Tensor]] = [[] for _ in rows]
+    rows = [row for row in seen for _ in range(2)]  # as for two samples of each
+    decoder = read_as(policy.way, [row.context for row in rows], policy.model, pad)
     longest = max(len(row.target) for row in rows)
+    columns = []
     for t in range(longest):
-        said = decoder.logits[1::2].log_softmax(-1)
-        fed = []
-        for k, row in enumerate(rows):
-            token = row.target[t] if t < len(row.target) else pad
-            fed += [token, token]
-            if t < len(row.target):
-                logps[k].append(said[k, token])
+        tokens = torch.tensor(fed(rows, t, pad), device=policy.device)[:, None]
+        columns.append(decoder.logits.log_softmax(-1).gather(1, tokens))
         if t + 1 < longest:
-            decoder.feed(torch.tensor(fed, device=policy.device)[:, None])
-    return [torch.stack(row).cpu() for row in logps]
+            decoder.feed(tokens)
+    table = torch.cat(columns, 1)
+    return [table[2 * k + 1, : len(row.target)].cpu() for k, row in enumerate(seen)]
 
 # %% ../nbs/44_audit.ipynb #fae0d050
 def check_cache(policy: Policy) -> Finding:
@@ -642,13 +680,24 @@ def check_cache(policy: Policy) -> Finding:
     ours: list[Tensor] = []
     for row in policy.seen:
         ours += decoded_logps(policy, [row])
-    return same_logps(policy, ours, "decoding with a cache, a full pass")
+    return as_drawn(
+        policy, same_logps(policy, ours, f"decoding with {policy.way}, a full pass")
+    )
 
 
 def check_cache_batch(policy: Policy) -> Finding:
     "The same for rows of several lengths together."
     ours = decoded_logps(policy, policy.seen)
-    return same_logps(policy, ours, "decoding in a batch, a full pass alone")
+    return as_drawn(policy, same_logps(policy, ours, "decoding in a batch, a full pass alone"))
+
+
+def as_drawn(policy: Policy, found: Finding) -> Finding:
+    "A finding about drawing; `counted` where the model is not drawn from with the quick cache."
+    if found.verdict == "wrong" or policy.way == "cache":
+        return found
+    return Finding(
+        "counted", f"{found.detail}; it is drawn from more slowly, with {policy.way}"
+    )
 
 # %% ../nbs/44_audit.ipynb #e686fd0e
 def check_drawn_logps(policy: Policy) -> Finding:
@@ -1006,7 +1055,12 @@ def same_scores(reward: Reward, ours: list[float], what: str) -> Finding:
     off = differences([torch.tensor(ours)], [theirs])
     return within(off, ALLOWED[reward.cfg.precision] * scale, what, "points")
 
-# %% ../nbs/44_audit.ipynb #b956a03c
+# %% ../nbs/44_audit.ipynb #974fb2cf
+def check_reward_files(reward: Reward) -> Finding:
+    "The files of the reward model are those that were saved."
+    return files_finding(reward.cfg.reward_model_path)
+
+
 def check_reward_weights(reward: Reward) -> Finding:
     "No weight of the reward model is missing: its head least of all."
     return loading_finding(reward.untouched.loading, ("lm_head.",))
@@ -1051,8 +1105,9 @@ def check_reward_vocabulary(reward: Reward) -> Finding:
     beyond = sum(max(row) >= rows for row in reward.rows)
     return wrong_if(beyond, len(reward.rows), f"answers have tokens beyond its {rows} rows")
 
-# %% ../nbs/44_audit.ipynb #6ac33159
+# %% ../nbs/44_audit.ipynb #a9cec8e9
 POLICY_CHECKS: dict[str, Callable[[Policy], Finding]] = {
+    "files": check_files,
     "weights": check_weights,
     "template": check_template,
     "same_template": check_same_template,
@@ -1079,6 +1134,7 @@ POLICY_CHECKS: dict[str, Callable[[Policy], Finding]] = {
     "unfinished": check_unfinished,
 }
 REWARD_CHECKS: dict[str, Callable[[Reward], Finding]] = {
+    "reward_files": check_reward_files,
     "reward_weights": check_reward_weights,
     "reward_vocabulary": check_reward_vocabulary,
     "reward_template": check_reward_template,
@@ -1087,7 +1143,13 @@ REWARD_CHECKS: dict[str, Callable[[Reward], Finding]] = {
     "reward_batch": check_reward_batch,
 }
 SLOW = ("batch", "cache_batch", "save", "merge", "reward_batch")
-GATES = ("weights", "read", "reward_weights")  # without these nothing can be asked
+GATES = (
+    "files",
+    "weights",
+    "read",
+    "reward_files",
+    "reward_weights",
+)  # without these nothing can be asked
 
 # %% ../nbs/44_audit.ipynb #fa492cd4
 def is_left_out(name: str, cfg: AuditConfig) -> bool:
@@ -1153,7 +1215,14 @@ def shown_examples(policy: Policy) -> list[dict]:
         return [as_example(policy, seen) for seen in policy.drawn.read.values()]
     return [as_example(policy, seen) for seen in policy.seen[::2]]
 
-# %% ../nbs/44_audit.ipynb #e576abe6
+# %% ../nbs/44_audit.ipynb #192bd162
+def how_many(cfg: AuditConfig) -> int:
+    "The number of checks that will be made, if every model can be asked."
+    names = list(POLICY_CHECKS) if cfg.model else []
+    names += list(REWARD_CHECKS) if cfg.reward_model_path else []
+    return sum(not is_left_out(name, cfg) for name in names)
+
+
 def audit(cfg: AuditConfig) -> dict:  # {"checks": [...], "examples": [...]} and more
     "Ask the models, and say what was found."
     if not cfg.model and not cfg.reward_model_path:
@@ -1161,7 +1230,7 @@ def audit(cfg: AuditConfig) -> dict:  # {"checks": [...], "examples": [...]} and
     device = start_processes().device
     checks: list[Check] = []
     examples: list[dict] = []
-    with Progress(None, "checks", "audit") as progress:
+    with Progress(how_many(cfg), "checks", "audit") as progress:
         if cfg.model:
             policy = Policy(cfg, device)
             checks += run_checks(POLICY_CHECKS, policy, progress)

@@ -516,6 +516,7 @@ def first_look(self: Loop) -> Stage:
         max_length=cfg.max_length,
         max_prompt_length=cfg.max_prompt_length,
         max_new_tokens=min(16, cfg.max_new_tokens),
+        template_options=cfg.template_options,
         precision=cfg.precision,
         seed=cfg.seed,
     )
