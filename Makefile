@@ -15,6 +15,7 @@ export PATH := $(BIN):$(PATH)
 help:
 	@echo 'make demo        set up, then run 4 rounds of online DPO on the embedded playground (about 2 minutes on 2 cores, once installed)'
 	@echo 'make test        set up, then run every notebook and every test'
+	@echo 'make test-architectures  every family that transformers can build, tiny, beside plain transformers: a table (15 minutes)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
@@ -78,6 +79,10 @@ build/lowest.txt: pyproject.toml tests/bounds.py
 
 build/latest.txt: pyproject.toml
 	@mkdir -p build && : > $@
+
+test-architectures: export OMP_NUM_THREADS := 1
+test-architectures: setup
+	@python tests/test_architectures.py
 
 types: setup
 	@python tests/check_types.py

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Run', 'MARGIN', 'branch_mask', 'causal_pieces', 'piece_lengths', 'in_pieces', 'by_pieces', 'sees',
            'make_block_mask', 'compiled_flex', 'by_flex', 'tree_attention', 'register_attention', 'flex_difference',
-           'flex_fault', 'tree_arguments', 'fresh_positions', 'row_groups', 'unpadded_rows', 'at_positions', 'of_rows',
-           'hidden_states', 'gather_logps', 'token_logps', 'head_memory', 'log_softmax_in', 'one_hot_minus',
-           'derivative', 'HeadLogps', 'keep_for_backward', 'zeros_where_needed', 'head_gradients', 'add_product',
-           'TokenLogps', 'logps_and_entropy', 'in_chunks', 'has_hooks', 'compute_dtype', 'linear_logps', 'head_logps']
+           'flex_fault', 'tree_arguments', 'Rope', 'stretching_ropes', 'rope_limit', 'fresh_positions', 'same_stretch',
+           'row_groups', 'unpadded_rows', 'at_positions', 'of_rows', 'hidden_states', 'gather_logps', 'token_logps',
+           'head_memory', 'log_softmax_in', 'one_hot_minus', 'derivative', 'HeadLogps', 'keep_for_backward',
+           'zeros_where_needed', 'head_gradients', 'add_product', 'TokenLogps', 'logps_and_entropy', 'in_chunks',
+           'has_hooks', 'compute_dtype', 'linear_logps', 'head_logps']
 
 # %% ../nbs/14_attention.ipynb #31e28275
 import warnings
@@ -253,20 +254,56 @@ def tree_arguments(batch: TreeBatch) -> dict[str, Any]:
     return arguments
 
 # %% ../nbs/14_attention.ipynb #5a01c3d0
-def fresh_positions(model: Any) -> None:
-    "Forget how far rope was stretched by rows before (dynamic NTK keeps it in the model)."
-    # transformers' own: `rope_type`, `inv_freq`, `original_inv_freq`, `max_seq_len_cached`
+class Rope(NamedTuple):
+    "A part of a model that turns by position and stretches with the longest row."
+
+    module: Any
+    kind: str  # dynamic (anew for every length) or longrope (two sets of frequencies)
+    prefix: str  # of its attributes, where layers differ
+    limit: int  # tokens up to which nothing is stretched
+
+
+def stretching_ropes(model: Any) -> list[Rope]:
+    "All parts of a model whose rope depends on the longest row."
+    # transformers' own: `rope_type`, `original_max_seq_len`, `rope_parameters`
+    found = []
+    module: Any
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        named = kinds if isinstance(kinds, dict) else {"": kinds}
-        for layer, kind in named.items():
-            if kind != "dynamic":
-                continue
+        for layer, kind in (kinds if isinstance(kinds, dict) else {"": kinds}).items():
             prefix = f"{layer}_" if layer else ""
-            first = getattr(module, f"{prefix}original_inv_freq").clone()
+            if kind == "dynamic":
+                found.append(Rope(module, kind, prefix, module.original_max_seq_len))
+            elif kind == "longrope":
+                parameters = module.config.rope_parameters
+                own = parameters[layer] if layer else parameters
+                limit = own["original_max_position_embeddings"]
+                found.append(Rope(module, kind, prefix, limit))
+    return found
+
+
+def rope_limit(model: torch.nn.Module) -> int | None:
+    "Tokens up to which a row moves no other; None: a row never does."
+    return min((rope.limit for rope in stretching_ropes(model)), default=None)
+
+# %% ../nbs/14_attention.ipynb #5a01c3da
+def fresh_positions(model: torch.nn.Module) -> None:
+    "Forget how far rope was stretched by rows before (dynamic NTK keeps it in the model)."
+    # transformers' own: `inv_freq`, `original_inv_freq`, `max_seq_len_cached`
+    for module, kind, prefix, limit in stretching_ropes(model):
+        if kind == "dynamic":
             now = getattr(module, f"{prefix}inv_freq")
-            module.register_buffer(f"{prefix}inv_freq", first.to(now.device), persistent=False)
-            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            first = getattr(module, f"{prefix}original_inv_freq").clone().to(now.device)
+            module.register_buffer(f"{prefix}inv_freq", first, persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", limit)
+
+
+def same_stretch(model: torch.nn.Module, before: int, after: int) -> bool:
+    "Are rows of these lengths turned by the same frequencies?"
+    for rope in stretching_ropes(model):
+        if after > rope.limit and (rope.kind == "dynamic" or before <= rope.limit):
+            return False
+    return True
 
 # %% ../nbs/14_attention.ipynb #2aab824a
 def row_groups(batch: TreeBatch) -> list[list[int]]:

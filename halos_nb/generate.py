@@ -6,8 +6,8 @@
 __all__ = ['AnyDecoder', 'WAYS', 'SLOWER', 'STEPS', 'KNOWN_WAYS', 'draws', 'Picked', 'pick', 'pick_tokens', 'nucleus', 'Row',
            'plan', 'all_ends', 'end_tokens', 'Cut', 'cut_at_stop', 'has_stop', 'begin_layer', 'RoomyLayer', 'with_room',
            'roomy_cache', 'left_padded', 'Decoder', 'OwnCache', 'NoCache', 'by_length', 'ByLength', 'check_room',
-           'read_as', 'probe_prompts', 'row_logits', 'drawing_fault', 'way_to_draw', 'way_fault', 'read_prompts',
-           'draws_of', 'Generated', 'draw_answers', 'generate']
+           'read_as', 'probe_prompts', 'row_logits', 'behind_last', 'drawing_fault', 'way_to_draw', 'way_fault',
+           'read_prompts', 'draws_of', 'Generated', 'draw_answers', 'generate']
 
 # %% ../nbs/30_generate.ipynb #aee1d05c
 import hashlib
@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from .configs import SampleConfig
 from .data import Example
 from .templates import encode_prompts, end_ids
-from .attention import fresh_positions
+from .attention import fresh_positions, rope_limit, same_stretch
 from halos_nb.models import (
     evaluating,
     forward_parameters,
@@ -315,15 +315,16 @@ class OwnCache:
         self.model = model
         self.ids = ids[:, :0]  # (B, T) all that was read
         self.state: dict = {}  # what the model handed on
-        fresh_positions(model)
         self.logits = self.feed(ids)
 
     def feed(self, ids: Tensor) -> Tensor:  # (B, n) the next tokens -> (B, V)
-        "Logits behind these tokens."
-        first = not self.ids.shape[1]
+        "Logits behind these tokens; all is read again where rope stretches."
+        before = self.ids.shape[1]
         self.ids = torch.cat([self.ids, ids], 1)
+        first = not before or not same_stretch(self.model, before, self.ids.shape[1])
         if first:
-            self.state = dict(attention_mask=torch.ones_like(ids), use_cache=True)
+            self.state = dict(attention_mask=torch.ones_like(self.ids), use_cache=True)
+        fresh_positions(self.model)
         # transformers' own steps of `generate`
         inputs = self.model.prepare_inputs_for_generation(
             self.ids,
@@ -452,11 +453,21 @@ def probe_prompts(model: "PreTrainedModel", longest: int) -> list[list[list[int]
 
 
 def row_logits(model: "PreTrainedModel", ids: list[int]) -> Tensor:  # (STEPS, V)
-    "Logits of the untouched model where the last tokens of a row are predicted, and behind."
+    "Log-probs of the untouched model behind each of a row's last tokens."
+    limit = rope_limit(model)
+    if limit is None or len(ids) <= limit:
+        return behind_last(model, ids, STEPS)
+    # each length has frequencies of its own
+    ends = range(len(ids) - STEPS + 1, len(ids) + 1)
+    return torch.cat([behind_last(model, ids[:end], 1) for end in ends])
+
+
+def behind_last(model: "PreTrainedModel", ids: list[int], n: int) -> Tensor:  # (n, V)
+    "Log-probs behind each of a row's last tokens, in one full pass."
     row = torch.tensor([ids], device=model.device)
     fresh_positions(model)
-    out = own_forward(model, row, use_cache=False, logits_to_keep=STEPS + 1)
-    return out.logits[0, -STEPS:].float().log_softmax(-1)
+    out = own_forward(model, row, use_cache=False, logits_to_keep=n)
+    return out.logits[0, -n:].float().log_softmax(-1)
 
 # %% ../nbs/30_generate.ipynb #7c03e5f7
 def drawing_fault(
@@ -495,7 +506,9 @@ def way_to_draw(model: "PreTrainedModel", longest: int, pad: int) -> str:
     faults = []
     with evaluating(model):
         probe = probe_prompts(model, longest)
-        for way in WAYS:
+        limit = rope_limit(model)
+        stretched = limit is not None and longest > limit
+        for way in [way for way in WAYS if not (stretched and way == "cache")]:
             fault = way_fault(model, way, probe, pad)
             if not fault:
                 KNOWN_WAYS[model] = (longest, way)

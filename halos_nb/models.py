@@ -10,11 +10,12 @@ __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE
            'load_value_head', 'load_actor_critic', 'BranchScores', 'last_attended', 'score_logits', 'last_hidden',
            'branch_scores', 'TreeScorer', 'with_two_logits', 'is_head_of_classifier', 'untrained_head',
            'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model',
-           'evaluating', 'Layout', 'smallest_window', 'why_not_trees', 'special_ids', 'probe_tokens', 'longest_row',
-           'probe_trees', 'without_wrapper', 'Probe', 'row_alone', 'make_probe', 'spread', 'probe_fault', 'not_causal',
-           'row_layout', 'choose_layout', 'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of',
-           'rows_to_train', 'check_targets', 'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap',
-           'save_adapter', 'merge_lora', 'without_adapter', 'chances', 'dropouts', 'set_dropout', 'training_difference']
+           'evaluating', 'Layout', 'smallest_window', 'why_not_trees', 'why_unpadded', 'special_ids', 'probe_tokens',
+           'longest_row', 'probe_trees', 'without_wrapper', 'Probe', 'row_alone', 'make_probe', 'spread', 'probe_fault',
+           'not_causal', 'row_layout', 'choose_layout', 'modules_to_train', 'lora_config', 'Vocabulary',
+           'vocabulary_of', 'rows_to_train', 'check_targets', 'add_lora', 'differences', 'checked_adapter',
+           'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora', 'without_adapter', 'chances', 'dropouts',
+           'set_dropout', 'training_difference']
 
 # %% ../nbs/16_models.ipynb #4713803c
 import inspect
@@ -45,6 +46,7 @@ from halos_nb.attention import (
     head_logps,
     hidden_states,
     of_rows,
+    rope_limit,
 )
 from halos_nb.checkpoints import (
     CheckpointError,
@@ -616,6 +618,14 @@ def why_not_trees(config: PreTrainedConfig, max_length: int) -> str:
         return f"attention is {attention}, not SDPA"
     return ""
 
+
+def why_unpadded(model: Any, max_length: int) -> str:
+    "Why rows of different lengths never go together; empty if they may."
+    limit = rope_limit(model)
+    if limit is None or 0 < max_length <= limit:
+        return ""
+    return f"rope stretches with the longest row beyond {limit} tokens"
+
 # %% ../nbs/16_models.ipynb #f6f608e9
 def special_ids(fields: dict) -> set[int]:  # of a config
     "Token ids that mean something to a model beyond their embedding: padding, images."
@@ -755,10 +765,11 @@ def row_layout(
     kind: str,  # its class's name, for the message
     probe: Probe,
     reason: str,  # why it does not go as trees; empty: as asked
+    padded: bool = True,  # padding may be tried
 ) -> Layout:
     "The first layout of one row per answer that gives the untouched model's numbers."
     faults: list[str] = [reason] if reason else []
-    for name in ROW_LAYOUTS:
+    for name in ROW_LAYOUTS if padded else ROW_LAYOUTS[1:]:
         off = probe_fault(model, name, probe)
         if not off:
             return Layout(name, "; ".join(faults) or "as asked")
@@ -780,15 +791,18 @@ def choose_layout(
         probe = make_probe(model, max_length)
         if why := not_causal(base, probe):
             raise ValueError(f"layout: {kind} cannot be trained or drawn from: {why}")
-        reason = "" if wanted != "auto" else why_not_trees(base.config, max_length)
-        if wanted != "plain" and not reason:
+        stretched = why_unpadded(base, max_length)
+        reason = stretched
+        if wanted == "auto":
+            reason = reason or why_not_trees(base.config, max_length)
+        if wanted == "tree" or wanted == "auto" and not reason:
             off = probe_fault(model, "tree", probe)
-            if not off:
+            if not off and not stretched:
                 return Layout("tree", "equal to plain transformers on a probe")
-            reason = f"trees differ from plain rows by {off} on a probe"
+            reason = stretched or f"trees differ from plain rows by {off} on a probe"
         if wanted == "tree":
             raise ValueError(f"layout: {kind} does not fit trees: {reason}; use auto")
-        return row_layout(model, kind, probe, reason)
+        return row_layout(model, kind, probe, reason, padded=not stretched)
 
 # %% ../nbs/16_models.ipynb #ad865f09
 HEADS = ("score", "classifier", "value_head")  # trained in full where a model has them

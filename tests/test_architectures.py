@@ -1,0 +1,412 @@
+"""Every family that transformers can build: its numbers are those of plain transformers, or
+it is refused with the reason.
+
+`python tests/test_architectures.py` prints the whole table (`make test-architectures`); the
+families of FAMILIES run with the other tests.
+"""
+
+import copy
+import os
+import signal
+import sys
+import warnings
+from collections import Counter
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny_families import tiny_model
+from transformers.models.auto import modeling_auto
+
+from halos_nb.attention import rope_limit
+from halos_nb.configs import SampleConfig
+from halos_nb.data import Example
+from halos_nb.generate import Row, drawing_fault, generate, way_to_draw
+from halos_nb.models import TreePolicy, TreeScorer, choose_layout, mix_in
+from halos_nb.templates import byte_tokenizer
+from halos_nb.trees import Tree, make_batch
+
+TREES = [
+    Tree([9, 8, 7, 6], [[20, 21, 22], [30, 31], [40]], ["sample"] * 3, [0] * 3),
+    Tree([5, 4], [[50, 51], [60]], ["chosen", "rejected"], [0, 0]),
+    Tree([11, 12, 13] * 4, [[70, 71, 72, 73, 74], [20, 21]], ["chosen", "rejected"], [0, 0]),
+    Tree([14], [[15, 80, 81], [16, 82]], ["chosen", "rejected"], [1, 1]),
+]
+PROMPTS = [[9, 8, 7, 6, 5], [10, 11], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31]]
+NEW = 5  # tokens of each sample
+TASKS = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "scorer": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
+class Found(NamedTuple):
+    "What came of one family."
+
+    task: str  # causal or scorer
+    family: str
+    result: str  # equal, refused, not built, wrong
+    how: str  # layout and way of drawing, or the reason
+
+
+class Wrong(AssertionError):
+    "Other numbers than those of plain transformers."
+
+
+def near(ours, plain, what):
+    "An error if these are not the same up to rounding."
+    off = (ours - plain).abs().max().item()
+    if not off <= 2e-4 * max(plain.abs().max().item(), 0.1):
+        raise Wrong(f"{what} off by {off:.1e}")
+
+
+def rows_of(trees):
+    return [(tree, branch, k) for tree in trees for branch, k in zip(tree.branches, tree.skip)]
+
+
+def plain_logps(plain, tree, branch, skip):
+    "Token log-probs of one row by plain transformers, nothing beside it."
+    row = torch.tensor([tree.prompt_ids + branch])
+    if rope_limit(plain) and not torch.is_grad_enabled():
+        plain = copy.deepcopy(plain)  # rope may remember the rows before
+    logps = plain(input_ids=row).logits[0].float().log_softmax(-1)
+    start = len(tree.prompt_ids) + skip
+    at = torch.arange(start, row.shape[1])
+    return logps[at - 1, row[0, at]]
+
+
+def check_logps(ours, plain, layout):
+    table = ours(tree=make_batch(TREES, layout)).logps
+    for line, row in zip(table, rows_of(TREES)):
+        want = plain_logps(plain, *row)
+        near(line[: len(want)], want, "log-probs")
+
+
+def logits_behind(plain, ids, ends):
+    "Logits of the next token behind the first so many, with nothing read before."
+    if rope_limit(plain) is None:
+        return plain(input_ids=ids).logits[0, [n - 1 for n in ends]].float()
+    # each length has frequencies of its own, and the model remembers the last ones
+    fresh = [copy.deepcopy(plain)(input_ids=ids[:, :n]) for n in ends]
+    return torch.stack([out.logits[0, -1].float() for out in fresh])
+
+
+def check_samples(ours, plain):
+    "Greedy answers, two a prompt, prompts of different lengths in one batch."
+    cfg = SampleConfig(
+        model="tiny", num_samples_per_prompt=2, max_new_tokens=NEW, temperature=1e-4
+    )
+    asked = [Example([dict(role="user", content=str(p))], str(p)) for p in PROMPTS]
+    rows = []
+    for prompt, example in zip(PROMPTS, asked):
+        rows += [Row(len(rows) + i, example, i, prompt) for i in range(2)]
+    answers = generate(rows, ours, byte_tokenizer(), cfg)
+    for row, answer in zip(rows, answers):
+        ids = torch.tensor([row.ids + answer])
+        at = range(len(row.ids), ids.shape[1])
+        logits = logits_behind(plain, ids, at)
+        said = logits[torch.arange(len(answer)), torch.tensor(answer)]
+        best = logits.max(-1).values
+        near(said, best, "a greedy token's logit")  # equal but for ties
+    return [row.ids for row in rows], answers
+
+
+def generated_by_transformers(plain, prompts, answers):
+    "What `generate` says beside it, one row at a time; empty if the same."
+    for prompt, answer in list(zip(prompts, answers))[::2]:
+        try:
+            out = plain.generate(
+                torch.tensor([prompt]),
+                do_sample=False,
+                max_new_tokens=len(answer),
+                min_new_tokens=len(answer),
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        except Exception as e:  # whatever it may say
+            return f"; `generate` itself fails here: {type(e).__name__}"
+        if out[0, len(prompt) :].tolist() != answer:
+            return "; `generate` itself is not equal to a full pass"
+    return ""
+
+
+def dpo_like(rows):
+    "A loss of pairs from the log-probs of rows: chosen, rejected, chosen, ..."
+    sums = torch.stack([row.sum() for row in rows])
+    return -F.logsigmoid(0.3 * (sums[::2] - sums[1::2])).sum()
+
+
+def check_gradients(ours, plain, layout):
+    "Of one step in training mode against one row at a time; empty if it could be taken."
+    pairs = TREES[1:]
+    plain.train()
+    try:
+        dpo_like([plain_logps(plain, *row) for row in rows_of(pairs)]).backward()
+    except Exception as e:  # rows that it only reads in evaluation mode
+        return f"; transformers itself does not train it here: {type(e).__name__}"
+    ours.train()
+    dpo_like(ours(tree=make_batch(pairs, layout)).logps).backward()
+    mine = dict(ours.named_parameters())
+    largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)
+    for name, p in plain.named_parameters():
+        if p.grad is None:
+            assert mine[name].grad is None or not mine[name].grad.any(), name
+            continue
+        off = (mine[name].grad - p.grad).abs().max() / largest
+        if not off <= 2e-4:
+            raise Wrong(f"gradient of {name} off by {off:.1e} of the largest")
+    return ""
+
+
+def check_policy(family, gradients=False, whole=False, **more):
+    plain = tiny_model("causal", family, **more)
+    ours = mix_in(copy.deepcopy(plain), TreePolicy)
+    layout = choose_layout(ours, max_length=24).name
+    with torch.no_grad():
+        check_logps(ours, plain, layout)
+        prompts, answers = check_samples(ours, plain)
+        beside = generated_by_transformers(plain, prompts, answers) if whole else ""
+    way = way_to_draw(ours, 1, 0)
+    if gradients:
+        beside += check_gradients(ours, plain, layout)
+    return f"{layout}, drawn with {way}{beside}"
+
+
+def check_scorer(family, gradients=False, whole=False, **more):
+    plain = tiny_model("scorer", family, **more)
+    ours = mix_in(copy.deepcopy(plain), TreeScorer)
+    layout = choose_layout(ours, max_length=24).name
+    with torch.no_grad():
+        scores = ours(tree=make_batch(TREES, layout)).scores
+        for score, (tree, branch, _) in zip(scores, rows_of(TREES)):
+            row = torch.tensor([tree.prompt_ids + branch])
+            near(score, copy.deepcopy(plain)(input_ids=row).logits[0], "scores")
+    return layout
+
+
+CHECKS = {"causal": check_policy, "scorer": check_scorer}
+
+
+def find(task, family, gradients=False, whole=False):
+    "What comes of a family; `whole`: and what `generate` of transformers says."
+    try:
+        tiny_model(task, family)
+    except Exception as e:  # a size that does not fit another, a package that is not there
+        return Found(task, family, "not built", f"{type(e).__name__}: {short(e)}")
+    try:
+        return Found(task, family, "equal", CHECKS[task](family, gradients, whole))
+    except Wrong as e:
+        return Found(task, family, "wrong", short(e))
+    except ValueError as e:
+        refused = str(e).startswith(("layout:", "model:"))
+        return Found(task, family, "refused" if refused else "crashed", short(e))
+    except Exception as e:
+        return Found(task, family, "crashed", f"{type(e).__name__}: {short(e)}")
+
+
+def short(error):
+    return " ".join(str(error).split())[:230]
+
+
+# The families of the order, under transformers' names; as trees or the plain way.
+TREES_FIT = (
+    "llama qwen2 qwen3 qwen3_moe phi3 phi olmo2 gpt2 gpt_neox opt mixtral deepseek_v2 "
+    "deepseek_v3 smollm3 starcoder2 glm4"
+)
+ONE_ROW_EACH = (
+    "mistral gemma2 gemma3_text cohere2 gpt_oss exaone4 gptj bloom mpt mamba mamba2 jamba "
+    "qwen3_next lfm2 granite cohere stablelm nemotron falcon llama4_text falcon_mamba rwkv "
+    "recurrent_gemma gemma3"
+)
+SCORERS = (
+    "bert roberta deberta-v2 modernbert convbert nystromformer xlnet llama gpt2 falcon gemma3"
+)
+
+
+def policy_is_equal(family):
+    found = find("causal", family, gradients=True)
+    assert found.result == "equal" and "itself" not in found.how, found
+    return found.how
+
+
+@pytest.mark.parametrize("family", TREES_FIT.split())
+def test_policies_as_trees(family):
+    assert policy_is_equal(family).startswith("tree, drawn with cache")
+
+
+@pytest.mark.parametrize("family", ONE_ROW_EACH.split())
+def test_policies_the_plain_way(family):
+    assert policy_is_equal(family)
+
+
+@pytest.mark.parametrize("family", SCORERS.split())
+def test_scorers(family):
+    found = find("scorer", family)
+    assert found.result == "equal", found
+
+
+# ---- windows and rope, which show only in rows that are long enough
+
+WINDOW = dict(sliding_window=6)
+WINDOWS = {
+    "mistral": WINDOW,
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "gemma3": dict(text_config=WINDOW),
+    "qwen2": WINDOW | dict(use_sliding_window=True, max_window_layers=0),
+    "gpt_oss": WINDOW,
+    "cohere2": WINDOW,
+    "exaone4": WINDOW,
+    "llama4_text": dict(attention_chunk_size=6),
+    "falcon": dict(alibi=True),
+}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows_chunks_and_alibi(family):
+    how = check_policy(family, gradients=True, **WINDOWS[family])
+    assert how.startswith("plain"), how
+
+
+def test_a_window_matters_here():
+    "The tests above can fail: as trees a window is missed."
+    model = mix_in(tiny_model("causal", "mistral", **WINDOW), TreePolicy)
+    with torch.no_grad(), pytest.raises(Wrong, match="log-probs off by"):
+        check_logps(model, tiny_model("causal", "mistral", **WINDOW), "tree")
+
+
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    short_factor=[1.0] * 4,
+    long_factor=[8.0] * 4,
+    factor=4.0,
+    original_max_position_embeddings=12,
+)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_rope_of_two_sets_goes_by_length(family):
+    more = dict(rope_parameters=LONGROPE, max_position_embeddings=48)
+    if family == "phi3":
+        more["original_max_position_embeddings"] = 12
+    how = check_policy(family, gradients=True, **more)
+    assert how.startswith("unpadded, drawn with own cache")
+    assert check_scorer("llama", **more) == "unpadded"
+
+
+def test_rope_that_stretches_goes_by_length_and_forgets():
+    more = dict(rope_parameters=DYNAMIC, max_position_embeddings=12)
+    plain = tiny_model("causal", "llama", **more)
+    ours = mix_in(copy.deepcopy(plain), TreePolicy)
+    with torch.no_grad():
+        for layout in (choose_layout(ours, max_length=24).name, "alone", "unpadded"):
+            assert layout != "plain"
+            check_logps(ours, plain, layout)
+        with pytest.raises(Wrong):
+            check_logps(ours, plain, "plain")
+        beyond = [PROMPTS[2], PROMPTS[1]]  # 12 tokens and more beside 2
+        assert drawing_fault(ours, "own cache", beyond, 0) == ""
+        assert float(drawing_fault(ours, "cache", beyond, 0)) > 1e-3
+
+
+# ---- what does not fit is refused, with the difference
+
+
+@pytest.mark.parametrize(
+    "task, family, more",
+    [
+        ("causal", "falcon", {}),
+        ("causal", "mistral", WINDOW),
+        ("causal", "granite", dict(logits_scaling=3.0)),
+        ("scorer", "bert", {}),
+    ],
+)
+def test_trees_that_are_asked_for_are_held_to_the_untouched_model(task, family, more):
+    mixin = TreePolicy if task == "causal" else TreeScorer
+    model = mix_in(tiny_model(task, family, **more), mixin)
+    kind = type(model).__name__
+    with pytest.raises(ValueError, match=rf"layout: {kind} does not fit trees: .* \d\.\de[-+]"):
+        choose_layout(model, "tree", max_length=24)
+    assert choose_layout(model, "plain", max_length=24).name == "plain"
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    with pytest.raises(ValueError, match="layout: Bert.* a token's log-prob changes by"):
+        check_policy("bert", is_decoder=False)
+
+
+def test_plain_rows_are_held_to_the_untouched_model():
+    "A mask that is lost in every layout but one row alone."
+
+    class Leaky(TreePolicy):
+        def predicting(self, tree, hidden=False):
+            at = super().predicting(tree, hidden)
+            return at._replace(inputs=at.inputs * 1.5)
+
+    model = mix_in(tiny_model("causal", "gptj"), Leaky)
+    with pytest.raises(ValueError, match="GPTJForCausalLM cannot be used: .*plain rows differ"):
+        choose_layout(model)
+
+
+# ---- the whole sweep
+
+
+def quiet():
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity(50)
+    torch.set_num_threads(1)
+
+
+def find_in_child(task, family, seconds=120):
+    "As `find`, in a process of its own that may hang or be killed."
+    ours, theirs = get_context("fork").Pipe()
+
+    def work():
+        quiet()
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        theirs.send(find(task, family, gradients=task == "causal", whole=True))
+
+    child = get_context("fork").Process(target=work)
+    child.start()
+    theirs.close()
+    try:
+        if ours.poll(seconds):
+            return ours.recv()
+        return Found(task, family, "crashed", f"no answer in {seconds} seconds")
+    except EOFError:
+        return Found(task, family, "crashed", "its process ended")
+    finally:
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+
+
+def main(names):
+    "Print the table, and how often each result was found."
+    quiet()
+    tally = Counter()
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU\n")
+    print("| task | family | result | how, or why not |\n|---|---|---|---|")
+    for task, families in TASKS.items():
+        for family in families:
+            if names and family not in names:
+                continue
+            found = find_in_child(task, family)
+            kind = found.how.split(",")[0] if found.result == "equal" else ""
+            tally[task, f"{found.result} ({kind})" if kind else found.result] += 1
+            how = found.how.replace("|", "/")
+            print(f"| {task} | {family} | {found.result} | {how} |", flush=True)
+    print("\n| task | result | families |\n|---|---|---|")
+    for (task, result), n in sorted(tally.items()):
+        print(f"| {task} | {result} | {n} |")
+    bad = [result for _, result in tally if result in ("wrong", "crashed")]
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
