@@ -142,10 +142,14 @@ def inside_damage(folder: Path, files: dict[str, dict]) -> list[str]:
 # %% ../nbs/15_checkpoints.ipynb #3329e903
 def json_problem(path: Path) -> str:
     "Why a file is no JSON object, in words; empty if it is one."
+    data = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as e:
-        return f"is not JSON ({e})"
+        value = orjson.loads(data)  # ten times as fast on a large tokenizer
+    except ValueError:
+        try:
+            value = json.loads(data)  # knows NaN and Infinity
+        except ValueError as e:
+            return f"is not JSON ({e})"
     if isinstance(value, dict):
         return ""
     return f"should be an object, is {shortened(value)}"

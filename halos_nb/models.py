@@ -6,7 +6,7 @@
 __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE', 'Predicting', 'BranchLogps', 'TreePolicy',
            'text_config', 'attention_name', 'mix_in', 'forward_parameters', 'own_forward', 'load_policy',
            'load_reference', 'load_tokenizer', 'fit_vocabulary', 'tokens_in_texts', 'own_padding', 'pad_as',
-           'small_llama', 'start_from_scratch', 'end_as', 'BranchValues', 'TreeActorCritic', 'take_value_head',
+           'small_llama', 'start_from_scratch', 'name_end', 'BranchValues', 'TreeActorCritic', 'take_value_head',
            'load_value_head', 'load_actor_critic', 'BranchScores', 'last_attended', 'score_logits', 'last_hidden',
            'branch_scores', 'TreeScorer', 'with_two_logits', 'is_head_of_classifier', 'untrained_head',
            'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model',
@@ -18,6 +18,7 @@ __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE
            'set_dropout', 'training_difference']
 
 # %% ../nbs/16_models.ipynb #4713803c
+import json
 import inspect
 import re
 import warnings
@@ -39,6 +40,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
+from .records import write_json
 from halos_nb.attention import (
     at_positions,
     fresh_positions,
@@ -292,15 +294,21 @@ def start_from_scratch(
     return str(folder)
 
 # %% ../nbs/16_models.ipynb #644922e3
-def end_as(model: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    "The model, whose generation config names the end of a turn among the tokens that end."
-    config = model.generation_config
-    own = config.eos_token_id
+def name_end(
+    folder: str | Path,  # of a saved model
+    tokenizer: "PreTrainedTokenizerBase",
+) -> None:
+    "Let the generation config name the end of a turn among the tokens that end."
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():  # a reward model, or an adapter
+        return
+    config = json.loads(file.read_text())
+    own = config.get("eos_token_id")
     known = own if isinstance(own, list) else [own]
     missing = [i for i in end_ids(tokenizer) if i not in known]
     if missing:
-        config.eos_token_id = [i for i in known if i is not None] + missing
-    return model
+        ends = [i for i in known if i is not None] + missing
+        write_json(file, config | dict(eos_token_id=ends))
 
 # %% ../nbs/16_models.ipynb #fcc0433f
 class BranchValues(NamedTuple):

@@ -40,7 +40,6 @@ from halos_nb.checkpoints import (
 from halos_nb.models import (
     add_lora,
     choose_layout,
-    end_as,
     fit_vocabulary,
     load_actor_critic,
     load_policy,
@@ -133,8 +132,7 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
     model = fit_vocabulary(load(start, trust_remote_code=cfg.trust_remote_code), tokenizer)
     if cfg.dropout is not None:
         set_dropout(model, cfg.dropout)
-    settled = pad_as if cfg.loss == "bradley-terry" else end_as
-    return settled(model, tokenizer)
+    return pad_as(model, tokenizer) if cfg.loss == "bradley-terry" else model
 
 
 def control_tokens(cfg: TrainConfig) -> dict[str, str]:

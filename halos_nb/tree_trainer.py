@@ -32,7 +32,7 @@ from .trees import TreeBatch
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import computing_in, gather_padded
-from .models import Layout, merge_lora, save_adapter
+from .models import Layout, merge_lora, name_end, save_adapter
 from .losses import Share, widest_float
 
 # %% ../nbs/22_tree_trainer.ipynb #cddc9dcd
@@ -778,6 +778,7 @@ def save_weights(self: TreeTrainer, folder: Path, final: bool) -> None:
 def save_progress(self: TreeTrainer, folder: Path, tokenizer: Any) -> None:
     "What else the next round needs: tokenizer, Trainer's state, counters."
     tokenizer.save_pretrained(folder)
+    name_end(folder, tokenizer)
     # its times would make the same checkpoint another one; the logs are in metrics.jsonl
     self.state.log_history = []
     self.state.save_to_json(str(folder / "trainer_state.json"))

@@ -776,3 +776,23 @@ def test_merged_equals_adapter(home):
     with_adapter = add_lora(base, r=2, alpha=4, dropout=0.0, adapter=adapter)
     merged = load_policy(str(home / "lora/FINAL"))
     assert_close(outputs(merged).logps, outputs(with_adapter).logps, rtol=1e-5, atol=1e-5)
+
+
+def test_a_template_s_end_is_where_others_stop(home, tmp_path):
+    "Of a base model that got its template here; what its generation config said is kept."
+    start = shutil.copytree(home / "start", tmp_path / "base")
+    (start / "generation_config.json").write_text(json.dumps(dict(eos_token_id=7, top_k=9)))
+    folder = train(config(home, "sft", model=str(start), cache_dir=str(tmp_path))).model
+    saved = json.loads((Path(folder) / "generation_config.json").read_text())
+    end = byte_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert (saved["eos_token_id"], saved["top_k"]) == ([7, end], 9)
+
+
+def test_a_shard_that_is_not_there_is_named(home, tmp_path):
+    load_policy(str(home / "start")).save_pretrained(tmp_path / "m", max_shard_size="10KB")
+    shards = sorted((tmp_path / "m").glob("*.safetensors"))
+    assert len(shards) > 1
+    load_policy(str(tmp_path / "m"))
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match=f"index.json: names shards .*{shards[0].name}"):
+        load_policy(str(tmp_path / "m"))
