@@ -29,7 +29,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -742,7 +742,7 @@ def pair_trainer(
         cache_dir=folder,
         batch_size=len(policy.examples),
         max_length=cfg.max_length,
-        max_prompt_length=cfg.max_prompt_length,
+        max_prompt_length=min(cfg.max_prompt_length, cfg.max_length - 1),
         template_options=cfg.template_options,
         trust_remote_code=cfg.trust_remote_code,
         **more,
@@ -858,14 +858,16 @@ def adapted_logps(trainer: DPOTrainer, policy: Policy) -> list[Tensor]:
 
 def check_merge(policy: Policy) -> Finding:
     "An adapter that is added to the weights and saved says what it said as an adapter."
-    try:
-        with saved_again(policy, use_peft=True, lora_r=4, lora_alpha=8) as (trainer, folder):
-            nudge(trainer.model)
-            adapted = adapted_logps(trainer, policy)
-            trainer.save_final(folder, policy.tokenizer)
-            merged = saved_logps(policy, folder, "float32")
-    except ValueError as e:
-        return Finding("counted", f"no adapter is trained on this model: {e}")
+    with ExitStack() as stack:
+        adapter = saved_again(policy, use_peft=True, lora_r=4, lora_alpha=8)
+        try:
+            trainer, folder = stack.enter_context(adapter)
+        except ValueError as e:  # such as weights that two parts of the model share
+            return Finding("counted", f"no adapter is trained on this model: {e}")
+        nudge(trainer.model)
+        adapted = adapted_logps(trainer, policy)
+        trainer.save_final(folder, policy.tokenizer)
+        merged = saved_logps(policy, folder, "float32")
     moved = differences(adapted, policy.measure)
     allowed = ALLOWED["float32"] * max(1.0, moved)
     what = f"an adapter that moves log-probs by {moved:.2g}, merged and saved"
