@@ -18,7 +18,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainingArguments,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -37,6 +36,7 @@ from halos_nb.models import (
 )
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import Tree, make_batch
+from halos_nb.tree_trainer import Schedule
 from halos_nb.train import make_trainer
 
 # ---- transformers.Trainer, for halos_nb.tree_trainer
@@ -184,11 +184,17 @@ def test_trainer_puts_its_arguments_beside_the_weights(home, tmp_path):
     load_policy(str(tmp_path))
 
 
-def test_warmup_below_one_is_a_share():
-    args = TrainingArguments(warmup_steps=0.1, use_cpu=True, report_to="none")
-    assert args.get_warmup_steps(200) == 20, moved("training_arguments", "warmup_steps < 1")
-    args = TrainingArguments(warmup_steps=3.0, use_cpu=True, report_to="none")
-    assert args.get_warmup_steps(200) == 3, moved("training_arguments", "warmup_steps >= 1")
+def test_schedule_and_precision_are_ours(home):
+    "Trainer asks for our schedule and steps it; its own Accelerator casts nothing."
+    trainer, _ = dpo_trainer(home)
+    trainer.train()
+    assert isinstance(trainer.lr_scheduler.lr_lambdas[0], Schedule), moved(
+        "create_scheduler", "another schedule"
+    )
+    steps = trainer.state.global_step
+    assert trainer.lr_scheduler.last_epoch == steps, moved("create_scheduler", "not stepped")
+    said = trainer.accelerator.mixed_precision
+    assert said == "no", moved("training_arguments", f"Accelerate computes in {said}")
 
 
 def test_a_callback_asks_for_an_evaluation(home):
