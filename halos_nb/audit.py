@@ -768,7 +768,7 @@ def take_first_step(policy: Policy, precision: str) -> FirstStep:
     model.zero_grad()
     ratio = repeat = 0.0
     for batch in trainer.prepare(step):
-        passes = [model(tree=batch).logps.detach() for _ in range(2)]
+        passes = [trainer.ask(model, batch).logps.detach() for _ in range(2)]
         known = trainer.reference_logps(batch)
         ratio = max(ratio, (passes[0] - known).abs().max().item())
         repeat = max(repeat, (passes[0] - passes[1]).abs().max().item())
