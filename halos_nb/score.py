@@ -11,6 +11,7 @@ __all__ = ['reads_at_most', 'fitting', 'output_lengths', 'SampleTrees', 'sample_
 # %% ../nbs/40_score.ipynb #548fafcd
 import math
 import sys
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -301,9 +302,10 @@ def load_scorer(
 def as_scorer(model: "PreTrainedModel", head: Head) -> "PreTrainedModel":
     "The same model, which takes batches of trees now."
     if drawn := untrained_head(model):
-        raise ValueError(
-            f"{model.name_or_path}: its head ({drawn}) is as it was drawn, so its scores would "
-            "be noise; train it with `halos_nb.train --loss bradley-terry`"
+        warnings.warn(
+            f"{model.name_or_path}: its head ({drawn}) is as it was drawn, so its scores are "
+            "noise; train it with `halos_nb.train --loss bradley-terry`",
+            stacklevel=2,
         )
     if isinstance(model, TreeScorer | OwnScore):
         return model
