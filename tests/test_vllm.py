@@ -268,10 +268,12 @@ def server(tiny, tmp_path_factory):
         except OSError:
             return False
 
-    until(ready, 400, "a server that answers")
-    yield f"http://127.0.0.1:{port}/v1"
-    process.terminate()
-    process.wait(60)
+    try:
+        until(ready, 500, "a server that answers")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
     until(lambda: not alive(folder), 30, "no process of the server")
 
 
