@@ -90,7 +90,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'halos_nb.attention.zeros_where_needed': ( 'attention.html#zeros_where_needed',
                                                                                'halos_nb/attention.py')},
             'halos_nb.audit': { 'halos_nb.audit.Check': ('audit.html#check', 'halos_nb/audit.py'),
-                                'halos_nb.audit.Drawn': ('audit.html#drawn', 'halos_nb/audit.py'),
+                                'halos_nb.audit.DrawnAnswers': ('audit.html#drawnanswers', 'halos_nb/audit.py'),
                                 'halos_nb.audit.Finding': ('audit.html#finding', 'halos_nb/audit.py'),
                                 'halos_nb.audit.FirstStep': ('audit.html#firststep', 'halos_nb/audit.py'),
                                 'halos_nb.audit.Policy': ('audit.html#policy', 'halos_nb/audit.py'),

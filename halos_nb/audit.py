@@ -8,8 +8,8 @@ __all__ = ['QUESTIONS', 'LENT', 'OTHER_HEADS', 'ALLOWED', 'LOG2', 'MOST', 'POLIC
            'with_a_pair', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end', 'Untouched', 'untouched_model',
            'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader', 'both_answers', 'loading_finding',
            'files_finding', 'check_files', 'check_weights', 'check_read', 'check_vocabulary', 'begins', 'check_bos',
-           'template_finding', 'check_template', 'check_same_template', 'names_of', 'check_end', 'Drawn', 'sampling',
-           'as_trained', 'draw', 'check_ids', 'again_other', 'differences', 'same_logps', 'rows_as_trees',
+           'template_finding', 'check_template', 'check_same_template', 'names_of', 'check_end', 'DrawnAnswers',
+           'sampling', 'as_trained', 'draw', 'check_ids', 'again_other', 'differences', 'same_logps', 'rows_as_trees',
            'branch_logps', 'check_plain', 'check_batch', 'check_tree', 'fed', 'decoded_logps', 'check_cache',
            'check_cache_batch', 'as_drawn', 'check_drawn_logps', 'pair_records', 'pair_trainer', 'FirstStep',
            'take_first_step', 'check_dropout', 'check_reference', 'loss_finding', 'check_loss', 'check_loss_bfloat16',
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -243,7 +243,7 @@ def untouched_model(
     kind: Any,  # AutoModelForCausalLM or AutoModelForSequenceClassification
     path: str,  # a folder or a name on the hub
     cfg: AuditConfig,
-) -> Iterator[tuple["PreTrainedModel", dict[str, Any]]]:
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     "The model as transformers loads it, and what it says about that; let go afterwards."
     model, loading = kind.from_pretrained(
         require_path(path, "model"),
@@ -276,6 +276,7 @@ def ask_untouched(policy: "Policy") -> Untouched:
     cfg = policy.cfg
     with untouched_model(AutoModelForCausalLM, cfg.model, cfg) as (model, loading):
         rows = model.get_input_embeddings().num_embeddings
+        values: list[Tensor] | Exception
         try:
             fit_vocabulary(model, policy.tokenizer).to(policy.device)
             values = [row_logps(model, row) for row in policy.seen]
@@ -350,7 +351,7 @@ class Policy:
         return all_ends(self.untouched.eos, self.tokenizer)
 
     @cached_property
-    def drawn(self) -> "Drawn":
+    def drawn(self) -> "DrawnAnswers":
         return draw(self)
 
     def first_step(self, precision: str = "") -> "FirstStep":
@@ -511,7 +512,7 @@ def check_end(policy: Policy) -> Finding:
     return Finding("ok", f"{len(whole)} answers are trained to end; {stops}")
 
 # %% ../nbs/44_audit.ipynb #26ea2e24
-class Drawn(NamedTuple):
+class DrawnAnswers(NamedTuple):
     "Answers of the policy, and what training makes of them."
 
     asked: list[Row]  # the prompts, as the sampler reads them
@@ -538,9 +539,14 @@ def as_trained(policy: Policy, records: list[dict]) -> dict[int, Seen]:
         file = Path(folder) / "samples.json"
         write_json(file, records)
         data = get_sampled_data(file)
-    options = dict(shuffle=False, max_prompt_length=policy.cfg.max_prompt_length)
     try:
-        loader = SFTDataLoader(data, policy.tokenizer, max_length=sys.maxsize, **options)
+        loader = SFTDataLoader(
+            data,
+            policy.tokenizer,
+            max_length=sys.maxsize,
+            max_prompt_length=policy.cfg.max_prompt_length,
+            shuffle=False,
+        )
     except ValueError:  # every answer is empty
         return {}
     seen = {}
@@ -550,7 +556,7 @@ def as_trained(policy: Policy, records: list[dict]) -> dict[int, Seen]:
     return seen
 
 
-def draw(policy: Policy) -> Drawn:
+def draw(policy: Policy) -> DrawnAnswers:
     "Answers to the examples' prompts, and what training makes of them."
     cfg = sampling(policy.cfg)
     tokenizer = policy.tokenizer
@@ -563,7 +569,7 @@ def draw(policy: Policy) -> Drawn:
     for row, (ids, logps) in zip(asked, answers):
         record = to_record(row, ids, tokenizer, policy.ends, cfg, Counter(), logps)
         records.append(record)
-    return Drawn(asked, answers, records, as_trained(policy, records))
+    return DrawnAnswers(asked, answers, records, as_trained(policy, records))
 
 # %% ../nbs/44_audit.ipynb #e935d4ac
 def check_ids(policy: Policy) -> Finding:
@@ -814,7 +820,9 @@ def saved_again(policy: Policy, **more: Any) -> Iterator[tuple[DPOTrainer, str]]
         yield trainer, f"{folder}/FINAL"
 
 
-def saved_logps(policy: Policy, folder: str, precision: str) -> list[Tensor]:
+def saved_logps(
+    policy: Policy, folder: str, precision: Literal["float32", "bfloat16"]
+) -> list[Tensor]:
     "What transformers' own model says of every row, loaded from a saved folder."
     cfg = replace(policy.cfg, precision=precision)
     with untouched_model(AutoModelForCausalLM, folder, cfg) as (model, loading):
@@ -843,7 +851,7 @@ def nudge(model: torch.nn.Module, size: float = 0.02) -> None:
     rng = torch.Generator().manual_seed(0)
     for p in model.parameters():
         if p.requires_grad:
-            p += size * torch.randn(p.shape, generator=rng).to(p)
+            p.add_(size * torch.randn(p.shape, generator=rng).to(p))
 
 
 def adapted_logps(trainer: DPOTrainer, policy: Policy) -> list[Tensor]:
@@ -1043,7 +1051,8 @@ def our_scores(reward: Reward) -> list[float]:
     "The scores of the labelling stage."
     cfg = reward.cfg
     path, head = cfg.reward_model_path, reward.head
-    model = load_scorer(path, head, cfg.precision, cfg.trust_remote_code).to(reward.device)
+    model: Any = load_scorer(path, head, cfg.precision, cfg.trust_remote_code)
+    model.to(reward.device)
     scored = score_samples(
         reward.samples, model, reward.tokenizer, max_length=cfg.max_length, head=head
     )

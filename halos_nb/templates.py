@@ -74,7 +74,7 @@ def set_template_options(
     options: str | dict,  # as `read_template_options` takes them
 ) -> None:
     "Render every conversation with these options from now on."
-    tokenizer.template_options = read_template_options(options)  # type: ignore[attr-defined]  # ours
+    tokenizer.template_options = read_template_options(options)
 
 
 def template_options(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
@@ -108,7 +108,7 @@ def render(
     own, riding = split_first_turn(turns)
     options = template_options(tokenizer) | riding
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             own, tokenize=False, add_generation_prompt=generation_prompt, **options
         )
     except Exception as e:  # a template is a program of its own: whatever it raises
@@ -118,6 +118,7 @@ def render(
             f"{shortened(turns[0]['content'])} on: {type(e).__name__}: {e}. Mend or remove the "
             "record, or give the tokenizer a template that takes it"
         ) from e
+    return str(text)
 
 # %% ../nbs/10_templates.ipynb #608283bb
 def render_all(
@@ -191,7 +192,7 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
         both = [vocabulary_of(tokenizer), template]
         said = orjson.dumps(both, option=orjson.OPT_SORT_KEYS)
         name = hashlib.sha256(said).hexdigest()[:16]
-        tokenizer.hash_known = (now, name)  # type: ignore[attr-defined]  # a large vocabulary takes a second
+        tokenizer.hash_known = (now, name)  # a large one takes a second
     return name
 
 # %% ../nbs/10_templates.ipynb #a03a86e2
@@ -585,7 +586,7 @@ def put_chatml(tokenizer: "PreTrainedTokenizerBase") -> None:
         [marker for marker in markers if marker not in tokenizer.get_vocab()],
         special_tokens=True,
     )
-    tokenizer.template_was_missing = True  # type: ignore[attr-defined]  # ours
+    tokenizer.template_was_missing = True
 
 # %% ../nbs/10_templates.ipynb #cc8440e9
 class Oddity(NamedTuple):
