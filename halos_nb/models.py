@@ -10,12 +10,12 @@ __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE
            'load_value_head', 'load_actor_critic', 'BranchScores', 'last_attended', 'score_logits', 'last_hidden',
            'branch_scores', 'TreeScorer', 'with_two_logits', 'is_head_of_classifier', 'untrained_head',
            'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model',
-           'evaluating', 'Layout', 'smallest_window', 'why_not_trees', 'why_unpadded', 'special_ids', 'probe_tokens',
-           'longest_row', 'probe_trees', 'without_wrapper', 'Probe', 'row_alone', 'make_probe', 'spread', 'probe_fault',
-           'not_causal', 'row_layout', 'choose_layout', 'modules_to_train', 'lora_config', 'Vocabulary',
-           'vocabulary_of', 'rows_to_train', 'check_targets', 'add_lora', 'differences', 'checked_adapter',
-           'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora', 'without_adapter', 'chances', 'dropouts',
-           'set_dropout', 'training_difference']
+           'evaluating', 'Layout', 'smallest_window', 'why_not_trees', 'why_unpadded', 'special_ids',
+           'plain_vocabulary', 'probe_tokens', 'longest_row', 'probe_trees', 'without_wrapper', 'Probe', 'row_alone',
+           'make_probe', 'spread', 'probe_fault', 'not_causal', 'row_layout', 'choose_layout', 'modules_to_train',
+           'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train', 'check_targets', 'add_lora', 'differences',
+           'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora', 'without_adapter', 'chances',
+           'dropouts', 'set_dropout', 'training_difference']
 
 # %% ../nbs/16_models.ipynb #4713803c
 import json
@@ -646,14 +646,19 @@ def special_ids(fields: dict) -> set[int]:  # of a config
     return found - {None}
 
 # %% ../nbs/16_models.ipynb #6b02d4e6
+def plain_vocabulary(model: Any) -> int:
+    "How many tokens a model surely has; a model of bytes or characters may not say."
+    size = getattr(text_config(model.config), "vocab_size", None) or 256
+    try:
+        return min(size, model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return size
+
+
 def probe_tokens(model: Any, n: int) -> list[int]:
     "So many random tokens of plain text, always the same."
-    size = min(
-        text_config(model.config).vocab_size,
-        model.get_input_embeddings().weight.shape[0],
-    )
     special = special_ids(model.config.to_dict())
-    allowed = torch.tensor([i for i in range(size) if i not in special])
+    allowed = torch.tensor(sorted(set(range(plain_vocabulary(model))) - special))
     rng = torch.Generator().manual_seed(0)
     return allowed[torch.randint(len(allowed), (n,), generator=rng)].tolist()
 

@@ -48,7 +48,7 @@ class Found(NamedTuple):
 
     task: str  # causal or scorer
     family: str
-    result: str  # equal, refused, not built, wrong
+    result: str  # equal, refused, not built, not run (by transformers itself), wrong
     how: str  # layout and way of drawing, or the reason
 
 
@@ -193,18 +193,29 @@ CHECKS = {"causal": check_policy, "scorer": check_scorer}
 def find(task, family, gradients=False, whole=False):
     "What comes of a family; `whole`: and what `generate` of transformers says."
     try:
-        tiny_model(task, family)
+        model = tiny_model(task, family)
     except Exception as e:  # a size that does not fit another, a package that is not there
         return Found(task, family, "not built", f"{type(e).__name__}: {short(e)}")
     try:
         return Found(task, family, "equal", CHECKS[task](family, gradients, whole))
     except Wrong as e:
         return Found(task, family, "wrong", short(e))
-    except ValueError as e:
-        refused = str(e).startswith(("layout:", "model:"))
-        return Found(task, family, "refused" if refused else "crashed", short(e))
     except Exception as e:
-        return Found(task, family, "crashed", f"{type(e).__name__}: {short(e)}")
+        if str(e).startswith(("layout:", "model:")):
+            return Found(task, family, "refused", short(e))
+        result = "not run" if plain_fault(model) else "crashed"
+        return Found(task, family, result, f"{type(e).__name__}: {short(e)}")
+
+
+def plain_fault(plain):
+    "Why plain transformers itself does not read these rows; empty if it does."
+    try:
+        with torch.no_grad():
+            for tree, branch, _ in rows_of(TREES):
+                plain(input_ids=torch.tensor([tree.prompt_ids + branch]))
+    except Exception as e:
+        return f"{type(e).__name__}: {short(e)}"
+    return ""
 
 
 def short(error):
@@ -377,7 +388,7 @@ def find_in_child(task, family, seconds=120):
     try:
         if ours.poll(seconds):
             return ours.recv()
-        return Found(task, family, "crashed", f"no answer in {seconds} seconds")
+        return Found(task, family, "no answer", f"not within {seconds} seconds")
     except EOFError:
         return Found(task, family, "crashed", "its process ended")
     finally:
