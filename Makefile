@@ -140,12 +140,12 @@ chromium:
 	echo 'No Chromium here and none could be installed: figures in executed notebooks have no PNG (they still draw in JupyterLab), browser tests are skipped.'; \
 	if [ -n "$${CI:-}" ]; then exit 1; fi
 
-# nbdev's git hooks, kept inside this checkout: notebooks are merged cell by cell, and are clean and exported when committed.
+# nbdev's git hooks, kept inside this checkout: notebooks are clean and exported when committed. They are merged as text: nbdev-merge has
+# lost one side's cells in a rebase without a word, and a conflict in the text is one that is seen.
 # (nbdev-install-hooks would write to ~/.jupyter, trust the outputs of whatever is pulled, and hide notebooks from plain `git diff`.)
 hooks: $(STAMP)
 	@if [ '$(VENV)' = .venv ] && hooks=$$(git rev-parse --git-path hooks 2>/dev/null); then \
-		git config --local merge.jupyternotebook.name 'merge notebooks cell by cell'; \
-		git config --local merge.jupyternotebook.driver 'if [ -x .venv/bin/nbdev-merge ]; then .venv/bin/nbdev-merge %O %A %B %P; else git merge-file %A %O %B; fi'; \
+		git config --local --remove-section merge.jupyternotebook 2>/dev/null || true; \
 		mkdir -p "$$hooks"; \
 		if [ ! -e "$$hooks/pre-commit" ]; then printf '%s\n' '#!/bin/sh' '[ ! -x .ci/pre-commit ] || exec .ci/pre-commit' > "$$hooks/pre-commit"; chmod +x "$$hooks/pre-commit"; fi; \
 	fi

@@ -797,7 +797,7 @@ class RoundOptions:
     template_options: str = ""
     # samples that were cut at max_new_tokens: keep (they are given no end), drop, or a number
     # that is taken from their score
-    unfinished: float | Literal["keep", "drop"] = "keep"
+    unfinished: Literal["keep", "drop"] | PositiveFloat = "keep"
     # form of the feedback; auto: what the method needs
     feedback_type: Literal["auto", "pairwise", "binary", "scalar"] = "auto"
     # which pairs of a prompt's samples are kept

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastcore.basics import patch
 
+from .records import same_prompt
 from .data import Dataset, Example
 from .feedback import group_advantages
 from halos_nb.templates import (
@@ -723,7 +724,7 @@ def merge_same_prompts(data: list[Example]) -> list[Example]:
                 e.prompt, e.prompt_id, dataset_name=e.dataset_name, where=e.where
             )
         whole = merged[e.prompt_id]
-        if whole.prompt != e.prompt:
+        if not same_prompt(whole.prompt, e.prompt):
             raise ValueError(
                 f"prompt_id {e.prompt_id!r} stands for two different prompts; they would "
                 "be one group"
