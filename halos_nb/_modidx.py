@@ -1112,6 +1112,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.models.own_forward': ('models.html#own_forward', 'halos_nb/models.py'),
                                  'halos_nb.models.own_padding': ('models.html#own_padding', 'halos_nb/models.py'),
                                  'halos_nb.models.pad_as': ('models.html#pad_as', 'halos_nb/models.py'),
+                                 'halos_nb.models.plain_vocabulary': ('models.html#plain_vocabulary', 'halos_nb/models.py'),
                                  'halos_nb.models.probe_fault': ('models.html#probe_fault', 'halos_nb/models.py'),
                                  'halos_nb.models.probe_tokens': ('models.html#probe_tokens', 'halos_nb/models.py'),
                                  'halos_nb.models.probe_trees': ('models.html#probe_trees', 'halos_nb/models.py'),
