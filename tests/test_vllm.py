@@ -246,7 +246,7 @@ def test_a_stage_that_is_killed_leaves_nothing(tiny, prompts, tmp_path, kind):
     assert len(alive(tmp_path)) > 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not alive(tmp_path), 60, "no process of the stage")
+    until(lambda: not alive(tmp_path), 150, "no process of the stage")
 
 
 # ---- a server
