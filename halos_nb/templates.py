@@ -10,8 +10,8 @@ __all__ = ['CHATML', 'MARKERS', 'OF_A_PROMPT', 'NEVER', 'PROBE', 'MISSING', 'NO_
            'EncodedPrompt', 'next_to_go', 'prompt_ids', 'drop_turns', 'text_ids', 'cut_text', 'cut_turn',
            'encode_prompt', 'encode_prompts', 'Answer', 'Encoded', 'Text', 'is_cut', 'is_one_text', 'end_of',
            'put_together', 'as_rendered', 'answer_text', 'behind_end', 'holds_a_stop', 'usable_ids', 'common_prefix',
-           'Writer', 'encode_answers', 'read_behind', 'put_chatml', 'Oddity', 'content_oddities', 'template_oddities',
-           'template_notes', 'check_template']
+           'Writer', 'encode_answers', 'read_behind', 'put_chatml', 'template_was_missing', 'Oddity',
+           'content_oddities', 'template_oddities', 'template_notes', 'check_template']
 
 # %% ../nbs/10_templates.ipynb #1340c34c
 import hashlib
@@ -588,6 +588,11 @@ def put_chatml(tokenizer: "PreTrainedTokenizerBase") -> None:
     )
     tokenizer.template_was_missing = True
 
+
+def template_was_missing(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    "Whether `put_chatml` gave a tokenizer its template."
+    return getattr(tokenizer, "template_was_missing", False)
+
 # %% ../nbs/10_templates.ipynb #cc8440e9
 class Oddity(NamedTuple):
     "Something about a chat template that a user should know."
@@ -624,7 +629,7 @@ def content_oddities(tokenizer: "PreTrainedTokenizerBase") -> Iterator[Oddity]:
 def template_oddities(tokenizer: "PreTrainedTokenizerBase") -> list[Oddity]:
     "All that is odd about a tokenizer's chat template."
     found = []
-    if getattr(tokenizer, "template_was_missing", False):
+    if template_was_missing(tokenizer):
         found.append(Oddity("missing", MISSING))
     if "strftime_now" in str(tokenizer.chat_template):
         found.append(Oddity("dated", DATED))

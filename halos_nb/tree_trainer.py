@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Metrics', 'as_share', 'Sums', 'Counters', 'TokenUse', 'read_counters', 'updates_per_step', 'steps_of_run',
            'training_arguments', 'warmup_steps', 'Schedule', 'Reference', 'ProgressMade', 'TreeTrainer', 'PerToken',
-           'BatchResult', 'need_number', 'bits_of', 'trained_bits', 'MetricsFile', 'is_due', 'Timetable', 'PairScore']
+           'BatchResult', 'need_number', 'bits_of', 'trained_bits', 'notes_of', 'MetricsFile', 'is_due', 'Timetable',
+           'PairScore']
 
 # %% ../nbs/22_tree_trainer.ipynb #7f73080b
 import json
@@ -28,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .records import Progress, append_jsonl, write_json
 from .configs import TrainConfig
+from .templates import MISSING, template_was_missing
 from .trees import TreeBatch
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
@@ -232,7 +234,8 @@ class TreeTrainer(Trainer):
         if self.use_reference_model and reference is None:
             raise ValueError(f"{type(self).__name__} needs a reference model")
         args = training_arguments(config, loader)
-        callbacks = [MetricsFile(metrics_file, config.loss, layout), Timetable(self)]
+        notes = notes_of(layout, tokenizer)
+        callbacks = [MetricsFile(metrics_file, config.loss, notes), Timetable(self)]
         own_config = getattr(model, "config", None)
         use_cache = getattr(own_config, "use_cache", True)
         super().__init__(model=model, args=args, callbacks=callbacks)
@@ -606,6 +609,14 @@ def check_learnt(self: TreeTrainer) -> None:
         )
 
 # %% ../nbs/22_tree_trainer.ipynb #216608cd
+def notes_of(layout: Layout | None, tokenizer: Any) -> dict[str, str]:
+    "What each line of the metrics says of a run: its layout, and a template put in its place."
+    notes = {"layout": layout.name} if layout else {}
+    if tokenizer is not None and template_was_missing(tokenizer):
+        notes["template"] = MISSING
+    return notes
+
+
 class MetricsFile(TrainerCallback):
     "Writes every log as a line of `metrics.jsonl` and reports progress."
 
@@ -613,11 +624,11 @@ class MetricsFile(TrainerCallback):
         self,
         path: str | Path | None,  # None: no file
         name: str,  # of the progress
-        layout: Layout | None = None,  # written into each line
+        notes: dict[str, str] | None = None,  # written into each line
     ) -> None:
         self.path = path
         self.name = name
-        self.layout = layout
+        self.notes = notes or {}
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
@@ -628,8 +639,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.path:
-            layout = {"layout": self.layout.name} if self.layout else {}
-            append_jsonl(self.path, {"step": state.global_step, **logs, **layout})
+            append_jsonl(self.path, {"step": state.global_step, **logs, **self.notes})
         if self.progress and "loss" in logs:
             loss = round(logs["loss"], 4)
             self.progress.update(0, loss=loss, tokens_per_second=logs["tokens_per_second"])

@@ -390,6 +390,10 @@ def test_a_missing_template_is_said_and_begins_with_bos():
     tok.add_special_tokens(dict(bos_token="<|begin|>"))
     put_chatml(tok)
     assert check_template(tok, "base") == [MISSING]
+    from halos_nb.tree_trainer import notes_of
+
+    assert notes_of(None, tok) == dict(template=MISSING)
+    assert notes_of(None, byte_tokenizer()) == {}
     ids = encode(tok, as_turns("Q?", "user"), generation_prompt=True)
     assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
 
