@@ -337,7 +337,7 @@ def typed_row(row: dict[str, str], where: str) -> dict:
     for name in NUMBERS:
         if typed.get(name) is not None:
             try:
-                typed[name] = float(typed[name])
+                typed[name] = float(typed[name].replace("_", "?"))  # 1_000 is no number here
             except ValueError:
                 raise RecordError(
                     f"{where}: field `{name}` should be a number, is {shortened(row[name])}"
@@ -761,6 +761,9 @@ def add_messages(data: Dataset, row: dict, where: str) -> None:
             f"{where}: field `messages` should be a prompt and an answer of the "
             f"assistant; its roles are {', '.join(roles)}"
         )
+    while turns[-1]["role"] != "assistant":  # nobody has answered it
+        turns = turns[:-1]
+        data.counts["unanswered_turns"] += 1
     add_completion(data, row | dict(prompt=turns[:n], completion=turns[n:]), where)
 
 # %% ../nbs/04_data.ipynb #17ce5228

@@ -7,7 +7,7 @@ __all__ = ['Feedback', 'DROPPED', 'load_function', 'score_with', 'writable', 'sc
            'with_split', 'make_feedback', 'pair_records', 'count_wins', 'companion_file', 'label_row', 'label_rows',
            'write_labels', 'was_paid_for', 'check_paid_labels_kept', 'read_journal', 'read_labels', 'Labelled',
            'score_differences', 'pair_verdicts', 'wins_of_files', 'feedback_from_scores', 'feedback_from_comparisons',
-           'nothing_to_learn', 'write_feedback', 'with_dropped', 'penalised', 'label_by_reward_model',
+           'nothing_to_learn', 'write_feedback', 'with_dropped', 'penalised', 'check_prompts', 'label_by_reward_model',
            'label_by_function', 'judge_job', 'label_by_judge', 'keys_of_row', 'check_can_compare', 'scored_by',
            'scores_from_labels', 'label_from_journal', 'dry_run', 'timed', 'label_in_one_process', 'main']
 
@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from halos_nb.records import (
     Progress,
@@ -65,7 +65,8 @@ from halos_nb.label_input import (
 # %% ../nbs/43_label.ipynb #31e2d00a
 from .checkpoints import check_together
 from .processes import end_process, start_processes
-from .templates import template_notes
+from .templates import render, tell_template
+from .trees import name_of
 from .models import fit_vocabulary, load_tokenizer
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
 from .score import Scored, head_at, load_scorer, score_samples, with_rewards
@@ -430,6 +431,15 @@ def penalised(data: LabelInput, scored: list[Scored], penalty: float) -> list[Sc
     return lowered
 
 # %% ../nbs/43_label.ipynb #646ee1b5
+def check_prompts(tokenizer: Any, data: LabelInput, file: str) -> None:
+    "An error that names the sample whose prompt the reward model's template refuses."
+    try:
+        for sample in data.samples:
+            render(tokenizer, sample["prompt"], where=name_of(sample))
+    except RecordError as e:
+        raise RecordError(f"{file}, {e}") from e
+
+
 def label_by_reward_model(
     data: LabelInput, cfg: LabelConfig, accelerator: "Accelerator"
 ) -> Labelled:
@@ -438,6 +448,8 @@ def label_by_reward_model(
     [note] = check_together([path], accelerator)
     head = head_at(path, cfg.objective_weights, trust)
     tokenizer = load_tokenizer(path, trust, cfg.template_options)
+    notes = tell_template(tokenizer, path, accelerator.is_main_process)
+    check_prompts(tokenizer, data, cfg.samples_file)
     model = fit_vocabulary(load_scorer(path, head, cfg.precision, trust), tokenizer)
     counts: Counter = Counter()
     progress = None
@@ -458,7 +470,7 @@ def label_by_reward_model(
     if progress:
         progress.close()
     rows = label_rows(data.samples, scored, f"rm:{path}")
-    told = dict(counts) | dict(head=head.meaning) | template_notes(tokenizer)
+    told = dict(counts) | dict(head=head.meaning) | notes
     told["checkpoints"] = dict(reward_model=note)
     return Labelled(scored, rows, told)
 

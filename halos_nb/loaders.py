@@ -194,7 +194,9 @@ def encode_used_prompts(self: TreeDataLoader) -> dict[int, EncodedPrompt]:
     asked = [self.examples[p].prompt for p in used]
     limit = min(self.max_prompt_length, self.max_length - 1)
     wheres = [self.examples[p].where for p in used]
-    encoded = encode_prompts(self.tokenizer, asked, limit, self.counts, self.drop, wheres)
+    encoded = encode_prompts(
+        self.tokenizer, asked, limit, self.counts, self.drop, wheres, refuse=not self.whole
+    )
     return dict(zip(used, encoded))
 
 # %% ../nbs/12_loaders.ipynb #0758ccd0
@@ -251,13 +253,28 @@ def teaches_nothing(tree: Tree) -> str:
 @patch
 def pass_over_equal(self: TreeDataLoader) -> None:
     "Leave out, and count, the trees that have nothing to learn from."
-    useless = {}
+    useless: set[int] = set()
     for number, tree in enumerate(self.trees):
         if why := teaches_nothing(tree):
-            useless[number] = why
+            useless.add(number)
             self.counts[why] += 1
+    for unit in chain(*self.units):
+        if self.is_equal_unit(unit):
+            useless.update(unit)
+            self.counts["equal_pairs"] += 1
     if useless:
         self.keep_items([i for i in range(len(self.items)) if i not in useless])
+
+
+@patch
+def is_equal_unit(self: TreeDataLoader, unit: list[int]) -> bool:
+    "Whether a unit is a pair, one good and one bad, of the same ids."
+    if len(unit) != 2:
+        return False
+    one, other = [self.trees[number] for number in unit]
+    same = (one.prompt_ids, one.branches) == (other.prompt_ids, other.branches)
+    facts = [(tree.meanings, tree.facts.get("desirable")) for tree in (one, other)]
+    return same and facts[0] != facts[1]
 
 
 @patch
@@ -498,7 +515,7 @@ def without_ids(answers: list[Answer], changed: bool) -> list[Answer]:
         return answers
     spoken = []
     for turns, drawn in answers:
-        spoken.append(Answer(turns, drawn and drawn._replace(ids=None)))
+        spoken.append(Answer(turns, drawn and drawn._replace(tokenizer=None)))
     return spoken
 
 

@@ -19,7 +19,7 @@ from .records import as_turns, prompt_id
 from .configs import SampleConfig, make_config
 from .settings import parse_args
 from .data import Example
-from .templates import template_notes
+from .templates import tell_template
 from .processes import end_process, start_processes
 from .checkpoints import check_together, refuse_reward_model
 from .models import choose_layout, fit_vocabulary, load_reference, load_tokenizer
@@ -171,6 +171,7 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     notes = check_models(cfg, accelerator)
     data, examples = choose_prompts(cfg)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
+    notes = tell_template(tokenizer, cfg.model, accelerator.is_main_process)
     planned = Counter(prompts_shortened=0, prompts_cut=0)
     batches = plan(examples, tokenizer, cfg, planned)
     policy, reference = load_models(cfg, tokenizer, accelerator.device)
@@ -186,7 +187,7 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     for name in SLOWER:
         if drawn[name]:
             told[name] = drawn[name]
-    told |= template_notes(tokenizer)
+    told |= notes
     if world > len(batches):
         told["idle_processes"] = world - len(batches)
     told["checkpoints"] = notes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tree', 'as_tree', 'make_tree', 'Segment', 'TreeBatch', 'Place', 'Rows', 'plain_rows', 'tree_rows', 'where_to_look',
            'padded', 'make_batch', 'tree_mask', 'longest_first', 'pack_trees', 'balance_trees', 'group_by_prompt',
-           'trees_from_samples', 'answer_of_sample']
+           'trees_from_samples', 'name_of', 'answer_of_sample']
 
 # %% ../nbs/11_trees.ipynb #d2309493
 from collections import Counter
@@ -425,18 +425,27 @@ def trees_from_samples(
     groups = group_by_prompt(samples)
     asked = [samples[numbers[0]]["prompt"] for numbers in groups]
     limit = min(max_prompt_length, max_length - 1)
-    prompts = encode_prompts(tokenizer, asked, limit, counts)
-    behind, answers = [], []
+    named = [name_of(sample) for sample in samples]
+    firsts = [named[numbers[0]] for numbers in groups]
+    prompts = encode_prompts(tokenizer, asked, limit, counts, wheres=firsts, refuse=not whole)
+    behind, answers, wheres = [], [], []
     for prompt, numbers in zip(prompts, groups):
         behind += [prompt] * len(numbers)
         answers += [answer_of_sample(samples[i]) for i in numbers]
-    encoded = iter(encode_answers(tokenizer, behind, answers, counts, whole))
+        wheres += [named[i] for i in numbers]
+    encoded = iter(encode_answers(tokenizer, behind, answers, counts, whole, wheres))
     trees = []
     for prompt, numbers in zip(prompts, groups):
         own = list(islice(encoded, len(numbers)))
         meanings = ["sample"] * len(numbers)
         trees.append(as_tree(prompt.ids, own, meanings, max_length, counts, numbers))
     return trees
+
+
+def name_of(sample: dict) -> str:
+    "A sample as a message names it."
+    ids = [f"{k} {sample[k]}" for k in ("prompt_id", "sample_id") if k in sample]
+    return f"sample with {' and '.join(ids)}" if ids else ""
 
 
 def answer_of_sample(sample: dict) -> Answer:

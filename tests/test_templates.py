@@ -13,7 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from halos_nb.records import Drawn, RecordError, as_turns, write_records
 from halos_nb.configs import TrainConfig
 from halos_nb.data import Dataset, Example, get_feedback, get_preferences
-from halos_nb.loaders import PairedPreferenceDataLoader, SFTDataLoader
+from halos_nb.loaders import (
+    ConditionalSFTDataLoader,
+    PairedPreferenceDataLoader,
+    SFTDataLoader,
+    UnpairedPreferenceDataLoader,
+    add_control_tokens,
+)
 from halos_nb.templates import (
     MISSING,
     Answer,
@@ -66,6 +72,12 @@ TOOLS = (
         "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}"
         "<|im_end|>\n{% endfor %}" + ASK
     )
+)
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('need system') }}{% endif %}"
+    + TURN
+    + "{{ m.content }}<|im_end|>\n{% endfor %}"
+    + ASK
 )
 ENDS_ELSEWHERE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|pad|>\n{% endfor %}"
@@ -243,6 +255,7 @@ def test_drawn_ids_are_trained_as_they_are():
     counts = Counter()
     assert targets(tok, Answer(as_turns("yes"), drawn(tok, yes)), counts=counts) == yes
     broken = [tok.convert_tokens_to_ids("Ã"), *end_ids(tok)]
+    assert tok.decode(broken[:1]) == "\ufffd"
     answer = Answer(as_turns("\ufffd"), drawn(tok, broken))
     assert targets(tok, answer, counts=counts) == broken
     assert counts["reencoded"] == counts["broken_characters"] == 0
@@ -331,7 +344,108 @@ def test_feedback_brings_ids_and_ends_to_training(tmp_path):
         PairedPreferenceDataLoader(data, tok, unfinished="drop")
 
 
+def test_words_that_are_not_those_of_the_ids_are_read_and_counted():
+    tok = byte_tokenizer()
+    ids = tok.encode("Vega", add_special_tokens=False) + end_ids(tok)
+    for how in (drawn(tok, ids), drawn(tok, [9999, *ids]), drawn(tok, [-1, *ids])):
+        counts = Counter()
+        answer = Answer(as_turns("EDITED"), how)
+        assert tok.decode(targets(tok, answer, counts=counts)) == "EDITED<|im_end|>"
+        assert (counts["ids_of_other_words"], counts["reencoded"]) == (1, 1)
+
+
+@pytest.mark.parametrize("last", ["<|im_end|>", "<|pad|>"])
+def test_a_reward_model_scores_a_finished_answer_as_it_is_rendered(last):
+    "Whichever token ended it, and whatever a tokenizer makes of what stands behind it."
+    tok = with_template(TURN + "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK)
+    tok.add_tokens([AddedToken("<|im_end|>", special=True, rstrip=True)])
+    ids = tok.encode("Vega", add_special_tokens=False)
+    ids.append(tok.convert_tokens_to_ids(last))
+    answer = Answer(as_turns("Vega"), drawn(tok, ids))
+    turns = as_turns("Q?", "user") + as_turns("Vega")
+    assert asked(tok).ids + targets(tok, answer, whole=True) == encode(tok, turns)
+    assert targets(tok, answer) == ids
+
+
+def test_a_reward_model_reads_drawn_ids_where_words_would_be_others():
+    tok = melting()
+    tok.chat_template = TURN + "{{ m.content }}<eos>\n{% endfor %}" + ASK
+    odd = [*tok.encode("ye"), *tok.encode("s"), *end_ids(tok)]
+    answer = Answer(as_turns("yes"), drawn(tok, odd))
+    assert targets(tok, answer, whole=True) == odd + tok.encode("\n")
+
+
 # ---- told before work begins
+
+
+@pytest.mark.parametrize(
+    "row, what",
+    [
+        (dict(tools=[dict(name="f")], prompt="Q", chosen="a", rejected="b"), "tools"),
+        (dict(system="Kind.", prompt="Q", chosen="a", rejected="b"), "a system turn"),
+        (
+            dict(
+                prompt="Q",
+                chosen=[dict(role="assistant", content="", tool_calls=[dict(name="f")])],
+                rejected="b",
+            ),
+            "tool calls",
+        ),
+    ],
+)
+def test_what_a_template_does_not_write_is_refused(row, what, tmp_path):
+    "A policy would never see it; a reward model scores it, counted."
+    deaf = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
+    )
+    tok = with_template(deaf)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    data = get_preferences(file)
+    with pytest.raises(RecordError, match=f"rows.jsonl, record 1: carries {what}, and"):
+        PairedPreferenceDataLoader(data, tok)
+    loader = PairedPreferenceDataLoader(data, tok, whole=True)
+    assert loader.counts["not_rendered"] == 1
+    assert len(loader.trees) == 1
+
+
+def test_ends_are_found_behind_a_system_turn_too():
+    tok = with_template(NEEDS_SYSTEM)
+    tok.eos_token = "<|pad|>"
+    assert end_ids(tok) == [tok.convert_tokens_to_ids("<|im_end|>")]
+    turns = [dict(role="system", content="Kind."), *as_turns("Q?", "user")]
+    [prompt] = encode_prompts(tok, [turns], 99, Counter())
+    cut = Answer(as_turns("A"), Drawn(finished=False))
+    for whole in (False, True):
+        assert tok.decode(targets(tok, cut, whole, prompt=prompt)) == "A"
+
+
+def test_white_space_ends_no_turn():
+    tok = with_template(NO_END, "\n")
+    assert end_ids(tok) == []
+    with pytest.raises(ValueError, match="never learns to stop"):
+        check_template(tok, "policy")
+
+
+def test_a_tag_that_prompt_and_answer_share_is_written_once():
+    tok = with_template(OPENS_THOUGHTS, "<think>", "</think>")
+    answer = Answer(as_turns("<think>Hm.</think>A"))
+    assert tok.decode(targets(tok, answer)) == "Hm.</think>A<|im_end|>"
+
+
+def test_good_and_bad_answers_of_the_same_ids_are_passed_over():
+    tok = with_template(NO_SYSTEM)
+    rows = ("Q?", "same", " same "), ("Q2?", "yes", "no")
+    for make in (UnpairedPreferenceDataLoader, ConditionalSFTDataLoader):
+        if make is ConditionalSFTDataLoader:
+            add_control_tokens(tok)
+            tok.chat_template = NO_SYSTEM
+            rows = ("Q?", "same", "same  "), ("Q2?", "yes", "no")
+        loader = make(pairs_of(*rows), tok)
+        equal = 1 if make is UnpairedPreferenceDataLoader else 0  # behind other tokens
+        assert loader.counts["equal_pairs"] == equal
+        assert len(loader.trees) == 4 - 2 * equal
 
 
 def test_the_record_that_a_template_refuses_is_named(tmp_path):
@@ -377,7 +491,13 @@ def test_training_with_a_template_that_never_ends_is_refused(tmp_path):
         (OPENS_THOUGHTS, ["rewrites"]),
         (TOOLS, []),
         (TURN + "{{ strftime_now('%Y') }}{{ m.content }}<|im_end|>\n{% endfor %}", ["dated"]),
-        ("{{ raise_exception('never') }}", ["refuses", "no_end"]),
+        ("{{ raise_exception('never') }}", ["refuses"]),
+        (TURN + "{{ m.content | upper }}<|im_end|>\n{% endfor %}", ["changes", "changes"]),
+        (NEEDS_SYSTEM, []),
+        (
+            "{{ messages[-2:][0].content }}{{ messages[-1].content }}<|im_end|>",
+            ["forgets", "rewrites"],
+        ),
     ],
 )
 def test_what_is_odd_about_a_template(template, names):
