@@ -500,11 +500,19 @@ def check_end(policy: Policy) -> Finding:
     whole = [row.target for row in policy.seen if row.finished and not row.cut]
     missing = [t for t in whole if t[-1] not in policy.ends]
     behind = [t for t in whole if len(without_end(t, policy.ends)) < len(t) - 1]
+    size = len(policy.tokenizer)
+    beyond = [i for i in policy.ends if i >= size]
+    inside = [t for t in whole if set(without_end(t, policy.ends)) & set(policy.ends)]
     stops = f"the sampler stops at {names_of(policy.ends, policy.tokenizer) or 'nothing'}"
     if missing:
         last = names_of(sorted({t[-1] for t in missing}), policy.tokenizer)
         n = f"{len(missing)} of {len(whole)}"
         return Finding("wrong", f"{n} answers end with {last}, but {stops}")
+    if beyond:
+        return Finding("wrong", f"end ids {beyond} lie beyond the {size} tokens; {stops}")
+    if inside:
+        told = f"answers have an end in their midst, where a sample of theirs is cut; {stops}"
+        return wrong_if(len(inside), len(whole), told)
     if behind:
         return wrong_if(
             len(behind), len(whole), f"answers have targets behind the end; {stops}"
@@ -615,8 +623,10 @@ def differences(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def same_logps(policy: Policy, ours: list[Tensor], what: str) -> Finding:
     "Whether log-probs are those of the untouched model."
     theirs = policy.measure
-    scale = max(1.0, max(x.abs().max().item() for x in theirs) / 10)
-    allowed = ALLOWED[policy.cfg.precision] * scale
+    largest = max(x.abs().max().item() for x in theirs)
+    allowed = ALLOWED[policy.cfg.precision] * max(1.0, largest / 10)
+    if policy.cfg.precision == "bfloat16":
+        allowed = max(allowed, 3e-2 * largest)  # as the choice of a layout allows
     return within(differences(ours, theirs), allowed, what)
 
 # %% ../nbs/44_audit.ipynb #b9f9e51a
@@ -1078,7 +1088,10 @@ def check_reward_weights(reward: Reward) -> Finding:
 
 
 def check_reward_scores(reward: Reward) -> Finding:
-    "The labelling stage gives the scores of plain transformers."
+    "The labelling stage gives the scores of plain transformers, and they differ."
+    if len(reward.scores) > 1 and len(set(reward.scores)) == 1:
+        n = len(reward.scores)
+        return Finding("counted", f"all {n} answers have one score, {reward.scores[0]:g}")
     return same_scores(reward, reward.scores, "our scores, plain transformers'")
 
 

@@ -35,6 +35,7 @@ from halos_nb.models import (
     probe_tokens,
     spread,
     text_config,
+    why_alone,
 )
 
 if TYPE_CHECKING:
@@ -508,7 +509,8 @@ def way_to_draw(model: "PreTrainedModel", longest: int, pad: int) -> str:
         probe = probe_prompts(model, longest)
         limit = rope_limit(model)
         stretched = limit is not None and longest > limit
-        for way in [way for way in WAYS if not (stretched and way == "cache")]:
+        ways = [way for way in WAYS if not (stretched and way == "cache")]
+        for way in ["no cache"] if why_alone(model.config) else ways:
             fault = way_fault(model, way, probe, pad)
             if not fault:
                 KNOWN_WAYS[model] = (longest, way)

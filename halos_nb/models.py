@@ -12,10 +12,10 @@ __all__ = ['PAD', 'VALUE_HEAD', 'ROW_LAYOUTS', 'NO_WINDOWS', 'HEADS', 'REFERENCE
            'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model',
            'evaluating', 'Layout', 'smallest_window', 'why_not_trees', 'why_unpadded', 'special_ids',
            'plain_vocabulary', 'probe_tokens', 'longest_row', 'probe_trees', 'without_wrapper', 'Probe', 'row_alone',
-           'make_probe', 'spread', 'probe_fault', 'not_causal', 'row_layout', 'choose_layout', 'modules_to_train',
-           'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train', 'check_targets', 'add_lora', 'differences',
-           'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora', 'without_adapter', 'chances',
-           'dropouts', 'set_dropout', 'training_difference']
+           'make_probe', 'spread', 'probe_fault', 'not_causal', 'row_layout', 'why_alone', 'choose_layout',
+           'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train', 'check_targets',
+           'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora',
+           'without_adapter', 'chances', 'dropouts', 'set_dropout', 'training_difference']
 
 # %% ../nbs/16_models.ipynb #4713803c
 import json
@@ -737,6 +737,8 @@ def make_probe(model: Any, max_length: int) -> Probe:
 # %% ../nbs/16_models.ipynb #342e9447
 def spread(model: Any, values: Tensor, truth: Tensor) -> str:
     "Empty if these are the same numbers up to rounding, else how far they are off."
+    neither = values.isnan() & truth.isnan()
+    values, truth = values.masked_fill(neither, 0), truth.masked_fill(neither, 0)
     off = (values - truth).abs().max().item()
     largest = truth.abs().max().item()
     if model.dtype.itemsize > 2:
@@ -790,6 +792,14 @@ def row_layout(
     raise ValueError(f"layout: {kind} cannot be used: {'; '.join(faults)}")
 
 # %% ../nbs/16_models.ipynb #d3e0ceed
+def why_alone(config: PreTrainedConfig) -> str:
+    "Why rows cannot stand beside each other in any layout; empty if they can."
+    kept = getattr(text_config(config), "index_topk", None)
+    if not kept:
+        return ""
+    return f"its indexer keeps {kept} tokens, and which of equal ones depends on other rows"
+
+
 def choose_layout(
     model: Any,  # policy, actor-critic or reward model
     wanted: str = "auto",  # or tree: an error if the model's numbers are others then; or plain
@@ -804,6 +814,11 @@ def choose_layout(
         probe = make_probe(model, max_length)
         if why := not_causal(base, probe):
             raise ValueError(f"layout: {kind} cannot be trained or drawn from: {why}")
+        if why := why_alone(base.config):
+            off = probe_fault(model, "alone", probe) if wanted != "tree" else "any number"
+            if off:
+                raise ValueError(f"layout: {kind} cannot go {wanted}: {why}; off by {off}")
+            return Layout("alone", why)
         stretched = why_unpadded(base, max_length)
         reason = stretched
         if wanted == "auto":

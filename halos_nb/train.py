@@ -51,7 +51,7 @@ from halos_nb.models import (
     set_dropout,
     training_difference,
 )
-from .reference import Pass, cache_reference_logps, make_reference
+from .reference import Pass, cache_reference_logps, check_base, make_reference
 from .tree_trainer import PairScore, Reference, TreeTrainer
 from .trainers import TRAINERS
 
@@ -181,6 +181,7 @@ def with_adapters(cfg: TrainConfig, model: Any, tokenizer: Any) -> Any:
     adapter = None
     if cfg.from_checkpoint:
         adapter = str(Path(cfg.from_checkpoint) / "adapter")
+        check_base(adapter, str(cfg.model))
     return add_lora(
         model,
         cfg.lora_r,

@@ -12,6 +12,7 @@ __all__ = ['Metrics', 'as_share', 'Sums', 'Counters', 'TokenUse', 'read_counters
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +35,8 @@ from .trees import TreeBatch
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import computing_in, gather_padded
-from .models import Layout, merge_lora, name_end, save_adapter
+from .models import Layout, evaluating, merge_lora, name_end, save_adapter, unwrap
+from .reference import note_base
 from .losses import Share, widest_float
 
 # %% ../nbs/22_tree_trainer.ipynb #cddc9dcd
@@ -206,6 +208,7 @@ class ProgressMade:
     steps: int = 0  # optimiser steps of this run
     without_gradient: int = 0  # steps in which no weight had one
     top_lr: float = 0.0  # highest learning rate of a step
+    first: tuple[TreeBatch, Tensor] | None = None  # the first batch, and what was said of it
 
 
 class TreeTrainer(Trainer):
@@ -382,6 +385,7 @@ def training_step(
 ) -> Tensor:  # () this process' share of the loss, times `num_processes`
     "Forward and backward over a step's micro-batches."
     batches = self.prepare(step)
+    self.remember_first(batches[0])
     model.train()
     weight = 0 if step.idle else 1
     scale = weight * self.accelerator.num_processes / self.step_size(step)
@@ -480,6 +484,14 @@ def load_training_state(self: TreeTrainer, checkpoint: str | Path) -> None:
     # scheduler that it has prepared, with weights_only=True. It uses this when it resumes the
     # same run, which we never do.
     self._load_optimizer_and_scheduler(str(checkpoint))
+    assert self.optimizer is not None  # Trainer has made it
+    peak = self.optimizer.param_groups[0].get("initial_lr", self.config.lr)
+    if peak != self.config.lr and self.is_world_process_zero():
+        print(
+            f"note: from_checkpoint goes on with its learning rate, {peak:g}; lr "
+            f"{self.config.lr:g} is not used",
+            file=sys.stderr,
+        )
 
 
 @patch
@@ -590,6 +602,31 @@ def count_gradient(self: TreeTrainer, norm: float) -> None:
 
 
 @patch
+def remember_first(self: TreeTrainer, batch: TreeBatch) -> None:
+    "Keep a run's first batch and what the model says of it before any step."
+    if self.progress_made.first is None:
+        self.progress_made.first = batch, self.said_exactly(batch)
+
+
+@patch
+def said_exactly(self: TreeTrainer, batch: TreeBatch) -> Tensor:
+    "What the model says of a batch, from its float32 weights and without chance."
+    with evaluating(unwrap(self.model)) as model:
+        return model(tree=batch)[0].clone()
+
+
+@patch
+def has_moved(self: TreeTrainer) -> bool:
+    "Whether the model says anything else of its first batch, on any process."
+    if self.progress_made.first is None:
+        return True
+    batch, before = self.progress_made.first
+    differs = not torch.equal(before, self.said_exactly(batch))
+    moved = torch.tensor(float(differs), device=self.args.device)
+    return self.accelerator.reduce(moved, "sum").item() > 0
+
+
+@patch
 def check_learnt(self: TreeTrainer) -> None:
     "An error if the run has changed no weight, or had nothing to learn from."
     made = self.progress_made
@@ -606,6 +643,11 @@ def check_learnt(self: TreeTrainer) -> None:
             f"{what}: every weight is bit for bit what it was; the highest learning rate was "
             f"{made.top_lr:.1e}, too small for float32 weights, or 0 because the schedule of "
             "from_checkpoint has ended"
+        )
+    if not self.has_moved():
+        raise RuntimeError(
+            f"{what}: what the model says of its first batch is bit for bit what it was; the "
+            f"highest learning rate was {made.top_lr:.1e}, which moved nothing that counts"
         )
 
 # %% ../nbs/22_tree_trainer.ipynb #216608cd
@@ -777,6 +819,7 @@ def save_weights(self: TreeTrainer, folder: Path, final: bool) -> None:
     lora = hasattr(self.model, "peft_config")
     if lora and self.is_world_process_zero():
         save_adapter(self.model, folder / "adapter")
+        note_base(folder / "adapter", str(self.config.model))
     if lora and not final:
         return
     if lora:
