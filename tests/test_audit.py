@@ -272,3 +272,27 @@ def test_the_names_of_the_checks_are_documented():
         "unfinished",
     ]
     assert all(check.__doc__ for check in [*POLICY_CHECKS.values(), *REWARD_CHECKS.values()])
+
+
+@pytest.mark.parametrize("end, words", [(71, "in their midst"), (99_999, "beyond")])
+def test_an_end_that_is_a_letter_or_no_token_is_found(models, tmp_path, end, words):
+    "Every sample would be cut there, and trained as finished."
+    shutil.copytree(models / "policy", tmp_path / "cut")
+    file = tmp_path / "cut/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(eos_token_id=[71, end])))
+    (tmp_path / "cut/manifest.json").unlink(missing_ok=True)
+    found = room.check_end(Policy(AuditConfig(model=str(tmp_path / "cut"), quick=True)))
+    assert found.verdict == "wrong" and words in found.detail
+
+
+def test_a_reward_model_that_says_one_number_is_counted(models, tmp_path):
+    shutil.copytree(models / "reward", tmp_path / "flat")
+    file = tmp_path / "flat/model.safetensors"
+    weights = load_file(file)
+    weights["score.weight"].zero_()
+    save_file(weights, file, metadata={"format": "pt"})
+    (tmp_path / "flat/manifest.json").unlink(missing_ok=True)
+    found = room.check_reward_scores(
+        Reward(AuditConfig(reward_model_path=str(tmp_path / "flat"), quick=True))
+    )
+    assert found.verdict == "counted" and "one score, 0" in found.detail

@@ -799,3 +799,28 @@ def test_a_shard_that_is_not_there_is_named(home, tmp_path):
     shards[0].unlink()
     with pytest.raises(CheckpointError, match=f"index.json: names shards .*{shards[0].name}"):
         load_policy(str(tmp_path / "m"))
+
+
+def test_an_adapter_goes_on_only_where_it_was_trained(home, tmp_path):
+    "On another model of the same shape it would be a policy that nobody trained."
+    other = small_llama(byte_tokenizer(), hidden_size=16, layers=1, seed=9)
+    for part in (other, byte_tokenizer()):
+        part.save_pretrained(tmp_path / "other")
+    lora = dict(use_peft=True, lora_r=2, lora_alpha=4, lora_dropout=0.0)
+    goes_on = lora | dict(from_checkpoint=str(home / "lora/FINAL"))
+    elsewhere = str(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="this adapter was trained on .*start"):
+        make_trainer(config(home, "dpo", model=elsewhere, load_from=elsewhere, **goes_on))
+    shutil.copytree(home / "start", tmp_path / "moved")
+    moved = str(tmp_path / "moved")
+    make_trainer(config(home, "dpo", model=moved, load_from=moved, **goes_on))
+
+
+@pytest.mark.parametrize(
+    "more", [dict(lr=1e-13), dict(lr=1e-20, use_peft=True, lora_r=2, lora_alpha=4)]
+)
+def test_a_rate_that_moves_nothing_is_an_error(home, more):
+    "Not one that changed a last bit somewhere, and says what it said."
+    with pytest.raises(RuntimeError, match="nothing was learnt"):
+        train(config(home, "dpo", "still", **more))
+    assert not (home / "still/FINAL").exists()
