@@ -879,6 +879,9 @@ def with_bos(tiny, tmp_path_factory):
     )
     tok.chat_template = "{{ bos_token }}" + tok.chat_template
     tok.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tok))
+    model.save_pretrained(folder)
     return folder
 
 
