@@ -171,7 +171,7 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     notes = check_models(cfg, accelerator)
     data, examples = choose_prompts(cfg)
     tokenizer = load_tokenizer(cfg.model, cfg.trust_remote_code, cfg.template_options)
-    notes = tell_template(tokenizer, cfg.model, accelerator.is_main_process)
+    odd = tell_template(tokenizer, cfg.model, accelerator.is_main_process)
     planned = Counter(prompts_shortened=0, prompts_cut=0)
     batches = plan(examples, tokenizer, cfg, planned)
     policy, reference = load_models(cfg, tokenizer, accelerator.device)
@@ -187,7 +187,7 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     for name in SLOWER:
         if drawn[name]:
             told[name] = drawn[name]
-    told |= notes
+    told |= odd
     if world > len(batches):
         told["idle_processes"] = world - len(batches)
     told["checkpoints"] = notes

@@ -677,6 +677,10 @@ def test_flags_of_old_on_named_sets(tiny, tmp_path, monkeypatch):
     assert counts["prompts_asked"] == 512
     assert counts["prompts"] == 3
     assert counts["prompts_left"] == 0
+    assert counts["checkpoints"] == dict(
+        model=f"{tiny}: no manifest, so only what can be seen was checked"
+    )
+    assert "template" not in counts, "nothing is odd about it"
     both = ["--datasets", "ultrafeedback_armorm", "more.jsonl"]
     main(
         parse_args(
