@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import set_seed
 
 from .records import as_turns, prompt_id
-from .configs import SampleConfig, make_config
+from .configs import SampleConfig, make_config, require_path
 from .settings import parse_args
 from .data import Example
 from .templates import tell_template
@@ -134,6 +134,8 @@ def check_models(cfg: SampleConfig, accelerator: "Accelerator") -> dict[str, str
     models = dict(model=cfg.model)
     if cfg.reference:
         models["reference"] = cfg.reference
+    for name, path in models.items():
+        require_path(path, name)
     notes = check_together([*models.values()], accelerator)
     for path in models.values():
         refuse_reward_model(path, cfg.trust_remote_code)

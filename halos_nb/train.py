@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from .records import Progress, atomic_write, write_json
-from .configs import COMPARING, TrainConfig
+from .configs import COMPARING, TrainConfig, require_path
 from .settings import parse_args
 from .hub_sets import load_data
 from .templates import check_template, template_notes
@@ -92,6 +92,8 @@ def checkpoints_of(cfg: TrainConfig) -> dict[str, str]:
 def check_checkpoints(cfg: TrainConfig, accelerator: "Accelerator") -> dict[str, str]:
     "A note on each checkpoint of the run, read once on every machine."
     paths = checkpoints_of(cfg)
+    for name, path in paths.items():
+        require_path(path, name)
     notes = check_together([*paths.values()], accelerator)
     if cfg.from_checkpoint:
         check_checkpoint(cfg.from_checkpoint, cfg.use_peft)
