@@ -289,7 +289,7 @@ def tokenizer_of(path: str, cfg: AuditConfig) -> "PreTrainedTokenizerBase":
     "The tokenizer in a folder, with the template options of the audit."
     return load_tokenizer(path, cfg.trust_remote_code, cfg.template_options)
 
-
+# %% ../nbs/44_audit.ipynb #07a26a24
 @dataclass
 class Policy:
     "A policy under audit."
@@ -975,7 +975,7 @@ class UntouchedScores(NamedTuple):
     loading: dict[str, Any]  # missing_keys, unexpected_keys, mismatched_keys
     rows: int  # of its embeddings
 
-
+# %% ../nbs/44_audit.ipynb #87bc0848
 @dataclass
 class Reward:
     "A reward model under audit."

@@ -216,7 +216,7 @@ def sampling_params(
         detokenize=bool(cfg.stop),
     )
 
-
+# %% ../nbs/33_backends.ipynb #2a942bbe
 def engine_answer(
     row: Row,
     reply: Any,  # vLLM's RequestOutput
@@ -473,7 +473,7 @@ def drawn_tokens(
         drawn["output_logps"] = [step.logprob for step in steps]
     return drawn
 
-
+# %% ../nbs/33_backends.ipynb #b2d98121
 def read_reply(
     reply: Any,  # what the client returned, of whatever kind
 ) -> dict:
@@ -580,7 +580,7 @@ async def ask_first(
             return answer
         refused |= dict.fromkeys(names, excerpt(error_text(answer)))
 
-
+# %% ../nbs/33_backends.ipynb #0ea8df87
 async def ask_for_sample(
     client: "AsyncOpenAI",
     question: Question,
@@ -738,7 +738,7 @@ def questions_of(
             questions.append(Question(Row(len(questions), example, k, ids), seed))
     return questions
 
-
+# %% ../nbs/33_backends.ipynb #520537ad
 def ask_missing(
     questions: list[Question],
     cfg: SampleConfig,

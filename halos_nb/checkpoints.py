@@ -328,7 +328,7 @@ def check_here(paths: list[str]) -> Checked:
         states.append(known[0] if known else None)
     return Checked("", notes, states)
 
-
+# %% ../nbs/15_checkpoints.ipynb #2e8cd2bd
 def check_together(
     paths: list[str],  # folders or names on the hub; on every process the same
     accelerator: "Accelerator",

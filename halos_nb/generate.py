@@ -561,7 +561,7 @@ class Generated(NamedTuple):
     ids: list[int]  # with its end token or its stop's tokens
     logps: list[float]  # one a token, of the distribution it was drawn from
 
-
+# %% ../nbs/30_generate.ipynb #7cd1fab5
 @torch.inference_mode()
 def draw_answers(
     rows: list[Row],  # one batch
@@ -605,7 +605,7 @@ def draw_answers(
     drawn = zip(answers.tolist(), logps.tolist(), lengths.tolist())
     return [Generated(ids[:n], values[:n]) for ids, values, n in drawn]
 
-
+# %% ../nbs/30_generate.ipynb #c8f2b403
 def generate(
     rows: list[Row],  # one batch
     model: "PreTrainedModel",

@@ -486,7 +486,7 @@ def ask_hub(
             f"{name}: {e}\nA configuration is named behind a colon, as in org/name:config"
         ) from e
 
-
+# %% ../nbs/05_hub_sets.ipynb #df9484b1
 def holds_csv(found: Mapping[str, Any]) -> bool:
     "Whether the rows of a set come from CSV files."
     import datasets

@@ -439,7 +439,7 @@ def check_prompts(tokenizer: Any, data: LabelInput, file: str) -> None:
     except RecordError as e:
         raise RecordError(f"{file}, {e}") from e
 
-
+# %% ../nbs/43_label.ipynb #e83b6c60
 def label_by_reward_model(
     data: LabelInput, cfg: LabelConfig, accelerator: "Accelerator"
 ) -> Labelled:

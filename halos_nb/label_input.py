@@ -223,7 +223,7 @@ def count_unfinished(data: LabelInput, cfg: LabelConfig) -> dict[str, int]:
         counts["unfinished_pairs"] = sum(cut[i] or cut[j] for i, j in data.pairs)
     return counts
 
-
+# %% ../nbs/08_label_input.ipynb #10a8ad5f
 def only_finished(data: LabelInput, cfg: LabelConfig) -> LabelInput:
     "What is left to be labelled where unfinished answers are dropped; else everything."
     if cfg.unfinished != "drop":

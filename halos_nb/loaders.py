@@ -276,7 +276,7 @@ def is_equal_unit(self: TreeDataLoader, unit: list[int]) -> bool:
     facts = [(tree.meanings, tree.facts.get("desirable")) for tree in (one, other)]
     return same and facts[0] != facts[1]
 
-
+# %% ../nbs/12_loaders.ipynb #bfc8c09c
 @patch
 def keep_items(self: TreeDataLoader, numbers: list[int]) -> None:
     "Keep these items and their trees, numbered anew."

@@ -322,7 +322,7 @@ class BranchValues(NamedTuple):
 
 VALUE_HEAD = "value_head.safetensors"
 
-
+# %% ../nbs/16_models.ipynb #91df4348
 class TreeActorCritic(TreePolicy):
     "A policy with a `value_head`: `model(tree=batch)` gives log-probs, values and entropy."
 
@@ -540,7 +540,7 @@ def as_bradley_terry(model: Any) -> Any:
     model.config.problem_type = "regression"
     return mix_in(model, TreeScorer)
 
-
+# %% ../nbs/16_models.ipynb #e8f92151
 def load_classifier(path: str, **kwargs: Any) -> Any:
     "A saved classifier of one or two logits, with two."
     loaded = load_whole(AutoModelForSequenceClassification, path, **kwargs).model
@@ -902,7 +902,7 @@ def rows_to_train(model: Any, tokens: Sequence[int]) -> dict[str, list[int]] | N
     names = [at.embedding] if at.tied or not at.head else [at.embedding, at.head]
     return {name.rpartition(".")[2]: list(tokens) for name in names}
 
-
+# %% ../nbs/16_models.ipynb #2ba72d76
 def check_targets(model: Any, config: "LoraConfig") -> None:
     "An error if a vocabulary matrix is adapted that is the embedding and the head in one."
     at = vocabulary_of(model)

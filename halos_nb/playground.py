@@ -507,7 +507,7 @@ def policy_stage(world: Playground) -> Stage:
     folder = world.folder / "policy"
     return Stage("train", folder, cfg, [start, world.sft], outputs_of(folder))
 
-
+# %% ../nbs/70_playground.ipynb #6a167469
 def reward_stage(world: Playground) -> Stage:
     "The training that makes the world's reward model."
     cfg = TrainConfig(
@@ -583,7 +583,7 @@ def refuse_world_seed(seed: int) -> None:
             "it out, or leave something to the playground"
         )
 
-
+# %% ../nbs/70_playground.ipynb #cc8d216c
 def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     "The config with the playground's pairs, samples and policy where no pairs are named."
     if cfg.train_datasets:

@@ -308,7 +308,7 @@ CARRIED: dict[str, tuple[list[dict], list[dict]]] = {
     "a tool's answer": (tools_answer(PROBE), tools_answer(OTHER)),
 }
 
-
+# %% ../nbs/10_templates.ipynb #63487d85
 def carried_by(turns: Sequence[dict]) -> set[str]:
     "What a conversation carries beside the words of a user and an assistant."
     found = set()
@@ -789,7 +789,7 @@ def rewrites_prompts(tokenizer: "PreTrainedTokenizerBase") -> bool:
     except TemplateRefusal:
         return False
 
-
+# %% ../nbs/10_templates.ipynb #411caa03
 def template_oddities(tokenizer: "PreTrainedTokenizerBase") -> list[Oddity]:
     "All that is odd about a tokenizer's chat template."
     found = []

@@ -88,7 +88,7 @@ def checkpoints_of(cfg: TrainConfig) -> dict[str, str]:
         found["load_from"] = cfg.load_from
     return {name: str(path) for name, path in found.items() if path}
 
-
+# %% ../nbs/24_train.ipynb #2f3418ac
 def check_checkpoints(cfg: TrainConfig, accelerator: "Accelerator") -> dict[str, str]:
     "A note on each checkpoint of the run, read once on every machine."
     paths = checkpoints_of(cfg)
@@ -290,7 +290,7 @@ def planned_passes(cfg: TrainConfig, loader: TreeDataLoader) -> list[Pass]:
                 passes.append(Pass(rank, parts))
     return passes
 
-
+# %% ../nbs/24_train.ipynb #0d20e590
 def reference_maker(
     cfg: TrainConfig, model: Any, tokenizer: Any, accelerator: "Accelerator"
 ) -> Callable[[], Reference]:
@@ -314,7 +314,7 @@ def reference_maker(
 
     return make
 
-
+# %% ../nbs/24_train.ipynb #6424a911
 def fill_reference_logps(
     cfg: TrainConfig,
     trees: list[Tree],  # `reference` of each is filled

@@ -49,7 +49,7 @@ def as_share(values: Tensor | Share) -> Share:
         return values
     return Share(values.double().sum(), torch.tensor(values.numel()))
 
-
+# %% ../nbs/22_tree_trainer.ipynb #2fcbfd4d
 @dataclass
 class Sums:
     "Running sums of named metrics over micro-batches and processes."
@@ -210,7 +210,7 @@ class ProgressMade:
     top_lr: float = 0.0  # highest learning rate of a step
     first: tuple[TreeBatch, Tensor] | None = None  # the first batch, and what was said of it
 
-
+# %% ../nbs/22_tree_trainer.ipynb #67e4d7d5
 class TreeTrainer(Trainer):
     "transformers' Trainer over steps of tree batches."
 
@@ -493,7 +493,7 @@ def load_training_state(self: TreeTrainer, checkpoint: str | Path) -> None:
             file=sys.stderr,
         )
 
-
+# %% ../nbs/22_tree_trainer.ipynb #f62152d4
 @patch
 def save_training_state(self: TreeTrainer, folder: Path) -> None:
     "Write optimiser and scheduler into a folder."
@@ -625,7 +625,7 @@ def has_moved(self: TreeTrainer) -> bool:
     moved = torch.tensor(float(differs), device=self.args.device)
     return self.accelerator.reduce(moved, "sum").item() > 0
 
-
+# %% ../nbs/22_tree_trainer.ipynb #64360a17
 @patch
 def check_learnt(self: TreeTrainer) -> None:
     "An error if the run has changed no weight, or had nothing to learn from."
@@ -658,7 +658,7 @@ def notes_of(layout: Layout | None, tokenizer: Any) -> dict[str, str]:
         notes["template"] = MISSING
     return notes
 
-
+# %% ../nbs/22_tree_trainer.ipynb #e8820730
 class MetricsFile(TrainerCallback):
     "Writes every log as a line of `metrics.jsonl` and reports progress."
 

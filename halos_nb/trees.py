@@ -441,7 +441,7 @@ def trees_from_samples(
         trees.append(as_tree(prompt.ids, own, meanings, max_length, counts, numbers))
     return trees
 
-
+# %% ../nbs/11_trees.ipynb #5c9671c1
 def name_of(sample: dict) -> str:
     "A sample as a message names it."
     ids = [f"{k} {sample[k]}" for k in ("prompt_id", "sample_id") if k in sample]
