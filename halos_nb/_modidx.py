@@ -162,6 +162,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.audit.check_vocabulary': ('audit.html#check_vocabulary', 'halos_nb/audit.py'),
                                 'halos_nb.audit.check_weights': ('audit.html#check_weights', 'halos_nb/audit.py'),
                                 'halos_nb.audit.counted_if': ('audit.html#counted_if', 'halos_nb/audit.py'),
+                                'halos_nb.audit.data_of': ('audit.html#data_of', 'halos_nb/audit.py'),
                                 'halos_nb.audit.decoded_logps': ('audit.html#decoded_logps', 'halos_nb/audit.py'),
                                 'halos_nb.audit.differences': ('audit.html#differences', 'halos_nb/audit.py'),
                                 'halos_nb.audit.draw': ('audit.html#draw', 'halos_nb/audit.py'),

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'LENT', 'OTHER_HEADS', 'ALLOWED', 'LOG2', 'MOST', 'POLICY_CHECKS', 'REWARD_CHECKS', 'SLOW', 'GATES',
            'Token', 'COLOURS', 'SIGNS', 'Finding', 'Check', 'within', 'counted_if', 'wrong_if', 'own_examples',
-           'with_a_pair', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end', 'Untouched', 'untouched_model',
-           'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader', 'both_answers', 'loading_finding',
-           'files_finding', 'check_files', 'check_weights', 'check_read', 'check_vocabulary', 'begins', 'check_bos',
-           'template_finding', 'check_template', 'check_same_template', 'names_of', 'check_end', 'DrawnAnswers',
-           'sampling', 'as_trained', 'draw', 'check_ids', 'again_other', 'differences', 'same_logps', 'rows_as_trees',
-           'branch_logps', 'check_plain', 'check_batch', 'check_tree', 'fed', 'decoded_logps', 'check_cache',
-           'check_cache_batch', 'as_drawn', 'check_drawn_logps', 'pair_records', 'pair_trainer', 'FirstStep',
-           'take_first_step', 'check_dropout', 'check_reference', 'loss_finding', 'check_loss', 'check_loss_bfloat16',
-           'saved_again', 'saved_logps', 'check_save', 'nudge', 'adapted_logps', 'check_merge', 'many_examples',
-           'check_cut', 'texts_of', 'check_special', 'drawn_in', 'check_samples', 'check_unfinished', 'UntouchedScores',
-           'Reward', 'read_scores', 'scores_together', 'ask_untouched_scores', 'our_scores', 'same_scores',
-           'check_reward_files', 'check_reward_weights', 'check_reward_scores', 'check_reward_batch',
+           'with_a_pair', 'data_of', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end', 'Untouched',
+           'untouched_model', 'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader', 'both_answers',
+           'loading_finding', 'files_finding', 'check_files', 'check_weights', 'check_read', 'check_vocabulary',
+           'begins', 'check_bos', 'template_finding', 'check_template', 'check_same_template', 'names_of', 'check_end',
+           'DrawnAnswers', 'sampling', 'as_trained', 'draw', 'check_ids', 'again_other', 'differences', 'same_logps',
+           'rows_as_trees', 'branch_logps', 'check_plain', 'check_batch', 'check_tree', 'fed', 'decoded_logps',
+           'check_cache', 'check_cache_batch', 'as_drawn', 'check_drawn_logps', 'pair_records', 'pair_trainer',
+           'FirstStep', 'take_first_step', 'check_dropout', 'check_reference', 'loss_finding', 'check_loss',
+           'check_loss_bfloat16', 'saved_again', 'saved_logps', 'check_save', 'nudge', 'adapted_logps', 'check_merge',
+           'many_examples', 'check_cut', 'texts_of', 'check_special', 'drawn_in', 'check_samples', 'check_unfinished',
+           'UntouchedScores', 'Reward', 'read_scores', 'scores_together', 'ask_untouched_scores', 'our_scores',
+           'same_scores', 'check_reward_files', 'check_reward_weights', 'check_reward_scores', 'check_reward_batch',
            'check_reward_template', 'check_reward_ids', 'check_reward_vocabulary', 'is_left_out', 'run_checks',
            'token_texts', 'as_example', 'shown_examples', 'how_many', 'audit', 'examples_or_none', 'wrong_checks',
            'printable', 'token_line', 'report_text', 'only_process', 'main']
@@ -31,8 +31,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -57,7 +57,7 @@ from halos_nb.records import (
 from .configs import AuditConfig, SampleConfig, TrainConfig, require_path
 from .settings import parse_args
 from .data import Dataset, Example, get_sampled_data
-from .hub_sets import load_data
+from .hub_sets import DATASETS, load_data
 from halos_nb.templates import (
     split_first_turn,
     template_oddities,
@@ -185,10 +185,15 @@ def with_a_pair(example: Example) -> Example:
     )
 
 
+def data_of(cfg: AuditConfig, name: str) -> Dataset:
+    "A data set by name, or all of a file: samples of any split are looked at."
+    return load_data(name, cfg.split or ("train" if name in DATASETS else None))
+
+
 def examples_of(cfg: AuditConfig, most: int) -> list[Example]:
     "The first examples of the data, or our own; each with a pair."
-    found = load_data(cfg.datasets) if cfg.datasets else own_examples()
-    return [with_a_pair(example) for example in islice(found, most)]
+    found = islice(chain.from_iterable(map(partial(data_of, cfg), cfg.datasets)), most)
+    return [with_a_pair(example) for example in (found if cfg.datasets else own_examples())]
 
 
 def as_dataset(examples: list[Example]) -> Dataset:

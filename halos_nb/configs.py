@@ -1062,6 +1062,8 @@ class AuditConfig:
     # names or files, comma-separated or a list; their first examples are looked at (empty: a
     # few of our own)
     datasets: list[str] | str = ""
+    # which split of them: train, test (empty: all that a file holds, train of a named set)
+    split: str = ""
     # file of samples or feedback: is it this policy's tokenizer that they were drawn with?
     samples: str = ""
     # options of the chat template, as "enable_thinking=false" or a JSON object

@@ -206,6 +206,16 @@ def test_a_record_that_the_template_refuses_is_named(models, tmp_path):
     assert found[-1] == read and "nothing more can be asked" in read.detail
 
 
+@pytest.mark.parametrize("split, verdict", [("", "ok"), ("test", "ok"), ("train", "wrong")])
+def test_samples_of_any_split_are_looked_at(models, tmp_path, split, verdict):
+    prompt = [dict(role="user", content="What is 2?")]
+    sample = dict(type="sample", prompt_id="p", sample_id=0, prompt=prompt, output="Two.")
+    file = tmp_path / "samples.json"
+    write_json(file, [sample | dict(split="test", generator="g", dataset="d")])
+    found = policy_checks(str(models / "policy"), datasets=str(file), split=split, quick=True)
+    assert next(check for check in found if check.name == "read").verdict == verdict
+
+
 def test_what_is_cut_is_shown_and_counted(models):
     cfg = AuditConfig(model=str(models / "policy"), max_length=60, max_prompt_length=50)
     policy = Policy(cfg)
