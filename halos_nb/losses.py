@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NO_ROWS', 'EXP_LIMIT', 'upcast', 'widest_float', 'same_shape', 'Share', 'masked_share', 'sft_loss', 'LogRatios',
            'unclamped_share', 'log_ratios', 'PairLoss', 'PairRatios', 'pair_ratios', 'pair_loss', 'dpo_loss',
-           'cdpo_loss', 'token_mean', 'ipo_loss', 'simpo_loss', 'slic_loss', 'kto_kl', 'KTOLoss', 'kto_loss',
-           'Surrogate', 'clipped_surrogate', 'GroupLoss', 'kl_estimate', 'grpo_loss', 'PPOLoss', 'sequence_ratios',
-           'ppo_loss', 'RewardLoss', 'bradley_terry_loss']
+           'cdpo_loss', 'token_mean', 'ipo_loss', 'rpo_loss', 'dpo_norm_loss', 'simpo_loss', 'slic_loss', 'kto_kl',
+           'KTOLoss', 'kto_loss', 'Surrogate', 'clipped_surrogate', 'GroupLoss', 'kl_estimate', 'grpo_loss',
+           'Importance', 'importance', 'PPOLoss', 'sequence_ratios', 'value_error', 'actor_critic_loss', 'ppo_loss',
+           'RewardLoss', 'bradley_terry_loss']
 
 # %% ../nbs/20_losses.ipynb #ef766790
 from typing import NamedTuple
@@ -220,12 +221,12 @@ def ipo_loss(
     policy_rejected_logps: Tensor,  # (B, S')
     reference_chosen_logps: Tensor,  # (B, S)
     reference_rejected_logps: Tensor,  # (B, S')
-    tau: float = 0.1,  # the margin's target is 1 / (2 tau), nats per token
+    tau: float = 0.1,  # the margin's target is 1 / (2 tau), in nats per token
     clamp: tuple[float, float] | None = None,  # humanline interval, nats
     chosen_mask: Tensor | None = None,  # (B, S) bool, real tokens; None: those that moved
     rejected_mask: Tensor | None = None,  # (B, S') bool
 ) -> PairLoss:
-    "Identity Preference Optimization (Azar et al. 2023, eq. 17). Rewards: mean log-ratios."
+    "IPO (Azar et al. 2023, eq. 17) of mean, not summed, log-ratios; these are the rewards."
     ratios = pair_ratios(
         policy_chosen_logps,
         policy_rejected_logps,
@@ -238,6 +239,53 @@ def ipo_loss(
     losses = (chosen_rewards - rejected_rewards - 1 / (2 * tau)) ** 2  # (h_w - h_l - 1/2t)^2
     return pair_loss(losses, chosen_rewards, rejected_rewards, ratios)
 
+# %% ../nbs/20_losses.ipynb #fa33e831
+def rpo_loss(
+    policy_chosen_logps: Tensor,  # (B, S)
+    policy_rejected_logps: Tensor,  # (B, S')
+    reference_chosen_logps: Tensor,  # (B, S)
+    reference_rejected_logps: Tensor,  # (B, S')
+    beta: float = 0.1,  # strength of the pull towards the reference
+    alpha: float = 1.0,  # weight of the chosen completion's likelihood
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
+    chosen_mask: Tensor | None = None,  # (B, S) bool, real tokens; None: of log-prob not 0
+) -> PairLoss:
+    "DPO with an SFT term (Pang et al. 2024, eq. 1; Liu et al. 2024). Rewards as in DPO."
+    out = dpo_loss(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+        clamp,
+    )
+    likelihood = token_mean(upcast(policy_chosen_logps), chosen_mask)
+    return out._replace(losses=out.losses - alpha * likelihood)
+
+# %% ../nbs/20_losses.ipynb #3c24c4cb
+def dpo_norm_loss(
+    policy_chosen_logps: Tensor,  # (B, S)
+    policy_rejected_logps: Tensor,  # (B, S')
+    reference_chosen_logps: Tensor,  # (B, S)
+    reference_rejected_logps: Tensor,  # (B, S')
+    beta: float = 5.0,  # strength of the pull towards the reference
+    clamp: tuple[float, float] | None = None,  # humanline interval, nats
+    chosen_mask: Tensor | None = None,  # (B, S) bool, real tokens; None: those that moved
+    rejected_mask: Tensor | None = None,  # (B, S') bool
+) -> PairLoss:
+    "Length-normalised DPO (Lambert et al. 2024). Rewards: beta times mean log-ratios."
+    ratios = pair_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        clamp,
+    )
+    chosen_rewards = beta * token_mean(ratios.chosen.tokens, chosen_mask)
+    rejected_rewards = beta * token_mean(ratios.rejected.tokens, rejected_mask)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return pair_loss(losses, chosen_rewards, rejected_rewards, ratios)
+
 # %% ../nbs/20_losses.ipynb #bd61c26c
 def simpo_loss(
     policy_chosen_logps: Tensor,  # (B, S)
@@ -248,7 +296,7 @@ def simpo_loss(
     chosen_mask: Tensor | None = None,  # (B, S) bool, real tokens; None: of log-prob not 0
     rejected_mask: Tensor | None = None,  # (B, S') bool
 ) -> PairLoss:
-    "SimPO (Meng et al. 2024, eq. 6). Rewards: mean log-probs, not times beta."
+    "SimPO (Meng et al. 2024, eq. 6). Rewards: mean log-probs; the paper's are times beta."
     ratios = pair_ratios(policy_chosen_logps, policy_rejected_logps, clamp=clamp)
     chosen_rewards = token_mean(ratios.chosen.tokens, chosen_mask)
     rejected_rewards = token_mean(ratios.rejected.tokens, rejected_mask)
@@ -337,12 +385,14 @@ class Surrogate(NamedTuple):
 def clipped_surrogate(
     log_ratio: Tensor,  # (B, S) nats
     advantages: Tensor,  # (B, S) or (B, 1)
-    epsilon: float,  # half width of the interval around 1
+    epsilon: float,  # how far the ratio may go below 1, and above
+    epsilon_high: float | None = None,  # how far above, where that differs (DAPO)
 ) -> Surrogate:
     "PPO's pessimistic objective as a loss (Schulman et al. 2017, eq. 7)."
+    high = epsilon if epsilon_high is None else epsilon_high
     ratio = log_ratio.clamp(max=EXP_LIMIT).exp()
     free = -advantages * ratio  # -rho A
-    held = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon)  # -clip(rho) A
+    held = -advantages * ratio.clamp(1 - epsilon, 1 + high)  # -clip(rho) A
     return Surrogate(torch.maximum(free, held), ratio, held > free)
 
 # %% ../nbs/20_losses.ipynb #9d39f7b1
@@ -351,9 +401,10 @@ class GroupLoss(NamedTuple):
 
     # (B,) summed token losses; the batch's loss is their sum over the number of its tokens
     losses: Tensor
-    KL: Share  # of tokens, nats
+    KL: Share  # of tokens, nats, to the reference
     weighted_advantage: Share  # of tokens, |advantage times ratio|
     unclamped: Share  # share of tokens not clamped by humanline
+    clipped: Share  # share of tokens where the clipped branch was taken
 
 # %% ../nbs/20_losses.ipynb #3472cb70
 def kl_estimate(
@@ -366,29 +417,76 @@ def kl_estimate(
 
 def grpo_loss(
     policy_logps: Tensor,  # (B, S)
-    reference_logps: Tensor,  # (B, S)
+    reference_logps: Tensor,  # (B, S) of the fixed reference, for the KL
     advantages: Tensor,  # (B,) of each completion within its prompt's group
     mask: Tensor,  # (B, S) bool, real tokens
     beta: float = 0.1,  # weight of the KL term
-    epsilon: float = 0.1,  # the ratio is clipped to 1 +- epsilon
+    epsilon: float = 0.1,  # how far the ratio may go below 1, and above
     clamp: tuple[float, float] | None = None,  # humanline interval of the log-ratio, nats
+    # (B, S) of the policy that sampled, for the ratio (None: the reference, as in HALOs)
+    old_logps: Tensor | None = None,
+    epsilon_high: float | None = None,  # how far above 1, where that differs
+    weights: Tensor | None = None,  # (B, S) of the clipped objective, see `importance`
 ) -> GroupLoss:
-    "GRPO (Shao et al. 2024, eq. 3 and 4), the ratio being that to the reference."
-    same_shape(policy=policy_logps, reference=reference_logps, mask=mask)
+    "GRPO (Shao et al. 2024, eq. 3 and 4)."
+    old_logps = reference_logps if old_logps is None else old_logps
+    same_shape(
+        policy=policy_logps,
+        reference=reference_logps,
+        old=old_logps,
+        mask=mask,
+        weights=weights,
+    )
     same_shape(rows=policy_logps[:, 0:0].sum(-1), advantages=advantages)
     policy = policy_logps.where(mask, 0)
     reference = reference_logps.where(mask, 0)
     A = upcast(advantages)[:, None]
-    ratios = log_ratios(policy, reference, clamp)
-    surrogate = clipped_surrogate(ratios.tokens, A, epsilon)
+    ratios = log_ratios(policy, old_logps.where(mask, 0), clamp)
+    surrogate = clipped_surrogate(ratios.tokens, A, epsilon, epsilon_high)
     KL = kl_estimate(log_ratios(policy, reference).tokens)
-    losses = (surrogate.losses + beta * KL).where(mask, 0).sum(-1)
-    weighted = masked_share((A * surrogate.ratio).abs(), mask)
-    return GroupLoss(losses, masked_share(KL, mask), weighted, ratios.unclamped)
+    clipped = surrogate.losses if weights is None else upcast(weights) * surrogate.losses
+    losses = (clipped + beta * KL).where(mask, 0).sum(-1)
+    return GroupLoss(
+        losses,
+        KL=masked_share(KL, mask),
+        weighted_advantage=masked_share((A * surrogate.ratio).abs(), mask),
+        unclamped=ratios.unclamped,
+        clipped=masked_share(surrogate.clipped, mask),
+    )
+
+# %% ../nbs/20_losses.ipynb #d6d4263e
+class Importance(NamedTuple):
+    "What `importance` gives."
+
+    weights: Tensor  # (B, S) no gradient; 1 where the sampler's log-prob is not known
+    mean: Share  # of tokens: the weight
+    cut: Share  # share of tokens whose weight was cut at the cap
+    difference: Share  # of tokens: how far the two log-probs are apart, nats
+
+
+@torch.no_grad()
+def importance(
+    old_logps: Tensor,  # (B, S) of the policy that sampled, as the trainer computes it
+    sampler_logps: Tensor,  # (B, S) as the sampler told them, NaN where it did not
+    mask: Tensor,  # (B, S) bool, real tokens
+    cap: float = 2.0,  # largest weight
+) -> Importance:
+    "Truncated importance weights min(old / sampler, cap) (Ionides 2008; Yao et al. 2025)."
+    same_shape(old=old_logps, sampler=sampler_logps, mask=mask)
+    known = mask & ~sampler_logps.isnan()
+    apart = (upcast(old_logps) - upcast(sampler_logps)).where(known, 0)
+    ratio = apart.clamp(max=EXP_LIMIT).exp()
+    weights = ratio.clamp(max=cap)
+    return Importance(
+        weights,
+        mean=masked_share(weights, known),
+        cut=masked_share(ratio > cap, known),
+        difference=masked_share(apart.abs(), known),
+    )
 
 # %% ../nbs/20_losses.ipynb #90a1e131
 class PPOLoss(NamedTuple):
-    "What `ppo_loss` gives."
+    "What `actor_critic_loss` and `ppo_loss` give."
 
     # (B,) summed token losses; the batch's loss is their sum over the number of its tokens
     losses: Tensor
@@ -399,6 +497,7 @@ class PPOLoss(NamedTuple):
     policy_kl: Share  # of tokens, old minus new log-prob, never clamped
     sequence_ratio: Share  # of rows, product of the row's token ratios
     unclamped: Share  # share of tokens not clamped by humanline
+    KL: Share  # of tokens, nats, to the reference
 
 
 def sequence_ratios(
@@ -407,6 +506,62 @@ def sequence_ratios(
     "The mean over rows of the product of a row's token ratios."
     rows = log_ratio.detach().sum(-1).clamp(max=EXP_LIMIT).exp()
     return Share(rows.sum(), rows.new_tensor(len(rows)))
+
+# %% ../nbs/20_losses.ipynb #2875544e
+def value_error(
+    values: Tensor,  # (B, S) now
+    target: Tensor,  # (B, S)
+    old_values: Tensor | None = None,  # (B, S) before the first update
+    cliprange: float | None = None,  # how far values may move from the old ones (None: freely)
+) -> Tensor:
+    "(B, S) half the squared error, pessimistic like the policy's objective if clipped."
+    free = 0.5 * (values - target) ** 2
+    if cliprange is None or old_values is None:
+        return free
+    held = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    return torch.maximum(free, 0.5 * (held - target) ** 2)
+
+
+def actor_critic_loss(
+    logps: Tensor,  # (B, S) token log-probs now
+    values: Tensor,  # (B, S) value network's estimates now
+    entropy: Tensor,  # (B, S) of the policy at each token, nats
+    old_logps: Tensor,  # (B, S) of the policy that sampled
+    reference_logps: Tensor,  # (B, S) of the fixed reference
+    advantages: Tensor,  # (B, S) normalised
+    value_target: Tensor,  # (B, S) what the value network should have expected
+    mask: Tensor,  # (B, S) bool, real tokens
+    cliprange: float = 0.2,  # the ratio is clipped to 1 +- cliprange
+    critic_coef: float = 0.01,  # weight of the critic's loss
+    KL_coef: float = 0.1,  # weight of the KL to the reference
+    clamp: tuple[float, float] | None = None,  # humanline interval of the log-ratio, nats
+    old_values: Tensor | None = None,  # (B, S) before the first update
+    value_cliprange: float | None = None,  # how far the values may move from those
+    weights: Tensor | None = None,  # (B, S) of the clipped objective, see `importance`
+) -> PPOLoss:
+    "PPO (Schulman et al. 2017, eq. 7 and 9) with a KL penalty, without entropy bonus."
+    G = value_target
+    same_shape(logps=logps, values=values, entropy=entropy, old_values=old_values, mask=mask)
+    same_shape(old=old_logps, reference=reference_logps, advantages=advantages, mask=mask)
+    same_shape(value_target=G, weights=weights, mask=mask)
+    new, old = logps.where(mask, 0), old_logps.where(mask, 0)
+    ratios = log_ratios(new, old, clamp)
+    policy = clipped_surrogate(ratios.tokens, upcast(advantages), cliprange)
+    objective = policy.losses if weights is None else upcast(weights) * policy.losses
+    critic = value_error(upcast(values).where(mask, 0), upcast(G), old_values, value_cliprange)
+    KL = kl_estimate(log_ratios(new, reference_logps.where(mask, 0)).tokens)
+    losses = (objective + critic_coef * critic + KL_coef * KL).where(mask, 0).sum(-1)
+    return PPOLoss(
+        losses,
+        critic=masked_share(critic, mask),
+        policy=masked_share(policy.losses, mask),
+        clipped=masked_share(policy.clipped, mask),
+        entropy=masked_share(entropy, mask),
+        policy_kl=masked_share(-log_ratios(new, old).tokens, mask),
+        sequence_ratio=sequence_ratios(ratios.tokens),
+        unclamped=ratios.unclamped,
+        KL=masked_share(KL, mask),
+    )
 
 # %% ../nbs/20_losses.ipynb #769c0fb9
 def ppo_loss(
@@ -419,10 +574,10 @@ def ppo_loss(
     mask: Tensor,  # (B, S) bool, real tokens
     cliprange: float = 0.5,  # the ratio is clipped to 1 +- cliprange
     critic_coef: float = 0.01,  # weight of the critic's loss
-    KL_coef: float = 0.1,  # weight of the log-ratio to the old policy
+    KL_coef: float = 0.1,  # weight of the log-ratio to the old policy, with HALOs' sign
     clamp: tuple[float, float] | None = None,  # humanline interval of the log-ratio, nats
 ) -> PPOLoss:
-    "PPO (Schulman et al. 2017, eq. 7 and 9), without entropy bonus."
+    "PPO as HALOs has it; its last term rewards leaving the old policy, see above."
     G = discounted_future_rewards
     same_shape(logps=logps, values=values, entropy=entropy, mask=mask)
     same_shape(
@@ -444,6 +599,7 @@ def ppo_loss(
         policy_kl=masked_share(policy_kl, mask),
         sequence_ratio=sequence_ratios(ratios.tokens),
         unclamped=ratios.unclamped,
+        KL=masked_share(kl_estimate(-policy_kl), mask),
     )
 
 # %% ../nbs/20_losses.ipynb #f2b9505b
