@@ -100,6 +100,7 @@ def label_stage(
         template_options=cfg.template_options,
         unfinished=cfg.unfinished,
         token_budget=cfg.token_budget,
+        batch_size=None,  # the token budget decides
         seed=derive_seed(cfg.seed, "label", round),
         precision=cfg.precision,
     )
@@ -140,6 +141,7 @@ EXPECTED_COUNTS = (
     "samples",
     "scored",
     "records",
+    "threshold",
     "tokens",
     "trees",
     "steps",
@@ -199,6 +201,8 @@ class Round:
         used = f"{sampled['prompts']} prompts, {labelled['samples']} samples"
         if self.number:
             used += f", {labelled['records']} examples"
+            if isinstance(labelled.get("threshold"), float):
+                used += f" (threshold {labelled['threshold']:.3g})"
         lost = "; ".join(losses_of(self.counts)) or "nothing"
         text = f"{self.name}: {used}; lost: {lost}"
         return f"{text}\n{self.note}" if self.note else text
