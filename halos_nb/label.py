@@ -395,7 +395,8 @@ def feedback_from_comparisons(data: LabelInput, got: Labelled, cfg: LabelConfig)
     "Feedback made of comparisons, and where the pairs went."
     how = cfg.combine or "vote"
     made = convert_comparisons(got.comparisons, data.samples, cfg.seed, how, got.labels)
-    reasons = Counter(r["reason"] for r in got.comparisons if r["winner"] is None)
+    looks = without_half_verdicts(got.comparisons)
+    reasons = Counter(r["reason"] for r in looks if r["winner"] is None)
     prompts = {s["prompt_id"] for s in data.samples}
     counts: dict = dict(
         samples=len(data.samples),
@@ -598,8 +599,7 @@ def label_by_judge(data: LabelInput, cfg: LabelConfig) -> Labelled:
     "Scores or comparisons of an API judge; its journal is written as it goes."
     answers, counts = run_job(judge_job(data, cfg))
     if cfg.judge == "pairwise":
-        comparisons = without_half_verdicts(list(answers.values()))
-        return Labelled(None, None, counts, comparisons)
+        return Labelled(None, None, counts, list(answers.values()))
     scored = [Scored(r["score"], r["reason"], False) for r in answers.values()]
     return Labelled(scored, None, counts)
 
@@ -683,7 +683,7 @@ def label_from_journal(data: LabelInput, cfg: LabelConfig) -> Labelled:
         scored, more = scores_from_labels(data, labels, cfg.combine)
         return Labelled(scored, written, counts | more)
     check_can_compare(cfg, bool(labels))
-    return Labelled(None, written, counts, without_half_verdicts(looks), labels)
+    return Labelled(None, written, counts, looks, labels)
 
 # %% ../nbs/43_label.ipynb #7db9f8f5
 def dry_run(data: LabelInput, cfg: LabelConfig) -> dict:

@@ -14,8 +14,11 @@ from halos_nb.feedback import (
     convert_to_pairwise_feedback,
     convert_to_scalar_feedback,
     feedback_counts,
+    gap_quantile,
+    gaps_within_prompts,
     group_advantages,
     iter_pairwise_feedback,
+    without_contrast,
 )
 from halos_nb.verdicts import (
     HOW,
@@ -250,6 +253,79 @@ def test_pairs_are_true(samples, mode, threshold, seed):
         assert counts["ties"] + len({p["prompt_id"] for p in pairs}) == sum(
             n > 1 for n in sizes.values()
         )
+
+
+@given(
+    labelled(),
+    modes,
+    st.integers(0, 100),
+    seeds,
+    st.sampled_from([0.125, 0.5, 3, 1024]),
+    st.integers(-50, 50),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_share_of_the_gaps_means_the_same_on_every_scale(
+    samples, mode, percent, seed, scale, shift
+):
+    "Rewards times a number, and with another added, give the same pairs; all exact in floats."
+    samples = [s | dict(reward=round(s["reward"])) for s in good(samples)]
+    other = [s | dict(reward=s["reward"] * scale + shift) for s in samples]
+    threshold = f"{percent}%"
+    one = convert_to_pairwise_feedback(samples, seed, mode, threshold)
+    two = convert_to_pairwise_feedback(other, seed, mode, threshold)
+    ids = ("prompt_id", "sample_id_A", "sample_id_B", "label")
+    assert [[p[i] for i in ids] for p in one] == [[p[i] for i in ids] for p in two]
+    assert [p["reward_difference"] * scale for p in one] == [
+        p["reward_difference"] for p in two
+    ]
+    # at least so many of all gaps are not above it, and it is the smallest such gap
+    gaps = list(gaps_within_prompts(samples))
+    least = gap_quantile(samples, percent / 100)
+    assert sum(g <= least for g in gaps) * 100 >= percent * len(gaps)
+    if gaps and percent:
+        assert least in gaps and sum(g < least for g in gaps) * 100 < percent * len(gaps)
+    # the number that it stands for gives the same
+    assert convert_to_pairwise_feedback(samples, seed, mode, least) == one
+
+
+@given(labelled(), seeds)
+@settings(max_examples=100, deadline=None)
+def test_no_share_and_no_threshold_are_one(samples, seed):
+    for mode in ("random", "max", "min"):
+        none = convert_to_pairwise_feedback(samples, seed, mode)
+        assert convert_to_pairwise_feedback(samples, seed, mode, "0%") == none
+        # nothing differs by more than the largest difference
+        assert convert_to_pairwise_feedback(samples, seed, mode, "100%") == []
+
+
+@pytest.mark.parametrize("threshold", ["101%", "-1%", "x%", "nan%", "25%%", "prompt mean"])
+def test_what_is_no_share_is_refused(threshold):
+    with pytest.raises(ValueError, match="not a number or a share of the differences"):
+        convert_to_pairwise_feedback([], 0, "max", threshold)
+
+
+@given(labelled(), st.sampled_from(["mean", "median"]))
+@settings(max_examples=200, deadline=None)
+def test_good_within_the_prompt(samples, word):
+    """Each prompt is labelled as it would be alone; one whose rewards are all one gives
+    nothing.
+    """
+    made = convert_to_binary_feedback(samples, f"prompt {word}")
+    alone = []
+    silent = 0
+    for prompt in dict.fromkeys(s["prompt_id"] for s in samples):
+        group = [s for s in good(samples) if s["prompt_id"] == prompt]
+        if len({s["reward"] for s in group}) > 1:
+            alone += convert_to_binary_feedback(group, word)
+        else:
+            silent += len(group)
+    key = lambda r: (r["prompt_id"], r["sample_id"])
+    assert sorted(made, key=key) == sorted(alone, key=key)
+    assert without_contrast(samples) == silent == len(good(samples)) - len(made)
+    # in the order of the samples
+    numbers = {key(s): i for i, s in enumerate(samples)}
+    places = [numbers[key(r)] for r in made]
+    assert places == sorted(places)
 
 
 @given(labelled(), st.sampled_from(["max", "min"]), thresholds, seeds, st.randoms())
@@ -594,6 +670,11 @@ def test_verdicts_become_pairs(rows, how, seed, scores):
             said.setdefault((p, frozenset((a, b))), {}).setdefault(n, {})[first] = dict(
                 A=a, B=b, tie=None
             )[w]
+    # of a judge, one order alone says nothing
+    halves = [pair for pair, by in said.items() if len(by.get("api:b", "both")) == 1]
+    for pair in halves:
+        del said[pair]["api:b"]
+    assert counts["one_order"] == len(halves)
     words = {(s["prompt_id"], s["sample_id"]): s["output"] for s in samples}
     for r in records:
         check_record(r, "pairwise_feedback")
@@ -666,12 +747,13 @@ def test_scores_and_verdicts_are_one_table(said):
             sample_id_B=a,
             labeller=n,
             winner="tie" if m == 0 else "B" if m > 0 else "A",
-            order="AB",
+            order=order,
             reason="",
             type="comparison",
         )
         for n, v in table.items()
         for (p, a, b), m in v.items()
+        for order in ("AB", "BA")
     ]
     verdicts = verdict_table(spoken).table
     assert {

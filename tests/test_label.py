@@ -1049,7 +1049,17 @@ def test_options_of_the_command_line():
         given.second_samples_path,
         given.trim_to_sentence,
         given.dry_run,
-    ) == (None, 0, None, None, False, False)
+    ) == (16, 0, None, None, False, False)
+    assert given.feedback_mode == "max"
+    given = parse_args(
+        LabelConfig,
+        "--function f:g --feedback_type pairwise --threshold 25% a.json f.json".split(),
+    )
+    assert (given.threshold, given.feedback_mode) == ("25%", "max")
+    given = parse_args(
+        LabelConfig, ["--function", "f:g", "--threshold", "prompt mean", "a.json", "f.json"]
+    )
+    assert given.threshold == "prompt mean"
 
 
 def test_second_file(folder, tmp_path):

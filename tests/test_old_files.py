@@ -97,7 +97,7 @@ def without_ids(rows):
 @pytest.mark.parametrize(
     "kind, more",
     [
-        ("pairwise", dict(feedback_type="pairwise")),
+        ("pairwise", dict(feedback_type="pairwise", feedback_mode="random")),
         ("binary", dict(feedback_type="binary")),
         ("scalar", {}),
         ("judged", dict(seed=3)),
