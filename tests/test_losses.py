@@ -14,20 +14,24 @@ from hypothesis import strategies as st
 
 from halos_nb.losses import (
     Share,
+    actor_critic_loss,
     bradley_terry_loss,
     cdpo_loss,
     dpo_loss,
+    dpo_norm_loss,
     grpo_loss,
+    importance,
     ipo_loss,
     kto_kl,
     kto_loss,
     log_ratios,
     ppo_loss,
+    rpo_loss,
     sft_loss,
     simpo_loss,
     slic_loss,
 )
-from halos_nb.advantages import generalized_advantages, moments, whiten
+from halos_nb.advantages import generalized_advantages, moments, penalised_rewards, whiten
 from halos_nb.attention import token_logps
 
 tol = dict(rtol=1e-4, atol=1e-5)
@@ -339,6 +343,11 @@ def test_token_logps(case):
 
 # ---- every loss on one made-up batch: {name: (gradient inputs, function of batch and clamp)}
 
+
+def four(b):
+    return b["pc"], b["pr"], b["rc"], b["rr"]
+
+
 ON_BATCH = {
     "sft": ("pc", lambda b, c: sft_loss(b["pc"])),
     "dpo": ("pc pr", lambda b, c: dpo_loss(b["pc"], b["pr"], b["rc"], b["rr"], 0.3, c)),
@@ -347,6 +356,13 @@ ON_BATCH = {
     "ipo, masks": (
         "pc pr",
         lambda b, c: ipo_loss(b["pc"], b["pr"], b["rc"], b["rr"], 0.4, c, b["mc"], b["mr"]),
+    ),
+    "rpo": ("pc pr", lambda b, c: rpo_loss(*four(b), 0.3, 0.5, c)),
+    "rpo, mask": ("pc pr", lambda b, c: rpo_loss(*four(b), 0.3, 0.5, c, b["mc"])),
+    "dpo-norm": ("pc pr", lambda b, c: dpo_norm_loss(*four(b), 3.0, c)),
+    "dpo-norm, masks": (
+        "pc pr",
+        lambda b, c: dpo_norm_loss(*four(b), 3.0, c, b["mc"], b["mr"]),
     ),
     "simpo": ("pc pr", lambda b, c: simpo_loss(b["pc"], b["pr"], 2.0, 0.3, c)),
     "simpo, masks": (
@@ -365,6 +381,19 @@ ON_BATCH = {
         "pc v",
         lambda b, c: ppo_loss(
             b["pc"], b["v"], b["ent"], b["rc"], b["At"], b["G"], b["mc"], 0.3, 0.2, 0.1, c
+        ),
+    ),
+    "grpo, old": (
+        "pc",
+        lambda b, c: grpo_loss(
+            b["pc"], b["rc"], b["A"], b["mc"], 0.2, 0.2, c, b["oc"], 0.4, b["W"]
+        ),
+    ),
+    "actor-critic": (
+        "pc v",
+        lambda b, c: actor_critic_loss(
+            *(b["pc"], b["v"], b["ent"], b["oc"], b["rc"], b["At"], b["G"], b["mc"]),
+            *(0.3, 0.2, 0.1, c, b["ov"], 0.4, b["W"]),
         ),
     ),
     "bradley-terry": ("lc lr", lambda b, c: bradley_terry_loss(b["lc"], b["lr"], b["m"], 0.1)),
@@ -397,6 +426,9 @@ def made_up(seed=0, n=4, S=5, dtype=torch.float64, empty=False, full=False):
         lc=rand(n, 2),
         lr=rand(n, 2),
         m=rand(n).abs(),
+        oc=(b["pc"] + 0.3 * rand(n, S)) * b["mc"],  # of the policy that sampled
+        ov=rand(n, S),
+        W=rand(n, S).exp() * b["mc"],
     )
     return {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in b.items()}
 
@@ -416,7 +448,7 @@ def shares_of(out):
 def test_gradcheck(name, c):
     keys, method = ON_BATCH[name]
     # without masks their divisor counts what is not 0, and jumps where padding is moved
-    b = made_up(7, full=name in ("ipo", "simpo"))
+    b = made_up(7, full=name in ("ipo", "simpo", "rpo", "dpo-norm"))
     xs = [b[k].requires_grad_() for k in keys.split()]
     assert torch.autograd.gradcheck(
         lambda *xs: losses_of(method({**b, **dict(zip(keys.split(), xs))}, c)), xs
@@ -528,7 +560,10 @@ def test_nan_stays_visible(name, c):
     [
         ("grpo", "pc rc"),
         ("ppo", "pc v ent rc At G"),
+        ("grpo, old", "pc rc oc W"),
+        ("actor-critic", "pc v ent oc rc At G ov W"),
         ("ipo, masks", "pc rc"),
+        ("dpo-norm, masks", "pc rc"),
         ("simpo, masks", "pc"),
     ],
 )
@@ -590,7 +625,7 @@ def test_rows_without_tokens_are_finite(name, c):
         b[k].requires_grad_()
     out = losses_of(method(b, c))
     assert out.isfinite().all()
-    if name in ("sft", "grpo", "ppo"):
+    if name in ("sft", "grpo", "grpo, old", "ppo", "actor-critic"):
         assert not out[1:3].any()
     assert all(
         g.isfinite().all() for g in torch.autograd.grad(out.sum(), [b[k] for k in keys.split()])
@@ -603,10 +638,6 @@ batches = given(seed=st.integers(0, 10**6))
 some = settings(max_examples=20, deadline=None)
 
 
-def pairs(b):
-    return b["pc"], b["pr"], b["rc"], b["rr"]
-
-
 def swapped(b):
     return b["pr"], b["pc"], b["rr"], b["rc"]
 
@@ -617,12 +648,12 @@ def test_swapping_chosen_and_rejected(seed):
     b = made_up(seed)
     # labels that are noise say nothing
     torch.testing.assert_close(
-        cdpo_loss(*pairs(b), epsilon=0.5).losses, cdpo_loss(*swapped(b), epsilon=0.5).losses
+        cdpo_loss(*four(b), epsilon=0.5).losses, cdpo_loss(*swapped(b), epsilon=0.5).losses
     )
-    p, q = [(-dpo_loss(*x).losses).exp() for x in (pairs(b), swapped(b))]
+    p, q = [(-dpo_loss(*x).losses).exp() for x in (four(b), swapped(b))]
     torch.testing.assert_close(p + q, torch.ones_like(p))  # one of the two is better
     torch.testing.assert_close(
-        cdpo_loss(*pairs(b), 0.2, 0.3).losses, cdpo_loss(*swapped(b), 0.2, 0.7).losses
+        cdpo_loss(*four(b), 0.2, 0.3).losses, cdpo_loss(*swapped(b), 0.2, 0.7).losses
     )
 
 
@@ -631,9 +662,9 @@ def test_swapping_chosen_and_rejected(seed):
 def test_reductions(seed):
     b = made_up(seed)
     torch.testing.assert_close(
-        cdpo_loss(*pairs(b), 0.2, 0.0, CLAMP).losses, dpo_loss(*pairs(b), 0.2, CLAMP).losses
+        cdpo_loss(*four(b), 0.2, 0.0, CLAMP).losses, dpo_loss(*four(b), 0.2, CLAMP).losses
     )
-    ones = [x[:, :1] for x in pairs(b)]
+    ones = [x[:, :1] for x in four(b)]
     nothing = [torch.zeros_like(x) for x in ones[2:]]
     torch.testing.assert_close(
         simpo_loss(*ones[:2], 2.0, 0.0).losses, dpo_loss(*ones[:2], *nothing, 2.0).losses
@@ -651,6 +682,9 @@ def test_reductions(seed):
     torch.testing.assert_close(centred - plain, 0.3 * (b["lc"][:, 1] + b["lr"][:, 1]) ** 2)
     # the hinge is met
     torch.testing.assert_close(slic_loss(b["pc"], b["pr"], -1e3, 1.0).losses, sft_loss(b["pc"]))
+    # without its term RPO is DPO; one token long, the mean is the sum
+    near(rpo_loss(*four(b), 0.2, 0.0, CLAMP), dpo_loss(*four(b), 0.2, CLAMP))
+    near(dpo_norm_loss(*ones, 0.2, CLAMP), dpo_loss(*ones, 0.2, CLAMP))
     wide = log_ratios(b["pc"], b["rc"], (-1e3, 1e3))
     torch.testing.assert_close(wide.tokens, log_ratios(b["pc"], b["rc"]).tokens)
     assert wide.unclamped.value == 1
@@ -692,6 +726,13 @@ def test_kto_kl_adds_up_before_it_is_floored(seed, cut):
     assert parts.value.clamp(min=0).item() == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 
+def near(a, b):
+    "Two results are equal, losses and metrics."
+    assert type(a) is type(b)
+    for name, x, y in zip(a._fields, a, b):
+        torch.testing.assert_close(x, y, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @some
 @batches
 def test_grpo_and_ppo(seed):
@@ -715,12 +756,33 @@ def test_grpo_and_ppo(seed):
     )
     torch.testing.assert_close(group.losses, tokens.losses)
     assert group.unclamped == tokens.unclamped
+    # with what each of them has beside: nothing of it changes a thing
+    old = grpo_loss(b["pc"], b["rc"], b["A"], b["mc"], 0.2, 0.3, CLAMP, b["rc"], 0.3)
+    near(old, grpo_loss(b["pc"], b["rc"], b["A"], b["mc"], 0.2, 0.3, CLAMP))
+    ones = torch.ones_like(b["W"])
+    near(grpo_loss(b["pc"], b["rc"], b["A"], b["mc"], 0.0, 0.3, CLAMP, weights=ones), group)
+    given = b["pc"], b["v"], b["ent"], b["rc"]
+    rest = b["At"], b["G"], b["mc"], 0.3, 0.2, 0.0, CLAMP
+    new = actor_critic_loss(*given, b["rc"], *rest, b["ov"], None, ones)
+    near(new, ppo_loss(*given, *rest))
     # the KL estimate is never negative
     assert grpo_loss(b["pc"], b["rc"], b["A"] * 0, b["mc"], 1.0).losses.min() >= 0
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", "simpo", "simpo, masks", "slic", "kto", "bradley-terry"]
+    "name",
+    [
+        "dpo",
+        "rpo",
+        "rpo, mask",
+        "dpo-norm",
+        "dpo-norm, masks",
+        "simpo",
+        "simpo, masks",
+        "slic",
+        "kto",
+        "bradley-terry",
+    ],
 )
 @clamps
 @settings(max_examples=15, deadline=None)
@@ -826,6 +888,16 @@ flags = two == 0
         (lambda: grpo_loss(two, two, torch.zeros(1), flags), "advantages"),
         (lambda: grpo_loss(two, two, torch.zeros(2, 1), flags), "advantages"),
         (lambda: ppo_loss(two, two, two, two, two, one, flags), "discounted_future_rewards"),
+        (lambda: grpo_loss(two, two, torch.zeros(2), flags, old_logps=one), "old"),
+        (lambda: grpo_loss(two, two, torch.zeros(2), flags, weights=one), "weights"),
+        (lambda: importance(two, one, flags), "sampler"),
+        (lambda: actor_critic_loss(*[two] * 6, one, flags), "value_target"),
+        (lambda: actor_critic_loss(*[two] * 4, one, two, two, flags), "reference"),
+        (lambda: actor_critic_loss(*[two] * 7, flags, old_values=one), "old_values"),
+        (lambda: actor_critic_loss(*[two] * 7, flags, weights=one), "weights"),
+        (lambda: rpo_loss(two, two, two, two, chosen_mask=flags[:1]), "mask"),
+        (lambda: dpo_norm_loss(two, two, two, two, rejected_mask=flags[:1]), "mask"),
+        (lambda: penalised_rewards(two, two, one, flags, 0.1), "reference"),
         (lambda: generalized_advantages(two, one, flags), "rewards"),
         (lambda: bradley_terry_loss(torch.zeros(2, 2), torch.zeros(1, 2)), "rejected"),
         (
