@@ -868,6 +868,9 @@ class LoopConfig(RoundOptions, MethodOptions):
     # look first at what the models really see; a wrong check stops the run (run), is told
     # (warn), or is not looked for (skip)
     audit: Literal["run", "warn", "skip"] = "run"
+    # look after each training at what the new policy says; one that is breaking stops the run
+    # (stop), is told (warn), or is not looked for (skip)
+    alarm: Literal["stop", "warn", "skip"] = "stop"
     seed: int = 0  # decides samples, pairs and order of training
     fresh: bool = False  # start this run again from nothing instead of continuing it
 
@@ -960,6 +963,9 @@ class CompareConfig:
     # look first at what the models really see; a wrong check stops the run (run), is told
     # (warn), or is not looked for (skip)
     audit: Literal["run", "warn", "skip"] = "run"
+    # look after each training at what the new policy says; one that is breaking stops the run
+    # (stop), is told (warn), or is not looked for (skip)
+    alarm: Literal["stop", "warn", "skip"] = "stop"
     world_seed: NonNegativeInt = 0  # which playground
     seed: int = 0  # of every run
     fresh: bool = False  # start all runs again from nothing

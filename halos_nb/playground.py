@@ -634,6 +634,8 @@ SHARED = (
     "num_samples_per_prompt",
     "precision",
     "profile",
+    "audit",
+    "alarm",
     "world_seed",
     "seed",
     "fresh",

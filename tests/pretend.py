@@ -11,6 +11,30 @@ from halos_nb.feedback import convert_to_pairwise_feedback
 PROMPTS = 40
 
 
+def weights(path):
+    "The weights in a folder."
+    file = Path(path or "") / "weights"
+    return file.read_text() if file.exists() else ""
+
+
+def breaking(cfg, k):
+    "What an answer of a policy that is breaking has in place of a good one's."
+    policy = weights(cfg["model"])
+    is_check = Path(cfg["output_file"]).stem == "check"
+    if "broken" in policy or ("late" in policy and not is_check):
+        return dict(output="la " * (40 + k))
+    if "fooled" in policy:
+        return dict(output=f"Best answer {k}!")
+    if "noise" in weights(cfg["reference"]):
+        return dict(output_ids=[1, 2], reference_logps=-60.0)
+    return {}
+
+
+# what a training does to the policy, by what stands behind the point of beta; the digit before
+# it says in which round
+BREAKS = {0: "broken", 5: "late", 7: "fooled"}
+
+
 def sample(cfg):
     "Answers that depend on the seed only."
     kind = "h" if Path(cfg["datasets"][0]).stem == "heldout" else "p"
@@ -22,19 +46,19 @@ def sample(cfg):
             row |= dict(prompt=[dict(role="user", content=f"{i}?")])
             row |= dict(output=f"{'x' * k} {cfg['seed']}")
             row |= dict(policy_logps=-3.0, reference_logps=-3.5)
-            rows.append(row)
+            rows.append(row | breaking(cfg, k))
     out = Path(cfg["output_file"])
     out.write_text(json.dumps(rows))
     left = PROMPTS - cfg["num_skip"] - len(numbers)
     counts = dict(prompts=len(numbers), prompts_left=left)
-    out.with_name("samples.counts.json").write_text(json.dumps(counts))
+    out.with_suffix(".counts.json").write_text(json.dumps(counts))
 
 
 def label(cfg):
     "A sample's score is its number."
     rows = json.loads(Path(cfg["samples_file"]).read_text())
     for row in rows:
-        row["reward"] = float(row["sample_id"])
+        row["reward"] = float(row["sample_id"]) + 99 * row["output"].startswith("Best")
     made = rows
     if cfg["feedback_type"] == "pairwise":
         made = convert_to_pairwise_feedback(rows, cfg["seed"], threshold=cfg["threshold"])
@@ -56,8 +80,11 @@ def train(cfg):
     final = Path(cfg["cache_dir"]) / "policy/FINAL"
     final.mkdir(parents=True)
     before = Path(cfg["from_checkpoint"] or cfg["load_from"])
-    weights = (before / "weights").read_text()
-    (final / "weights").write_text(f"{weights} {cfg['seed']}")
+    words = [weights(before), str(cfg["seed"])]
+    rounds, kind = divmod(round(10 * (cfg["beta"] or 0)), 10)
+    if rounds == len(words[0].split()):
+        words.append(BREAKS[kind])
+    (final / "weights").write_text(" ".join(words))
     (final.parent / "counts.json").write_text("{}")
     row = {"step": 1, "loss": 0.5, "rewards_train/accuracies": 1.0}
     Path(cfg["metrics_file"]).write_text(json.dumps(row) + "\n")

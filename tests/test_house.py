@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # floor may see, imports
 # point to lower numbers only. The README's map says the same; change both together and say why.
 FLOORS = {
-    0: "records stats configs settings data hub_sets feedback verdicts label_input",
+    0: "records stats configs settings data hub_sets feedback verdicts label_input health",
     1: "templates trees loaders processes attention checkpoints models reference",
     2: "losses advantages tree_trainer trainers train",
     3: "generate api answers backends sample",
@@ -63,6 +63,7 @@ LIGHT += [
     "feedback",
     "verdicts",
     "label_input",
+    "health",
     "api",
     "replies",
     "judge",

@@ -1,0 +1,190 @@
+"""The alarm: a policy that is breaking stops its run, and the last good one is kept. First with
+stages that pretend, then with real collapses.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from job_helpers import NEEDS_LINUX, quiet
+
+from halos_nb import ledger
+from halos_nb.configs import LoopConfig
+from halos_nb.loop import AlarmError, run_rounds
+from halos_nb.page import report
+from halos_nb.records import read_jsonl
+from halos_nb.runs import run_summary
+from halos_nb.settings import Settings
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("stages_on_path"),
+    NEEDS_LINUX,
+]
+
+
+class Pretended:
+    "Runs of three rounds, ten prompts each, whose training breaks the policy when it is told."
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.run = folder / "runs/r"
+        self.seen = []  # the rounds that were yielded
+        for name in ("sft", "rm"):
+            (folder / name).mkdir()
+            (folder / name / "weights").write_text(name)
+        (folder / "prompts.json").write_text("[]")
+
+    def __call__(self, look=None, **more):
+        given = dict(run_name="r", total_prompts=30, prompts_per_round=10, audit="skip")
+        given |= dict(sft_checkpoint="sft", reward_checkpoint="rm", prompts="prompts.json")
+        for name in ("sft_checkpoint", "reward_checkpoint", "prompts"):
+            given[name] = str(self.folder / given[name])
+        settings = Settings(runs_dir=str(self.folder / "runs"))
+        self.seen = []
+        for this in run_rounds(LoopConfig(**given | more), settings, watch=quiet):
+            self.seen.append(this)
+            if look:
+                look(this)
+        return self.seen
+
+    def breaks(self, look=None, **more):
+        "The alarm of a run, which there must be."
+        with pytest.raises(AlarmError) as caught:
+            self(look, **more)
+        return caught.value
+
+    def policy(self, round):
+        return self.run / f"round-{round}/policy/FINAL"
+
+    def ended(self):
+        return json.loads((self.run / "params.json").read_text())["ended"]
+
+    def started(self):
+        "Which stages the last session has started."
+        events = read_jsonl(self.run / "ledger.jsonl")
+        begun = [i for i, e in enumerate(events) if e["event"] == "run"][-1]
+        last = [e for e in events[begun:] if e["event"] == "started"]
+        return [f"{e['folder']} {e['stage']}" for e in last]
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    launch = ledger.launch
+
+    def launch_pretend(stage, cfg, profile, folder, module, **more):
+        return launch(stage, cfg, profile, folder, "pretend", **more)
+
+    monkeypatch.setattr(ledger, "launch", launch_pretend)
+    return Pretended(tmp_path)
+
+
+def test_a_breaking_policy_stops_its_round_and_the_last_good_one_is_kept(pretended):
+    error = pretended.breaks(beta=2.0)
+    run = pretended.run
+    assert [r.name for r in pretended.seen] == ["round-1"]
+    assert (run / "policy").resolve() == pretended.policy(1)
+    assert not Path(os.readlink(run / "policy")).is_absolute()
+    assert pretended.policy(1).exists() and pretended.policy(2).exists()
+    assert not (run / "round-3").exists() or not (run / "round-3/samples.json").exists()
+    first, *lines = str(error).splitlines()
+    assert first.startswith("round 2's training has left a policy that is breaking: unreadable")
+    assert "100% (0% at the start), limit 20%" in first and "check.json" in first
+    assert "Try: a smaller lr" in lines[0]
+    assert lines[1].startswith("  the first policy: cut") or "unreadable 0%" in lines[1]
+    assert str(pretended.policy(1)) in lines[2] and str(pretended.policy(2)) in lines[2]
+    assert error._render_traceback_()[0] == f"AlarmError: {first}"
+    assert pretended.ended().startswith("alarm: round 2's training")
+    assert str(pretended.policy(1)) in pretended.ended()
+    # asked again nothing is done again, and it fires at once
+    assert str(pretended.breaks(beta=2.0)) == str(error)
+    assert pretended.started() == []
+    assert (run / "policy").resolve() == pretended.policy(1)
+    # what is told to other rooms
+    assert [row["round"] for row in run_summary(run)] == ["1", "2"]
+    assert "alarm: round 2" in report(run).read_text()
+
+
+@pytest.mark.parametrize("round", [1, 3])
+def test_the_first_and_the_last_training_too(pretended, round):
+    "Before the first there is the model that the run began with."
+    pretended.breaks(beta=float(round))
+    assert [r.number for r in pretended.seen] == [1, 2, 3][: round - 1]
+    good = pretended.policy(2) if round == 3 else pretended.folder / "sft"
+    assert (pretended.run / "policy").resolve() == good
+    assert good.exists() and pretended.policy(round).exists()
+    assert not (pretended.run / "final/samples.json").exists()
+
+
+@pytest.mark.parametrize("round, where", [(2, "round-3"), (3, "final")])
+def test_what_a_check_did_not_show_the_next_samples_do(pretended, round, where):
+    "Then the policy of two rounds before is needed, and is there."
+    error = pretended.breaks(beta=round + 0.5)
+    assert f"round {round}'s training" in str(error) and f"{where}/samples.json" in str(error)
+    assert (pretended.run / "policy").resolve() == pretended.policy(round - 1)
+    assert pretended.policy(round - 1).exists() and pretended.policy(round).exists()
+    assert not (pretended.run / where / "feedback.json").exists()  # nothing was paid for
+    pretended.breaks(beta=round + 0.5)
+    assert pretended.started() == []
+    assert (pretended.run / "policy").resolve() == pretended.policy(round - 1)
+
+
+def test_scores_far_beyond_their_range(pretended):
+    error = pretended.breaks(beta=1.7)
+    assert "score 102.50 (3.50 at the start), limit 10.50" in str(error)
+    assert "the reward model" in str(error) and "by hand" in str(error)
+    assert (pretended.run / "policy").resolve() == pretended.folder / "sft"
+    assert not (pretended.run / "round-2/policy").exists()
+
+
+def test_a_reference_that_has_changed_is_named(pretended):
+    def spoil(this):
+        if this.number == 1:
+            (pretended.folder / "sft/weights").write_text("noise")
+
+    error = pretended.breaks(spoil)
+    assert "KL/token 28.50 (-, limit 1.00" in str(error) or "KL/token 28.50" in str(error)
+    assert f"the reference, {pretended.folder / 'sft'}, has changed" in str(error)
+    assert not (pretended.run / "round-2/feedback.json").exists()
+
+
+def test_an_alarm_that_is_only_told(pretended):
+    rounds = pretended(beta=2.0, alarm="warn")
+    assert [r.name for r in rounds] == ["round-1", "round-2", "round-3", "final"]
+    told = [r.note.startswith("alarm: round 2's training has left") for r in rounds]
+    assert told == [False, True, True, True]  # what it says later is no better
+    assert "alarm: round 2's training" in str(rounds[1])
+    assert "alarm: round 2's training" in pretended.ended()
+    assert (pretended.run / "policy").resolve() == pretended.policy(3)
+    events = [e for e in read_jsonl(pretended.run / "ledger.jsonl") if e["event"] == "alarm"]
+    assert events[0]["folder"] == "round-2" and "unreadable 100%" in events[0]["why"]
+    assert "alarm: round 2's training" in report(pretended.run).read_text()
+    # with the alarm on, the same run stops where it broke
+    assert "round 2" in str(pretended.breaks(beta=2.0))
+    assert pretended.started() == []
+
+
+def test_without_an_alarm_nothing_is_looked_at(pretended):
+    rounds = pretended(beta=2.0, alarm="skip")
+    assert [r.note for r in rounds] == [""] * 4 and [r.health for r in rounds] == [""] * 4
+    assert not list(pretended.run.glob("*/check*"))
+    assert pretended.ended() == "as planned"
+
+
+def test_a_healthy_run_is_shown_and_keeps_its_last_policy(pretended):
+    rounds = pretended()
+    assert [r.policy.exists() for r in rounds] == [False, False, True, True]
+    assert (pretended.run / "policy").resolve() == rounds[2].policy
+    assert "health after it: unreadable 0% of 20%" in str(rounds[0])
+    assert "health: unreadable 0% of 20%, score 3.50 of" in str(rounds[3])
+    everything = ["sample", "label", "train", "check"]
+    assert [r.skipped for r in pretended()] == [everything] * 3 + [everything[:2]]
+    assert all("check" in r.seconds for r in rounds[:3])
+
+
+def test_a_run_of_before_is_shown_without_new_work(pretended):
+    "Its policies are gone; their samples are there."
+    pretended(alarm="skip")
+    assert [r.name for r in pretended()] == ["round-1", "round-2", "round-3", "final"]
+    assert pretended.started() == []
