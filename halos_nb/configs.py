@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Config', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'COMPARING', 'FeedbackType',
-           'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'checked', 'refuse', 'unknown_parameter', 'parameter_problem',
-           'config_error', 'make_config', 'require_path', 'PromptOptions', 'DrawOptions', 'EngineOptions',
-           'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
-           'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions',
-           'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'labeller_problems',
+           'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'HALOS', 'PRESETS', 'OnlineMethod', 'COMMON', 'checked', 'refuse',
+           'unknown_parameter', 'parameter_problem', 'config_error', 'make_config', 'require_path', 'PromptOptions',
+           'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options',
+           'option_value', 'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold',
+           'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'labeller_problems',
            'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'HumanlineOptions',
-           'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrainConfig', 'online_problems', 'clamping_problems',
-           'sync_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'MethodOptions', 'RoundOptions', 'LoopConfig', 'loop_problems', 'is_difference',
-           'training_config', 'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
-           'hand_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig', 'config_json']
+           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrainConfig', 'online_problems',
+           'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
+           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
+           'LoopConfig', 'preset_settings', 'fill_from_preset', 'loop_problems', 'is_difference', 'training_config',
+           'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
+           'RewardConfig', 'AuditConfig', 'RunsConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -22,7 +23,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, dataclass_transform
 
 from pydantic import (
     AfterValidator,
@@ -495,20 +496,32 @@ Method = Literal[
     "ipo",
     "simpo",
     "slic",
+    "rpo",
+    "dpo-norm",
     "kto",
     "grpo",
     "ppo",
+    "raft",
     "bradley-terry",
 ]
 
 # strength of the pull to the reference; simpo, slic: scale of the margin
-BETA = dict(dpo=0.1, cdpo=0.1, simpo=2.0, slic=1.0, kto=0.1, grpo=0.1)
+BETA = {
+    "dpo": 0.1,
+    "cdpo": 0.1,
+    "rpo": 0.1,
+    "dpo-norm": 5.0,
+    "simpo": 2.0,
+    "slic": 1.0,
+    "kto": 0.1,
+    "grpo": 0.1,
+}
 
-# cdpo: share of wrong labels; grpo: how far the ratio may go from 1
-EPSILON = dict(cdpo=0.2, grpo=0.1)
+# cdpo: share of wrong labels; grpo: how far the ratio to the policy that sampled may go from 1
+EPSILON = dict(cdpo=0.2, grpo=0.2)
 
 # methods whose loss is of the policy's log-probs beside the reference's
-COMPARING = ("dpo", "cdpo", "ipo", "kto", "grpo", "ppo")
+COMPARING = ("dpo", "cdpo", "ipo", "rpo", "dpo-norm", "kto", "grpo", "ppo")
 
 # %% ../nbs/02_configs.ipynb #bc84f4f3
 @dataclass(kw_only=True)
@@ -537,16 +550,49 @@ class LossOptions:
 
     beta: PositiveFloat | None = None  # None: the method's own, see `BETA`
     epsilon: NonNegativeFloat | None = None  # None: the method's own, see `EPSILON`
-    tau: PositiveFloat = 0.1  # ipo: the margin it aims at is 1 / (2 tau)
+    # ipo: the margin it aims at is 1 / (2 tau), in mean log-ratio (nats per token)
+    tau: PositiveFloat = 0.1
     gamma_beta_ratio: NonNegativeFloat = 0.5  # simpo: target margin, in units of beta
     lambda_coef: NonNegativeFloat = 0.1  # slic: weight of the chosen answer's likelihood
+    alpha: NonNegativeFloat = 1.0  # rpo: weight of the chosen answer's likelihood per token
     desirable_weight: NonNegativeFloat = 1.0  # kto: weight of good answers
     undesirable_weight: NonNegativeFloat = 1.0  # kto: weight of bad answers
-    cliprange: PositiveFloat = 0.5  # ppo: how far the ratio may go from 1
+    # grpo, ppo: the policy that sampled, to which the ratio is taken: its log-probs as the
+    # samples tell them, those of one pass before the first step, those of the reference (as in
+    # HALOs); auto: the samples' where a probe agrees with them, else the pass
+    old_policy: Literal["auto", "samples", "pass", "reference"] = "auto"
+    # grpo, ppo: largest weight of a token whose sampler was not quite the policy
+    importance_cap: PositiveFloat = 2.0
+    # grpo: how far the ratio may go above 1 (None: epsilon)
+    epsilon_high: NonNegativeFloat | None = None
+    # grpo: what a step's token losses are divided by: its tokens, each answer's own tokens and
+    # the answers, or the answers times `normalise_length`
+    normalise: Literal["token", "sequence", "constant"] = "token"
+    # grpo, normalise=constant: tokens (None: max_length - max_prompt_length)
+    normalise_length: PositiveInt | None = None
+    # grpo: what an advantage is divided by: its group's standard deviation, the pooled one of
+    # the whole data, or nothing
+    advantage_scale: Literal["group", "round", "none"] = "group"
+    # grpo: added to a group's standard deviation, as a share of the pooled one
+    advantage_fraction: NonNegativeFloat = 0.1
+    # grpo: added instead, in the unit of the scores (None: the share; HALOs: 0.01)
+    advantage_constant: NonNegativeFloat | None = None
+    cliprange: PositiveFloat = 0.2  # ppo: how far the ratio may go from 1
+    # ppo: what an answer earns: +1 or -1 by its label, or its score
+    ppo_reward: Literal["label", "score"] = "label"
     gamma: NonNegativeFloat = 0.99  # ppo: discount of a later reward, per token
     lam: NonNegativeFloat = 0.95  # ppo: decay of the advantage estimate, per token
     critic_coef: NonNegativeFloat = 0.01  # ppo: weight of the value loss
-    KL_coef: NonNegativeFloat = 0.1  # ppo: weight of the KL penalty
+    critic_detach: bool = False  # ppo: the value loss trains the value head alone
+    critic_lr: PositiveFloat | None = None  # ppo: the value head's learning rate (None: lr)
+    # ppo: the value head's gradient is scaled down to this norm apart from the others' (None:
+    # together with them)
+    critic_max_grad_norm: PositiveFloat | None = None
+    # ppo: how far a value may move from what it was before the step (None: freely)
+    critic_cliprange: PositiveFloat | None = None
+    KL_coef: NonNegativeFloat = 0.1  # ppo: weight of the KL to the reference
+    # ppo: the KL is a term of the loss, or taken from each token's reward
+    KL_in: Literal["loss", "reward"] = "loss"
     ppo_epochs: PositiveInt = 1  # ppo: updates on each batch
     # bradley-terry: scores must differ by as much as the labeller's did
     use_margin: bool = False
@@ -561,8 +607,20 @@ class HumanlineOptions:
     humanline: bool = False  # clamp token log-ratios to [log_epsilon_P, log_epsilon_R]
     log_epsilon_P: float = -1.0  # humanline: lower bound
     log_epsilon_R: float = 1.5  # humanline: upper bound
-    # humanline: the reference becomes the policy every so many steps (0: never)
-    sync_reference: NonNegativeInt = 0
+    # humanline: before every so many optimiser steps the reference becomes the policy (None: 1
+    # with humanline; 0: never)
+    sync_reference: NonNegativeInt | None = None
+
+
+@dataclass(kw_only=True)
+class ReferenceOptions:
+    "What the policy is compared with."
+
+    # sft: `load_from`, in every round; previous: the policy that this run starts from; ema: a
+    # moving average of the policy, which goes on from round to round
+    reference: Literal["sft", "previous", "ema"] = "sft"
+    # ema: share of the reference that stays at each step
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
 
 # %% ../nbs/02_configs.ipynb #a76049aa
 @dataclass(kw_only=True)
@@ -640,6 +698,7 @@ class TrainConfig(
     ReadDataOptions,
     OptimiserOptions,
     HumanlineOptions,
+    ReferenceOptions,
     LossOptions,
     TrainingOptions,
 ):
@@ -667,6 +726,8 @@ class TrainConfig(
             self.beta = BETA.get(self.loss)
         if self.epsilon is None:
             self.epsilon = EPSILON.get(self.loss)
+        if self.sync_reference is None:
+            self.sync_reference = int(self.humanline)
         if self.lora_dropout is None:
             self.lora_dropout = 0.0 if self.loss in COMPARING else 0.05
         refuse(train_problems(self))
@@ -689,17 +750,38 @@ def clamping_problems(c: TrainConfig) -> Iterator[str]:
         yield f"humanline: {c.loss} has no log-ratio that could be clamped"
 
 
-def sync_problems(c: TrainConfig) -> Iterator[str]:
-    "What a reference that follows the policy cannot have."
-    if not c.humanline:
+def moving_problems(c: TrainConfig) -> Iterator[str]:
+    "What a reference that moves while the policy trains cannot have."
+    if c.sync_reference and not c.humanline:
         yield (
             "sync_reference: only humanline syncs the reference; set humanline too, or "
-            "leave this 0"
+            "leave this 0 (reference=ema is one that follows the policy)"
         )
     if c.reference_cache:
         yield (
-            "reference_cache: a reference that is synced changes, so its log-probs cannot "
-            "be kept; choose one of the two"
+            "reference_cache: a reference that is synced or averaged changes, so its log-probs "
+            "cannot be kept; leave out the cache, or what moves it (humanline syncs it unless "
+            "sync_reference is 0)"
+        )
+    if c.reference == "ema" and c.sync_reference:
+        yield "reference: ema and sync_reference both move it; choose one of the two"
+    if c.reference == "ema" and c.use_peft:
+        yield (
+            "reference: the mean of two adapters is not the adapter of the mean, so there is "
+            "no ema with use_peft; choose sft or previous"
+        )
+
+
+def reference_problems(c: TrainConfig) -> Iterator[str]:
+    "What a choice of the reference, or of the policy that sampled, cannot mean."
+    if c.reference != "sft" and c.loss not in COMPARING:
+        yield f"reference: {c.loss} is compared with none, so {c.reference} would mean nothing"
+    if c.sync_reference or c.reference == "ema":
+        yield from moving_problems(c)
+    if c.humanline and c.old_policy in ("samples", "pass"):
+        yield (
+            "old_policy: humanline takes the ratio to its synced reference, not to "
+            f"{c.old_policy}; leave it out"
         )
 
 # %% ../nbs/02_configs.ipynb #8f396d2b
@@ -747,8 +829,7 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
         yield from dropout_problems(c)
     if c.humanline:
         yield from clamping_problems(c)
-    if c.sync_reference:
-        yield from sync_problems(c)
+    yield from reference_problems(c)
     if c.loss == "cdpo" and c.epsilon is not None and c.epsilon >= 0.5:
         yield (
             f"epsilon: with {c.epsilon} of the labels wrong nothing can be learnt; "
@@ -766,16 +847,19 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
 FeedbackType = Literal["pairwise", "binary", "scalar"]
 
 # forms a method can learn from, its own first
-FEEDBACK_FORMS: dict[str, tuple[FeedbackType, ...]] = dict(
-    dpo=("pairwise",),
-    cdpo=("pairwise",),
-    ipo=("pairwise",),
-    simpo=("pairwise",),
-    slic=("pairwise",),
-    kto=("binary", "pairwise"),
-    ppo=("binary", "pairwise"),
-    grpo=("scalar",),
-)
+FEEDBACK_FORMS: dict[str, tuple[FeedbackType, ...]] = {
+    "dpo": ("pairwise",),
+    "cdpo": ("pairwise",),
+    "ipo": ("pairwise",),
+    "rpo": ("pairwise",),
+    "dpo-norm": ("pairwise",),
+    "simpo": ("pairwise",),
+    "slic": ("pairwise",),
+    "kto": ("binary", "pairwise"),
+    "ppo": ("binary", "pairwise"),
+    "grpo": ("scalar", "pairwise", "binary"),
+    "raft": ("scalar",),
+}
 
 # closer pairs are mostly noise; half of the answers are good
 DEFAULT_THRESHOLD: dict[str, Threshold] = dict(pairwise="25%", binary="median")
@@ -797,22 +881,128 @@ def read_options(text: str | dict) -> dict:
         options[name.strip()] = value.strip()
     return options
 
+# %% ../nbs/02_configs.ipynb #ad729d70
+class Preset(NamedTuple):
+    "Settings that were found together."
+
+    source: str  # where they are from
+    # fields of LoopConfig; train_options: fields of TrainConfig
+    settings: dict[str, dict[str, Any]]  # by method
+
+
+HALOS = dict(lr=5e-6, num_samples_per_prompt=8, feedback_mode="max", threshold=0.01)
+PRESETS: dict[str, Preset] = {
+    "playground": Preset(
+        "LOG.md of halos_nb: the embedded playground, 11 methods, three seeds",
+        {
+            "dpo": dict(lr=3e-4),
+            "cdpo": dict(lr=3e-4),
+            "ipo": dict(lr=3e-4),
+            "simpo": dict(lr=1e-4),
+            "slic": dict(lr=1e-4, train_options=dict(lambda_coef=1.0)),
+            "rpo": dict(lr=3e-4),
+            "dpo-norm": dict(lr=3e-4),
+            "kto": dict(lr=1e-4),
+            "ppo": dict(lr=1e-4),
+            "grpo": dict(lr=3e-4, batch_size=4, beta=0.02),
+            "raft": dict(lr=3e-4),
+        },
+    ),
+    "halos-instruct": Preset(
+        "HALOs, online scripts for instruct models; grpo's epsilon with humanline is 0.15",
+        {
+            "dpo": HALOS | dict(beta=0.1, batch_size=32, train_options=dict(max_grad_norm=0.5)),
+            "kto": HALOS
+            | dict(
+                beta=0.1,
+                batch_size=64,
+                feedback_type="pairwise",
+                train_options=dict(max_grad_norm=0.5, desirable_weight=1.1),
+            ),
+            "grpo": HALOS
+            | dict(
+                beta=0.01,
+                batch_size=64,
+                feedback_type="pairwise",
+                train_options=dict(max_grad_norm=0.5, epsilon=0.15),
+            ),
+        },
+    ),
+    "halos-base": Preset(
+        "HALOs, online scripts for base models",
+        {
+            "dpo": dict(lr=5e-6, beta=0.1, batch_size=16, num_samples_per_prompt=4),
+            "ppo": dict(
+                lr=5e-6,
+                batch_size=32,
+                num_samples_per_prompt=4,
+                train_options=dict(max_grad_norm=1.0, KL_coef=0.1, critic_coef=0.01),
+            ),
+        },
+    ),
+    "zephyr": Preset(
+        "Tunstall et al. 2023, section 4.3 (offline DPO of a 7B)",
+        {"dpo": dict(lr=5e-7, beta=0.1, batch_size=32)},
+    ),
+    "simpo": Preset(
+        "Meng et al. 2024, Llama-3-Instruct 8B",
+        {
+            "simpo": dict(
+                lr=1e-6,
+                beta=2.5,
+                batch_size=128,
+                train_options=dict(gamma_beta_ratio=0.55),
+            )
+        },
+    ),
+    "tulu-3": Preset(
+        "Lambert et al. 2024, 8B, length-normalised DPO",
+        {"dpo-norm": dict(lr=5e-7, beta=5.0, batch_size=128)},
+    ),
+    "deepseek-math": Preset(
+        "Shao et al. 2024, section 4.2 (7B, 64 samples a prompt)",
+        {"grpo": dict(lr=1e-6, beta=0.04, batch_size=16, num_samples_per_prompt=64)},
+    ),
+}
+
 # %% ../nbs/02_configs.ipynb #eae11546
+OnlineMethod = Literal[
+    "dpo",
+    "cdpo",
+    "ipo",
+    "simpo",
+    "slic",
+    "rpo",
+    "dpo-norm",
+    "kto",
+    "grpo",
+    "ppo",
+    "raft",
+]
+
+
 @dataclass(kw_only=True)
 class MethodOptions:
     "The run, and what it trains with."
 
     run_name: str = "online"  # the run's folder under runs/
-    # loss of the training stage
-    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "grpo", "ppo"] = "dpo"
-    # strength of the pull towards the reference (None: the method's own)
+    method: OnlineMethod = "dpo"  # loss of the training stage
+    # where lr, beta, batch_size and the method's own options come from where they are not
+    # given: a name of PRESETS (empty: `playground` with its policy; with one of yours, lr must
+    # be given)
+    preset: str = ""
+    # strength of the pull towards the reference (None: the preset's, or the method's own)
     beta: PositiveFloat | None = None
     humanline: bool = False  # clamp token log-ratios and sync the reference with the policy
-    sync_reference: NonNegativeInt = 0  # humanline: optimiser steps between syncs (0: never)
+    # humanline: optimiser steps between syncs (None: 1 with humanline; 0: never)
+    sync_reference: NonNegativeInt | None = None
+    # what the policy is held near: sft, previous (the last round's policy) or ema (an average)
+    reference: Literal["sft", "previous", "ema"] = "sft"
     # any other field of TrainConfig, as "tau=0.05, use_peft=true"
     train_options: str | dict = ""
-    # peak learning rate of the first round; later rounds go on with its schedule
-    lr: PositiveFloat = 3e-4
+    # peak learning rate of the first round (None: the preset's); later rounds go on with its
+    # schedule
+    lr: PositiveFloat | None = None
 
 # %% ../nbs/02_configs.ipynb #cf41c46a
 @dataclass(kw_only=True)
@@ -822,7 +1012,8 @@ class RoundOptions:
     total_prompts: PositiveInt = 512  # prompts over all rounds
     # prompts of one round: rounds = total_prompts / prompts_per_round
     prompts_per_round: PositiveInt = 128
-    num_samples_per_prompt: PositiveInt = 8  # samples drawn for each prompt
+    # samples drawn for each prompt (None: the preset's, or 8)
+    num_samples_per_prompt: PositiveInt | None = None
     temperature: PositiveFloat = 1.0  # sampling temperature
     top_p: PositiveFloat = 1.0  # nucleus probability mass kept
     max_new_tokens: PositiveInt = 64  # longest sample, in tokens
@@ -834,17 +1025,17 @@ class RoundOptions:
     # samples that were cut at max_new_tokens: keep (they are given no end), drop, or a number
     # that is taken from their score
     unfinished: Literal["keep", "drop"] | PositiveFloat = "keep"
-    # form of the feedback; auto: what the method needs
+    # form of the feedback; auto: the preset's, or what the method needs
     feedback_type: Literal["auto", "pairwise", "binary", "scalar"] = "auto"
-    # which pairs of a prompt's samples are kept
-    feedback_mode: Literal["random", "max", "min"] = "random"
+    # which pairs of a prompt's samples are kept (None: the preset's, or random)
+    feedback_mode: Literal["random", "max", "min"] | None = None
     # pairwise: scores must differ by more, a number or a share of the differences, as "25%"
     # (None: 25%, closer ones are mostly noise); binary: smallest good reward, a number, mean,
     # median, "prompt mean" or "prompt median" (None: median)
     threshold: Threshold | None = None
-    # examples per optimiser step: pairs, answers (kto, ppo) or prompts with all their answers
-    # (grpo)
-    batch_size: PositiveInt = 16
+    # examples per optimiser step: pairs, answers (kto, ppo), prompts with all their answers
+    # (grpo) or with their best one (raft) (None: the preset's, or 16)
+    batch_size: PositiveInt | None = None
     token_budget: PositiveInt = 4096  # tokens in one forward pass
 
 # %% ../nbs/02_configs.ipynb #be11b0a8
@@ -875,6 +1066,8 @@ class LoopConfig(RoundOptions, MethodOptions):
     fresh: bool = False  # start this run again from nothing instead of continuing it
 
     def __post_init__(self) -> None:
+        self.train_options = read_options(self.train_options)
+        fill_from_preset(self)
         if self.beta is None:
             self.beta = BETA.get(self.method)
         if self.feedback_type == "auto":
@@ -882,16 +1075,53 @@ class LoopConfig(RoundOptions, MethodOptions):
         if self.threshold is None:
             self.threshold = DEFAULT_THRESHOLD.get(self.feedback_type)
         refuse(loop_problems(self))
-        self.train_options = read_options(self.train_options)
-        self.training(model="sft")
+        self.training(model="sft")  # an error if the options do not fit the method
 
     def training(self, **more: Any) -> TrainConfig:
         "The config of a training stage; an error if `train_options` do not fit it."
         return training_config(self, **more)
 
+# %% ../nbs/02_configs.ipynb #a9184ac6
+def preset_settings(name: str, method: str) -> dict[str, Any]:
+    "What a preset says for a method; an error if it says nothing."
+    if name not in PRESETS:
+        raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
+    known = PRESETS[name].settings
+    if method not in known:
+        others = [other for other, preset in PRESETS.items() if method in preset.settings]
+        raise ValueError(
+            f"preset: {name} is for {', '.join(known)}; for {method} there is "
+            f"{', '.join(others)}, or give lr and what else it needs"
+        )
+    return dict(known[method])
+
+
+def fill_from_preset(c: LoopConfig) -> None:
+    "What was not given, from the preset that is named, or from the playground's."
+    if not c.preset and not c.sft_checkpoint:
+        c.preset = "playground"
+    settings = preset_settings(c.preset, c.method) if c.preset else {}
+    options = settings.pop("train_options", {})
+    c.train_options = options | read_options(c.train_options)
+    for name, value in settings.items():
+        if getattr(c, name) in (None, "auto"):
+            setattr(c, name, value)
+    for name, value in COMMON.items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+
+
+# where neither a preset nor anybody else says anything
+COMMON = dict(batch_size=16, num_samples_per_prompt=8, feedback_mode="random")
+
 # %% ../nbs/02_configs.ipynb #b722590a
 def loop_problems(c: LoopConfig) -> Iterator[str]:
     "What is wrong with a LoopConfig as a whole, each as 'field: why'."
+    if c.lr is None:
+        yield (
+            f"lr: none suits every model; give one for {c.method} on {c.sft_checkpoint}, or a "
+            f"preset ({', '.join(PRESETS)})"
+        )
     if c.prompts_per_round > c.total_prompts:
         yield (
             f"prompts_per_round: {c.prompts_per_round} is more than "
@@ -1006,7 +1236,8 @@ class HandConfig(HandPairOptions):
     # loss of the training step
     method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "bradley-terry"] = "dpo"
     model: str = ""  # what is trained, and its reference (empty: the playground's policy)
-    lr: PositiveFloat = 3e-4  # peak learning rate
+    # peak learning rate (None: the playground preset's; a model of yours needs one)
+    lr: PositiveFloat | None = None
     epochs: PositiveInt = 1  # passes over the pairs
     batch_size: PositiveInt = 16  # pairs per optimiser step
     max_length: PositiveInt = 512  # longest prompt + answer, in tokens
@@ -1025,6 +1256,9 @@ class HandConfig(HandPairOptions):
         self.labels = split_names(self.labels)
         if self.pending is None:
             self.pending = "judge" if has_other_labellers(self) else "stop"
+        if self.lr is None and not self.model:
+            playground = PRESETS["playground"].settings
+            self.lr = playground.get(self.method, playground["dpo"])["lr"]
         refuse(hand_problems(self))
 
 # %% ../nbs/02_configs.ipynb #9f2decc0
@@ -1050,6 +1284,8 @@ def hand_problems(c: HandConfig) -> Iterator[str]:
         yield f"labeller: should be human:<name>, got {c.labeller!r}"
     if c.samples and not c.model:
         yield "model: name the model to train on your samples"
+    elif c.lr is None:
+        yield f"lr: none suits every model; give one for {c.model}"
     if c.samples and c.world_seed:
         yield "world_seed: it decides nothing where the samples are yours; leave it out"
 
@@ -1070,7 +1306,9 @@ class RewardConfig:
     # other data)
     model: str = ""
     world_seed: NonNegativeInt = 0  # which playground
-    lr: PositiveFloat = 1e-3  # peak learning rate
+    # peak learning rate (None: 1e-3 for the playground's policy and for a model from scratch; a
+    # model of yours needs one)
+    lr: PositiveFloat | None = None
     epochs: PositiveInt = 1  # passes over the pairs
     batch_size: PositiveInt = 16  # pairs per optimiser step
     token_budget: PositiveInt = 4096  # tokens in one forward pass
@@ -1095,6 +1333,9 @@ class RewardConfig:
                 "test_datasets: name training and held-out pairs together, or neither "
                 "(then the playground's are used)"
             )
+        if self.lr is None and self.model:
+            raise ValueError(f"lr: none suits every model; give one for {self.model}")
+        self.lr = self.lr or 1e-3
 
 # %% ../nbs/02_configs.ipynb #a0d17c01
 @checked
