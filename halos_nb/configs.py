@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Config', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'COMPARING', 'FeedbackType',
-           'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'HALOS', 'PRESETS', 'OnlineMethod', 'COMMON', 'checked', 'refuse',
+           'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE',
+           'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'COMMON', 'checked', 'refuse',
            'unknown_parameter', 'parameter_problem', 'config_error', 'make_config', 'require_path', 'PromptOptions',
            'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options',
            'option_value', 'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold',
@@ -774,6 +775,11 @@ def moving_problems(c: TrainConfig) -> Iterator[str]:
 
 def reference_problems(c: TrainConfig) -> Iterator[str]:
     "What a choice of the reference, or of the policy that sampled, cannot mean."
+    if c.reference == "previous" and c.use_peft and c.reference_cache:
+        yield (
+            "reference_cache: with use_peft the last round's policy is an adapter, whose "
+            "log-probs are not kept; leave out the cache"
+        )
     if c.reference != "sft" and c.loss not in COMPARING:
         yield f"reference: {c.loss} is compared with none, so {c.reference} would mean nothing"
     if c.sync_reference or c.reference == "ema":
@@ -890,79 +896,52 @@ class Preset(NamedTuple):
     settings: dict[str, dict[str, Any]]  # by method
 
 
-HALOS = dict(lr=5e-6, num_samples_per_prompt=8, feedback_mode="max", threshold=0.01)
+PLAYGROUND: dict[str, dict[str, Any]] = {
+    "dpo": dict(lr=3e-4),
+    "cdpo": dict(lr=3e-4),
+    "ipo": dict(lr=3e-4),
+    "simpo": dict(lr=1e-4),
+    "slic": dict(lr=1e-4, train_options=dict(lambda_coef=1.0)),
+    "rpo": dict(lr=3e-4),
+    "dpo-norm": dict(lr=3e-4),
+    "kto": dict(lr=1e-4),
+    "ppo": dict(lr=1e-4),
+    "grpo": dict(lr=3e-4, batch_size=4, beta=0.02),
+    "raft": dict(lr=3e-4),
+}
+
+# %% ../nbs/02_configs.ipynb #a83072b1
+SHORT = dict(max_grad_norm=0.5)  # HALOs, instruct models
+INSTRUCT = dict(lr=5e-6, num_samples_per_prompt=8, feedback_mode="max", threshold=0.01)
+PAIRED = INSTRUCT | dict(batch_size=64, feedback_type="pairwise")
+HALOS_INSTRUCT: dict[str, dict[str, Any]] = {
+    "dpo": INSTRUCT | dict(beta=0.1, batch_size=32, train_options=SHORT),
+    "kto": PAIRED | dict(beta=0.1, train_options=SHORT | dict(desirable_weight=1.1)),
+    "grpo": PAIRED | dict(beta=0.01, train_options=SHORT | dict(epsilon=0.15)),
+}
+BASE = dict(lr=5e-6, num_samples_per_prompt=4)
+HALOS_BASE: dict[str, dict[str, Any]] = {
+    "dpo": BASE | dict(beta=0.1, batch_size=16),
+    "ppo": BASE | dict(batch_size=32, train_options=dict(max_grad_norm=1.0, cliprange=0.5)),
+}
+SIMPO = dict(lr=1e-6, beta=2.5, batch_size=128, train_options=dict(gamma_beta_ratio=0.55))
+DEEPSEEK = dict(lr=1e-6, beta=0.04, batch_size=16, num_samples_per_prompt=64)
+
+# %% ../nbs/02_configs.ipynb #11097c06
 PRESETS: dict[str, Preset] = {
-    "playground": Preset(
-        "LOG.md of halos_nb: the embedded playground, 11 methods, three seeds",
-        {
-            "dpo": dict(lr=3e-4),
-            "cdpo": dict(lr=3e-4),
-            "ipo": dict(lr=3e-4),
-            "simpo": dict(lr=1e-4),
-            "slic": dict(lr=1e-4, train_options=dict(lambda_coef=1.0)),
-            "rpo": dict(lr=3e-4),
-            "dpo-norm": dict(lr=3e-4),
-            "kto": dict(lr=1e-4),
-            "ppo": dict(lr=1e-4),
-            "grpo": dict(lr=3e-4, batch_size=4, beta=0.02),
-            "raft": dict(lr=3e-4),
-        },
-    ),
-    "halos-instruct": Preset(
-        "HALOs, online scripts for instruct models; grpo's epsilon with humanline is 0.15",
-        {
-            "dpo": HALOS | dict(beta=0.1, batch_size=32, train_options=dict(max_grad_norm=0.5)),
-            "kto": HALOS
-            | dict(
-                beta=0.1,
-                batch_size=64,
-                feedback_type="pairwise",
-                train_options=dict(max_grad_norm=0.5, desirable_weight=1.1),
-            ),
-            "grpo": HALOS
-            | dict(
-                beta=0.01,
-                batch_size=64,
-                feedback_type="pairwise",
-                train_options=dict(max_grad_norm=0.5, epsilon=0.15),
-            ),
-        },
-    ),
-    "halos-base": Preset(
-        "HALOs, online scripts for base models",
-        {
-            "dpo": dict(lr=5e-6, beta=0.1, batch_size=16, num_samples_per_prompt=4),
-            "ppo": dict(
-                lr=5e-6,
-                batch_size=32,
-                num_samples_per_prompt=4,
-                train_options=dict(max_grad_norm=1.0, KL_coef=0.1, critic_coef=0.01),
-            ),
-        },
-    ),
+    "playground": Preset("the sweep of `LOG.md`, three seeds", PLAYGROUND),
+    "halos-instruct": Preset("HALOs' online scripts, instruct models", HALOS_INSTRUCT),
+    "halos-base": Preset("HALOs' online scripts, base models", HALOS_BASE),
     "zephyr": Preset(
         "Tunstall et al. 2023, section 4.3 (offline DPO of a 7B)",
         {"dpo": dict(lr=5e-7, beta=0.1, batch_size=32)},
     ),
-    "simpo": Preset(
-        "Meng et al. 2024, Llama-3-Instruct 8B",
-        {
-            "simpo": dict(
-                lr=1e-6,
-                beta=2.5,
-                batch_size=128,
-                train_options=dict(gamma_beta_ratio=0.55),
-            )
-        },
-    ),
+    "simpo": Preset("Meng et al. 2024, Llama-3-Instruct 8B", {"simpo": SIMPO}),
     "tulu-3": Preset(
-        "Lambert et al. 2024, 8B, length-normalised DPO",
+        "Lambert et al. 2024, length-normalised DPO of an 8B",
         {"dpo-norm": dict(lr=5e-7, beta=5.0, batch_size=128)},
     ),
-    "deepseek-math": Preset(
-        "Shao et al. 2024, section 4.2 (7B, 64 samples a prompt)",
-        {"grpo": dict(lr=1e-6, beta=0.04, batch_size=16, num_samples_per_prompt=64)},
-    ),
+    "deepseek-math": Preset("Shao et al. 2024, section 4.2 (a 7B)", {"grpo": DEEPSEEK}),
 }
 
 # %% ../nbs/02_configs.ipynb #eae11546

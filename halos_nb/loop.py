@@ -77,7 +77,7 @@ def sample_stage(
         datasets=[prompts],
         num_prompts=count,
         num_skip=skip,
-        num_samples_per_prompt=cfg.num_samples_per_prompt,
+        num_samples_per_prompt=cast(int, cfg.num_samples_per_prompt),  # the config filled it in
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         max_new_tokens=cfg.max_new_tokens,
@@ -104,7 +104,7 @@ def label_stage(
         output_file=str(folder / "feedback.json"),
         reward_model_path=cfg.reward_checkpoint,
         feedback_type=feedback_type,
-        feedback_mode=cfg.feedback_mode,
+        feedback_mode=cfg.feedback_mode or "random",
         threshold=cfg.threshold if feedback_type == cfg.feedback_type else None,
         max_length=cfg.max_length,
         template_options=cfg.template_options,
@@ -187,6 +187,9 @@ EXPECTED_COUNTS = (
     "other_fields",
     "head",
     "checkpoints",
+    "old_policy",
+    "sampler_difference",
+    "not_the_best",
 )
 
 # %% ../nbs/57_loop.ipynb #2c8dc5a2

@@ -327,6 +327,7 @@ class TreeActorCritic(TreePolicy):
     "A policy with a `value_head`: `model(tree=batch)` gives log-probs, values and entropy."
 
     value_head: torch.nn.Module
+    detach_values = False  # the value head's loss ends at the head
 
     def forward(self, *args: Any, tree: TreeBatch | None = None, **kwargs: Any) -> Any:
         "Log-probs, values and entropy of a batch; without one, what the model itself gives."
@@ -335,8 +336,9 @@ class TreeActorCritic(TreePolicy):
         at = self.predicting(tree, hidden=True)
         said = head_logps(at.head, at.inputs, tree.target, entropy=True)
         assert at.hidden is not None  # it was asked for
-        with torch.autocast(at.hidden.device.type, enabled=False):
-            values = self.value_head(at.hidden.float()).squeeze(-1)
+        hidden = at.hidden.detach() if self.detach_values else at.hidden
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(hidden.float()).squeeze(-1)
         tables = [tree.table(x) for x in (said.logps, values, said.entropy)]
         return BranchValues(*tables)
 

@@ -197,7 +197,10 @@ class Reference(Protocol):
 
     def to(self, device: torch.device) -> "Reference": ...
 
-    def sync(self) -> None: ...  # becomes the policy as it is now
+    # becomes the policy as it is now, but for the share of itself that stays
+    def sync(self, stay: float = 0.0) -> None: ...
+
+    def save(self, folder: Path) -> None: ...  # of those that move by themselves
 
 # %% ../nbs/22_tree_trainer.ipynb #945e0de8
 @dataclass
@@ -219,6 +222,7 @@ class TreeTrainer(Trainer):
     use_reference_model = False
     # the branches that one forward pass takes, by their meaning; () takes all of a batch
     passes: tuple[tuple[str, ...], ...] = ((),)
+    options: tuple[str, ...] = ()  # fields of the config that the method reads by name
     precision = "float32"  # what the model and its reference compute in
     model: Any  # a model of 16_models, or LoRA's wrapper of one
     checkpoints: dict[str, str] = {}  # a note on each checkpoint that was loaded
@@ -246,6 +250,9 @@ class TreeTrainer(Trainer):
             own_config.use_cache = use_cache
         self.remove_callback(PrinterCallback)
         self.config = config
+        for name in self.options:
+            setattr(self, name, getattr(config, name))
+        self.notes: dict[str, Any] = {}  # what a run's counts say beside the numbers
         self.precision = config.precision
         self.loader = loader
         self.eval_loader = eval_loader
@@ -355,6 +362,11 @@ def clamp(self: TreeTrainer) -> tuple[float, float] | None:
     return self.config.log_epsilon_P, self.config.log_epsilon_R
 
 # %% ../nbs/22_tree_trainer.ipynb #2c5b4319
+@patch
+def begin(self: TreeTrainer) -> None:
+    "Before the first step, once model and optimiser are where they belong: nothing to do."
+
+
 @patch
 def prepare(self: TreeTrainer, step: Step, mode: str = "train") -> list[TreeBatch]:
     "A step's micro-batches on the device, when all is known that they need of each other."
@@ -711,14 +723,22 @@ class Timetable(TrainerCallback):
         if checkpoint:
             self.trainer.load_training_state(checkpoint)
         self.trainer.progress_made = ProgressMade(trained_bits(self.trainer.model))
+        self.trainer.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        # Relies on: Trainer calls this between the backward pass and the optimiser's step.
+        trainer = self.trainer
+        every = trainer.config.sync_reference
+        if trainer.reference is not None and is_due(every, state.global_step + 1):
+            trainer.reference.sync()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.trainer.check_learnt()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> Any:
         trainer, step = self.trainer, state.global_step
-        if trainer.reference is not None and is_due(trainer.config.sync_reference, step):
-            trainer.reference.sync()
+        if trainer.reference is not None and trainer.config.reference == "ema":
+            trainer.reference.sync(trainer.config.ema_decay)
         evaluates = trainer.eval_loader is not None and step < state.max_steps
         control.should_evaluate = evaluates and is_due(trainer.config.eval_every, step)
         if is_due(trainer.config.save_every, step):
@@ -825,6 +845,9 @@ def save_weights(self: TreeTrainer, folder: Path, final: bool) -> None:
     if lora:
         self.model = merge_lora(self.model)
     self.save_whole_model(folder)
+    if self.config.reference == "ema" and self.is_world_process_zero():
+        assert self.reference is not None  # the config has seen to it
+        self.reference.save(folder / "reference")  # the next round's average goes on from it
 
 
 @patch

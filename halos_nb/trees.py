@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -46,6 +46,10 @@ class Tree:
     facts: dict[str, list[float]] = field(default_factory=dict)
     # the reference's log-probs, one per predicted token of each branch
     reference: list[list[float]] | None = None
+    # those that the sampler told when it drew the branch, NaN where it told none
+    sampled: list[list[float]] | None = None
+    # those of the policy that sampled, as the trainer computes them
+    old: list[list[float]] | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -74,7 +78,7 @@ def pick(
 ) -> Tree:
     "The same prompt with these branches only, and all that is known about them."
 
-    def picked(values: list) -> list:
+    def picked(values: Any) -> Any:
         return [values[k] for k in which] if values else values
 
     return Tree(
@@ -84,7 +88,9 @@ def pick(
         skip=picked(self.skip),
         index=picked(self.index),
         facts={name: picked(values) for name, values in self.facts.items()},
-        reference=None if self.reference is None else picked(self.reference),
+        reference=picked(self.reference),
+        sampled=picked(self.sampled),
+        old=picked(self.old),
     )
 
 # %% ../nbs/11_trees.ipynb #197742ee
@@ -315,16 +321,26 @@ def fact(self: TreeBatch, name: str) -> Tensor:
     return self.floats([value for tree in self.trees for value in tree.facts[name]])
 
 # %% ../nbs/11_trees.ipynb #349dfc4c
+@patch
+def kept(
+    self: TreeBatch,
+    name: str,  # reference, sampled or old
+) -> Tensor | None:
+    "(K, S) log-probs that the trees keep under this name; None if a tree has none."
+    logps: list[float] = []
+    for tree in self.trees:
+        rows = getattr(tree, name)
+        if rows is None:
+            return None
+        for branch in rows:
+            logps += branch
+    return self.table(self.floats(logps))
+
+
 @patch(as_prop=True)
 def reference(self: TreeBatch) -> Tensor | None:
     "(K, S) cached log-probs of the reference; None if a tree has none."
-    logps: list[float] = []
-    for tree in self.trees:
-        if tree.reference is None:
-            return None
-        for branch in tree.reference:
-            logps += branch
-    return self.table(self.floats(logps))
+    return self.kept("reference")
 
 # %% ../nbs/11_trees.ipynb #b85c0591
 @patch

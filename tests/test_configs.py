@@ -39,13 +39,13 @@ def test_the_loop_names_a_model_that_is_not_there_before_its_first_stage(tmp_pat
     gone = str(tmp_path / "none")
     settings = Settings(runs_dir=str(tmp_path / "runs"))
     here = dict(run_name="r", prompts="hh", sft_checkpoint=str(tmp_path))
-    loop = LoopConfig(**here, reward_checkpoint=gone)
+    loop = LoopConfig(**here, lr=1e-6, reward_checkpoint=gone)
     with pytest.raises(FileNotFoundError, match="reward_checkpoint: nothing is at .*none"):
         next(run_rounds(loop, settings))
     with pytest.raises(FileNotFoundError, match="sft_checkpoint: nothing is at .*none"):
-        into_playground(LoopConfig(sft_checkpoint=gone), settings)
+        into_playground(LoopConfig(sft_checkpoint=gone, lr=1e-6), settings)
     with pytest.raises(FileNotFoundError, match="model: nothing is at .*none"):
-        pairs_of_playground(RewardConfig(model=gone), settings)
+        pairs_of_playground(RewardConfig(model=gone, lr=1e-6), settings)
     assert not (tmp_path / "runs").exists()
 
 
@@ -76,7 +76,8 @@ ORDER = {
     "tensor_parallel_size extra_body",
     LabelConfig: "samples_file combine feedback_type second_samples_path trim_to_sentence "
     "split api_model structured max_retries dry_run precision num_processes",
-    TrainConfig: "loss metrics_file beta centring humanline sync_reference lr "
+    TrainConfig: "loss metrics_file beta centring reference ema_decay humanline "
+    "sync_reference lr "
     "microbatch_size max_length control_rejected use_peft reference_cache eval_at_start "
     "num_processes",
     LoopConfig: "run_name lr total_prompts token_budget sft_checkpoint fresh",
