@@ -135,9 +135,9 @@ def health(
 class Limits:
     "From where on a policy is called broken."
 
-    kl: float = 1.0  # KL to the reference, nats per token
+    kl: float = 0.75  # KL to the reference, nats per token
     cut: float = 0.5  # how far the share of cut answers may rise
-    unreadable: float = 0.2  # how far the share of unreadable ones may rise
+    unreadable: float = 0.15  # how far the share of unreadable ones may rise
     entropy_low: float = 0.05  # least entropy, as a share of the first policy's
     entropy_high: float = 2.0  # most entropy, in multiples of the first policy's
     entropy_rise: float = 0.5  # however small that was, it may rise so far, nats per token
