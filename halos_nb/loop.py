@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURED', 'CHECK_PROMPTS', 'CHECK_ANSWERS', 'EXPECTED_COUNTS', 'COUNT_FILES', 'AuditMode', 'LOOKED_AT',
            'derive_seed', 'sample_stage', 'label_stage', 'train_stage', 'check_stage', 'losses_of', 'Round',
-           'round_counts', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'AuditError', 'audit_stage',
-           'as_policy_or_reward', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located', 'Loop',
-           'one_round', 'answers_of', 'prompts_asked', 'run_rounds']
+           'round_counts', 'drawn_at', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'AuditError',
+           'audit_stage', 'as_policy_or_reward', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute',
+           'located', 'Loop', 'one_round', 'answers_of', 'prompts_asked', 'run_rounds']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -267,13 +267,23 @@ def round_counts(
     return counts
 
 # %% ../nbs/57_loop.ipynb #9c8bbece
+def drawn_at(folder: Path) -> dict[str, float]:
+    "Temperature and top-p of a round as its sampling stage was told; nothing if not known."
+    config = folder / "sample.config.json"
+    if not config.exists():
+        return {}
+    told = json.loads(config.read_text())
+    return {name: told[name] for name in ("temperature", "top_p") if name in told}
+
+
 def round_samples(folder: Path) -> list[dict]:
     "The samples of a round, each with its `reward`; None if it is unscored."
     scores = {}
     for row in read_jsonl(folder / "feedback.labels.jsonl"):
         scores[row["prompt_id"], row["sample_id"]] = row["score"]
     samples = json.loads((folder / "samples.json").read_text())
-    return [s | {"reward": scores[s["prompt_id"], s["sample_id"]]} for s in samples]
+    at = drawn_at(folder)  # samples of before do not say it themselves
+    return [at | s | {"reward": scores[s["prompt_id"], s["sample_id"]]} for s in samples]
 
 # %% ../nbs/57_loop.ipynb #239017fb
 def git(*words: str) -> str:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'round_means', 'Band', 'band', 'mean_trace', 'draw_best',
-           'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'calibration_points', 'calibration_curve',
-           'chosen_rejected', 'chosen_rejected_all', 'win_rate_points', 'win_rates', 'word_count', 'length_table',
-           'at_equal_length', 'length_points', 'score_line', 'length_and_reward', 'priced_rewards', 'reward_against_kl',
-           'run_line', 'frontier', 'agreement_points', 'agreement_figure']
+           'drawn_from', 'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'calibration_points',
+           'calibration_curve', 'chosen_rejected', 'chosen_rejected_all', 'win_rate_points', 'win_rates', 'word_count',
+           'length_table', 'at_equal_length', 'length_points', 'score_line', 'length_and_reward', 'priced_rewards',
+           'reward_against_kl', 'run_line', 'frontier', 'agreement_points', 'agreement_figure']
 
 # %% ../nbs/62_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ from halos_nb.stats import (
     calibrate,
     finite_values,
     floats,
+    is_whole,
+    kl_terms,
     mean_interval,
     prompts_of,
     slope,
@@ -59,10 +61,8 @@ class RoundMean(NamedTuple):
 
 # %% ../nbs/62_rewards.ipynb #c5d561bb
 def sample_values(rows: Sequence[dict], key: str) -> np.ndarray:
-    "A field of samples; `kl` is the log-ratio of policy and reference, in nats."
-    if key == "kl":
-        return floats(rows, "policy_logps") - floats(rows, "reference_logps")
-    return floats(rows, key)
+    "A field of samples; `kl` are the terms of the KL to the reference, in nats."
+    return kl_terms(rows) if key == "kl" else floats(rows, key)
 
 # %% ../nbs/62_rewards.ipynb #5358fff4
 def round_means(rounds: dict[str, Sequence[dict]], key: str) -> np.ndarray:  # (rounds, 6)
@@ -127,6 +127,19 @@ def draw_best(fig: go.Figure, best: float | None, **place: int) -> None:
     label = dict(annotation_text=f"best: {best:g}", annotation_position="bottom left")
     fig.add_hline(best, line_dash="dash", line_color=EDGE, **label, **place)
 
+# %% ../nbs/62_rewards.ipynb #7afe32bc
+def drawn_from(rounds: dict[str, Sequence[dict]]) -> str:
+    "Which distribution the samples are of, in words."
+    other = {}
+    for rows in rounds.values():
+        for row in rows:
+            if not is_whole(row):
+                other[row.get("temperature") or 1, row.get("top_p") or 1] = True
+    if not other:
+        return "the policy's own samples"
+    ways = [f"at temperature {t:g}, top-p {p:g}" for t, p in sorted(other)]
+    return f"what was drawn from, {' and '.join(ways)}"
+
 # %% ../nbs/62_rewards.ipynb #dca3ff80
 def kl_curve(
     # round's name -> samples with `policy_logps`, `reference_logps` (nats, sums over the
@@ -139,7 +152,7 @@ def kl_curve(
     n, lost = trace.customdata[:, 2], trace.customdata[:, 4]
     fig = go.Figure(trace).add_hline(0, line=dict(color=EDGE, width=1, dash="dot"))
     notes = [
-        "Mean log-ratio of the policy's own samples, 95% bootstrap interval over prompts",
+        f"Mean log-ratio of {drawn_from(rounds)}, 95% bootstrap interval over prompts",
         left_out(lost.sum(), "without log-probabilities"),
     ]
     unit = "KL (nats per completion)"
@@ -474,7 +487,7 @@ def reward_against_kl(
     fig.update_xaxes(title_text="KL to the reference (nats per completion)", row=len(panels))
     lost = round_means(rounds, "kl")[:, 5].sum()
     notes = [
-        "Means with 95% bootstrap intervals over prompts",
+        f"KL of {drawn_from(rounds)}; means with 95% bootstrap intervals over prompts",
         left_out(lost, "samples without log-probabilities"),
     ]
     return styled(fig, title, notes, 260 + 160 * len(panels))

@@ -9,6 +9,7 @@ __all__ = ['Truth', 'kl_estimate', 'step_sizes', 'mean_over_steps', 'round_metri
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from .records import read_jsonl
-from .stats import floats, share_of_way
+from .stats import floats, kl_terms, share_of_way
 from .verdicts import mean_or_none
 from .loop import MEASURED, round_counts, round_samples
 
 # %% ../nbs/63_runs.ipynb #3527d135
 def kl_estimate(samples: list[dict]) -> float | None:
-    "Mean log-ratio of policy and reference in nats, over the samples that carry both."
-    return mean_or_none(
-        [s["policy_logps"] - s["reference_logps"] for s in samples if "policy_logps" in s]
-    )
+    "KL of what was drawn from to the reference in nats; None where no sample tells it."
+    terms = kl_terms(samples)
+    return mean_or_none([float(term) for term in terms if math.isfinite(term)])
 
 # %% ../nbs/63_runs.ipynb #de51aef7
 def step_sizes(rows: list[dict]) -> list[int]:

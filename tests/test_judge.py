@@ -24,6 +24,7 @@ from halos_nb.replies import read_number
 from halos_nb.api import ServerError
 from halos_nb.judge import Judge, interpret, process_samples_with_api
 from halos_nb.label import main
+from halos_nb.verdicts import pair_table
 from halos_nb.records import (
     RecordError,
     as_turns,
@@ -855,6 +856,45 @@ def test_pairwise_judge(tmp_path, asked, expected):
         assert again["records"] == 12
         assert len(server.heard) == 24
         assert len(json.loads((tmp_path / "again.json").read_text())) == 12
+
+
+@pytest.mark.parametrize("lost", ["unread", "no answer", "budget"])
+def test_a_pair_compared_in_one_order_is_undecided(tmp_path, lost, capsys):
+    """Whatever the other order was lost by: no record is made of the one verdict, here, from
+    the journal, or in a table of labellers.
+    """
+    heard = []
+
+    def reply(body, times):
+        a, b = map(int, re.findall(r"Answer #(\d+)#", body["messages"][-1]["content"]))
+        heard.append((a, b))
+        if lost != "budget" and (b, a) in heard and min(a, b) < 4:  # the first prompt
+            return "I cannot say." if lost == "unread" else (400, error("no"))
+        return json.dumps(dict(why="", winner="A" if truth(a) > truth(b) else "B"))
+
+    budget = dict(max_requests=21) if lost == "budget" else {}
+    with Server(reply) as server:
+        cfg = config(server, tmp_path, 24, judge="pairwise", batch_size=1, **budget)
+        counts = main(cfg)
+    halves = 1 if lost == "budget" else 2
+    missing = 1 if lost == "budget" else 0  # not asked in any order
+    assert counts["one_order"] == halves
+    assert counts["undecided"] == counts["unscored"] == halves + missing
+    assert counts["records"] == 12 - halves - missing
+    assert counts["reasons"]["the other order has no verdict"] == halves
+    assert f"one order {halves}" in capsys.readouterr().out
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    made = read_records(tmp_path / "feedback.json", "pairwise_feedback")
+    assert len(made) == 12 - halves - missing
+    again = main(
+        LabelConfig(
+            samples_file=str(tmp_path / "samples.json"),
+            output_file=str(tmp_path / "again.json"),
+            from_labels=str(tmp_path / "feedback.labels.jsonl"),
+        )
+    )
+    assert (again["one_order"], again["records"]) == (halves, len(made))
+    assert len(pair_table(rows)["api:toy"]) == len(made)
 
 
 def test_two_files_compared(tmp_path):

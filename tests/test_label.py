@@ -331,7 +331,9 @@ def test_golden_label_command():
 
 
 def test_defaults():
-    "Pairwise: any difference; binary: the median; no type: the score."
+    """Pairwise: the widest pair, by any difference; binary: the median; no type: the score. 16
+    are scored at a time.
+    """
     rows = [
         dict(
             prompt_id="p",
@@ -343,10 +345,10 @@ def test_defaults():
         for i, r in enumerate((0.1, 0.2, 5.0))
     ]
     given = dict(samples_file="", output_file="", reward_model_path="rm")
-    assert [
-        r["reward_difference"] > 0
-        for r in make_feedback(rows, LabelConfig(feedback_type="pairwise", **given))
-    ] == [True]
+    cfg = LabelConfig(feedback_type="pairwise", **given)
+    assert (cfg.feedback_mode, cfg.batch_size, cfg.threshold) == ("max", 16, None)
+    (pair,) = make_feedback(rows, cfg)
+    assert {pair["reward_A"], pair["reward_B"]} == {0.1, 5.0}
     assert [
         r["label"] for r in make_feedback(rows, LabelConfig(feedback_type="binary", **given))
     ] == [0, 1, 1]
@@ -1279,6 +1281,77 @@ def test_unfinished_answers(tmp_path, monkeypatch, unfinished, winner, counted):
     assert again[1] == {2}
     again = label_lengths(tmp_path, from_labels=journal, unfinished="drop")
     assert again[1] == {2}
+
+
+def score_hundredths(prompt, output):
+    "A labeller with a small scale: a hundredth a word."
+    return len(output.split()) / 100
+
+
+HUNDREDTHS = f"{Path(__file__).stem}:score_hundredths"
+
+
+def test_a_threshold_above_all_differences_tells_the_scale(tmp_path, monkeypatch):
+    """What was asked, how far the scores are apart, and what would keep how many; each of these
+    thresholds then keeps as many.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(ValueError, match="nothing to learn from") as error:
+        label_lengths(tmp_path, function=HUNDREDTHS, threshold=0.5)
+    assert str(error.value).splitlines()[1:] == [
+        "  threshold 0.5; of 9 differences the median is 0.05, the largest 0.08",
+        "  threshold 0% (0) would keep 3 pairs",
+        "  threshold 25% (0.03) would keep 3 pairs",
+        "  threshold 50% (0.05) would keep 3 pairs",
+    ]
+    counts = json.loads((tmp_path / "feedback.counts.json").read_text())
+    assert (counts["threshold"], counts["ties"], counts["records"]) == (0.5, 3, 0)
+    counts, _, feedback = label_lengths(tmp_path, function=HUNDREDTHS, threshold="50%")
+    assert len(feedback) == 3
+    assert counts["threshold"] == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="threshold 0.08"):
+        label_lengths(tmp_path, function=HUNDREDTHS, threshold="100%")
+
+
+def test_a_share_of_the_differences_of_two_files(tmp_path, monkeypatch, capsys):
+    "Of the pairs across them, and of no others."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    second = [s | dict(output="word " * 6, finished=True) for s in answers_of_three_lengths()]
+    write_records(tmp_path / "second.json", second)
+    given = dict(function=HUNDREDTHS, second_samples_path=str(tmp_path / "second.json"))
+    counts, _, feedback = label_lengths(tmp_path, **given, threshold="50%")
+    # 5, 3 and 2 words apart, three times each
+    assert counts["threshold"] == pytest.approx(0.03)
+    differences = {round(r["reward_difference"], 2) for r in feedback}
+    assert (len(feedback), differences, counts["ties"]) == (3, {0.05}, 6)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "feedback.json: 3 records, threshold 0.03, ties 6, unfinished 3"
+
+
+def test_good_for_its_prompt(tmp_path, monkeypatch):
+    "Within each prompt one is good; a prompt whose answers are all alike is left out."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    samples = answers_of_three_lengths()
+    alike = as_turns("All alike?", "user")
+    for k in range(2):
+        answer = dict(sample_id=k, prompt=alike, output=f"word {k}", finished=True)
+        samples.append(samples[0] | answer | dict(prompt_id=prompt_id(alike)))
+    write_records(tmp_path / "samples.json", samples)
+    given = dict(
+        samples_file=str(tmp_path / "samples.json"),
+        output_file=str(tmp_path / "feedback.json"),
+        function=f"{Path(__file__).stem}:count_words",
+        feedback_type="binary",
+    )
+    counts = main(LabelConfig(**given, threshold="prompt mean"))
+    feedback = read_records(tmp_path / "feedback.json", "binary_feedback")
+    assert [r["label"] for r in feedback] == [0, 1, 0] * 3  # 1, 9 and 4 words
+    assert counts["no_contrast"] == counts["unused"] == 2
+    assert counts["threshold"] == "prompt mean"
+    assert main(LabelConfig(**given))["threshold"] == 4.0  # the median of all
+    write_records(tmp_path / "samples.json", samples[-2:])
+    with pytest.raises(ValueError, match="nothing to learn from: 1 prompts, 2 no_contrast"):
+        main(LabelConfig(**given, threshold="prompt median"))
 
 
 def test_pairs_of_two_files_without_their_unfinished(tmp_path, monkeypatch):

@@ -48,7 +48,9 @@ from halos_nb.backends import (
     own_end_tokens,
     sample_seed,
 )
+from halos_nb.runs import kl_estimate
 from halos_nb.sample import main, sample, sample_batch
+from halos_nb.stats import kl_terms
 
 TWO = [
     "-m",
@@ -422,6 +424,7 @@ def test_kl_estimate_is_unbiased(policy, tiny, tok):
         max_new_tokens=2,
     )
     d = np.array([s["policy_logps"] - s["reference_logps"] for s in rows])
+    assert kl_terms(rows).tolist() == d.tolist()
     ids = plan(examples(["Hi"]), tok, SampleConfig(model="tiny"), Counter())[0][0].ids
 
     def logs(m, x):
@@ -439,6 +442,58 @@ def test_kl_estimate_is_unbiased(policy, tiny, tok):
     kl = (p.exp() * (p - q + after)).sum().item()
     assert kl > 0.02
     assert abs(d.mean() - kl) < 4 * d.std() / len(d) ** 0.5
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.4, 1.0), (1.0, 0.5), (0.7, 0.8)])
+def test_kl_of_what_was_drawn_from(policy, tiny, tok, temperature, top_p):
+    """Tempered or cut: the KL of that very distribution, over all answers of two tokens. The
+    policy's own log-ratio over the same answers is no KL of anything.
+    """
+    other = load_reference(tiny)
+    torch.manual_seed(1)
+    for w in other.parameters():
+        w.data += 0.03 * torch.randn_like(w)
+    rows = sample(
+        ["Hi"],
+        policy,
+        tok,
+        reference=other,
+        num_samples_per_prompt=6000,
+        batch_size=3000,
+        max_new_tokens=2,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    ids = plan(examples(["Hi"]), tok, SampleConfig(model="tiny"), Counter())[0][0].ids
+
+    def drawn(x):  # by hand: the likeliest tokens until top_p is reached
+        with torch.no_grad():
+            p = (policy(x).logits[:, -1].double() / temperature).softmax(-1)
+        ordered, places = p.sort(descending=True)
+        kept = ordered.cumsum(-1) - ordered < top_p
+        p = torch.zeros_like(p).scatter(-1, places, ordered * kept)
+        return p / p.sum(-1, keepdim=True)
+
+    def reference(x):
+        with torch.no_grad():
+            return other(x).logits[:, -1].double().log_softmax(-1)
+
+    def divergence(p, q, after=0.0):
+        return torch.where(p > 0, p * (p.log() - q + after), 0).sum(-1)
+
+    first = torch.tensor([ids])
+    then = torch.tensor([ids + [t] for t in range(len(tok))])
+    after = divergence(drawn(then), reference(then))
+    after[2] = 0  # ended
+    kl = divergence(drawn(first), reference(first), after).item()
+    terms = kl_terms(rows)
+    assert np.isfinite(terms).all()
+    assert abs(terms.mean() - kl) < 4 * terms.std() / len(terms) ** 0.5
+    assert kl_estimate(rows) == pytest.approx(terms.mean())
+    own = np.array([s["policy_logps"] - s["reference_logps"] for s in rows])
+    assert abs(own.mean() - kl) > 20 * own.std() / len(own) ** 0.5
+    # without the sampler's log-probs there is no estimate, rather than another number
+    assert kl_estimate([s | dict(output_logps=None) for s in rows]) is None
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 11])
