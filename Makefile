@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest vllm test-vllm types air lab bench screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm types air lab bench screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +16,7 @@ help:
 	@echo 'make demo        set up, then run 4 rounds of online DPO on the embedded playground (about 2 minutes on 2 cores, once installed)'
 	@echo 'make test        set up, then run every notebook and every test'
 	@echo 'make test-architectures  every family that transformers can build, tiny, beside plain transformers: a table (15 minutes)'
+	@echo 'make test-alarm  runs that break, with real models of the playground: each must be stopped in its round (some minutes)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
@@ -79,6 +80,11 @@ build/lowest.txt: pyproject.toml tests/bounds.py
 
 build/latest.txt: pyproject.toml
 	@mkdir -p build && : > $@
+
+test-alarm: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
+test-alarm: export OMP_NUM_THREADS := 1
+test-alarm: setup
+	@python tests/collapses.py
 
 test-architectures: export OMP_NUM_THREADS := 1
 test-architectures: setup

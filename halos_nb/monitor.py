@@ -39,6 +39,7 @@ from .failures import StageError
 from .progress import clock, describe, last_line
 from .jobs import Job
 from .ledger import OPEN_LEDGERS
+from .loop import STOPPED_BY_ALARM
 from halos_nb.show import (
     INK,
     DISTANCE,
@@ -250,11 +251,12 @@ def time_left(
     "Seconds until the run is done; None if it cannot be known yet."
     done = {}
     for event in events:
-        of_a_round = event["stage"] in STAGES
+        of_a_round = event["stage"] in [*STAGES, "check"]
         if of_a_round and event["event"] in ("finished", "skipped"):
             done[event["folder"], event["stage"]] = event["seconds"]
     measured = ["sample", "label"]
-    plan = STAGES * rounds + measured
+    checks = any(event["stage"] == "check" for event in events)
+    plan = [*STAGES, *["check"] * checks] * rounds + measured
     if any(event["folder"] == "start" for event in events):
         plan = measured + plan
     ahead = plan[len(done) :]
@@ -352,10 +354,10 @@ def fill_in_stage(
     elif params.get("ended") == "running, or killed":
         s.state = "killed"
     else:
-        s.state = "finished"
+        s.note = params.get("ended", "").replace("as planned", "")
+        s.state = "stopped" if s.note.startswith(STOPPED_BY_ALARM) else "finished"
         s.stage = ""
         s.round = ""
-        s.note = params.get("ended", "").replace("as planned", "")
 
 # %% ../nbs/66_monitor.ipynb #3fab37de
 def session_seconds(s: RunState, events: list[dict], now: float) -> float:

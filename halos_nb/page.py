@@ -7,7 +7,7 @@ __all__ = ['Part', 'Rounds', 'data_block', 'figure_html', 'part_html', 'page_htm
            'feedback_by_round', 'truth_margins', 'truth_figures', 'feedback_figures', 'figure_sections', 'truncate',
            'truncate_texts', 'fold', 'searchable', 'feedback_gallery', 'repeated_prompts', 'text_sections',
            'plain_value', 'parameters_table', 'counts_table', 'utc', 'ledger_table', 'state_and_rounds', 'audit_part',
-           'report']
+           'health_part', 'report']
 
 # %% ../nbs/69_page.ipynb #a2b47309
 import json
@@ -46,7 +46,7 @@ from halos_nb.rewards import (
     win_rates,
 )
 from .loop import MEASURED
-from .runs import Run, Truth, read_run, with_truth
+from .runs import Run, Truth, health_rows, read_run, with_truth
 from .monitor import RunState, look
 from .compare import parameters, same_prompt
 
@@ -318,6 +318,14 @@ def audit_part(run: Path) -> Part:
     file = run / "audit.json"
     return audit_report(json.loads(file.read_text())) if file.exists() else None
 
+# %% ../nbs/69_page.ipynb #757a21e7
+def health_part(run: Path) -> Part:
+    "How healthy the run's policies were; None if nobody looked."
+    rows = health_rows(run)
+    shares = dict(cut=".1%", unreadable=".1%")
+    title = "Each policy's own answers, KL and entropy in nats per token"
+    return summary_table(rows, shares, title) if rows else None
+
 # %% ../nbs/69_page.ipynb #fa1ff509
 def report(
     run_dir: str | Path,  # the run's folder
@@ -336,6 +344,7 @@ def report(
     metrics = {title: rows for title, rows in run.metrics().items() if rows}
     sections: dict[str, list] = {
         "Rounds": state_and_rounds(look(run.folder), run),
+        "Health": [health_part(run.folder)],
         "What the models see": [audit_part(run.folder)],
         **figure_sections(rounds, feedback, metrics, best),
         **text_sections(rounds, feedback, n),
