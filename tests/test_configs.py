@@ -3,7 +3,7 @@ words.
 """
 
 import copy
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -99,3 +99,41 @@ def test_a_config_is_data():
     config = TrainConfig(loss="dpo", model="m")
     assert copy.deepcopy(config) == config
     assert config_json(config).startswith('{\n "loss": "dpo",\n "model": "m",')
+
+
+@pytest.mark.parametrize("given", ["x%", "120%", "-1%", "nan%", "25 %%", "high", "prompt"])
+def test_a_threshold_has_one_of_three_forms(given):
+    files = dict(samples_file="s", output_file="f", function="f:g")
+    for cls, more in ((LabelConfig, files), (LoopConfig, {})):
+        with pytest.raises(ValueError) as error:
+            make_config(cls, threshold=given, **more)
+        assert str(error.value) == (
+            f"{cls.__name__}: threshold: should be a number, a share of the score differences "
+            "as '25%', or one of mean, median, prompt mean, prompt median, got "
+            f"{given!r}"
+        )
+
+
+@pytest.mark.parametrize(
+    "given, taken", [("25%", "25%"), ("0.5", 0.5), ("25", 25.0), (3, 3), (0.25, 0.25)]
+)
+def test_a_threshold_is_taken_by_what_it_says(given, taken):
+    assert make_config(LoopConfig, threshold=given).threshold == taken
+
+
+def test_what_a_threshold_cannot_mean_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match="threshold: for pairs it is the smallest difference"):
+        make_config(LoopConfig, threshold="prompt mean")
+    with pytest.raises(ValueError, match="threshold: for good or bad it is the smallest good"):
+        make_config(LoopConfig, method="kto", threshold="25%")
+    assert make_config(LoopConfig, method="kto", threshold="prompt mean")
+
+
+def test_a_stored_config_is_the_same_again():
+    "What None stood for is written down, and read back as it is."
+    files = dict(samples_file="s", output_file="f")
+    judge = dict(api_type="openai", api_model="m", judge="pairwise")
+    for more, mode in ((dict(function="f:g"), "max"), (judge, "random")):
+        config = make_config(LabelConfig, **files, **more)
+        assert config.feedback_mode == mode
+        assert make_config(LabelConfig, **asdict(config)) == config
