@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm types air lab bench screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm test-trl types air lab bench screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-latest the tests with the newest versions there are, in build/latest (likewise)'
 	@echo 'make vllm        install vLLM into build/vllm-venv, an environment of its own (4 GB; VLLM=vllm for GPUs, else on the CPU)'
 	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model (a few minutes)'
+	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/'
 	@echo 'make screenshots draw the pictures of the README again, from the demo run'
@@ -85,6 +86,12 @@ test-alarm: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
 test-alarm: export OMP_NUM_THREADS := 1
 test-alarm: setup
 	@python tests/collapses.py
+
+# The same environment as the bench's.
+test-trl: export OMP_NUM_THREADS := 1
+test-trl: export HALOS_NB_TRL_PYTHON := $(CURDIR)/build/trl-venv/bin/python
+test-trl: setup build/trl-venv/installed
+	@[ -e build/trl-venv/installed ] && pytest -v -s tests/test_trl.py
 
 test-architectures: export OMP_NUM_THREADS := 1
 test-architectures: setup
