@@ -44,6 +44,7 @@ def pretend(tmp_path, monkeypatch, stages_on_path):
         reward_checkpoint=str(tmp_path / "rm"),
         prompts=str(tmp_path / "prompts.json"),
         audit="skip",
+        lr=3e-4,
         alarm="skip",  # tests/test_alarm.py has runs that look
     )
     settings = Settings(runs_dir=str(tmp_path / "runs"))
