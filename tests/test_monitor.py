@@ -251,10 +251,10 @@ def test_a_run_of_the_loop_from_start_to_end(tmp_path, pretend):
     assert names == ["round-1", "round-2", "round-3", "final"]
     stages = ["sample", "label", "train"]
     assert [s[:3] for s in seen] == [
-        ("running", f"round {r} of 3", s) for r in (1, 2, 3) for s in stages
+        ("running", f"round {r} of 3", s) for r in (1, 2, 3) for s in [*stages, "check"]
     ] + [("running", "final", s) for s in stages[:2]]
     # a time is told once every kind of stage has been seen
-    assert [s[3] for s in seen] == [False] * 3 + [True] * 8
+    assert [s[3] for s in seen] == [False] * 4 + [True] * 10
     s = watching.look()
     assert s.state == "finished"
     assert s.left is None
