@@ -605,9 +605,8 @@ class BestOfDataLoader(SFTDataLoader):
 
     def choose(self, p: int, e: Example) -> list[list[LoaderItem]]:
         "The best of the answers that have a score."
-        known = [e.known(k)[0] for k in range(len(e.generations))]
-        scores = {k: score for k, score in enumerate(known) if score is not None}
-        self.counts["unscored"] += len(known) - len(scores)
+        scores = {k: score for k, score in enumerate(self.scores(e)) if score is not None}
+        self.counts["unscored"] += len(e.generations) - len(scores)
         if len(set(scores.values())) < 2:
             self.counts["groups_without_signal"] += 1
             return []
@@ -632,6 +631,21 @@ def status_units(e: Example) -> list[Unit]:
 def answers_of(units: list[Unit]) -> set[int]:
     "The numbers of the answers in these units."
     return {k for k, _ in chain(*units)}
+
+# %% ../nbs/12_loaders.ipynb #8aa3b238
+@patch
+def scores(self: TreeDataLoader, e: Example) -> list[float | None]:
+    "The score of each answer; of a prompt without any, the mean of its +1 and -1 by status."
+    known = [e.known(k)[0] for k in range(len(e.generations))]
+    if any(score is not None for score in known):
+        return known
+    signs: dict[int, list[float]] = {}
+    for k, status in chain(*status_units(e)):
+        signs.setdefault(k, []).append(SIGN[status])
+    self.counts["scores_from_status"] += len(signs)
+    for k, of_answer in signs.items():
+        known[k] = sum(of_answer) / len(of_answer)
+    return known
 
 # %% ../nbs/12_loaders.ipynb #ff59530b
 @dataclass(eq=False, repr=False)
@@ -889,21 +903,6 @@ def nothing_to_learn(self: GroupUnpairedPreferenceDataLoader) -> str:
         return ""
     groups = len(self.trees)
     return f"within each of the {groups} groups all rewards are equal, so no advantage is left"
-
-# %% ../nbs/12_loaders.ipynb #8aa3b238
-@patch
-def scores(self: GroupUnpairedPreferenceDataLoader, e: Example) -> list[float | None]:
-    "The score of each answer; of a prompt without any, the mean of its +1 and -1 by status."
-    known = [e.known(k)[0] for k in range(len(e.generations))]
-    if any(score is not None for score in known):
-        return known
-    signs: dict[int, list[float]] = {}
-    for k, status in chain(*status_units(e)):
-        signs.setdefault(k, []).append(SIGN[status])
-    self.counts["scores_from_status"] += len(signs)
-    for k, of_answer in signs.items():
-        known[k] = sum(of_answer) / len(of_answer)
-    return known
 
 # %% ../nbs/12_loaders.ipynb #dae25ff6
 @patch

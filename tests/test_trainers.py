@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from halos_nb.loaders import Step
 from halos_nb.configs import TrainConfig, config_json
 from halos_nb.hub_sets import load_data
 from halos_nb.feedback import group_advantages
+from halos_nb.losses import ppo_loss
 from halos_nb.attention import logps_and_entropy
 from halos_nb.models import (
     BranchLogps,
@@ -124,9 +126,20 @@ def bare(cls, model, reference, hyper):
     return trainer
 
 
+class HalosPPO(PPOTrainer):
+    "PPO as HALOs has it: the ratio to the reference, and a penalty that rewards leaving it."
+
+    def loss(self, batch, now, before):
+        cfg = self.config
+        rolled = before.old_logps, before.advantages, before.discounted_future_rewards
+        weights = cfg.cliprange, cfg.critic_coef, cfg.KL_coef
+        return ppo_loss(*now, *rolled, batch.mask, *weights, self.clamp)
+
+
 @cases("trainer_end_to_end")
 def test_golden_batches(case):
     cls, want, inputs = BY_NAME[case["trainer"]], case["outputs"], case["inputs"]
+    cls = HalosPPO if cls is PPOTrainer else cls
     model = Table(*(inputs.get(f"{k}_table") for k in ("policy", "value", "classifier")))
     reference = None
     if "reference_table" in inputs:
@@ -138,7 +151,7 @@ def test_golden_batches(case):
     loss = losses.sum() / trainer.batch_size(batch)
     torch.testing.assert_close(loss.item(), want["loss"], **TOL)
     check_metrics(trainer, metrics, want["metrics"], order)
-    if cls is PPOTrainer:
+    if cls is HalosPPO:
         check_rollout(batch.rollout, batch.mask, case["rollout"])
     loss.backward()
     names = dict(policy_table="policy", value_table="value", classifier_table="classifier")
@@ -251,7 +264,7 @@ def scored_answer(question, k, reward):
 
 
 def config(home, loss, name, **more):
-    data = [str(home / ("scores.json" if loss == "grpo" else "pairs.jsonl"))]
+    data = [str(home / ("scores.json" if loss in ("grpo", "raft") else "pairs.jsonl"))]
     return TrainConfig(
         **dict(
             loss=loss,
@@ -306,6 +319,7 @@ LOSSES = list(TRAINERS)
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
 HUMANLINE = dict(humanline=True, log_epsilon_P=-0.02, log_epsilon_R=0.03, sync_reference=2)
 VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
+    "raft": ("raft", dict(batch_size=1)),  # two prompts have a best answer
     "dpo-lora": ("dpo", LORA),
     "bradley-terry-lora": ("bradley-terry", LORA),
     "ppo-lora": ("ppo", LORA),
@@ -314,6 +328,11 @@ VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
     "grpo-humanline": ("grpo", HUMANLINE),
     "dpo-lora-humanline": ("dpo", LORA | HUMANLINE),
     "ppo-epochs": ("ppo", dict(ppo_epochs=3)),
+    "ppo-critic": ("ppo", dict(critic_detach=True, critic_lr=1e-2, critic_max_grad_norm=0.1)),
+    "ppo-scores": ("ppo", dict(ppo_reward="score", KL_in="reward", critic_cliprange=0.2)),
+    "grpo-sequence": ("grpo", dict(normalise="sequence", epsilon_high=0.3)),
+    "grpo-constant": ("grpo", dict(normalise="constant", advantage_scale="none")),
+    "dpo-ema": ("dpo", dict(reference="ema", ema_decay=0.5)),
     "bradley-terry-centred": ("bradley-terry", dict(centring=0.1)),
 }
 
@@ -512,6 +531,9 @@ def test_a_round_goes_on_where_the_last_one_ended(home, name):
     if more.get("humanline"):
         # a larger step would leave no token within the clamp, and no gradient
         more = more | dict(sync_reference=0, lr=1e-4)
+    if loss in ("grpo", "ppo"):
+        # each round has a policy of its own that sampled; one run has one
+        more = more | dict(old_policy="reference")
     kw = dict(batch_size=20, warmup=2.0, online=False, **more)
     train(config(home, loss, "two", epochs=2, **kw))
     train(config(home, loss, "first", epochs=1, **kw))
@@ -647,19 +669,80 @@ def test_lora_reference_is_the_policy_without_adapters(home):
 
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 def test_the_reference_is_synced(home, lora):
-    "After a sync the log-ratios are zero; in between they are not."
-    train(config(home, "dpo", "h", epochs=2, **HUMANLINE | lora))
+    "Before the optimiser's step: at the next loss it is the policy of one step ago."
+    more = HUMANLINE | dict(sync_reference=None) | lora
+    train(config(home, "dpo", "h", epochs=2, **more))
     logs = steps_of(home / "h")
-    moved = [abs(r["rewards_train/chosen"]) > 1e-7 for r in logs]
-    assert moved == [False, True, False, True, False, True], (
-        "steps 1, 3 and 5 come right after a sync (or the start)"
-    )
     assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for row in logs[1:]:
+        assert abs(row["rewards_train/margins"]) > 1e-7
+        assert row["rewards_train/chosen_unclamped"] > 0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_synced_reference_is_the_policy_before_its_last_step(home, every):
+    cfg = config(home, "dpo", "s", epochs=2, save_every=1, **HUMANLINE)
+    trainer, _ = make_trainer(replace(cfg, sync_reference=every))
+    trainer.train()
+    steps = trainer.state.global_step
+    synced = steps - steps % every - 1  # optimiser steps that it has seen
+    saved = load_file(home / f"s/step-{synced}/model.safetensors")
+    reference = dict(trainer.reference.model.named_parameters())
+    assert reference.keys() >= saved.keys()
+    for name, weight in saved.items():
+        assert torch.equal(reference[name], weight), name
+
+
+def test_humanline_of_methods_without_pairs_moves(home):
+    for loss, name in (("kto", "chosen"), ("grpo", "KL")):
+        more = dict(humanline=True, log_epsilon_P=-0.5, log_epsilon_R=0.5)
+        train(config(home, loss, "h", epochs=2, **more))
+        logs = steps_of(home / "h")
+        assert any(abs(row[f"rewards_train/{name}"] or 0) > 1e-7 for row in logs[1:])
+
+
+# ---- a reference that moves
+
+
+def test_the_average_goes_on_in_the_next_round(home):
+    "The mean of all policies so far, each step weighing what is new by 1 - ema_decay."
+    more = dict(reference="ema", ema_decay=0.75, save_every=1)
+    train(config(home, "dpo", "ema", epochs=1, **more))
+    start = load_file(home / "start/model.safetensors")
+    mean = {name: weight.clone() for name, weight in start.items()}
+    for step in range(1, 4):
+        policy = load_file(home / f"ema/step-{step}/model.safetensors")
+        for name in mean:
+            mean[name] = 0.75 * mean[name] + 0.25 * policy[name]
+    kept = load_file(home / "ema/FINAL/reference/model.safetensors")
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, mean[name], rtol=1e-5, atol=1e-6)
+    again = config(
+        home, "dpo", "ema2", epochs=1, from_checkpoint=str(home / "ema/FINAL"), **more
+    )
+    trainer, _ = make_trainer(again)
+    for name, weight in trainer.reference.model.named_parameters():
+        assert torch.equal(weight, kept[name])
+    with pytest.raises(FileNotFoundError, match="has no reference"):
+        train(config(home, "dpo", "plain", epochs=1))
+        make_trainer(replace(again, from_checkpoint=str(home / "plain/FINAL")))
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_the_last_rounds_policy_as_reference(home, lora):
+    "In its first step a round that is compared with where it starts has moved nowhere."
+    train(config(home, "dpo", "one", epochs=1, **lora))
+    later = dict(from_checkpoint=str(home / "one/FINAL"), load_from=str(home / "start"))
+    for reference, moved in (("previous", False), ("sft", True)):
+        train(config(home, "dpo", "two", epochs=1, reference=reference, **later, **lora))
+        first = steps_of(home / "two")[0]
+        assert (abs(first["rewards_train/margins"]) > 1e-6) is moved
 
 
 def test_the_unclamped_share_is_reported(home):
-    wide = dict(humanline=True, log_epsilon_P=-100.0, log_epsilon_R=100.0)
-    tight = dict(humanline=True, log_epsilon_P=-0.2, log_epsilon_R=0.2)
+    fixed = dict(humanline=True, sync_reference=0)
+    wide = fixed | dict(log_epsilon_P=-100.0, log_epsilon_R=100.0)
+    tight = fixed | dict(log_epsilon_P=-0.2, log_epsilon_R=0.2)
     shares = {}
     for name, more in dict(wide=wide, none={}, tight=tight).items():
         train(config(home, "dpo", name, epochs=2, **more))
