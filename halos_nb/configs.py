@@ -549,7 +549,8 @@ class TrainingOptions:
 class LossOptions:
     "Parameters of the losses."
 
-    beta: PositiveFloat | None = None  # None: the method's own, see `BETA`
+    # None: the method's own, see `BETA`; 0: grpo without a KL
+    beta: NonNegativeFloat | None = None
     epsilon: NonNegativeFloat | None = None  # None: the method's own, see `EPSILON`
     # ipo: the margin it aims at is 1 / (2 tau), in mean log-ratio (nats per token)
     tau: PositiveFloat = 0.1
@@ -836,6 +837,8 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
     if c.humanline:
         yield from clamping_problems(c)
     yield from reference_problems(c)
+    if c.beta == 0 and c.loss != "grpo":
+        yield f"beta: 0 leaves {c.loss} nothing to learn with; only grpo can do without"
     if c.loss == "cdpo" and c.epsilon is not None and c.epsilon >= 0.5:
         yield (
             f"epsilon: with {c.epsilon} of the labels wrong nothing can be learnt; "
@@ -970,8 +973,9 @@ class MethodOptions:
     # given: a name of PRESETS (empty: `playground` with its policy; with one of yours, lr must
     # be given)
     preset: str = ""
-    # strength of the pull towards the reference (None: the preset's, or the method's own)
-    beta: PositiveFloat | None = None
+    # strength of the pull towards the reference (None: the preset's, or the method's own; 0:
+    # grpo without a KL)
+    beta: NonNegativeFloat | None = None
     humanline: bool = False  # clamp token log-ratios and sync the reference with the policy
     # humanline: optimiser steps between syncs (None: 1 with humanline; 0: never)
     sync_reference: NonNegativeInt | None = None

@@ -476,7 +476,7 @@ def importance(
     known = mask & ~sampler_logps.isnan()
     apart = (upcast(old_logps) - upcast(sampler_logps)).where(known, 0)
     ratio = apart.clamp(max=EXP_LIMIT).exp()
-    weights = ratio.clamp(max=cap)
+    weights = ratio.clamp(max=cap).where(known, 1)
     return Importance(
         weights,
         mean=masked_share(weights, known),

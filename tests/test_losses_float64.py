@@ -337,7 +337,6 @@ def test_importance(seed, cap):
         assert out.difference.value.item() == pytest.approx(sum(apart) / n, rel=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="an unknown weight is cut at a cap below 1")
 def test_an_unknown_weight_is_1_whatever_the_cap():
     old = torch.full((1, 2), -1.0)
     sampler = torch.tensor([[math.nan, -1.0]])

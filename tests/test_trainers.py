@@ -378,7 +378,7 @@ def test_two_processes_train_the_same_model(both, name):
             "another method gives another model, or this compares nothing"
         )
     assert same_metrics(one, two, leave=("total_flos", "train_loss")) > 50
-    if VARIANTS[name][0] not in ("sft", "csft", "kto", "grpo", "ppo"):
+    if VARIANTS[name][0] not in ("sft", "csft", "raft", "kto", "grpo", "ppo"):
         assert [r["index"] for r in read_jsonl(two / "eval_scores.jsonl")] == list(range(7)), (
             "every held-out pair once, in order"
         )
@@ -422,7 +422,7 @@ CUTS = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cut_and_layout_do_not_change_the_model(both, loss, cut):
     "The optimiser step is the same however it is computed; metrics too."
-    train(config(both, loss, f"{loss}-cut", **CUTS[cut]))
+    train(config(both, loss, f"{loss}-cut", **VARIANTS[loss][1] | CUTS[cut]))
     assert drift(both / f"{loss}-1", both / f"{loss}-cut") < 5e-3
     assert same_metrics(both / f"{loss}-1", both / f"{loss}-cut", leave=COST) > 40
 
@@ -670,8 +670,7 @@ def test_lora_reference_is_the_policy_without_adapters(home):
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 def test_the_reference_is_synced(home, lora):
     "Before the optimiser's step: at the next loss it is the policy of one step ago."
-    more = HUMANLINE | dict(sync_reference=None) | lora
-    train(config(home, "dpo", "h", epochs=2, **more))
+    train(config(home, "dpo", "h", epochs=2, humanline=True, **lora))
     logs = steps_of(home / "h")
     assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     for row in logs[1:]:
