@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'TIMES', 'CHARACTERS', 'WORDS', 'MEANINGS', 'NAMES', 'has_broken_characters', 'longest_run',
-           'longest_circle', 'goes_in_circles', 'is_unreadable', 'Health', 'share', 'kl_per_token', 'entropy_per_token',
-           'health', 'Limits', 'Bound', 'score_bound', 'bounds', 'Alarm', 'alarms', 'in_words', 'health_line',
-           'measure_text', 'alarm_line']
+           'longest_circle', 'goes_in_circles', 'is_unreadable', 'Health', 'mean_of_known', 'error_over_prompts',
+           'kl_per_token', 'entropy_per_token', 'health', 'Limits', 'Bound', 'score_bound', 'bounds', 'Alarm', 'doubt',
+           'alarms', 'in_words', 'health_line', 'measure_text', 'alarm_line']
 
 # %% ../nbs/09_health.ipynb #07529e93
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from .records import as_text
-from .stats import finite_values
+from .stats import finite_values, floats, prompt_numbers, prompts_of
 
 # %% ../nbs/09_health.ipynb #e7295e73
 # the mark of bytes that are no text, and control characters but for tabs and line ends
@@ -86,11 +86,30 @@ class Health(NamedTuple):
     score: float | None = None  # mean
     low: float | None = None  # 5% of the scores are lower
     high: float | None = None  # 5% of the scores are higher
+    # measure -> standard error over prompts, of the shares and the mean score
+    errors: Mapping[str, float] = {}
 
 # %% ../nbs/09_health.ipynb #47db6084
-def share(flags: Sequence[bool]) -> float | None:
-    "How many of them are true; None of none."
-    return sum(flags) / len(flags) if flags else None
+def mean_of_known(values: np.ndarray) -> float | None:
+    "The mean of what is known; None of nothing."
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def error_over_prompts(
+    values: np.ndarray,  # of answers; NaN where one has none
+    prompts: Sequence,  # of each answer
+) -> float:
+    "Standard error of a mean, where answers to one prompt may be alike."
+    known = np.isfinite(values)
+    number = prompt_numbers(np.array(prompts, dtype=object)[known])
+    counts = np.bincount(number)
+    if len(counts) < 2:
+        return math.inf
+    rest = values[known] - values[known].mean()
+    sums = np.bincount(number, weights=rest)
+    n = len(counts)
+    return float(np.sqrt(n / (n - 1) * (sums**2).sum()) / known.sum())
 
 
 def kl_per_token(samples: Sequence[dict]) -> float | None:
@@ -116,15 +135,22 @@ def health(
     samples: Sequence[dict],  # sample records, perhaps each with its `reward`
 ) -> Health:
     "What these answers say of the policy that gave them."
-    ended = [s["finished"] for s in samples if s.get("finished") is not None]
-    scores, _ = finite_values(samples)
+    values = dict(
+        cut=1 - floats(samples, "finished"),
+        unreadable=floats([is_unreadable(as_text(s["output"])) for s in samples]),
+        score=floats(samples),
+    )
+    prompts = prompts_of(samples)
+    errors = {name: error_over_prompts(x, prompts) for name, x in values.items()}
     known = Health(
         answers=len(samples),
         kl=kl_per_token(samples),
-        cut=share([not end for end in ended]),
-        unreadable=share([is_unreadable(as_text(s["output"])) for s in samples]),
+        cut=mean_of_known(values["cut"]),
+        unreadable=mean_of_known(values["unreadable"]),
         entropy=entropy_per_token(samples),
+        errors={name: error for name, error in errors.items() if math.isfinite(error)},
     )
+    scores, _ = finite_values(samples)
     if not len(scores):
         return known
     low, high = np.quantile(scores, [0.05, 0.95])
@@ -136,8 +162,8 @@ class Limits:
     "From where on a policy is called broken."
 
     kl: float = 0.75  # KL to the reference, nats per token
-    cut: float = 0.5  # how far the share of cut answers may rise
-    unreadable: float = 0.15  # how far the share of unreadable ones may rise
+    cut: float = 0.15  # how far the share of cut answers may rise
+    unreadable: float = 0.1  # how far the share of unreadable ones may rise
     entropy_low: float = 0.05  # least entropy, as a share of the first policy's
     entropy_high: float = 2.0  # most entropy, in multiples of the first policy's
     entropy_rise: float = 0.5  # however small that was, it may rise so far, nats per token
@@ -145,6 +171,7 @@ class Limits:
     score_above: float = 0.5  # how far above it the mean may be, in widths of the range
     score_fall: float = 0.25  # how far the mean may fall, in widths of the range
     answers: int = 32  # fewer say nothing
+    errors: float = 2.0  # standard errors by which a share or mean score must be beyond
 
 # %% ../nbs/09_health.ipynb #1ab2b431
 class Bound(NamedTuple):
@@ -231,6 +258,17 @@ MEANINGS: dict[tuple[str, bool], tuple[str, str]] = {
 }
 
 # %% ../nbs/09_health.ipynb #153c098c
+def doubt(
+    name: str,  # of a measure
+    now: Health,
+    start: Health | None,
+    limits: Limits,
+) -> float:
+    "By how much a measure must be beyond its bound to count."
+    of_start = start.errors.get(name, 0.0) if start else 0.0
+    return limits.errors * math.hypot(now.errors.get(name, 0.0), of_start)
+
+
 def alarms(
     now: Health,
     start: Health | None = None,  # of the first policy; None: this is the first
@@ -242,7 +280,10 @@ def alarms(
     found = []
     for name, bound in bounds(start, limits).items():
         value = getattr(now, name)
-        if value is None or bound.low <= value <= bound.high:
+        if value is None:
+            continue
+        margin = doubt(name, now, start, limits)
+        if bound.low - margin <= value <= bound.high + margin:
             continue
         below = value < bound.low
         limit = bound.low if below else bound.high

@@ -106,7 +106,7 @@ def fooled_model(settings):
 def fooled(settings):
     "A reward model that likes what nobody can read; the score climbs."
     reward = str(fooled_model(settings))
-    more = dict(method="dpo", lr=3e-4, beta=0.05, reward_checkpoint=reward, total_prompts=384)
+    more = dict(method="dpo", lr=3e-4, beta=0.05, reward_checkpoint=reward, total_prompts=256)
     more |= dict(prompts_per_round=128)
     return outcome(config("fooled", settings, **more), settings)
 

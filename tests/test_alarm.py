@@ -93,7 +93,7 @@ def test_a_breaking_policy_stops_its_round_and_the_last_good_one_is_kept(pretend
     assert not (run / "final/samples.json").exists()
     first, *lines = str(error).splitlines()
     assert first.startswith("round 2's training has left a policy that is breaking: unreadable")
-    assert "100% (0% at the start), limit 15%" in first and "check.json" in first
+    assert "100% (0% at the start), limit 10%" in first and "check.json" in first
     assert "Try: a smaller lr" in lines[0]
     assert lines[1].startswith("  the first policy: unreadable 0%")
     assert str(pretended.policy(1)) in lines[2] and str(pretended.policy(2)) in lines[2]
@@ -174,8 +174,8 @@ def test_a_healthy_run_is_shown_and_keeps_its_last_policy(pretended):
     rounds = pretended()
     assert [r.policy.exists() for r in rounds] == [False, True, True]
     assert (pretended.run / "policy").resolve() == rounds[1].policy
-    assert "health after it: unreadable 0% of 15%" in str(rounds[0])
-    assert "health: unreadable 0% of 15%, score 3.50 of" in str(rounds[2])
+    assert "health after it: unreadable 0% of 10%" in str(rounds[0])
+    assert "health: unreadable 0% of 10%, score 3.50 of" in str(rounds[2])
     everything = ["sample", "label", "train", "check"]
     assert [r.skipped for r in pretended()] == [everything] * 2 + [everything[:2]]
     assert all("check" in r.seconds for r in rounds[:2])
