@@ -25,6 +25,7 @@ from typing import Any
 
 from .records import as_text, file_hash, prompt_id, write_records
 from halos_nb.configs import (
+    PLAYGROUND,
     AuditConfig,
     CompareConfig,
     LoopConfig,
@@ -614,17 +615,12 @@ def models_of_playground(cfg: AuditConfig, settings: Settings) -> AuditConfig:
 
 # %% ../nbs/70_playground.ipynb #3d0232ab
 LORA = "use_peft=true, lora_r=16, lora_alpha=32"
-SWEEP: dict[str, dict[str, Any]] = {
-    "dpo": dict(method="dpo"),
-    "cdpo": dict(method="cdpo"),
-    "ipo": dict(method="ipo"),
-    "simpo": dict(method="simpo", lr=1e-4),
-    "slic": dict(method="slic", lr=1e-4, train_options="lambda_coef=1.0"),
-    "kto": dict(method="kto", lr=1e-4),
-    "ppo": dict(method="ppo", lr=1e-4),
-    "grpo": dict(method="grpo", batch_size=4, beta=0.02, train_options="epsilon=0.8"),
-    "grpo + humanline": dict(method="grpo", batch_size=4, humanline=True, sync_reference=8),
-    "dpo + humanline": dict(method="dpo", humanline=True, sync_reference=4),
+# each method with its settings of `configs.PLAYGROUND`; some once more, in another form
+SWEEP: dict[str, dict[str, Any]] = {name: dict(method=name) for name in PLAYGROUND}
+SWEEP |= {
+    "dpo + humanline": dict(method="dpo", humanline=True),
+    "kto + humanline": dict(method="kto", humanline=True),
+    "grpo + humanline": dict(method="grpo", humanline=True),
     "dpo + LoRA": dict(method="dpo", lr=1e-3, train_options=LORA),
 }
 # what all runs of a sweep have in common, by its name in both configs

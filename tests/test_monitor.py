@@ -201,6 +201,7 @@ def pretend_run(tmp_path, **more):
     (tmp_path / "prompts.json").write_text("[]")
     cfg = LoopConfig(
         run_name="pretended",
+        lr=3e-4,
         total_prompts=6,
         prompts_per_round=2,
         num_samples_per_prompt=2,

@@ -271,14 +271,14 @@ def test_worlds_have_folders_of_their_own(tmp_path):
 
 
 def test_a_world_seed_that_decides_nothing_is_refused(tmp_path):
-    own = dict(sft_checkpoint="gpt2", reward_checkpoint="rm", prompts="shp")
+    own = dict(sft_checkpoint="gpt2", reward_checkpoint="rm", prompts="shp", lr=1e-5)
     with pytest.raises(ValueError, match="world_seed: 3 would decide nothing"):
         into_playground(LoopConfig(**own, world_seed=3), Settings(runs_dir=str(tmp_path)))
     pairs = dict(train_datasets="shp", test_datasets="shp")
     with pytest.raises(ValueError, match="world_seed: 3 would decide nothing"):
         pairs_of_playground(RewardConfig(**pairs, world_seed=3), Settings())
     with pytest.raises(ValueError, match="world_seed: it decides nothing"):
-        HandConfig(samples="s.json", model="m", world_seed=3)
+        HandConfig(samples="s.json", model="m", lr=1e-5, world_seed=3)
     assert not list(tmp_path.iterdir())
 
 

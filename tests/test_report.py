@@ -78,6 +78,7 @@ def runs(tmp_path_factory):
     ):
         cfg = LoopConfig(
             run_name=name,
+            lr=3e-4,
             total_prompts=8,
             prompts_per_round=4,
             num_samples_per_prompt=3,
