@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.health.alarm_line': ('health.html#alarm_line', 'halos_nb/health.py'),
                                  'halos_nb.health.alarms': ('health.html#alarms', 'halos_nb/health.py'),
                                  'halos_nb.health.bounds': ('health.html#bounds', 'halos_nb/health.py'),
+                                 'halos_nb.health.closest': ('health.html#closest', 'halos_nb/health.py'),
                                  'halos_nb.health.doubt': ('health.html#doubt', 'halos_nb/health.py'),
                                  'halos_nb.health.entropy_per_token': ('health.html#entropy_per_token', 'halos_nb/health.py'),
                                  'halos_nb.health.error_over_prompts': ('health.html#error_over_prompts', 'halos_nb/health.py'),

@@ -6,7 +6,7 @@
 __all__ = ['BROKEN', 'TIMES', 'CHARACTERS', 'WORDS', 'MEANINGS', 'NAMES', 'has_broken_characters', 'longest_run',
            'longest_circle', 'goes_in_circles', 'is_unreadable', 'Health', 'mean_of_known', 'error_over_prompts',
            'kl_per_token', 'entropy_per_token', 'health', 'Limits', 'Bound', 'score_bound', 'bounds', 'Alarm', 'doubt',
-           'alarms', 'in_words', 'health_line', 'measure_text', 'alarm_line']
+           'alarms', 'in_words', 'closest', 'health_line', 'measure_text', 'alarm_line']
 
 # %% ../nbs/09_health.ipynb #07529e93
 import math
@@ -309,6 +309,11 @@ def in_words(bound: Bound, form: str) -> str:
     return f" of {bound.high:{form}}" if bound.high < math.inf else ""
 
 
+def closest(bound: Bound, value: float) -> float:
+    "The value within a bound that is next to this one."
+    return min(max(value, bound.low), bound.high)
+
+
 def health_line(
     now: Health,
     start: Health | None = None,  # of the first policy; None: this is the first
@@ -320,7 +325,11 @@ def health_line(
     for name, (called, form) in NAMES.items():
         value = getattr(now, name)
         if value is not None:
-            words = in_words(allowed.get(name, Bound()), form)
+            bound = allowed.get(name, Bound())
+            words = in_words(bound, form)
+            beyond = not bound.low <= value <= bound.high
+            if beyond and abs(value - closest(bound, value)) <= doubt(name, now, start, limits):
+                words += " (may be chance)"
             parts.append(f"{called} {value:{form}}{words}")
     line = ", ".join(parts) or "nothing is known"
     few = now.answers < limits.answers

@@ -305,7 +305,7 @@ def hash(self: RunFiles, path: str | Path) -> str:
 
 # %% ../nbs/55_identity.ipynb #260b6aab
 # stages that write the same bytes for any number of processes
-ANY_NUMBER = ("sample", "label", "check")
+ANY_NUMBER = ("sample", "label", "check", "recheck")
 
 
 def identity(files: RunFiles, stage: Stage) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 from .records import read_jsonl
 from .stats import floats, kl_terms, share_of_way
 from .verdicts import mean_or_none
-from .loop import MEASURED, round_counts, round_samples
+from .loop import CHECKS, MEASURED, round_counts, round_samples
 
 # %% ../nbs/63_runs.ipynb #3527d135
 def kl_estimate(samples: list[dict]) -> float | None:
@@ -130,7 +130,7 @@ def health_rows(run: str | Path) -> list[dict]:
     for event in last_session(read_jsonl(Path(run) / "ledger.jsonl")):
         if event["event"] not in ("health", "alarm"):
             continue
-        is_check = event["stage"] == "check"
+        is_check = event["stage"] in CHECKS
         words = f"{event['folder']}, after its training" if is_check else event["folder"]
         row = rows.setdefault((event["folder"], is_check), {"answers of": words})
         if event["event"] == "alarm":

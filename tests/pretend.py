@@ -17,12 +17,14 @@ def weights(path):
     return file.read_text() if file.exists() else ""
 
 
-def breaking(cfg, k):
+def breaking(cfg, i, k):
     "What an answer of a policy that is breaking has in place of a good one's."
     policy = weights(cfg["model"])
-    is_check = Path(cfg["output_file"]).stem == "check"
+    is_check = Path(cfg["output_file"]).stem != "samples"
     if "broken" in policy or ("late" in policy and not is_check):
         return dict(output="la " * (40 + k))
+    if "some" in policy and i % 5 == 0:  # two prompts of ten
+        return dict(output="")
     if "fooled" in policy:
         return dict(output=f"Best answer {k}!")
     if "noise" in weights(cfg["reference"]):
@@ -32,7 +34,7 @@ def breaking(cfg, k):
 
 # what a training does to the policy, by what stands behind the point of beta; the digit before
 # it says in which round
-BREAKS = {0: "broken", 5: "late", 7: "fooled"}
+BREAKS = {0: "broken", 3: "some", 5: "late", 7: "fooled"}
 
 
 def sample(cfg):
@@ -44,9 +46,9 @@ def sample(cfg):
         for k in range(cfg["num_samples_per_prompt"]):
             row = dict(prompt_id=f"{kind}{i}", sample_id=k, type="sample")
             row |= dict(prompt=[dict(role="user", content=f"{i}?")])
-            row |= dict(output=f"{'x' * k} {cfg['seed']}")
+            row |= dict(output=f"{'x' * (k % 8)} {cfg['seed']}")
             row |= dict(policy_logps=-3.0, reference_logps=-3.5)
-            rows.append(row | breaking(cfg, k))
+            rows.append(row | breaking(cfg, i, k))
     out = Path(cfg["output_file"])
     out.write_text(json.dumps(rows))
     left = PROMPTS - cfg["num_skip"] - len(numbers)

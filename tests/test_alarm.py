@@ -133,6 +133,18 @@ def test_what_a_check_did_not_show_the_next_samples_do(pretended, round, where):
     assert (pretended.run / "policy").resolve() == good
 
 
+def test_what_a_few_answers_leave_in_doubt_is_asked_again(pretended):
+    "Two prompts of ten are no proof; they are seen, shown, and the run goes on."
+    rounds = pretended(beta=1.3, total_prompts=10)
+    assert [r.name for r in rounds] == ["round-1", "final"]
+    again = json.loads((pretended.run / "round-1/recheck.json").read_text())
+    assert (
+        len(again) >= 512 > len(json.loads((pretended.run / "round-1/check.json").read_text()))
+    )
+    assert "unreadable 20% of 10% (may be chance)" in rounds[0].health
+    assert list(rounds[0].seconds) == ["sample", "label", "train", "check", "recheck"]
+
+
 def test_scores_far_beyond_their_range(pretended):
     error = pretended.breaks(beta=1.7)
     assert "score 102.50 (3.50 at the start), limit 10.50" in str(error)
