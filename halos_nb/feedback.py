@@ -13,6 +13,7 @@ __all__ = ['MIDDLES', 'PROMPT_MIDDLES', 'Pair', 'PAIRINGS', 'Scale', 'check_rewa
            'tally_of', 'missing_pairs', 'feedback_counts', 'without_contrast']
 
 # %% ../nbs/06_feedback.ipynb #dd285e83
+import bisect
 import math
 import random
 import statistics
@@ -198,19 +199,22 @@ def quantile(
     gaps: Iterable[float],
     share: float,  # 0 to 1
 ) -> float:
-    "The smallest gap that at least this share of them do not exceed; 0 for none."
+    "The largest gap that at most this share of them do not exceed; 0 if there is none."
     ordered = sorted(gaps)
-    if not ordered or share == 0:
+    place = math.floor(round(share * len(ordered), 6))  # 0.29 * 100 is 28.999999999999996
+    if place == 0:
         return 0.0
-    place = math.ceil(round(share * len(ordered), 6))  # 0.07 * 100 is 7.000000000000001
-    return ordered[max(place, 1) - 1]
+    if place < len(ordered) and ordered[place] == ordered[place - 1]:
+        # whole steps, as judges give: all gaps of one size stay together
+        place = bisect.bisect_left(ordered, ordered[place])
+    return ordered[place - 1] if place else 0.0
 
 
 def gap_quantile(
     samples: Iterable[dict],  # labelled
     share: float,  # 0 to 1
 ) -> float:
-    "The gap that this share of all gaps within the prompts do not exceed."
+    "The largest gap that at most this share of all gaps within the prompts do not exceed."
     return quantile(gaps_within_prompts(samples), share)
 
 # %% ../nbs/06_feedback.ipynb #fe0b9755

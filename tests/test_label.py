@@ -1301,14 +1301,14 @@ def test_a_threshold_above_all_differences_tells_the_scale(tmp_path, monkeypatch
     assert str(error.value).splitlines()[1:] == [
         "  threshold 0.5; of 9 differences the median is 0.05, the largest 0.08",
         "  threshold 0% (0) would keep 3 pairs",
-        "  threshold 25% (0.03) would keep 3 pairs",
-        "  threshold 50% (0.05) would keep 3 pairs",
+        "  threshold 25% (0) would keep 3 pairs",
+        "  threshold 50% (0.03) would keep 3 pairs",
     ]
     counts = json.loads((tmp_path / "feedback.counts.json").read_text())
     assert (counts["threshold"], counts["ties"], counts["records"]) == (0.5, 3, 0)
     counts, _, feedback = label_lengths(tmp_path, function=HUNDREDTHS, threshold="50%")
     assert len(feedback) == 3
-    assert counts["threshold"] == pytest.approx(0.05)
+    assert counts["threshold"] == pytest.approx(0.03)
     with pytest.raises(ValueError, match="threshold 0.08"):
         label_lengths(tmp_path, function=HUNDREDTHS, threshold="100%")
 
@@ -1321,11 +1321,11 @@ def test_a_share_of_the_differences_of_two_files(tmp_path, monkeypatch, capsys):
     given = dict(function=HUNDREDTHS, second_samples_path=str(tmp_path / "second.json"))
     counts, _, feedback = label_lengths(tmp_path, **given, threshold="50%")
     # 5, 3 and 2 words apart, three times each
-    assert counts["threshold"] == pytest.approx(0.03)
+    assert counts["threshold"] == pytest.approx(0.02)
     differences = {round(r["reward_difference"], 2) for r in feedback}
-    assert (len(feedback), differences, counts["ties"]) == (3, {0.05}, 6)
+    assert (len(feedback), differences, counts["ties"]) == (6, {0.03, 0.05}, 3)
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "feedback.json: 3 records, threshold 0.03, ties 6, unfinished 3"
+    assert said == "feedback.json: 6 records, threshold 0.02, ties 3, unfinished 3"
 
 
 def test_good_for_its_prompt(tmp_path, monkeypatch):

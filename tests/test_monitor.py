@@ -308,7 +308,7 @@ def test_stopped_and_continued(tmp_path, pretend):
     pretend.clear()
     rounds = list(run_rounds(cfg, settings, watch=watching.wait))
     assert [r.name for r in rounds] == ["round-1", "round-2", "round-3", "final"]
-    assert rounds[0].skipped == ["sample", "label", "train"]
+    assert rounds[0].skipped == ["sample", "label", "train", "check"]
     assert rounds[1].skipped == ["sample"]
     assert look(run).state == "finished"
 
