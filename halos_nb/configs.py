@@ -596,8 +596,11 @@ class LossOptions:
     # ppo: the KL is a term of the loss, or taken from each token's reward
     KL_in: Literal["loss", "reward"] = "loss"
     ppo_epochs: PositiveInt = 1  # ppo: updates on each batch
-    # bradley-terry: scores must differ by as much as the labeller's did
+    # bradley-terry: scores must differ by more where the labeller's did
     use_margin: bool = False
+    # bradley-terry, use_margin: the median difference of the data counts as 1, or every
+    # difference as the labeller's number says
+    margin_unit: Literal["median", "score"] = "median"
     # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
     centring: NonNegativeFloat = 0.0
 

@@ -189,6 +189,7 @@ EXPECTED_COUNTS = (
     "other_fields",
     "head",
     "checkpoints",
+    "margin_unit",
     "old_policy",
     "sampler_difference",
     "not_the_best",

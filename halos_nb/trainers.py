@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TwoLogps', 'FourLogps', 'TRAINERS', 'SFTTrainer', 'ConditionalSFTTrainer', 'RAFTTrainer', 'Sides', 'sides',
            'PairedPreferenceTrainer', 'pair_metrics', 'DPOTrainer', 'CDPOTrainer', 'IPOTrainer', 'RPOTrainer',
-           'DPONormTrainer', 'SimPOTrainer', 'SLiCTrainer', 'BradleyTerryTrainer', 'UnpairedPreferenceTrainer',
-           'kto_metrics', 'KTOTrainer', 'answer_margins', 'GRPOTrainer', 'normaliser', 'Rollout', 'EpisodeBatch',
-           'with_rollout', 'reward_at_last_token', 'label_rewards', 'episode_rewards', 'Repeated', 'episode_metrics',
-           'with_variances', 'PPOTrainer', 'value_weights']
+           'DPONormTrainer', 'SimPOTrainer', 'SLiCTrainer', 'BradleyTerryTrainer', 'median_margin',
+           'UnpairedPreferenceTrainer', 'kto_metrics', 'KTOTrainer', 'answer_margins', 'GRPOTrainer', 'normaliser',
+           'Rollout', 'EpisodeBatch', 'with_rollout', 'reward_at_last_token', 'label_rewards', 'episode_rewards',
+           'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer', 'value_weights']
 
 # %% ../nbs/24_trainers.ipynb #6acba4ba
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .trees import TreeBatch
+from .trees import Tree, TreeBatch
 from halos_nb.loaders import (
     BestOfDataLoader,
     ConditionalSFTDataLoader,
@@ -222,6 +223,15 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
     "Reward model from pairs (Bradley and Terry 1952; Stiennon et al. 2020)."
 
     loader_options = dict(whole=True)
+    margin_unit = "score"  # what a margin of 1 is: the data's median, or the labeller's 1
+    margin = 1.0  # that many of the labeller's points
+    options = ("margin_unit",)
+
+    def begin(self) -> None:
+        "Before the first step: the unit of the margins known, and noted."
+        if self.config.use_margin and self.margin_unit == "median":
+            self.margin = median_margin(self.loader.trees)
+            self.notes["margin_unit"] = self.margin
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> Sides:
         "Logits of (chosen, rejected), each (B, 2)."
@@ -236,7 +246,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         "(losses, chosen_scores, rejected_scores), each (B,)."
         margin = None
         if self.config.use_margin:
-            margin = sides(batch.fact("margin"), batch).chosen
+            margin = sides(batch.fact("margin"), batch).chosen / self.margin
         centring = self.config.centring
         return bradley_terry_loss(
             policy_chosen_logits, policy_rejected_logits, margin, centring
@@ -248,6 +258,13 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         logits = self.forward(model or self.model, batch)
         losses, chosen, rejected = self.loss(batch, *logits)
         return BatchResult(losses, pair_metrics(mode, losses, chosen, rejected))
+
+# %% ../nbs/24_trainers.ipynb #0e3c42a5
+def median_margin(trees: list[Tree]) -> float:
+    "The median size of the pairs' margins, those that are known; 1 where it is 0."
+    known = [abs(tree.facts["margin"][0]) for tree in trees if "margin" in tree.facts]
+    known = [margin for margin in known if not math.isnan(margin)]
+    return (statistics.median(known) if known else 0.0) or 1.0
 
 # %% ../nbs/24_trainers.ipynb #bea44121
 class UnpairedPreferenceTrainer(TreeTrainer):

@@ -1288,3 +1288,19 @@ def test_every_method_says_what_it_needs(home):
     assert loader_options(config(home, "kto", "x"))["mismatched"]
     tokenizer = load_tokenizer(str(home / "start"))
     assert load_model(config(home, "ppo", "x"), tokenizer).value_head
+
+
+def test_margins_are_on_the_data_s_own_scale(home):
+    "A labeller of 1 to 100 and one of 0.01 to 1 give one reward model; raw points give two."
+    for name, unit in (("points", 100.0), ("parts", 1.0)):
+        rows = []
+        for i in range(7):
+            row = dict(prompt=f"Say {i}.", chosen="Yes" + "!" * i, rejected="No.")
+            rows.append(row | dict(score_chosen=unit * (0.1 + 0.1 * i), score_rejected=0.0))
+        given = write(home, f"{name}.jsonl", rows)
+        for way in ("median", "score"):
+            more = given | dict(use_margin=True, margin_unit=way)
+            counts = train(config(home, "bradley-terry", f"{name}-{way}", **more)).counts
+            assert ("margin_unit" in counts) is (way == "median")
+    assert apart(home / "points-median", home / "parts-median") < 1e-5
+    assert apart(home / "points-score", home / "parts-score") > 1e-3
