@@ -911,7 +911,7 @@ PLAYGROUND: dict[str, dict[str, Any]] = {
     "rpo": dict(lr=3e-4),
     "dpo-norm": dict(lr=3e-4),
     "kto": dict(lr=1e-4),
-    "ppo": dict(lr=3e-4, train_options=dict(ppo_epochs=2)),
+    "ppo": dict(lr=3e-4),
     "grpo": dict(lr=3e-4, batch_size=4, beta=0.02, train_options=dict(epsilon=0.5)),
     "raft": dict(lr=3e-4),
 }

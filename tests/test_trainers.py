@@ -318,6 +318,17 @@ def distance(a, b):
 LOSSES = list(TRAINERS)
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
 HUMANLINE = dict(humanline=True, log_epsilon_P=-0.02, log_epsilon_R=0.03, sync_reference=2)
+PPO_OPTIONS = dict(
+    ppo_reward="score",
+    KL_in="reward",
+    critic_detach=True,
+    critic_lr=1e-2,
+    critic_max_grad_norm=0.1,
+    critic_cliprange=0.2,
+)
+GRPO_OPTIONS = dict(
+    normalise="sequence", epsilon_high=0.3, advantage_scale="round", old_policy="pass"
+)
 VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
     "raft": ("raft", dict(batch_size=1)),  # two prompts have a best answer
     "dpo-lora": ("dpo", LORA),
@@ -328,10 +339,8 @@ VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
     "grpo-humanline": ("grpo", HUMANLINE),
     "dpo-lora-humanline": ("dpo", LORA | HUMANLINE),
     "ppo-epochs": ("ppo", dict(ppo_epochs=3)),
-    "ppo-critic": ("ppo", dict(critic_detach=True, critic_lr=1e-2, critic_max_grad_norm=0.1)),
-    "ppo-scores": ("ppo", dict(ppo_reward="score", KL_in="reward", critic_cliprange=0.2)),
-    "grpo-sequence": ("grpo", dict(normalise="sequence", epsilon_high=0.3)),
-    "grpo-constant": ("grpo", dict(normalise="constant", advantage_scale="none")),
+    "ppo-options": ("ppo", PPO_OPTIONS),
+    "grpo-options": ("grpo", GRPO_OPTIONS),
     "dpo-ema": ("dpo", dict(reference="ema", ema_decay=0.5)),
     "bradley-terry-centred": ("bradley-terry", dict(centring=0.1)),
 }
