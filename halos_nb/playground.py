@@ -620,7 +620,8 @@ SWEEP: dict[str, dict[str, Any]] = {name: dict(method=name) for name in PLAYGROU
 SWEEP |= {
     "dpo + humanline": dict(method="dpo", humanline=True),
     "kto + humanline": dict(method="kto", humanline=True),
-    "grpo + humanline": dict(method="grpo", humanline=True),
+    # the ratio is to the reference of one step ago, so clipping no longer bounds a round
+    "grpo + humanline": dict(method="grpo", humanline=True, lr=1e-4),
     "dpo + LoRA": dict(method="dpo", lr=1e-3, train_options=LORA),
 }
 # what all runs of a sweep have in common, by its name in both configs
