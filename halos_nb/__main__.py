@@ -17,7 +17,7 @@ notebooks (JupyterLab, or papermill NOTEBOOK out.ipynb -p NAME VALUE)
   nbs/label_by_hand.ipynb       from samples to a trained step by your own judgement
   nbs/audit.ipynb               what models really see
   nbs/compare_runs.ipynb        runs side by side
-  nbs/compare_methods.ipynb     every method once, in the playground
+  nbs/compare_methods.ipynb     every method, with several seeds if asked, in the playground
 
 python
   import halos_nb               {", ".join(halos_nb.__all__)}

@@ -1166,9 +1166,10 @@ def split_names(x: str | list[str]) -> list[str]:
 @checked
 class CompareConfig:
     """What the comparison of methods needs.
-    One online run per method, all in the playground and from the same seed."""
+    Online runs of each method, one for each seed, all in the same playground."""
 
-    run_name: str = "compare_methods"  # runs are named {run_name}-{method}
+    # runs are named {run_name}-{method}; those of further seeds end with -s{seed}
+    run_name: str = "compare_methods"
     # some of `playground.SWEEP`, comma-separated or a list (empty: all)
     methods: list[str] | str = ""
     total_prompts: PositiveInt = 384  # prompts of each run, over all rounds
@@ -1183,7 +1184,8 @@ class CompareConfig:
     # (stop), is told (warn), or is not looked for (skip)
     alarm: Literal["stop", "warn", "skip"] = "stop"
     world_seed: NonNegativeInt = 0  # which playground
-    seed: int = 0  # of every run
+    seed: int = 0  # of each method's first run
+    seeds: PositiveInt = 1  # how many runs of each method: seeds `seed`, `seed` + 1, ...
     fresh: bool = False  # start all runs again from nothing
 
     def __post_init__(self) -> None:

@@ -634,13 +634,14 @@ SHARED = (
     "audit",
     "alarm",
     "world_seed",
-    "seed",
     "fresh",
 )
 
 # %% ../nbs/70_playground.ipynb #4e422ba9
-def sweep_configs(cfg: CompareConfig, settings: Settings) -> dict[str, LoopConfig]:
-    "The run of each method that is asked for, by its name."
+def sweep_configs(
+    cfg: CompareConfig, settings: Settings
+) -> dict[tuple[str, int], LoopConfig]:  # (method, seed) -> its run, seed by seed
+    "The runs of a sweep: all methods with the first seed, then with the next."
     for name in cfg.methods:
         if name not in SWEEP:
             raise ValueError(f"methods: {name!r} is not one of {', '.join(SWEEP)}")
@@ -648,6 +649,10 @@ def sweep_configs(cfg: CompareConfig, settings: Settings) -> dict[str, LoopConfi
     runs = {}
     for name in cfg.methods or SWEEP:
         run_name = f"{cfg.run_name}-{name.replace(' + ', '-').lower()}"
-        run = LoopConfig(run_name=run_name, **shared, **SWEEP[name])
-        runs[name] = into_playground(run, settings)
+        run = LoopConfig(run_name=run_name, seed=cfg.seed, **shared, **SWEEP[name])
+        runs[name, cfg.seed] = into_playground(run, settings)
+    first = list(runs.items())
+    for seed in range(cfg.seed + 1, cfg.seed + cfg.seeds):
+        for (name, _), run in first:  # the world is the same
+            runs[name, seed] = replace(run, run_name=f"{run.run_name}-s{seed}", seed=seed)
     return runs

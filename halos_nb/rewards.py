@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'round_means',
            'drawn_from', 'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'calibration_points',
            'calibration_curve', 'chosen_rejected', 'chosen_rejected_all', 'win_rate_points', 'win_rates', 'word_count',
            'length_table', 'at_equal_length', 'length_points', 'score_line', 'length_and_reward', 'priced_rewards',
-           'reward_against_kl', 'run_line', 'frontier', 'agreement_points', 'agreement_figure']
+           'reward_against_kl', 'run_line', 'faint', 'frontier', 'agreement_points', 'agreement_figure']
 
 # %% ../nbs/62_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -499,6 +499,18 @@ def run_line(i: int) -> dict:
     dash = dashes[i // len(SERIES) % len(dashes)]
     return dict(color=SERIES[i % len(SERIES)], width=2, dash=dash)
 
+# %% ../nbs/62_rewards.ipynb #f8fd5f31
+def faint(rows: Sequence[dict], key: str, line: dict) -> go.Scatter:
+    "A run's way through its rounds, to stand behind that of the mean."
+    return go.Scatter(
+        x=floats(rows, "kl"),
+        y=floats(rows, key),
+        mode="lines",
+        line=line | dict(width=1),
+        opacity=0.35,
+        hoverinfo="skip",
+    )
+
 # %% ../nbs/62_rewards.ipynb #47b635e8
 def frontier(
     # run's name -> rows with `kl` and the reward, in order of the rounds, such as those of
@@ -507,11 +519,14 @@ def frontier(
     key: str = "true_reward",  # which reward
     best: float | None = None,  # that of the best possible answer, drawn as a line
     title: str = "Reward against KL",
+    # name -> the runs that its line is the mean of, drawn faintly behind it
+    behind: dict[str, Sequence[Sequence[dict]]] | None = None,
 ) -> go.Figure:
     "One line per run through its rounds, named at its end."
     fig = go.Figure()
     for i, (name, rows) in enumerate(runs.items()):
         line = run_line(i)
+        fig.add_traces([faint(one, key, line) for one in (behind or {}).get(name, [])])
         known = hover(f"<b>{escape(name)}</b>", "KL %{x:.3g}", "reward %{y:.4g}")
         at_the_end = [""] * (len(rows) - 1) + [escape(name)]
         fig.add_scatter(
@@ -530,9 +545,10 @@ def frontier(
         "Each point is a round, before its training; the last one, and where there is a "
         "start the first, on unseen prompts"
     )
+    notes = [note, "lines are means over seeds, each seed faintly behind" if behind else ""]
     across = "KL to the reference (nats per completion)"
     axes = dict(xaxis_title_text=across, yaxis_title_text=key.replace("_", " "))
-    return styled(fig, title, [note], 520, **axes)
+    return styled(fig, title, notes, 520, **axes)
 
 # %% ../nbs/62_rewards.ipynb #d42291fc
 COEFFICIENTS = {

@@ -5,19 +5,27 @@
 # %% auto #0
 __all__ = ['MEASURES', 'Truth', 'kl_estimate', 'step_sizes', 'mean_over_steps', 'round_metrics', 'summary_row', 'last_session',
            'stage_seconds', 'is_finished', 'run_summary', 'health_rows', 'Run', 'with_truth', 'read_params',
-           'add_truth', 'read_run', 'run_folders', 'read_runs']
+           'add_truth', 'read_run', 'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start',
+           'mean_of', 'over_seeds', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .records import read_jsonl
-from .stats import floats, kl_terms, share_of_way
+from halos_nb.stats import (
+    Interval,
+    floats,
+    kl_terms,
+    mean_gain,
+    mean_share_of_way,
+    share_of_way,
+)
 from .verdicts import mean_or_none
 from .loop import CHECKS, MEASURED, round_counts, round_samples
 
@@ -241,3 +249,91 @@ def read_runs(
         except (OSError, KeyError) as e:
             left_out[folder.name] = f"a file is missing or damaged: {e}"
     return runs, left_out
+
+# %% ../nbs/63_runs.ipynb #1690c711
+@dataclass
+class Seeds:
+    "What has become of one method's runs, by seed."
+
+    asked: int  # how many there are to be
+    ended: dict[int, Run] = field(default_factory=dict)  # with their true rewards
+    stopped: dict[int, str] = field(default_factory=dict)  # by the alarm: why
+    failed: dict[int, str] = field(default_factory=dict)  # the error
+
+    def share(self, runs: dict) -> str:
+        "How many these are, of all."
+        return f"{len(runs)} of {self.asked}"
+
+
+def both_ends(run: Run, truth: Truth) -> tuple[list[dict], list[dict]]:
+    "What an ended run's last and first policy said to the held-out prompts, with the truth."
+    last, first = run.samples("final"), run.samples("start")
+    return with_truth(last, truth), with_truth(first, truth)
+
+# %% ../nbs/63_runs.ipynb #a5f61009
+def run_row(run: Run, ends: tuple[list[dict], list[dict]]) -> dict:
+    "An ended run in numbers: what it has gained on held-out prompts, and what it has paid."
+    first, last = run.rounds[0], run.rounds[-1]
+    return {
+        "true reward at start": first["true_reward"],
+        "true reward": last["true_reward"],
+        "gain": mean_gain([ends]),
+        "share of the way": last["share_of_way"],
+        "RM score at start": first["reward"],
+        "RM score": last["reward"],
+        "KL": last["kl"],
+        "seconds": sum(row["seconds"] for row in run.rounds),
+    }
+
+
+def above_start(
+    gain: Interval,  # mean over seeds
+    of_seeds: Sequence[Interval],  # each seed's
+    asked: int,  # how many seeds there were to be
+) -> str:
+    "Whether the gain is above 0 with its interval, and with how many seeds it is by itself."
+    word = "yes" if gain.low > 0 else "no, below" if gain.high < 0 else "not shown"
+    return f"{word} ({sum(one.low > 0 for one in of_seeds)} of {asked})"
+
+# %% ../nbs/63_runs.ipynb #0492bed9
+def mean_of(rows: Sequence[dict], key: str) -> float | None:
+    "Mean of a column; None if one of the rows has no number there, or there is no row."
+    values = floats(rows, key)
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+
+
+def over_seeds(found: Seeds, truth: Truth, best: float) -> dict:
+    "A method in numbers: means over the seeds that ended (None: none has), and each run."
+    ends = [both_ends(run, truth) for run in found.ended.values()]
+    rows = [run_row(run, end) for run, end in zip(found.ended.values(), ends)]
+    runs = [dict(seed=seed) | row for seed, row in zip(found.ended, rows)]
+    runs += [dict(seed=seed, stopped=why) for seed, why in found.stopped.items()]
+    runs += [dict(seed=seed, failed=why) for seed, why in found.failed.items()]
+    gain, gains = mean_gain(ends), [row["gain"] for row in rows]
+    values = [one.value for one in gains]
+    return {
+        "seeds": found.share(found.ended),
+        "true reward at start": mean_of(rows, "true reward at start"),
+        "true reward": mean_of(rows, "true reward"),
+        "gain": gain if ends else None,
+        "smallest gain": min(values, default=None),
+        "largest gain": max(values, default=None),
+        "above the start": above_start(gain, gains, found.asked),
+        "share of the way": mean_share_of_way(ends, best) if ends else None,
+        "RM score at start": mean_of(rows, "RM score at start"),
+        "RM score": mean_of(rows, "RM score"),
+        "KL": mean_of(rows, "KL"),
+        "seconds": mean_of(rows, "seconds"),
+        "stopped by the alarm": found.share(found.stopped),
+        "failed": found.share(found.failed),
+        "runs": runs,
+    }
+
+# %% ../nbs/63_runs.ipynb #db5cc9cb
+def mean_rounds(runs: Sequence[Run]) -> list[dict]:
+    "KL and rewards of ended runs with the same rounds, means over the runs."
+    rows = []
+    for same in zip(*[run.rounds for run in runs], strict=True):
+        means = {key: mean_of(same, key) for key in ("kl", "reward", "true_reward")}
+        rows.append(dict(round=same[0]["round"]) | means)
+    return rows

@@ -19,7 +19,9 @@ from halos_nb.stats import (
     cohen_kappa,
     compare_labellers,
     krippendorff,
+    mean_gain,
     mean_interval,
+    mean_share_of_way,
     share_interval,
     share_of_way,
     share_over_prompts,
@@ -274,6 +276,55 @@ def test_the_share_of_the_way_is_paired_by_prompt():
         for x in (late, early)
     ]
     assert share_of_way(*with_score, best=1.0, key="score") == way
+
+
+RISES = np.array([0.05, 0.15, 0.25])  # of three seeds
+
+
+def study_of_seeds(rng):
+    "Three runs from one policy; on some prompts all of them gain more than on others."
+    means = rng.uniform(0, 0.8, 60)
+    easier = rng.normal(0, 0.1, 60)
+    return [(answers_of(means + r + easier, rng), answers_of(means, rng)) for r in RISES]
+
+
+def test_intervals_of_the_mean_gain_over_seeds_hold_the_truth():
+    "Of 200 studies about 95%; as if each seed had had prompts of its own, far fewer."
+    rng = np.random.default_rng(2)
+    held = alone = 0
+    for study in range(200):
+        runs = study_of_seeds(rng)
+        gain = mean_gain(runs, draws=200, seed=study)
+        held += gain.low <= RISES.mean() <= gain.high
+        own = []
+        for i, run in enumerate(runs):
+            own.append([[r | dict(prompt_id=(i, r["prompt_id"])) for r in x] for x in run])
+        gain = mean_gain(own, draws=200, seed=study)
+        alone += gain.low <= RISES.mean() <= gain.high
+    assert 178 <= held <= 199
+    assert alone <= 160
+
+
+def test_the_mean_gain_is_that_of_each_run_against_its_own_start():
+    runs = study_of_seeds(np.random.default_rng(3))
+    gain = mean_gain(runs)
+    gains, prompts = [], []
+    for late, early in runs:
+        for i in range(60):
+            ends = [[r["true_reward"] for r in x if r["prompt_id"] == i] for x in (late, early)]
+            gains.append(np.mean(ends[0]) - np.mean(ends[1]))
+            prompts.append(i)
+    assert gain == pytest.approx(mean_interval(gains, prompts))
+    each = [mean_gain([run]) for run in runs]
+    assert gain.value == pytest.approx(np.mean([one.value for one in each]))
+    assert [one.value for one in each] == pytest.approx(RISES, abs=0.04)
+    ways = [share_of_way(*run, best=1.0).value for run in runs]
+    assert mean_share_of_way(runs, 1.0).value == pytest.approx(np.mean(ways))
+    # a run that has a prompt less counts as much as the others
+    late, early = runs[0]
+    short = [(late[:-4], early), *runs[1:]]
+    first = mean_gain(short[:1]).value
+    assert mean_gain(short).value == pytest.approx((first + each[1].value + each[2].value) / 3)
 
 
 def test_bootstrap_is_seeded():
