@@ -1758,6 +1758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.runs.above_start': ('runs.html#above_start', 'halos_nb/runs.py'),
                                'halos_nb.runs.add_truth': ('runs.html#add_truth', 'halos_nb/runs.py'),
                                'halos_nb.runs.both_ends': ('runs.html#both_ends', 'halos_nb/runs.py'),
+                               'halos_nb.runs.gains_of': ('runs.html#gains_of', 'halos_nb/runs.py'),
                                'halos_nb.runs.health_rows': ('runs.html#health_rows', 'halos_nb/runs.py'),
                                'halos_nb.runs.is_finished': ('runs.html#is_finished', 'halos_nb/runs.py'),
                                'halos_nb.runs.kl_estimate': ('runs.html#kl_estimate', 'halos_nb/runs.py'),

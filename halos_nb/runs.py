@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'Truth', 'kl_estimate', 'step_sizes', 'mean_over_steps', 'round_metrics', 'summary_row', 'last_session',
            'stage_seconds', 'is_finished', 'run_summary', 'health_rows', 'Run', 'with_truth', 'read_params',
            'add_truth', 'read_run', 'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start',
-           'mean_of', 'over_seeds', 'mean_rounds']
+           'mean_of', 'gains_of', 'over_seeds', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -19,6 +19,7 @@ import numpy as np
 
 from .records import read_jsonl
 from halos_nb.stats import (
+    Ends,
     Interval,
     floats,
     kl_terms,
@@ -27,7 +28,7 @@ from halos_nb.stats import (
     share_of_way,
 )
 from .verdicts import mean_or_none
-from .loop import CHECKS, MEASURED, round_counts, round_samples
+from .loop import CHECKS, MEASURED, STOPPED_BY_ALARM, round_counts, round_samples
 
 # %% ../nbs/63_runs.ipynb #3527d135
 def kl_estimate(samples: list[dict]) -> float | None:
@@ -302,6 +303,18 @@ def mean_of(rows: Sequence[dict], key: str) -> float | None:
     return float(values.mean()) if len(values) and np.isfinite(values).all() else None
 
 
+def gains_of(ends: Ends, asked: int) -> dict:
+    "The mean gain, its spread over seeds, and whether it is one; None: no run has ended."
+    gain, gains = mean_gain(ends), [mean_gain([one]) for one in ends]
+    values = [one.value for one in gains]
+    return {
+        "gain": gain if ends else None,
+        "smallest gain": min(values, default=None),
+        "largest gain": max(values, default=None),
+        "above the start": above_start(gain, gains, asked),
+    }
+
+
 def over_seeds(found: Seeds, truth: Truth, best: float) -> dict:
     "A method in numbers: means over the seeds that ended (None: none has), and each run."
     ends = [both_ends(run, truth) for run in found.ended.values()]
@@ -309,25 +322,16 @@ def over_seeds(found: Seeds, truth: Truth, best: float) -> dict:
     runs = [dict(seed=seed) | row for seed, row in zip(found.ended, rows)]
     runs += [dict(seed=seed, stopped=why) for seed, why in found.stopped.items()]
     runs += [dict(seed=seed, failed=why) for seed, why in found.failed.items()]
-    gain, gains = mean_gain(ends), [row["gain"] for row in rows]
-    values = [one.value for one in gains]
-    return {
-        "seeds": found.share(found.ended),
-        "true reward at start": mean_of(rows, "true reward at start"),
-        "true reward": mean_of(rows, "true reward"),
-        "gain": gain if ends else None,
-        "smallest gain": min(values, default=None),
-        "largest gain": max(values, default=None),
-        "above the start": above_start(gain, gains, found.asked),
-        "share of the way": mean_share_of_way(ends, best) if ends else None,
-        "RM score at start": mean_of(rows, "RM score at start"),
-        "RM score": mean_of(rows, "RM score"),
-        "KL": mean_of(rows, "KL"),
-        "seconds": mean_of(rows, "seconds"),
-        "stopped by the alarm": found.share(found.stopped),
-        "failed": found.share(found.failed),
-        "runs": runs,
-    }
+
+    def means(*keys: str) -> dict:
+        return {key: mean_of(rows, key) for key in keys}
+
+    row = dict(seeds=found.share(found.ended)) | means("true reward at start", "true reward")
+    row |= gains_of(ends, found.asked)
+    row["share of the way"] = mean_share_of_way(ends, best) if ends else None
+    row |= means("RM score at start", "RM score", "KL", "seconds")
+    row[STOPPED_BY_ALARM] = found.share(found.stopped)
+    return row | dict(failed=found.share(found.failed), runs=runs)
 
 # %% ../nbs/63_runs.ipynb #db5cc9cb
 def mean_rounds(runs: Sequence[Run]) -> list[dict]:
