@@ -593,7 +593,8 @@ class LossOptions:
     # ppo: how far a value may move from what it was before the step (None: freely)
     critic_cliprange: PositiveFloat | None = None
     KL_coef: NonNegativeFloat = 0.1  # ppo: weight of the KL to the reference
-    # ppo: the KL is a term of the loss, or taken from each token's reward
+    # ppo: the KL is a term of the loss, or taken from each token's reward (of the policy that
+    # sampled, so it is felt from the next round on; within one only the clipping holds)
     KL_in: Literal["loss", "reward"] = "loss"
     ppo_epochs: PositiveInt = 1  # ppo: updates on each batch
     # bradley-terry: scores must differ by more where the labeller's did
@@ -911,7 +912,7 @@ PLAYGROUND: dict[str, dict[str, Any]] = {
     "rpo": dict(lr=3e-4),
     "dpo-norm": dict(lr=3e-4),
     "kto": dict(lr=1e-4),
-    "ppo": dict(lr=3e-4),
+    "ppo": dict(lr=1e-4),
     "grpo": dict(lr=3e-4, batch_size=4, beta=0.02, train_options=dict(epsilon=0.5)),
     "raft": dict(lr=3e-4),
 }
