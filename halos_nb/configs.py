@@ -10,13 +10,14 @@ __all__ = ['Config', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSI
            'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options',
            'option_value', 'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold',
            'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'labeller_problems',
-           'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'HumanlineOptions',
-           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrainConfig', 'online_problems',
-           'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
-           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
-           'LoopConfig', 'preset_settings', 'fill_from_preset', 'loop_problems', 'is_difference', 'training_config',
-           'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
-           'RewardConfig', 'AuditConfig', 'RunsConfig', 'config_json']
+           'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions',
+           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
+           'LoraOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
+           'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems', 'train_problems',
+           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LoopConfig', 'preset_settings',
+           'fill_from_preset', 'loop_problems', 'is_difference', 'training_config', 'split_names', 'CompareConfig',
+           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig', 'AuditConfig',
+           'RunsConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -559,6 +560,19 @@ class LossOptions:
     alpha: NonNegativeFloat = 1.0  # rpo: weight of the chosen answer's likelihood per token
     desirable_weight: NonNegativeFloat = 1.0  # kto: weight of good answers
     undesirable_weight: NonNegativeFloat = 1.0  # kto: weight of bad answers
+    # bradley-terry: scores must differ by more where the labeller's did
+    use_margin: bool = False
+    # bradley-terry, use_margin: the median difference of the data counts as 1, or every
+    # difference as the labeller's number says
+    margin_unit: Literal["median", "score"] = "median"
+    # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
+    centring: NonNegativeFloat = 0.0
+
+# %% ../nbs/02_configs.ipynb #8a46795c
+@dataclass(kw_only=True)
+class RatioOptions:
+    "GRPO and PPO: the policy that sampled, and how an advantage is weighed."
+
     # grpo, ppo: the policy that sampled, to which the ratio is taken: its log-probs as the
     # samples tell them, those of one pass before the first step, those of the reference (as in
     # HALOs); auto: the samples' where a probe agrees with them, else the pass
@@ -579,6 +593,12 @@ class LossOptions:
     advantage_fraction: NonNegativeFloat = 0.1
     # grpo: added instead, in the unit of the scores (None: the share; HALOs: 0.01)
     advantage_constant: NonNegativeFloat | None = None
+
+# %% ../nbs/02_configs.ipynb #e625720e
+@dataclass(kw_only=True)
+class CriticOptions:
+    "PPO: rewards, advantages and the value head."
+
     cliprange: PositiveFloat = 0.2  # ppo: how far the ratio may go from 1
     # ppo: what an answer earns: +1 or -1 by its label, or its score
     ppo_reward: Literal["label", "score"] = "label"
@@ -597,13 +617,6 @@ class LossOptions:
     # sampled, so it is felt from the next round on; within one only the clipping holds)
     KL_in: Literal["loss", "reward"] = "loss"
     ppo_epochs: PositiveInt = 1  # ppo: updates on each batch
-    # bradley-terry: scores must differ by more where the labeller's did
-    use_margin: bool = False
-    # bradley-terry, use_margin: the median difference of the data counts as 1, or every
-    # difference as the labeller's number says
-    margin_unit: Literal["median", "score"] = "median"
-    # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
-    centring: NonNegativeFloat = 0.0
 
 # %% ../nbs/02_configs.ipynb #394a1261
 @dataclass(kw_only=True)
@@ -705,6 +718,8 @@ class TrainConfig(
     OptimiserOptions,
     HumanlineOptions,
     ReferenceOptions,
+    CriticOptions,
+    RatioOptions,
     LossOptions,
     TrainingOptions,
 ):
@@ -755,7 +770,7 @@ def clamping_problems(c: TrainConfig) -> Iterator[str]:
     if c.loss in ("sft", "csft", "bradley-terry"):
         yield f"humanline: {c.loss} has no log-ratio that could be clamped"
 
-
+# %% ../nbs/02_configs.ipynb #6a6a5b44
 def moving_problems(c: TrainConfig) -> Iterator[str]:
     "What a reference that moves while the policy trains cannot have."
     if c.sync_reference and not c.humanline:

@@ -414,7 +414,7 @@ def kl_estimate(
     back = -log_ratio.clamp(min=-EXP_LIMIT)
     return back.exp() - back - 1
 
-
+# %% ../nbs/20_losses.ipynb #e1c5dde4
 def grpo_loss(
     policy_logps: Tensor,  # (B, S)
     reference_logps: Tensor,  # (B, S) of the fixed reference, for the KL
@@ -521,7 +521,7 @@ def value_error(
     held = old_values + (values - old_values).clamp(-cliprange, cliprange)
     return torch.maximum(free, 0.5 * (held - target) ** 2)
 
-
+# %% ../nbs/20_losses.ipynb #20578d6a
 def actor_critic_loss(
     logps: Tensor,  # (B, S) token log-probs now
     values: Tensor,  # (B, S) value network's estimates now

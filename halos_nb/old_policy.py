@@ -147,7 +147,7 @@ def pass_over(self: TakesRatio) -> None:
                         progress.update(step.examples)
             loader.set_epoch(now)
 
-
+# %% ../nbs/23_old_policy.ipynb #13ab9084
 @patch
 def pass_step(self: TakesRatio, step: Step) -> None:
     "Keep what the policy says of a step's batches with their trees."

@@ -315,7 +315,7 @@ def reference_path(cfg: TrainConfig) -> str:
         return str(moved)
     return str(cfg.load_from)
 
-
+# %% ../nbs/25_train.ipynb #76f7f4be
 def reference_maker(
     cfg: TrainConfig, model: Any, tokenizer: Any, accelerator: "Accelerator"
 ) -> Callable[[], Reference]:

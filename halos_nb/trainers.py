@@ -419,7 +419,7 @@ def batch_size(self: GRPOTrainer, batch: TreeBatch) -> int:
     "How much of that a batch holds."
     return normaliser(self.normalise, len(batch.target), len(batch.last), self.length)
 
-
+# %% ../nbs/24_trainers.ipynb #1b89b327
 @patch
 def get_batch_metrics(
     self: GRPOTrainer,
@@ -574,16 +574,6 @@ class PPOTrainer(PerToken, TakesRatio, UnpairedPreferenceTrainer):
     def get_train_dataloader(self) -> Any:
         return Repeated(self.loader, self.config.ppo_epochs)
 
-    def prepare(self, step: Step, mode: str = "train") -> list[TreeBatch]:
-        "The step's batches with their rollouts; those of the update before, if it is the same."
-        if mode == "eval":
-            return self.roll_out(super().prepare(step, mode), step)
-        known, batches = self.rolled_out
-        if known is not step:
-            batches = self.roll_out(super().prepare(step, mode), step)
-            self.rolled_out = step, batches
-        return batches
-
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> BranchValues:
         "Log-probs, values and entropies, each (K, S)."
         return self.ask(model, batch)
@@ -608,6 +598,18 @@ class PPOTrainer(PerToken, TakesRatio, UnpairedPreferenceTrainer):
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         return with_variances(super().derive(means))
+
+# %% ../nbs/24_trainers.ipynb #f4f96eb3
+@patch
+def prepare(self: PPOTrainer, step: Step, mode: str = "train") -> list[TreeBatch]:
+    "The step's batches with their rollouts; those of the update before, if it is the same."
+    if mode == "eval":
+        return self.roll_out(TakesRatio.prepare(self, step, mode), step)
+    known, batches = self.rolled_out
+    if known is not step:
+        batches = self.roll_out(TakesRatio.prepare(self, step, mode), step)
+        self.rolled_out = step, batches
+    return batches
 
 # %% ../nbs/24_trainers.ipynb #81846960
 @patch
