@@ -77,7 +77,7 @@ ORDER = {
     LabelConfig: "samples_file combine feedback_type second_samples_path trim_to_sentence "
     "split api_model structured max_retries dry_run precision num_processes",
     TrainConfig: "loss metrics_file beta centring old_policy advantage_constant cliprange "
-    "LAST     "reference ema_decay humanline sync_reference lr "
+    "ppo_epochs reference ema_decay humanline sync_reference lr "
     "microbatch_size max_length control_rejected use_peft reference_cache eval_at_start "
     "num_processes",
     LoopConfig: "run_name lr total_prompts token_budget sft_checkpoint fresh",
