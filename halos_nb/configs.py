@@ -15,9 +15,9 @@ __all__ = ['Config', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSI
            'LoraOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
            'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems', 'train_problems',
            'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LoopConfig', 'preset_settings',
-           'fill_from_preset', 'loop_problems', 'is_difference', 'training_config', 'split_names', 'CompareConfig',
-           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig', 'AuditConfig',
-           'RunsConfig', 'config_json']
+           'fill_from_preset', 'of_playground', 'loop_problems', 'is_difference', 'training_config', 'split_names',
+           'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig',
+           'AuditConfig', 'RunsConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -767,7 +767,7 @@ def clamping_problems(c: TrainConfig) -> Iterator[str]:
             f"log_epsilon_P: the interval [{c.log_epsilon_P}, {c.log_epsilon_R}] must hold 0, "
             "the log-ratio of a token that has not moved"
         )
-    if c.loss in ("sft", "csft", "bradley-terry"):
+    if c.loss in ("sft", "csft", "raft", "bradley-terry"):
         yield f"humanline: {c.loss} has no log-ratio that could be clamped"
 
 # %% ../nbs/02_configs.ipynb #6a6a5b44
@@ -804,6 +804,12 @@ def reference_problems(c: TrainConfig) -> Iterator[str]:
         yield f"reference: {c.loss} is compared with none, so {c.reference} would mean nothing"
     if c.sync_reference or c.reference == "ema":
         yield from moving_problems(c)
+    same = c.humanline or c.old_policy == "reference" or c.reference == "previous"
+    if c.loss == "ppo" and c.KL_in == "reward" and same:
+        yield (
+            "KL_in: the policy that sampled is the reference here, so a KL in the reward would "
+            "be 0; choose loss, or a reference that stands still"
+        )
     if c.humanline and c.old_policy in ("samples", "pass"):
         yield (
             "old_policy: humanline takes the ratio to its synced reference, not to "
@@ -934,16 +940,21 @@ PLAYGROUND: dict[str, dict[str, Any]] = {
 
 # %% ../nbs/02_configs.ipynb #a83072b1
 SHORT = dict(max_grad_norm=0.5)  # HALOs, instruct models
+# the reference is the last round's policy; weight decay is HALOs' for all methods but ppo
+SHORT |= dict(weight_decay=0.01)
 INSTRUCT = dict(lr=5e-6, num_samples_per_prompt=8, feedback_mode="max", threshold=0.01)
+INSTRUCT |= dict(reference="previous")
 PAIRED = INSTRUCT | dict(batch_size=64, feedback_type="pairwise")
 HALOS_INSTRUCT: dict[str, dict[str, Any]] = {
     "dpo": INSTRUCT | dict(beta=0.1, batch_size=32, train_options=SHORT),
     "kto": PAIRED | dict(beta=0.1, train_options=SHORT | dict(desirable_weight=1.1)),
-    "grpo": PAIRED | dict(beta=0.01, train_options=SHORT | dict(epsilon=0.15)),
+    # 64 answers a step; its ratio is to the policy that sampled, so epsilon is not HALOs'
+    "grpo": PAIRED | dict(beta=0.01, batch_size=8, train_options=SHORT),
 }
 BASE = dict(lr=5e-6, num_samples_per_prompt=4)
 HALOS_BASE: dict[str, dict[str, Any]] = {
-    "dpo": BASE | dict(beta=0.1, batch_size=16),
+    "dpo": BASE
+    | dict(beta=0.1, batch_size=16, train_options=dict(max_grad_norm=1.0, weight_decay=0.01)),
     "ppo": BASE | dict(batch_size=32, train_options=dict(max_grad_norm=1.0, cliprange=0.5)),
 }
 SIMPO = dict(lr=1e-6, beta=2.5, batch_size=128, train_options=dict(gamma_beta_ratio=0.55))
@@ -999,7 +1010,8 @@ class MethodOptions:
     # humanline: optimiser steps between syncs (None: 1 with humanline; 0: never)
     sync_reference: NonNegativeInt | None = None
     # what the policy is held near: sft, previous (the last round's policy) or ema (an average)
-    reference: Literal["sft", "previous", "ema"] = "sft"
+    # (None: the preset's, or sft)
+    reference: Literal["sft", "previous", "ema"] | None = None
     # any other field of TrainConfig, as "tau=0.05, use_peft=true"
     train_options: str | dict = ""
     # peak learning rate of the first round (None: the preset's); later rounds go on with its
@@ -1077,7 +1089,7 @@ class LoopConfig(RoundOptions, MethodOptions):
         if self.threshold is None:
             self.threshold = DEFAULT_THRESHOLD.get(self.feedback_type)
         refuse(loop_problems(self))
-        self.training(model="sft")  # an error if the options do not fit the method
+        self.training(model="sft", online=True)  # an error if the options do not fit
 
     def training(self, **more: Any) -> TrainConfig:
         "The config of a training stage; an error if `train_options` do not fit it."
@@ -1104,6 +1116,8 @@ def fill_from_preset(c: LoopConfig) -> None:
         c.preset = "playground"
     settings = preset_settings(c.preset, c.method) if c.preset else {}
     options = settings.pop("train_options", {})
+    if c.feedback_type not in ("auto", settings.get("feedback_type", "pairwise")):
+        settings.pop("threshold", None)  # it is one of another form
     c.train_options = options | read_options(c.train_options)
     for name, value in settings.items():
         if getattr(c, name) in (None, "auto"):
@@ -1114,11 +1128,23 @@ def fill_from_preset(c: LoopConfig) -> None:
 
 
 # where neither a preset nor anybody else says anything
-COMMON = dict(batch_size=16, num_samples_per_prompt=8, feedback_mode="random")
+COMMON: dict[str, Any] = dict(
+    batch_size=16, num_samples_per_prompt=8, feedback_mode="random", reference="sft"
+)
+
+
+def of_playground(path: str) -> bool:
+    "Whether a checkpoint lies in a playground, or is the playground's by default."
+    return not path or any(part.startswith("playground") for part in Path(path).parts)
 
 # %% ../nbs/02_configs.ipynb #b722590a
 def loop_problems(c: LoopConfig) -> Iterator[str]:
     "What is wrong with a LoopConfig as a whole, each as 'field: why'."
+    if c.preset == "playground" and not of_playground(c.sft_checkpoint):
+        yield (
+            f"preset: the playground's settings are for its tiny policy, not for "
+            f"{c.sft_checkpoint}; give lr, or another preset (preset='')"
+        )
     if c.lr is None:
         yield (
             f"lr: none suits every model; give one for {c.method} on {c.sft_checkpoint}, or a "

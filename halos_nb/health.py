@@ -186,6 +186,8 @@ def score_bound(start: Health, limits: Limits) -> Bound:
     if start.score is None or start.low is None or start.high is None:
         return Bound()
     width = start.high - start.low
+    if not width > 0:  # nearly all scores were one number, which has no range
+        return Bound()
     low = start.score - limits.score_fall * width
     return Bound(low, start.high + limits.score_above * width)
 

@@ -226,6 +226,7 @@ class TreeTrainer(Trainer):
     precision = "float32"  # what the model and its reference compute in
     model: Any  # a model of 16_models, or LoRA's wrapper of one
     checkpoints: dict[str, str] = {}  # a note on each checkpoint that was loaded
+    begun = False  # whether `begin` was called
 
     def __init__(
         self,
@@ -364,7 +365,15 @@ def clamp(self: TreeTrainer) -> tuple[float, float] | None:
 # %% ../nbs/22_tree_trainer.ipynb #2c5b4319
 @patch
 def begin(self: TreeTrainer) -> None:
-    "Before the first step, once model and optimiser are where they belong: nothing to do."
+    "Before the first step and the first evaluation: nothing to do."
+
+
+@patch
+def begin_once(self: TreeTrainer) -> None:
+    "`begin`, if it has not been called."
+    if not self.begun:
+        self.begun = True
+        self.begin()
 
 
 @patch
@@ -495,15 +504,26 @@ def load_training_state(self: TreeTrainer, checkpoint: str | Path) -> None:
     # Relies on: Trainer reads optimizer.pt and scheduler.pt of a folder into the optimiser and
     # scheduler that it has prepared, with weights_only=True. It uses this when it resumes the
     # same run, which we never do.
-    self._load_optimizer_and_scheduler(str(checkpoint))
+    try:
+        self._load_optimizer_and_scheduler(str(checkpoint))
+    except ValueError as e:
+        raise ValueError(
+            f"from_checkpoint: the optimiser of {checkpoint} was made for other weights or "
+            f"groups of them ({e}); go on with the same method, and critic_lr as it was"
+        ) from None
     assert self.optimizer is not None  # Trainer has made it
-    peak = self.optimizer.param_groups[0].get("initial_lr", self.config.lr)
-    if peak != self.config.lr and self.is_world_process_zero():
-        print(
-            f"note: from_checkpoint goes on with its learning rate, {peak:g}; lr "
-            f"{self.config.lr:g} is not used",
-            file=sys.stderr,
-        )
+    rates = {"lr": self.config.lr}
+    if self.config.loss == "ppo" and self.config.critic_lr is not None:
+        rates["critic_lr"] = self.config.critic_lr
+    peaks = {group.get("initial_lr", self.config.lr) for group in self.optimizer.param_groups}
+    for name, rate in rates.items():
+        if rate not in peaks and self.is_world_process_zero():
+            listed = ", ".join(f"{peak:g}" for peak in sorted(peaks))
+            print(
+                f"note: from_checkpoint goes on with its learning rate, {listed}; {name} "
+                f"{rate:g} is not used",
+                file=sys.stderr,
+            )
 
 # %% ../nbs/22_tree_trainer.ipynb #f62152d4
 @patch
@@ -723,7 +743,7 @@ class Timetable(TrainerCallback):
         if checkpoint:
             self.trainer.load_training_state(checkpoint)
         self.trainer.progress_made = ProgressMade(trained_bits(self.trainer.model))
-        self.trainer.begin()
+        self.trainer.begin_once()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         # Relies on: Trainer calls this between the backward pass and the optimiser's step.
@@ -780,6 +800,7 @@ def evaluate(
     "Mean metrics over the held-out loader, all processes; sets `pair_scores`."
     if self.eval_loader is None:
         raise ValueError("evaluate: the trainer has no held-out data")
+    self.begin_once()
     sums = Sums()
     scores: list[PairScore] = []
     for step in self.eval_loader:

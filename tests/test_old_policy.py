@@ -32,14 +32,9 @@ def draw(home, name, **more):
     "Four answers to each prompt, as scalar feedback."
     options = dict(max_new_tokens=12, num_samples_per_prompt=4) | more
     path = home / f"samples-{name}"
-    sample(
-        SampleConfig(
-            model=str(home / "start"),
-            datasets=[str(home / "prompts.json")],
-            output_file=str(path),
-            **options,
-        )
-    )
+    start = dict(model=str(home / "start"))
+    files = dict(datasets=[str(home / "prompts.json")], output_file=str(path))
+    sample(SampleConfig(**start | files | options))
     rows = []
     for i, row in enumerate(read_records(path)):
         output = [dict(role="assistant", content=row["output"])]
@@ -55,14 +50,9 @@ def rewrite(home, source, name, change):
 
 
 def config(home, file="told.json", loss="grpo", **more):
-    options = dict(model=str(home / "start"), lr=1e-3, warmup=0, batch_size=2, epochs=1) | more
-    return TrainConfig(
-        loss=loss,
-        train_datasets=[str(home / file)],
-        exp_name=more.pop("exp_name", "policy"),
-        cache_dir=str(home / "out"),
-        **options,
-    )
+    given = dict(model=str(home / "start"), lr=1e-3, warmup=0, batch_size=2, epochs=1)
+    given |= dict(exp_name="policy", cache_dir=str(home / "out"))
+    return TrainConfig(loss=loss, train_datasets=[str(home / file)], **given | more)
 
 
 def steps_of(home):
@@ -262,3 +252,62 @@ def test_the_policy_on_disk_is_the_one_that_was_trained(home):
     after = load_file(home / "out/policy/FINAL/model.safetensors")
     for name, weight in after.items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-5)
+
+
+def test_the_first_evaluation_has_the_same_objective_as_the_others(home):
+    "Held-out answers have their old policy before the first look, not only for training."
+    name = rewrite(home, "told.json", "held.json", lambda row: row | dict(split="test"))
+    more = dict(load_from=str(home / "other"), test_datasets=[str(home / name)], lr=1e-6)
+    for loss in ("grpo", "ppo"):
+        file = binary(home) if loss == "ppo" else "told.json"
+        if loss == "ppo":
+            bad = rewrite(
+                home, binary(home), "held2.json", lambda row: row | dict(split="test")
+            )
+            more["test_datasets"] = [str(home / bad)]
+        train(config(home, file, loss, **more))
+        rows = read_jsonl(home / "out/policy/metrics.jsonl")
+        losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        assert len(losses) == 2
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3), "nothing was learnt in between"
+
+
+def test_held_out_answers_without_log_probs_get_a_pass(home):
+    def untold(row):
+        return row | dict(split="test", output_logps=None)
+
+    name = rewrite(home, "told.json", "untold.json", untold)
+    result = train(config(home, test_datasets=[str(home / name)]))
+    assert result.counts["old_policy"].startswith("pass (24 of 48 answers came without")
+    assert math.isfinite(result.evaluation["eval_loss"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_of_two_policies_are_not_taken_for_one(home, seed):
+    "Half of them by another: whichever steps come first, the log-probs are not this policy's."
+    draw(home, "others.json", model=str(home / "other"), seed=5)
+    mixed = []
+    for i, (own, other) in enumerate(
+        zip(read_records(home / "told.json"), read_records(home / "others.json"))
+    ):
+        mixed.append(own if i // 4 % 2 else other)
+    write_json(home / "mixed.json", mixed)
+    _, trainer = old_of(config(home, "mixed.json", batch_size=1, seed=seed))
+    assert trainer.notes["old_policy"].startswith("pass (the sampler's")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [dict(humanline=True), dict(old_policy="reference"), dict(reference="previous")],
+)
+def test_a_penalty_that_would_be_nothing_is_refused(home, more):
+    with pytest.raises(ValueError, match="KL_in: the policy that sampled is the reference"):
+        config(home, loss="ppo", KL_in="reward", **more)
+
+
+def test_another_optimiser_is_named(home):
+    file = binary(home)
+    train(config(home, file, "ppo", exp_name="one"))
+    later = dict(from_checkpoint=str(home / "out/one/FINAL"), exp_name="two")
+    with pytest.raises(ValueError, match="from_checkpoint: the optimiser of .*critic_lr"):
+        train(config(home, file, "ppo", critic_lr=0.01, **later))
