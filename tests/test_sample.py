@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, missing
+from tiny_families import tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -35,7 +37,17 @@ from halos_nb.templates import byte_tokenizer
 from halos_nb.configs import SampleConfig, config_json
 from halos_nb.settings import parse_args
 from halos_nb.data import Example
-from halos_nb.generate import Row, draws, end_tokens, generate, has_stop, plan, way_to_draw
+from halos_nb import generate as generation
+from halos_nb.generate import (
+    Row,
+    draw_answers,
+    draws,
+    end_tokens,
+    generate,
+    has_stop,
+    plan,
+    way_to_draw,
+)
 from halos_nb.models import load_policy, load_reference, load_tokenizer
 from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records
 from halos_nb.answers import answer_logps, merge, sample_share, shard
@@ -216,12 +228,22 @@ SIZES = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+LAYERS = ["sliding_attention", "full_attention"]
 KINDS = {
     "grouped heads": lambda n: LlamaConfig(vocab_size=n, **SIZES, **SMALL),
     "learned positions": lambda n: GPT2Config(
         vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=128, **SMALL
     ),
     "sliding window": lambda n: MistralConfig(vocab_size=n, sliding_window=7, **SIZES, **SMALL),
+    "sliding and full": lambda n: Gemma3TextConfig(
+        vocab_size=n,
+        sliding_window=9,
+        head_dim=8,
+        layer_types=LAYERS,
+        tie_word_embeddings=False,
+        **SIZES,
+        **SMALL,
+    ),
 }
 
 
@@ -254,6 +276,76 @@ def test_same_tokens_as_transformers(kind, tok, settings):
     assert len({tuple(a) for a in expected}) > 40
     alone = [generate([r], ours, tok, cfg)[0] for r in rows[::9]]
     assert alone == expected[::9]
+
+
+def chunked(folder, rows, tok, cfg, budget, monkeypatch):
+    "Answers and counts when prompts are read in passes of so many tokens, and those passes."
+    passes = []
+    model = load_policy(folder).eval()
+    model.generation_config.eos_token_id = list(range(2, 20))
+    assert way_to_draw(model, len(rows[0].ids) + cfg.max_new_tokens, 0) == "cache"
+    own = type(model).forward
+
+    def forward(self, input_ids, **more):
+        out = own(self, input_ids=input_ids, **more)
+        passes.append((*input_ids.shape, out.logits.shape[1]))
+        return out
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    read_as = generation.read_as
+    monkeypatch.setattr(generation, "read_as", lambda *given: read_as(*given, budget))
+    answers = draw_answers(rows, model, tok, cfg, counts := Counter())
+    monkeypatch.undo()
+    return answers, counts, passes
+
+
+@pytest.mark.parametrize("budget", [5, 40, 97, 150])
+def test_long_prompts_in_chunks_change_nothing(kind, tok, budget, monkeypatch):
+    "Many prompts, some far beyond the budget and the window; no pass is larger than it."
+    cfg = SampleConfig(
+        model="tiny", num_samples_per_prompt=3, max_new_tokens=12, max_prompt_length=110
+    )
+    prompts = [*PROMPTS, *("Say " + "very " * n + "red" for n in (12, 15, 15))]
+    [rows] = plan(examples(prompts), tok, cfg, Counter())
+    lengths = sorted({len(r.ids) for r in rows})
+    assert lengths[-1] > 100 > 2 * lengths[0]
+    whole, one_pass, _ = chunked(kind, rows, tok, cfg, 10**6, monkeypatch)
+    answers, counts, passes = chunked(kind, rows, tok, cfg, budget, monkeypatch)
+    assert [a.ids for a in answers] == [a.ids for a in whole]
+    for ours, theirs in zip(answers, whole):
+        assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
+    reading = passes[: 1 + max(i for i, (_, n, _) in enumerate(passes) if n > 1)]
+    assert max(n * rows for rows, n, _ in reading) <= budget
+    assert {logits for *_, logits in passes} == {1}
+    assert counts["positions"] < one_pass["positions"]  # less is padded
+    assert not counts[generation.LONG_WHOLE]
+
+
+def test_long_prompts_that_cannot_go_in_chunks_are_told(tok, tmp_path, monkeypatch):
+    "Jamba's recurrent layers begin anew with every pass: prompts whole, and counted."
+    tiny_model("causal", "jamba", vocab_size=len(tok)).save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    prompts = ["Say red", "Say " + "very " * 9 + "blue"]
+    lines = "".join(json.dumps({"prompt": p}) + "\n" for p in prompts)
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    monkeypatch.setenv("HALOS_NB_PROGRESS", str(tmp_path / "progress.jsonl"))
+    told = {}
+    for budget in (10**6, 60):
+        monkeypatch.setattr(generation.read_as, "__defaults__", (budget,))
+        told[budget] = main(
+            SampleConfig(
+                model=str(tmp_path / "model"),
+                datasets=[str(tmp_path / "prompts.jsonl")],
+                output_file=str(tmp_path / f"{budget}.json"),
+                num_samples_per_prompt=2,
+                max_new_tokens=6,
+                num_processes=1,
+            )
+        )
+    assert generation.LONG_WHOLE not in told[10**6]
+    assert told[60][generation.LONG_WHOLE] == 1
+    texts = [[s["output"] for s in read_records(tmp_path / f"{b}.json")] for b in told]
+    assert texts[0] == texts[1]
 
 
 def test_work_is_for_answers_that_go_on(policy, tok):
