@@ -10,10 +10,21 @@ nor what lies between stages.
 import argparse, gc, json, os, runpy, shutil, statistics, sys, time
 from pathlib import Path
 
+from halos_nb.preload import become_rank
+from halos_nb.settings import Profile
+
 HERE = Path(__file__).resolve().parent
+# `waiting`: stages are started as on a GPU, where no process is kept from stage to stage, but
+# compute on the CPU
+PROFILES = {
+    "server1": Profile(name="server1"),
+    "server2": Profile(name="server2", num_processes=2),
+    "waiting1": Profile(name="waiting1", cpu=False),
+    "waiting2": Profile(name="waiting2", cpu=False, num_processes=2),
+}
 
 
-def play(home: Path, rounds: int) -> Path:
+def play(home: Path, rounds: int, profile: str) -> Path:
     "A run's folder with so many rounds of the demo."
     from halos_nb.configs import LoopConfig
     from halos_nb.settings import load_settings
@@ -23,8 +34,10 @@ def play(home: Path, rounds: int) -> Path:
 
     settings = load_settings()
     settings.runs_dir = str(home)
+    settings.profiles |= PROFILES
     cfg = into_playground(
-        LoopConfig(run_name="rounds", total_prompts=128 * rounds, fresh=True), settings
+        LoopConfig(run_name="rounds", total_prompts=128 * rounds, fresh=True, profile=profile),
+        settings,
     )
     for r in run_rounds(cfg, settings):
         print(r, file=sys.stderr)
@@ -43,7 +56,7 @@ def spans(run: Path) -> list[float]:
     return [b - a for a, b in zip(starts[1:], starts[2:])]
 
 
-def own_work(stage: str, folder: Path, scratch: Path) -> float:
+def own_work(stage: str, folder: Path, scratch: Path, processes: int) -> float:
     """Wall seconds of a stage of a round, done once more in a copy of this process and of its
     folder.
     """
@@ -54,6 +67,8 @@ def own_work(stage: str, folder: Path, scratch: Path) -> float:
     start = time.monotonic()
     if not (pid := os.fork()):
         os.environ.update(HALOS_NB_PROGRESS=os.devnull, ACCELERATE_USE_CPU="true")
+        if processes > 1:
+            become_rank(processes, [])
         sys.argv[1:] = ["--config", str(config)]
         sys.modules.pop(f"halos_nb.{stage}")
         runpy.run_module(f"halos_nb.{stage}", run_name="__main__", alter_sys=True)
@@ -68,12 +83,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--profile", choices=PROFILES, default="server1")
     p.add_argument("--out", type=Path, default=HERE.parent / "build/bench")
     a = p.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     home = (a.out / "rounds").resolve()
     home.mkdir(parents=True, exist_ok=True)
-    run = play(home, a.rounds)
+    run = play(home, a.rounds, a.profile)
+    n = PROFILES[a.profile].num_processes
     # what a stage needs
     import tyro, torch  # noqa: F401
     import halos_nb.sample, halos_nb.label, halos_nb.train  # noqa: F401
@@ -82,13 +99,16 @@ def main():
     gc.collect()
     gc.freeze()  # as a preload server does
     own = {
-        s: statistics.median(own_work(s, run / "round-1", home / "scratch") for _ in range(3))
+        s: statistics.median(
+            own_work(s, run / "round-1", home / "scratch", n) for _ in range(3)
+        )
         for s in ("sample", "label", "train")
     }
     rounds = spans(run)
     print(
         json.dumps(
             dict(
+                profile=a.profile,
                 round_s=round(statistics.median(rounds), 2),
                 rounds=[round(x, 2) for x in rounds],
                 own_s={k: round(v, 2) for k, v in own.items()},

@@ -3,12 +3,15 @@ everything that makes it dear: `python bench/scaling.py`.
 
 One thing is varied at a time around a pair of answers of 256 tokens to a prompt of 128. `tree`
 shares the prompt, `plain` is one padded row per answer.
-Two processes: the DPO run of dpo.py with one and with two, wall seconds; on cores that others
-use this says little.
+Two processes: the DPO run of dpo.py with one and with two, beside two jobs of one process at
+once (what two cores can do at most) and beside TRL, alternated, wall seconds; on cores that
+others use this says little.
 """
 
-import argparse, json, os, random, subprocess, sys, time
+import argparse, json, os, random, statistics, subprocess, sys, time
 from pathlib import Path
+
+from run import ours, peer
 
 HERE = Path(__file__).resolve().parent
 BASE = dict(answer=256, prompt=128, k=2, vocabulary=8192, trees=1)
@@ -93,55 +96,62 @@ def sweep(repeats: int):
             )
 
 
-def processes(inputs: Path, n: int) -> list[tuple[int, float]]:
-    "(processes, pairs per second of wall time) of a DPO run."
-    out = []
-    for world in (1, 2):
-        job = [
-            str(HERE / "dpo.py"),
-            "--model",
-            inputs / "small",
-            "--pairs",
-            inputs / "pairs.jsonl",
-            "--n",
-            str(n),
-            "--token-budget",
-            "1024",
-        ]
-        launch = (
-            [sys.executable]
-            if world == 1
-            else [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--multi_gpu",
-                "--num_processes",
-                str(world),
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-                "--num_cpu_threads_per_process",
-                "1",
-                "--main_process_port",
-                "0",
-            ]
-        )
-        done = subprocess.run(
-            [*launch, *job],
-            capture_output=True,
-            text=True,
-            env=os.environ
-            | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES=""),
-        )
-        lines = [x for x in done.stdout.splitlines() if '"per_s"' in x]
+LAUNCH = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 "
+    "--main_process_port 0"
+).split()
+
+
+def dpo(inputs: Path, n: int, trl: str, world: int) -> list[str]:
+    "The command of a DPO run of `n` pairs, 16 a step: of ours, or of TRL with this Python."
+    words = [sys.executable, *ours("dpo", model=inputs / "small", pairs="PAIRS", n=n).split()]
+    if trl:
+        job = peer("dpo", "best_fp32", inputs / "small", "PAIRS", n).split()
+        words = [trl, *job, "--accum", str(16 // world)]
+    words[words.index("PAIRS")] = str(inputs / "pairs.jsonl")
+    return words if world == 1 else [words[0], *LAUNCH, *words[1:]]
+
+
+def run_together(commands: list[list[str]]) -> float:
+    "Items per second of wall time of jobs that are started at once, all together."
+    env = dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    jobs = [subprocess.Popen(c, env=os.environ | env, **pipes) for c in commands]
+    total = 0.0
+    for said, errors in [job.communicate() for job in jobs]:
+        lines = [line for line in said.splitlines() if '"per_s"' in line]
         if not lines:
-            raise SystemExit(f"{world} processes: {done.stderr[-800:]}")
-        out.append((world, json.loads(lines[-1])["per_s"]))
-    return out
+            raise SystemExit(f"{' '.join(commands[0][1:4])}: {errors[-800:]}")
+        total += json.loads(lines[-1])["per_s"]
+    return total
+
+
+def processes(inputs: Path, n: int, rounds: int, trl: str) -> list[tuple[str, float, str]]:
+    """(case, median pairs per second of wall time, times one process) of DPO runs, alternated.
+
+    Two jobs that know nothing of each other, at once, are what two cores can do at most.
+    """
+    one = dpo(inputs, n, "", 1)
+    cases = {
+        "one process": [one],
+        "two processes": [dpo(inputs, n, "", 2)],
+        "two jobs of one process at once": [one, one],
+    }
+    if Path(trl).exists():
+        cases |= {f"TRL, {w}": [dpo(inputs, n, trl, i)] for i, w in ((1, "one"), (2, "two"))}
+    found = {name: [] for name in cases}
+    for r in range(rounds):
+        for name in list(cases)[:: -1 if r % 2 else 1]:
+            found[name].append(run_together(cases[name]))
+            print(f"{name}: {found[name][-1]:.3f} pairs/s", file=sys.stderr, flush=True)
+    rows = []
+    for name, speeds in found.items():
+        alone = found["TRL, one" if name.startswith("TRL") else "one process"]
+        ratios = sorted(a / b for a, b in zip(speeds, alone))
+        over = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append((name, statistics.median(speeds), over))
+    return rows
 
 
 def draw(rows, file: Path):
@@ -182,14 +192,18 @@ def main():
     p.add_argument(
         "--n",
         type=int,
-        default=16,
+        default=64,
         help="pairs of the run with one and two processes; 0: left out",
     )
+    p.add_argument("--rounds", type=int, default=3, help="of the runs with two processes")
+    p.add_argument("--no-sweep", action="store_true", help="only one and two processes")
+    p.add_argument("--trl", default=str(HERE.parent / "build/trl-venv/bin/python"))
     p.add_argument("--out", type=Path, default=HERE.parent / "build/bench")
     a = p.parse_args()
+    a.out = a.out.resolve()
     a.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in sweep(a.repeats):
+    for row in [] if a.no_sweep else sweep(a.repeats):
         rows.append(row)
         print("{}={}: tree {:.3f} s, plain {:.3f} s".format(*row), file=sys.stderr, flush=True)
     text = (
@@ -199,11 +213,13 @@ def main():
     if a.n:
         if not (a.out / "inputs/source.txt").exists():
             subprocess.run([sys.executable, HERE / "inputs.py", a.out / "inputs"], check=True)
-        text += "\n| processes | pairs per second |\n|---|---|\n" + "".join(
-            f"| {w} | {s:.3f} |\n" for w, s in processes(a.out / "inputs", a.n)
+        text += "\n| DPO | pairs per second | times one process |\n|---|---|---|\n" + "".join(
+            f"| {name} | {s:.3f} | {over} |\n"
+            for name, s, over in processes(a.out / "inputs", a.n, a.rounds, a.trl)
         )
     (a.out / "scaling.md").write_text(text)
-    draw(rows, a.out / "scaling.png")
+    if rows:
+        draw(rows, a.out / "scaling.png")
     print(text)
 
 

@@ -32,8 +32,10 @@ from halos_nb.templates import (
     encode_prompts,
 )
 from halos_nb.trees import (
+    TOKENS_ONLY,
     Tree,
     TreeBatch,
+    Work,
     as_tree,
     balance_trees,
     make_batch,
@@ -81,6 +83,7 @@ class TreeDataLoader:
     rank: int = 0  # the number of this process
     world: int = 1  # how many processes there are
     layout: str = "tree"  # tree or plain
+    work: Work = TOKENS_ONLY  # what the model computes; how a step is dealt out
     max_prompt_count: int | None = None  # most units of a prompt, drawn anew in every epoch
     # stop after this many examples, counted from the first epoch's first
     n_examples: int | None = None
@@ -446,10 +449,16 @@ def keep(
 
 # %% ../nbs/12_loaders.ipynb #00d073ae
 @patch
+def shares(self: TreeDataLoader, trees: list[Tree]) -> list[list[Tree]]:
+    "The trees of a step that fall to each process."
+    return balance_trees(trees, self.world, self.layout, self.work)
+
+
+@patch
 def kept_batches(self: TreeDataLoader) -> Iterator[tuple[int, list[Tree]]]:
     "The batches of the epochs that are kept, in order, each behind the process it falls to."
     for trees in chain(*self.kept.values()):
-        for rank, own in enumerate(balance_trees(trees, self.world, self.layout)):
+        for rank, own in enumerate(self.shares(trees)):
             for batch in pack_trees(own, self.token_budget, self.layout, self.microbatch_size):
                 yield rank, batch
 
@@ -476,8 +485,7 @@ def as_step(
 def __iter__(self: TreeDataLoader) -> Iterator[Step]:
     "The steps of this epoch, as this process takes them."
     for trees in self.plan():
-        own = balance_trees(trees, self.world, self.layout)[self.rank]
-        yield self.as_step(trees, own)
+        yield self.as_step(trees, self.shares(trees)[self.rank])
 
 # %% ../nbs/12_loaders.ipynb #8f863fb0
 def pair_margin(e: Example, pair: tuple[int, int]) -> float:

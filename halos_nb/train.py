@@ -26,7 +26,7 @@ from .configs import COMPARING, TrainConfig, require_path
 from .settings import parse_args
 from .hub_sets import load_data
 from .templates import check_template, template_notes
-from .trees import Tree, TreeBatch
+from .trees import Tree, TreeBatch, Work
 from .loaders import TreeDataLoader, add_control_tokens
 from .processes import end_process, start_processes
 from halos_nb.checkpoints import (
@@ -52,7 +52,7 @@ from halos_nb.models import (
     training_difference,
 )
 from .reference import Pass, cache_reference_logps, check_base, make_reference
-from .tree_trainer import PairScore, Reference, TreeTrainer
+from .tree_trainer import PairScore, Reference, TreeTrainer, work_of
 from .trainers import TRAINERS
 
 if TYPE_CHECKING:
@@ -252,11 +252,12 @@ def make_loaders(cfg: TrainConfig, tokenizer: Any, accelerator: "Accelerator") -
     return Loaders(train, held_out)
 
 
-def set_layout(loaders: Loaders, layout: str) -> None:
-    "Cut steps for this layout; it is known when the model is."
-    loaders.train.layout = layout
-    if loaders.held_out:
-        loaders.held_out.layout = layout
+def set_layout(loaders: Loaders, layout: str, work: Work) -> None:
+    "Cut and deal out steps for this layout and work; they are known when the model is."
+    for loader in loaders:
+        if loader:
+            loader.layout = layout
+            loader.work = work
 
 # %% ../nbs/25_train.ipynb #6e895ffb
 class LazyReference:
@@ -421,7 +422,7 @@ def make_trainer(cfg: TrainConfig) -> Prepared:
     model = load_model(cfg, tokenizer)
     layout = choose_layout(model, cfg.layout, cfg.max_length)
     check_no_chance(cfg, model, layout.name)
-    set_layout(loaders, layout.name)
+    set_layout(loaders, layout.name, work_of(model))
     if cfg.use_peft:
         model = with_adapters(cfg, model, tokenizer)
     reference = prepare_reference(cfg, model, tokenizer, loaders, layout.name, accelerator)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Metrics', 'as_share', 'Sums', 'Counters', 'TokenUse', 'read_counters', 'updates_per_step', 'steps_of_run',
-           'training_arguments', 'warmup_steps', 'Schedule', 'Reference', 'ProgressMade', 'TreeTrainer', 'PerToken',
-           'BatchResult', 'need_number', 'bits_of', 'trained_bits', 'notes_of', 'MetricsFile', 'is_due', 'Timetable',
-           'PairScore']
+           'training_arguments', 'work_of', 'warmup_steps', 'Schedule', 'Reference', 'ProgressMade', 'TreeTrainer',
+           'PerToken', 'BatchResult', 'need_number', 'keep_gradients_in_buckets', 'bits_of', 'trained_bits', 'notes_of',
+           'MetricsFile', 'is_due', 'Timetable', 'PairScore']
 
 # %% ../nbs/22_tree_trainer.ipynb #7f73080b
 import json
@@ -31,7 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .records import Progress, append_jsonl, write_json
 from .configs import TrainConfig
 from .templates import MISSING, template_was_missing
-from .trees import TreeBatch
+from .trees import TreeBatch, Work
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import computing_in, gather_padded
@@ -162,6 +162,22 @@ def training_arguments(cfg: TrainConfig, loader: TreeDataLoader) -> TrainingArgu
     args.mixed_precision = "no"  # `ask` computes in the run's precision
     return args
 
+# %% ../nbs/22_tree_trainer.ipynb #06ab9b17
+def work_of(
+    model: Any,  # of 16_models, without adapters
+) -> Work:
+    "What a model computes for a tree, in multiply-adds of a forward pass."
+    head = model.get_output_embeddings()
+    target = 0 if head is None else head.weight.numel()
+    inner = model.num_parameters(exclude_embeddings=True)
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    # queries times keys, and weights times values
+    pair = 2 * config.num_hidden_layers * heads * width
+    return Work(inner if tied else inner - target, target, pair)
+
 # %% ../nbs/22_tree_trainer.ipynb #188ce215
 def warmup_steps(cfg: TrainConfig, steps: int) -> int:
     "How many steps of a run of so many have less than the peak rate."
@@ -211,7 +227,8 @@ class ProgressMade:
     steps: int = 0  # optimiser steps of this run
     without_gradient: int = 0  # steps in which no weight had one
     top_lr: float = 0.0  # highest learning rate of a step
-    first: tuple[TreeBatch, Tensor] | None = None  # the first batch, and what was said of it
+    # the smallest batch of the first step, and what was said of it
+    first: tuple[TreeBatch, Tensor] | None = None
 
 # %% ../nbs/22_tree_trainer.ipynb #67e4d7d5
 class TreeTrainer(Trainer):
@@ -249,6 +266,7 @@ class TreeTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=callbacks)
         if own_config is not None:  # transformers switches it off, in the saved model too
             own_config.use_cache = use_cache
+        keep_gradients_in_buckets(self.accelerator)
         self.remove_callback(PrinterCallback)
         self.config = config
         for name in self.options:
@@ -406,7 +424,7 @@ def training_step(
 ) -> Tensor:  # () this process' share of the loss, times `num_processes`
     "Forward and backward over a step's micro-batches."
     batches = self.prepare(step)
-    self.remember_first(batches[0])
+    self.remember_first(min(batches, key=lambda batch: batch.input_ids.numel()))
     model.train()
     weight = 0 if step.idle else 1
     scale = weight * self.accelerator.num_processes / self.step_size(step)
@@ -479,6 +497,13 @@ def _get_grad_norm(self: TreeTrainer, model: torch.nn.Module, grad_norm: Any = N
         "float32 or the data of this step (metrics.jsonl has the last good one) is where "
         "to look"
     )
+
+# %% ../nbs/22_tree_trainer.ipynb #0dcf59d4
+def keep_gradients_in_buckets(accelerator: Accelerator) -> None:
+    "Have DDP sum the gradients where they lie, and not in a copy."
+    # Relies on: Accelerator wraps a model with the settings of its ddp_handler.
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.gradient_as_bucket_view = True
 
 # %% ../nbs/22_tree_trainer.ipynb #e281c63a
 @patch
@@ -635,7 +660,7 @@ def count_gradient(self: TreeTrainer, norm: float) -> None:
 
 @patch
 def remember_first(self: TreeTrainer, batch: TreeBatch) -> None:
-    "Keep a run's first batch and what the model says of it before any step."
+    "Keep a batch of a run's first step and what the model says of it before any step."
     if self.progress_made.first is None:
         self.progress_made.first = batch, self.said_exactly(batch)
 
@@ -649,7 +674,7 @@ def said_exactly(self: TreeTrainer, batch: TreeBatch) -> Tensor:
 
 @patch
 def has_moved(self: TreeTrainer) -> bool:
-    "Whether the model says anything else of its first batch, on any process."
+    "Whether the model says anything else of that batch, on any process."
     if self.progress_made.first is None:
         return True
     batch, before = self.progress_made.first
@@ -678,7 +703,7 @@ def check_learnt(self: TreeTrainer) -> None:
         )
     if not self.has_moved():
         raise RuntimeError(
-            f"{what}: what the model says of its first batch is bit for bit what it was; the "
+            f"{what}: what the model says of its first step is bit for bit what it was; the "
             f"highest learning rate was {made.top_lr:.1e}, which moved nothing that counts"
         )
 

@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from job_helpers import CELL, NEEDS_LINUX, ONE, alive, papermill, start, until
 
@@ -114,21 +115,11 @@ def test_log_line_when_there_is_no_terminal(tmp_path, capfd):
 # ---- deaths
 
 
-def is_launcher(args, environ):
-    runs_it = b"accelerate.commands.launch" in args and b"LOCAL_RANK=" not in environ
-    return runs_it and b"halos_nb.supervise" not in args and b"halos_nb.preload" not in args
-
-
 def pid_of(folder, what):
-    "The launcher, or rank 0, of a job."
-    for pid in alive(folder):
-        args = Path(f"/proc/{pid}/cmdline").read_bytes()
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-        if what == "launcher" and is_launcher(args, environ):
-            return pid
-        if what == "rank" and b"LOCAL_RANK=0" in environ:
-            return pid
-    return None
+    "The launcher, or rank 0, of a job: below the supervisor, and below that."
+    supervisor = min(map(psutil.Process, alive(folder)), key=lambda p: p.create_time())
+    (launcher,) = supervisor.children()
+    return launcher.pid if what == "launcher" else min(p.pid for p in launcher.children())
 
 
 @pytest.mark.parametrize(

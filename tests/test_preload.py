@@ -60,6 +60,7 @@ def run_module(name, folder, stage="sample", profile=ONE):
 # ---- copies of a server
 
 
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize(
     "mode, says, code",
     [
@@ -71,18 +72,19 @@ def run_module(name, folder, stage="sample", profile=ONE):
         ("gather", "", 0),
     ],
 )
-def test_a_copy_ends_as_a_process_of_its_own_does(mode, says, code, tmp_path, server):
+def test_a_copy_ends_as_a_process_of_its_own_does(n, mode, says, code, tmp_path, server):
     # the time-out may differ between the stages of a server
-    job = start(mode, tmp_path, Profile(timeout_minutes=11))
+    job = start(mode, tmp_path, Profile(num_processes=n, timeout_minutes=11))
     assert isinstance(job.process, ForkedProcess)
     if code == 0:
         job.wait()
-        assert json.loads((tmp_path / "out").read_text())[:3] == [1, 1, 1]
+        assert json.loads((tmp_path / "out").read_text())[:3] == [n * (n + 1) // 2, n, n]
         return
     with pytest.raises(StageError, match=re.escape(says)) as raised:
         job.wait()
     error = raised.value
-    assert (error.code, error.rank) == (code, 0)
+    assert error.code == code
+    assert mode == "early" or error.rank == n - 1
     if mode == "raise":
         assert error.traceback.count("Traceback") == 2
         assert "KeyError: 'reward'" in error.traceback
@@ -201,7 +203,7 @@ def test_a_request_that_nobody_waits_for_starts_nothing(own_server, tmp_path):
     os.close(ours)
     status = tmp_path / "status"
     with open(tmp_path / "log", "wb") as log:
-        request = preload.Request(str(status), "this", [], {}, parent_pipe, log.fileno())
+        request = preload.Request(str(status), "this", [], 1, {}, parent_pipe, log.fileno())
         request.send(channel)
     assert channel.recv(16) == b""
     assert not status.exists()
@@ -303,9 +305,54 @@ def test_a_waiting_process_whose_code_was_changed_begins_anew(waiting, tmp_path)
     assert waiting.file("log").read_text() == "False 2 good\n"
 
 
+SPOILT = """
+import torch
+torch.cuda._is_in_bad_fork = lambda: True
+"""
+
+
+@pytest.mark.parametrize("changed, said", [(False, "True 1 good"), (True, "True 2 good")])
+def test_ranks_are_copies_of_what_has_imported(changed, said, tmp_path, module):
+    "Of fresh code, if it was changed meanwhile."
+    module("lent", "x = 1")
+    os.utime(tmp_path / "lent.py", (1, 1))
+    module("which", WHICH)
+    module("sitecustomize", "import lent")
+    job = launch("sample", None, TWO, tmp_path / "run", module="which")
+    until(lambda: maps_torch(job), 60, "importing")
+    if changed:
+        (tmp_path / "lent.py").write_text("x = 2")
+    job.give_config(SampleConfig(model="good"), TWO)
+    job.wait(show=False)
+    assert job.file("log").read_text() == f"{said}\n" * 2
+
+
+def test_ranks_of_a_process_that_has_touched_a_gpu_are_new_pythons(tmp_path, module):
+    "No GPU is here: what torch would say in such a copy is said for it."
+    module("halos_touching", SPOILT)
+    module("which", WHICH.replace("import lent", "lent = type('', (), dict(x=1))"))
+    code = "import sys, halos_touching; from halos_nb.preload import become_rank; "
+    code += "become_rank(2, ['which', *sys.argv[1:]])"
+    (tmp_path / "config.json").write_text('{"model": "good"}')
+    words = [sys.executable, "-c", code, "--config", str(tmp_path / "config.json")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "False 1 good\n" * 2, ended.stderr
+
+
+def test_two_jobs_side_by_side_meet_at_ports_of_their_own(tmp_path, server):
+    jobs = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        jobs.append(start("gather", tmp_path / name, TWO))
+    for job in jobs:
+        job.wait()
+        assert json.loads((job.folder / "out").read_text())[:3] == [3, 2, 2]
+
+
 def test_nothing_of_a_waiting_job_is_left(tmp_path):
     job = launch("sample", None, TWO, tmp_path, module="tiny_stage")
-    until(lambda: len(alive(tmp_path)) == 4, 120, "two ranks that wait")
+    until(lambda: maps_torch(job), 120, "one that imports")
+    assert len(alive(tmp_path)) == 2  # there are no ranks before their turn
     job.process.stdin.close()
     until(lambda: not alive(tmp_path), 15, "all gone")
     assert job.process.wait(5) == 0
@@ -324,7 +371,7 @@ def test_who_finds_its_supervisor_dead_does_not_begin_to_wait(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     env = os.environ | {"HALOS_NB_SUPERVISOR": str(dead.pid)}
-    late = [sys.executable, "-m", "halos_nb.preload", "tiny_stage"]
+    late = [sys.executable, "-m", "halos_nb.preload", "1", "tiny_stage"]
     late += ["--config", str(tmp_path / "never.json")]
     ended = subprocess.run(late, env=env, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
