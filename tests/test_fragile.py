@@ -101,6 +101,13 @@ def dpo_trainer(home, **more):
     return make_trainer(cfg)
 
 
+def test_the_settings_of_ddp_reach_it(home):
+    "Its gradients are its buckets, so there is no second copy of them."
+    settings = dpo_trainer(home).trainer.accelerator.ddp_handler.to_kwargs()
+    what = "the settings of DDP are not in the Accelerator's ddp_handler"
+    assert settings["gradient_as_bucket_view"], moved("keep_gradients_in_buckets", what)
+
+
 class StepRecorder(TrainerCallback):
     "Notes what Trainer does, in order."
 
