@@ -68,10 +68,10 @@ from .trees import Tree, make_batch
 from .loaders import PairedPreferenceDataLoader, SFTDataLoader
 from .processes import end_process, start_processes
 from .checkpoints import check_checkpoint_files, real_losses
-from .attention import fresh_positions, gather_logps
+from .attention import fresh_positions
+from .head import gather_logps
+from .layouts import Layout, choose_layout
 from halos_nb.models import (
-    Layout,
-    choose_layout,
     evaluating,
     fit_vocabulary,
     load_policy,

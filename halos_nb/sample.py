@@ -22,7 +22,8 @@ from .data import Example
 from .templates import tell_template
 from .processes import end_process, start_processes
 from .checkpoints import check_together, refuse_reward_model
-from .models import choose_layout, fit_vocabulary, load_reference, load_tokenizer
+from .layouts import choose_layout
+from .models import fit_vocabulary, load_reference, load_tokenizer
 from .generate import SLOWER, Row, draw_answers, end_tokens, plan
 from halos_nb.answers import (
     all_counts,

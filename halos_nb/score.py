@@ -25,10 +25,10 @@ from .checkpoints import architecture, load_whole
 from .configs import require_path
 from .trees import Tree, make_batch, pack_trees, trees_from_samples
 from .processes import in_turns
+from .layouts import choose_layout
 from halos_nb.models import (
     BranchScores,
     TreeScorer,
-    choose_layout,
     evaluating,
     mix_in,
     untrained_head,

@@ -37,9 +37,9 @@ from halos_nb.checkpoints import (
     load_whole_tokenizer,
     refuse_reward_model,
 )
+from .layouts import choose_layout, training_difference
 from halos_nb.models import (
     add_lora,
-    choose_layout,
     fit_vocabulary,
     load_actor_critic,
     load_policy,
@@ -49,7 +49,6 @@ from halos_nb.models import (
     own_padding,
     pad_as,
     set_dropout,
-    training_difference,
 )
 from .reference import Pass, cache_reference_logps, check_base, make_reference
 from .tree_trainer import PairScore, Reference, TreeTrainer, work_of

@@ -35,7 +35,8 @@ from .trees import TreeBatch, Work
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import computing_in, gather_padded
-from .models import Layout, evaluating, merge_lora, name_end, save_adapter, unwrap
+from .layouts import Layout
+from .models import evaluating, merge_lora, name_end, save_adapter, unwrap
 from .reference import note_base
 from .losses import Share, widest_float
 
@@ -207,7 +208,7 @@ class Schedule:
 
 # %% ../nbs/22_tree_trainer.ipynb #5188dc27
 class Reference(Protocol):
-    "What a policy is compared with (of 17_reference)."
+    "What a policy is compared with (of 18_reference)."
 
     def __call__(self, batch: TreeBatch) -> Tensor: ...  # (K, S) token log-probs
 
@@ -241,13 +242,13 @@ class TreeTrainer(Trainer):
     passes: tuple[tuple[str, ...], ...] = ((),)
     options: tuple[str, ...] = ()  # fields of the config that the method reads by name
     precision = "float32"  # what the model and its reference compute in
-    model: Any  # a model of 16_models, or LoRA's wrapper of one
+    model: Any  # a model of 17_models, or LoRA's wrapper of one
     checkpoints: dict[str, str] = {}  # a note on each checkpoint that was loaded
     begun = False  # whether `begin` was called
 
     def __init__(
         self,
-        model: torch.nn.Module,  # policy, actor-critic or reward model, of 16_models
+        model: torch.nn.Module,  # policy, actor-critic or reward model, of 17_models
         config: TrainConfig,
         loader: TreeDataLoader,  # training steps
         eval_loader: TreeDataLoader | None = None,  # held-out steps

@@ -25,7 +25,8 @@ from halos_nb.attention import rope_limit
 from halos_nb.configs import SampleConfig
 from halos_nb.data import Example
 from halos_nb.generate import Row, drawing_fault, generate, way_to_draw
-from halos_nb.models import TreePolicy, TreeScorer, choose_layout, mix_in
+from halos_nb.layouts import choose_layout
+from halos_nb.models import TreePolicy, TreeScorer, mix_in
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import Tree, make_batch
 

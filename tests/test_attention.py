@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halos_nb import attention
-from halos_nb.attention import HeadLogps, flex_fault, head_logps, sees
+from halos_nb.attention import Reach, Scoring, TreeRow, flex_fault, sees
+from halos_nb.head import Head, HeadLogps, head_logps
 from halos_nb.models import load_policy
 from halos_nb.trees import Segment, Tree, make_batch, tree_mask
 
@@ -29,11 +30,15 @@ def head_inputs(n=23, width=6, vocabulary=37, bias=True, dtype=torch.double, see
     )
 
 
+def by_hand(x, weight, bias, ids, chunk):
+    return HeadLogps.apply(x, weight, bias, ids, Head(weight, bias, None, chunk, True, None))[0]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 9])
 @pytest.mark.parametrize("bias", [True, False])
 def test_head_gradcheck(chunk, bias):
     head, x, ids = head_inputs(7, bias=bias)
-    fast = lambda x, w, *b: HeadLogps.apply(x, w, *(b or (None,)), ids, chunk, True)[0]
+    fast = lambda x, w, *b: by_hand(x, w, *(b or (None,)), ids, chunk)
     assert torch.autograd.gradcheck(fast, (x, *head.parameters()))
     # a frozen head
     assert torch.autograd.gradcheck(
@@ -138,7 +143,7 @@ def test_attention_in_blocks_is_attention(n, before):
         torch.randn(1, 2, length, 8, requires_grad=True)
         for length in (n, before + n, before + n)
     )
-    blocks = torch.cat(attention.causal_pieces(q, k, v), 1)
+    blocks = torch.cat(attention.causal_pieces(q, k, v, before, Reach(), Scoring()), 1)
     whole = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=torch.ones(n, before + n, dtype=torch.bool).tril(before)
     ).transpose(1, 2)
@@ -161,7 +166,7 @@ def test_attention_of_bfloat16_is_nearer_to_the_truth_than_sdpa(autocast):
         k = k.float()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, _ = attention.tree_attention(
-            None, q, k, v, None, segments=[Segment(0, 100, (200,))]
+            None, q, k, v, None, tree_row=TreeRow([Segment(0, 100, (200,))], q.device, False)
         )
         usual = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True

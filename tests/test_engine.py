@@ -18,7 +18,8 @@ from transformers import (
 
 from halos_nb.templates import byte_tokenizer
 from halos_nb.configs import TrainConfig
-from halos_nb.models import Layout, load_reward_model, unwrap
+from halos_nb.layouts import Layout
+from halos_nb.models import load_reward_model, unwrap
 from halos_nb.records import prompt_id
 from halos_nb.score import score_samples
 from halos_nb.train import make_trainer

@@ -291,11 +291,11 @@ def test_without_segments_it_is_sdpa_to_the_bit():
 
 
 def test_what_a_model_is_called_with_reaches_every_layer(model):
-    "The segments unchanged, and the 4-D placeholder instead of a mask of transformers' own."
+    "The row of trees, and the 4-D placeholder instead of a mask of transformers' own."
     calls = []
 
     def spy(module, query, key, value, attention_mask, **options):
-        calls.append((attention_mask, options.get("segments")))
+        calls.append((attention_mask, options.get("tree_row")))
         return attention.tree_attention(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register("sdpa", spy)
@@ -307,8 +307,8 @@ def test_what_a_model_is_called_with_reaches_every_layer(model):
     assert len(calls) == model.config.num_hidden_layers, attention_changed(
         "register_attention", f"{len(calls)} calls of a registered attention in two layers"
     )
-    for mask, segments in calls:
-        assert segments is batch.segments, attention_changed(
+    for mask, row in calls:
+        assert row.segments is batch.segments and mask.tree_row is row, attention_changed(
             "tree_arguments", "unknown keywords do not reach the attention"
         )
         assert mask.shape == (1, 1, 1, batch.input_ids.shape[1]), attention_changed(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # point to lower numbers only. The README's map says the same; change both together and say why.
 FLOORS = {
     0: "records stats configs settings data hub_sets feedback verdicts label_input health",
-    1: "templates trees loaders processes attention checkpoints models reference",
+    1: "templates trees loaders processes attention checkpoints head models reference layouts",
     2: "losses advantages tree_trainer old_policy trainers train",
     3: "generate api answers backends sample",
     4: "score replies judge label audit",

@@ -32,7 +32,7 @@ from halos_nb.losses import (
     slic_loss,
 )
 from halos_nb.advantages import generalized_advantages, moments, penalised_rewards, whiten
-from halos_nb.attention import token_logps
+from halos_nb.head import token_logps
 
 tol = dict(rtol=1e-4, atol=1e-5)
 

@@ -23,13 +23,13 @@ from tiny_models import (
 )
 
 from halos_nb import attention
+from halos_nb.layouts import choose_layout, training_difference
 from halos_nb.models import (
     AutoModelForBradleyTerry,
     TreeActorCritic,
     TreePolicy,
     TreeScorer,
     add_lora,
-    choose_layout,
     dropouts,
     fit_vocabulary,
     load_actor_critic,
@@ -38,7 +38,6 @@ from halos_nb.models import (
     merge_lora,
     save_adapter,
     set_dropout,
-    training_difference,
 )
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import make_batch
