@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'LONG', 'EAGER', 'WAYS', 'BIASES', 'Run', 'Reach', 'reach_of
            'make_block_mask', 'TreeRow', 'compiled_flex', 'capped_at', 'by_flex', 'pinned_row', 'tree_attention',
            'eager_or_trees', 'register_attention', 'flex_difference', 'flex_fault', 'as_mask', 'forward_parameters',
            'tree_arguments', 'biased_by_position', 'Rope', 'stretching_ropes', 'rope_limit', 'fresh_positions',
-           'same_stretch', 'rows_together', 'at_positions', 'of_rows', 'hidden_states']
+           'same_stretch', 'rows_together', 'at_positions', 'of_rows', 'backbone_of', 'hidden_states']
 
 # %% ../nbs/14_attention.ipynb #31e28275
 import inspect
@@ -607,15 +607,22 @@ def of_rows(
         order += rows
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
+# %% ../nbs/14_attention.ipynb #3f6a4728
+def backbone_of(model: Any) -> Any:
+    "The part of a model that gives hidden states."
+    found = model.base_model
+    # Llama 4 says it is called `language_model`, and calls it `model`
+    return getattr(model, "model", model) if found is model else found
+
 # %% ../nbs/14_attention.ipynb #5a01c3d4
 def hidden_states(
-    model: Any,  # of transformers; its `base_model` is called
+    model: Any,  # of transformers; its backbone is called
     batch: TreeBatch,
     at: Tensor,  # (N,) positions in the flattened rows
     way: str = "pieces",  # of WAYS; in the tree layout
 ) -> Tensor:  # (N, H)
     "Last hidden states at these positions."
-    backbone = model.base_model
+    backbone = backbone_of(model)
     more = {}
     if "use_cache" in forward_parameters(backbone):
         more["use_cache"] = False

@@ -6,7 +6,7 @@
 __all__ = ['MARGIN', 'COLUMNS', 'IN_PLACE', 'gather_logps', 'token_logps', 'HeadForm', 'Memory', 'head_memory', 'product_in',
            'bend', 'log_softmax_in', 'one_hot_minus', 'derivative', 'gradients_in_place', 'grad_of', 'Head',
            'HeadLogps', 'zeros_where_needed', 'head_gradients', 'add_product', 'TokenLogps', 'logps_and_entropy',
-           'in_chunks', 'has_hooks', 'compute_dtype', 'linear_logps', 'head_logps']
+           'in_chunks', 'has_hooks', 'compute_dtype', 'linear_logps', 'head_logps', 'embedding_in_place']
 
 # %% ../nbs/16_head.ipynb #93daa161
 from collections.abc import Callable, Iterator
@@ -341,3 +341,18 @@ def head_logps(
         return linear_logps(head, states, target, chunk, entropy, form)
     parts = in_chunks(lambda x: form.applied(head(x)), states, target)
     return TokenLogps(*[torch.cat(part) for part in zip(*parts)])
+
+# %% ../nbs/16_head.ipynb #29693cad
+@contextmanager
+def embedding_in_place(embedding: Any, on: bool = True) -> Iterator[None]:
+    "Here an embedding's backward pass adds its rows to a gradient that is there already."
+    plain = isinstance(embedding, torch.nn.Embedding) and not has_hooks(embedding)
+    if not (on and plain and embedding.weight.requires_grad) or embedding.sparse:
+        yield
+        return
+    grad_of(embedding.weight)
+    embedding.sparse = True
+    try:
+        yield
+    finally:
+        embedding.sparse = False

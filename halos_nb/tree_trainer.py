@@ -15,14 +15,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from fastcore.basics import patch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,6 +35,7 @@ from .trees import TreeBatch, Work
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import computing_in, gather_padded
+from .head import embedding_in_place, gradients_in_place
 from .layouts import Layout
 from .models import evaluating, merge_lora, name_end, save_adapter, unwrap
 from .reference import note_base
@@ -147,7 +148,7 @@ def training_arguments(cfg: TrainConfig, loader: TreeDataLoader) -> TrainingArgu
         learning_rate=cfg.lr,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         use_cpu=PartialState().device.type == "cpu",
         seed=cfg.seed,
         logging_steps=cfg.log_every,
@@ -417,6 +418,16 @@ def gradient_sync(
 
 
 @patch
+@contextmanager
+def in_place(self: TreeTrainer) -> Iterator[None]:
+    "Where one process trains whole weights, the two vocabulary matrices' gradients are added up in place."
+    alone = self.accelerator.distributed_type == DistributedType.NO
+    model = unwrap(self.model)
+    with gradients_in_place(alone), embedding_in_place(model.get_input_embeddings(), alone):
+        yield
+
+
+@patch
 def training_step(
     self: TreeTrainer,
     model: torch.nn.Module,
@@ -431,7 +442,7 @@ def training_step(
     scale = weight * self.accelerator.num_processes / self.step_size(step)
     total = torch.zeros((), device=self.args.device)
     for i, batch in enumerate(batches):
-        with self.gradient_sync(model, last=i == len(batches) - 1):
+        with self.gradient_sync(model, last=i == len(batches) - 1), self.in_place():
             losses, metrics = self.get_batch_metrics(batch, "train", model)
             loss = losses.sum() * scale
             self.accelerator.backward(loss)
@@ -451,7 +462,7 @@ def count_step(self: TreeTrainer, step: Step) -> None:
     if step.idle:
         return
     for batch in step.batches:
-        self.token_use.computed += batch.input_ids.numel()
+        self.token_use.computed += batch.positions
         self.token_use.needed += sum(t.tokens for t in batch.trees)
         self.token_use.plain += sum(t.plain_tokens for t in batch.trees)
 
@@ -479,7 +490,7 @@ def floating_point_ops(
 ) -> int:
     "Six operations for each weight and position."
     # Relies on: Trainer asks for this of what get_batch_samples gave it.
-    positions = sum(batch.input_ids.numel() for batch in step.batches)
+    positions = sum(batch.positions for batch in step.batches)
     return 6 * positions * self.model.num_parameters(exclude_embeddings=True)
 
 # %% ../nbs/22_tree_trainer.ipynb #a7b826bd

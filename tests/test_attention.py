@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halos_nb import attention
+from halos_nb import head as head_room
 from halos_nb.attention import Reach, Scoring, TreeRow, flex_fault, sees
 from halos_nb.head import Head, HeadLogps, head_logps
 from halos_nb.models import load_policy
@@ -30,8 +31,8 @@ def head_inputs(n=23, width=6, vocabulary=37, bias=True, dtype=torch.double, see
     )
 
 
-def by_hand(x, weight, bias, ids, chunk):
-    return HeadLogps.apply(x, weight, bias, ids, Head(weight, bias, None, chunk, True, None))[0]
+def by_hand(x, weight, bias, ids, chunk, cap=None):
+    return HeadLogps.apply(x, weight, bias, ids, Head(weight, bias, cap, chunk, True, None))[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 9])
@@ -68,7 +69,7 @@ def test_head_twice_backward_and_tied():
     the head gets both gradients.
     """
     head, x, ids = head_inputs()
-    logps = HeadLogps.apply(x, head.weight, head.bias, ids, 8, False)[0].sum()
+    logps = by_hand(x, head.weight, head.bias, ids, 8).sum()
     first, second = (
         torch.autograd.grad(logps, (x, head.weight, head.bias), retain_graph=True)
         for _ in range(2)
@@ -78,7 +79,7 @@ def test_head_twice_backward_and_tied():
         logps(head.weight[ids] + x.detach()).sum(), head.weight
     )[0]
     assert_close(
-        tied(lambda h: HeadLogps.apply(h, head.weight, head.bias, ids, 8, False)[0]),
+        tied(lambda h: by_hand(h, head.weight, head.bias, ids, 8)),
         tied(lambda h: head(h).log_softmax(-1).gather(1, ids[:, None])),
     )
 
@@ -127,7 +128,7 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary(frozen):
         ),
     ):
         head_logps(head, x, ids, 16)[0].sum().backward()
-    assert most.numel == 16 * (2000 + attention.MARGIN)
+    assert most.numel == 16 * (2000 + head_room.MARGIN)
     assert max(saved, default=0) <= 4 * 2000
     with Largest() as whole:
         torch.log_softmax(head(x), -1).sum().backward()

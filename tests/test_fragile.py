@@ -22,9 +22,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tiny_families import tiny_model
-
-from halos_nb import attention, generate, reference
+from halos_nb import attention, generate, head, reference
 from halos_nb.configs import TrainConfig
 from halos_nb.models import (
     REFERENCE,
@@ -359,22 +357,22 @@ def test_the_hub_s_cache_is_read_for_its_commit():
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_are_where_we_look_for_them(register):
     layer = torch.nn.Linear(2, 2)
-    assert not attention.has_hooks(layer)
+    assert not head.has_hooks(layer)
     handle = getattr(layer, register)(lambda *args: None)
-    assert attention.has_hooks(layer), changed(
-        torch, "attention", "has_hooks", f"{register} keeps its hooks elsewhere"
+    assert head.has_hooks(layer), changed(
+        torch, "head", "has_hooks", f"{register} keeps its hooks elsewhere"
     )
     handle.remove()
-    assert not attention.has_hooks(layer)
+    assert not head.has_hooks(layer)
 
 
 def test_a_function_s_context_is_its_node_in_the_graph():
     "What head_gradients takes from it is given back before the layers go backward."
-    head = torch.nn.Linear(3, 5)
+    layer = torch.nn.Linear(3, 5)
     x = torch.randn(4, 3, requires_grad=True)
-    node = attention.head_logps(head, x, torch.zeros(4, dtype=torch.long)).logps.grad_fn
+    node = head.head_logps(layer, x, torch.zeros(4, dtype=torch.long)).logps.grad_fn
     assert hasattr(node, "memory") and hasattr(node, "last"), changed(
-        torch, "attention", "keep_for_backward", "attributes of ctx are kept elsewhere"
+        torch, "head", "HeadLogps", "attributes of ctx are kept elsewhere"
     )
 
 
@@ -529,28 +527,6 @@ def test_the_layers_of_a_cache_can_be_exchanged_as_roomy_cache_does():
     assert cache.layers[1].buffers is None, cache_moved(
         "RoomyLayer.reorder_cache", "a cache reorders its layers in another way"
     )
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "jamba", "nemotron_h", "falcon_h1"])
-def test_a_cache_keeps_its_tensors_where_held_looks(family):
-    "Whatever has a row for each row of the batch is found, in layers of every kind."
-    model = tiny_model("causal", family)
-    cache = generate.roomy_cache(model.config)
-    with torch.no_grad():
-        model(torch.arange(5, 20).view(3, 5), past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        found = [where[key] for where, key in generate.held(layer)]
-        known = {id(tensor) for tensor in found}
-        loose = []
-        for value in vars(layer).values():
-            inside = value.values() if isinstance(value, dict) else [value]
-            loose += [x for x in inside if isinstance(x, torch.Tensor) and x.ndim > 1]
-        unknown = [x for x in loose if id(x) not in known]
-        assert not unknown, cache_moved("held", f"{type(layer).__name__} keeps more")
-        larger = generate.with_rows(layer, 7)
-        sizes = [len(where[key]) for where, key in generate.held(larger)]
-        assert sizes == [7] * len(found), cache_moved("with_rows", "a layer is not copied")
-        assert all(len(x) == 3 for x in found), cache_moved("with_rows", "a dict is shared")
 
 
 def test_generation_s_own_steps_hand_a_state_on():

@@ -22,8 +22,8 @@ from tiny_models import (
     with_random_critic,
 )
 
-from halos_nb import attention
-from halos_nb.layouts import choose_layout, training_difference
+from halos_nb import head as head_room
+from halos_nb.layouts import choose_layout, shrunk_windows, training_difference
 from halos_nb.models import (
     AutoModelForBradleyTerry,
     TreeActorCritic,
@@ -36,6 +36,7 @@ from halos_nb.models import (
     load_policy,
     load_reward_model,
     merge_lora,
+    own_forward,
     save_adapter,
     set_dropout,
 )
@@ -105,23 +106,21 @@ def test_plain_rows_are_what_transformers_computes(folders, arch):
     ],
     ids=["mistral", "qwen2"],
 )
-def test_sliding_window_shorter_than_a_row_goes_the_plain_way(tmp_path, arch, more):
+def test_sliding_window_shorter_than_a_row(tmp_path, arch, more):
     path = save_small(arch, tmp_path, **more)
     model = load_policy(path)
     own = AutoModelForCausalLM.from_pretrained(path)
     layout = choose_layout(model, max_length=9)
-    assert layout.name == "plain"
-    assert "sliding window of 4 tokens" in layout.reason
+    assert layout.name == "tree"
     row = torch.tensor([TREES[2].prompt_ids + TREES[2].branches[0]])
     with torch.no_grad():
         want = own(row).logits[0].log_softmax(-1)[range(2, 7), row[0, 3:]]
-    assert_close(outputs(model, "plain", [TREES[2]]).logps[0], want, rtol=1e-5, atol=1e-5)
-    assert (outputs(model, "tree", [TREES[2]]).logps[0] - want).abs().max() > 1e-3, (
+    for name in ("tree", "plain"):
+        assert_close(outputs(model, name, [TREES[2]]).logps[0], want, rtol=1e-5, atol=1e-5)
+    with shrunk_windows(model, 2), torch.no_grad():
+        other = own_forward(model, row).logits[0].log_softmax(-1)[range(2, 7), row[0, 3:]]
+    assert (other - want).abs().max() > 1e-3, (
         "the window does not matter here, so this test proves nothing"
-    )
-    assert (
-        choose_layout(model, max_length=4).name == "tree"
-        or "probe" in choose_layout(model, max_length=4).reason
     )
 
 
@@ -175,16 +174,18 @@ def test_fresh_critic_is_zero_and_learns(llama):
     assert model.value_head.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("layout", ["tree", "plain", "alone"])
 @pytest.mark.parametrize("kind", ["policy", "actor-critic"])
-def test_no_logits_of_all_tokens(llama, kind, monkeypatch):
+def test_no_logits_of_all_tokens(llama, kind, layout, monkeypatch):
     "The vocabulary head never sees more than a chunk of rows, in forward or backward."
     model = KINDS[kind](llama)
+    assert model.head_form == head_room.HeadForm()  # it is looked at once
     rows = []
-    inner = attention.in_chunks
-    monkeypatch.setattr(attention, "in_chunks", lambda *a: inner(*a, chunk=4))
+    inner = head_room.in_chunks
+    monkeypatch.setattr(head_room, "in_chunks", lambda *a: inner(*a, chunk=4))
     model.get_output_embeddings().register_forward_hook(lambda m, i, o: rows.append(len(o)))
     whole = KINDS[kind](llama)
-    out = model(tree=make_batch(TREES))
+    out = model(tree=make_batch(TREES, layout))
     forward = len(rows)
     out[0].sum().backward()
     assert max(rows) <= 4

@@ -117,6 +117,7 @@ FAMILIES = {
         num_key_value_heads=4,
         mlp_layer_types=["dense"] + ["sparse"] * 3,
     ),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "lfm3": dict(num_hidden_layers=4),
     "longcat_flash": dict(num_key_value_heads=4, qk_head_dim=16, zero_expert_num=2),
