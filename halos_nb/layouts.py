@@ -75,7 +75,7 @@ SHRUNK = 4  # tokens; every branch of the small trees reaches beyond
 
 
 @contextmanager
-def shrunk_windows(model: torch.nn.Module, tokens: int | None) -> Iterator[None]:
+def shrunk_windows(model: Any, tokens: int | None) -> Iterator[None]:
     "Here no layer looks back further than so many tokens; None: as far as ever."
     holders: list[Any] = [text_config(model.config)] if hasattr(model, "config") else []
     holders += [*model.modules()] if tokens else []

@@ -420,7 +420,7 @@ def gradient_sync(
 @patch
 @contextmanager
 def in_place(self: TreeTrainer) -> Iterator[None]:
-    "Where one process trains whole weights, the two vocabulary matrices' gradients are added up in place."
+    "Where one process trains, the vocabulary's gradients are added up in place."
     alone = self.accelerator.distributed_type == DistributedType.NO
     model = unwrap(self.model)
     with gradients_in_place(alone), embedding_in_place(model.get_input_embeddings(), alone):
