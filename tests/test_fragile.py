@@ -22,6 +22,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tiny_families import tiny_model
+
 from halos_nb import attention, generate, head, reference
 from halos_nb.configs import TrainConfig
 from halos_nb.models import (
@@ -527,6 +529,28 @@ def test_the_layers_of_a_cache_can_be_exchanged_as_roomy_cache_does():
     assert cache.layers[1].buffers is None, cache_moved(
         "RoomyLayer.reorder_cache", "a cache reorders its layers in another way"
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "jamba", "nemotron_h", "falcon_h1"])
+def test_a_cache_keeps_its_tensors_where_held_looks(family):
+    "Whatever has a row for each row of the batch is found, in layers of every kind."
+    model = tiny_model("causal", family)
+    cache = generate.roomy_cache(model.config)
+    with torch.no_grad():
+        model(torch.arange(5, 20).view(3, 5), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        found = [where[key] for where, key in generate.held(layer)]
+        known = {id(tensor) for tensor in found}
+        loose = []
+        for value in vars(layer).values():
+            inside = value.values() if isinstance(value, dict) else [value]
+            loose += [x for x in inside if isinstance(x, torch.Tensor) and x.ndim > 1]
+        unknown = [x for x in loose if id(x) not in known]
+        assert not unknown, cache_moved("held", f"{type(layer).__name__} keeps more")
+        larger = generate.with_rows(layer, 7)
+        sizes = [len(where[key]) for where, key in generate.held(larger)]
+        assert sizes == [7] * len(found), cache_moved("with_rows", "a layer is not copied")
+        assert all(len(x) == 3 for x in found), cache_moved("with_rows", "a dict is shared")
 
 
 def test_generation_s_own_steps_hand_a_state_on():
