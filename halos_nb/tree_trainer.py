@@ -447,7 +447,8 @@ def training_step(
             loss = losses.sum() * scale
             self.accelerator.backward(loss)
         total += loss.detach()
-        mean = Share(losses.detach().sum(), torch.tensor(self.batch_size(batch)))
+        part = losses.detach().to(widest_float(losses.device)).sum()
+        mean = Share(part, torch.tensor(self.batch_size(batch)))
         self.sums.add({**metrics, "loss": mean}, counted=not step.idle)
     self.count_step(step)
     return total
