@@ -24,7 +24,7 @@ from halos_nb.configs import TrainConfig, config_json
 from halos_nb.hub_sets import load_data
 from halos_nb.feedback import group_advantages
 from halos_nb.losses import ppo_loss
-from halos_nb.attention import logps_and_entropy
+from halos_nb.head import logps_and_entropy
 from halos_nb.models import (
     BranchLogps,
     BranchScores,
