@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm test-trl types air lab bench screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm test-trl types air lab bench bench-real screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,8 @@ help:
 	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model (a few minutes)'
 	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
-	@echo 'make bench       set up, then run the measurements in bench/'
+	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
+	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
 	@echo 'make screenshots draw the pictures of the README again, from the demo run'
 	@echo 'make clean       remove caches and build outputs (not .venv, not runs/)'
 	@echo 'make clean-runs  remove everything computed in runs/'
@@ -106,16 +107,29 @@ air:
 lab: setup
 	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
 
-# Ours beside TRL in one run, one job after another, alternated: half an hour on idle cores, `make bench BENCH='--only DPO --rounds 1'` for a part.
+# Ours beside TRL in one run, one job after another, alternated: an hour on idle cores, `make bench BENCH='--only DPO --rounds 1'` for a part.
 bench: export OMP_NUM_THREADS := 1
 bench: setup build/trl-venv/installed
 	@python bench/run.py $(BENCH)
+
+# A real language model, made once out of wheels of data by ../shared/tools; its terms of use allow tests here, and it is never committed.
+REAL_MODEL ?= build/real-model
+
+bench-real: export OMP_NUM_THREADS := 1
+bench-real: setup build/trl-venv/installed $(if $(filter build/real-model,$(REAL_MODEL)),build/real-model/config.json)
+	@python bench/run.py --real $(REAL_MODEL) $(BENCH)
+
+build/real-model/config.json:
+	@[ -f ../shared/tools/real_model.py ] || { echo 'bench-real makes its model with ../shared/tools/real_model.py, which is not here: REAL_MODEL=folder names another (float32, with a chat template)'; exit 1; }
+	@echo '== Making the real model in build/real-model, once: a minute, 1.1 GB (log: build/real-model.log)'
+	@mkdir -p build && { python -m pip install -q --no-deps --target build/gguf 'gguf>=0.19,<1' && PYTHONPATH=build/gguf python ../shared/tools/real_model.py build/real-model; } >build/real-model.log 2>&1 \
+		|| { tail -n 3 build/real-model.log; rm -rf build/real-model; exit 1; }
 
 # The peer has an environment of its own, with the same versions of what both use.
 build/trl-venv/installed: constraints.txt
 	@echo '== Installing TRL into build/trl-venv, once, for the comparison (log: build/trl-venv.log)'
 	@mkdir -p build && $(PYTHON) -m venv build/trl-venv
-	@build/trl-venv/bin/pip install -q -c constraints.txt 'trl==1.16.*' torch transformers datasets accelerate >build/trl-venv.log 2>&1 && touch $@ \
+	@build/trl-venv/bin/pip install -q -c constraints.txt 'trl==1.16.*' torch transformers datasets accelerate peft >build/trl-venv.log 2>&1 && touch $@ \
 		|| { tail -n 3 build/trl-venv.log; rm -rf build/trl-venv; echo 'TRL could not be installed: ours is measured alone'; }
 
 clean:

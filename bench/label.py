@@ -1,57 +1,95 @@
-"""Scores of a reward model for all samples of a file, measured from records to scores."""
+"""Scores of a reward model for all samples of a file, from records to scores; with --logps
+their log-probs under a policy.
+"""
 
+import argparse
 import json
+from collections import Counter
 
 from meter import Meter, arguments, count_tokens, profiled, report
+from work import Work
+
+
+def alone(samples: list[dict]) -> list[dict]:
+    "Each sample with a prompt of its own."
+    found = []
+    for i, sample in enumerate(samples):
+        prompt = f"{i:04d} {sample['prompt'][0]['content']}"
+        found.append(sample | dict(prompt=[dict(role="user", content=prompt)]))
+    return found
+
+
+def default_budget(a: argparse.Namespace) -> int:
+    "Tokens in one forward pass, as a user has it who says nothing."
+    from halos_nb.configs import LabelConfig
+
+    cfg = LabelConfig(samples_file="-", output_file="-", reward_model_path=a.model)
+    return cfg.token_budget
+
+
+def said_of(samples: list[dict], model, tokenizer, budget: int, counts: Counter) -> list[float]:
+    "The log-prob of each sample."
+    import torch
+    from halos_nb.models import choose_layout
+    from halos_nb.score import micro_batches, sample_trees
+    from halos_nb.trees import make_batch
+
+    layout = choose_layout(model, "auto", 1024).name
+    counts["layout", layout] += 1
+    trees = sample_trees(samples, tokenizer, 1024, counts).trees
+    said = [0.0] * len(samples)
+    for some in micro_batches(trees, budget, layout):
+        batch = make_batch(some, layout, tokenizer.pad_token_id or 0)
+        with torch.inference_mode():
+            sums = model(tree=batch).logps.sum(-1).tolist()
+        for i, value in zip([i for tree in some for i in tree.index], sums, strict=True):
+            said[i] = value
+    return said
+
+
+def scores_of(
+    samples: list[dict], model, tokenizer, budget: int, counts: Counter
+) -> list[float]:
+    "The score of each sample."
+    from halos_nb.score import score_samples
+
+    scored = score_samples(samples, model, tokenizer, token_budget=budget, counts=counts)
+    return [says.score for says in scored]
 
 
 def main():
-    a = arguments(__doc__, samples="", token_budget=0, no_share=False, scores="")
+    a = arguments(__doc__, samples="", token_budget=0, no_share=False, logps=False, scores="")
     if not a.samples:
         raise SystemExit("--samples: name a file of sample records")
-    from collections import Counter
     import torch
-    from halos_nb.configs import LabelConfig
-    from halos_nb.score import score_samples
-    from halos_nb.models import load_reward_model, load_tokenizer
+    from halos_nb.models import load_policy, load_reward_model, load_tokenizer
 
-    samples, counts = json.load(open(a.samples))[: a.n], Counter()
+    samples = json.load(open(a.samples))[: a.n]
     if a.no_share:
-        samples = [
-            s
-            | {"prompt": [{"role": "user", "content": f"{i:04d} {s['prompt'][0]['content']}"}]}
-            for i, s in enumerate(samples)
-        ]
-    model, tokenizer = load_reward_model(a.model, a.precision).eval(), load_tokenizer(a.model)
+        samples = alone(samples)
+    load = load_policy if a.logps else load_reward_model
+    model, tokenizer = load(a.model, a.precision).eval(), load_tokenizer(a.model)
     with torch.no_grad():
         model(input_ids=torch.randint(5, 1000, (2, 64)))
-    budget, tokens, meter = (
-        a.token_budget
-        or LabelConfig(
-            samples_file="-", output_file="-", reward_model_path=a.model
-        ).token_budget,
-        count_tokens(model),
-        Meter(),
-    )
-    with meter:
-        scored = profiled(
-            lambda: score_samples(
-                samples, model, tokenizer, token_budget=budget, counts=counts
-            ),
-            a.profile,
-        )
-    scores = [x.score for x in scored]
+    budget = a.token_budget or default_budget(a)
+    counts: Counter = Counter()
+    way = said_of if a.logps else scores_of
+    tokens, work, meter = count_tokens(model), Work(model), Meter()
+    with meter, torch.no_grad():
+        found = profiled(lambda: way(samples, model, tokenizer, budget, counts), a.profile)
     if a.scores:
-        json.dump(scores, open(a.scores, "w"))
+        json.dump(found, open(a.scores, "w"))
     report(
-        f"halos_nb:label:{a.precision}",
+        f"halos_nb:{'logps' if a.logps else 'label'}:{a.precision}",
         "samples",
         len(samples),
         meter,
         tokens=tokens[0],
-        mean=round(sum(scores) / len(scores), 5),
+        needed=work.positions,
+        operations=work.operations,
+        mean=round(sum(found) / len(found), 5),
         budget=budget,
-        counts=dict(+counts),
+        counts={str(key): value for key, value in (+counts).items()},
     )
 
 

@@ -2,7 +2,12 @@
 own, as one JSON line.
 """
 
-import argparse, json, os, resource, sys, time
+import argparse
+import json
+import os
+import resource
+import sys
+import time
 
 
 def arguments(doc: str, **defaults):
@@ -70,27 +75,34 @@ def count_tokens(*models) -> list[int]:
     return tokens
 
 
-def run_trainer(trainer, profile: bool = False) -> Meter:
-    """`trainer.train()` of a transformers Trainer, from its first step to its last; one tiny
-    pass goes before, for the costs of a first call.
-    """
+def warm(model):
+    "One tiny pass, for the costs of a first call."
     import torch
+
+    ids = torch.randint(5, 1000, (2, 64))
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    out.logits.float().sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def run_trainer(trainer, profile: bool = False) -> Meter:
+    """`trainer.train()` of a transformers Trainer, with what its callbacks do before the first
+    step and after the last.
+    """
     from transformers import TrainerCallback
 
-    ids, meter = torch.randint(5, 1000, (2, 64)), Meter()
-    trainer.model(
-        input_ids=ids, attention_mask=torch.ones_like(ids)
-    ).logits.float().sum().backward()
-    trainer.model.zero_grad(set_to_none=True)
+    meter = Meter()
 
-    class Clock(TrainerCallback):
+    class Start(TrainerCallback):
         def on_train_begin(self, *_, **kw):
             meter.start()
 
+    class Stop(TrainerCallback):
         def on_train_end(self, *_, **kw):
             meter.stop()
 
-    trainer.add_callback(Clock())
+    trainer.callback_handler.callbacks.insert(0, Start())
+    trainer.add_callback(Stop())
     profiled(trainer.train, profile)
     return meter
 
