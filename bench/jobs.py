@@ -5,6 +5,8 @@ of them.
 from pathlib import Path
 from typing import NamedTuple
 
+from sample import VLLM_PYTHON
+
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared/peers"
 
@@ -174,10 +176,12 @@ def labelling_cases(own: Path, other: Path, least: tuple, data: dict) -> list[Ca
     "Beside what users write, and TRL's own way."
     batch = known_peer("label", "batch", model=other, **data)
     predict = known_peer("label", "trl_predict", model=other, **data)
+    as_ours = known_peer("label", "trl_predict_fp32", model=other, **data)
     return [
         Case("halos_nb", label(model=own, **data)),
         Case("padded batch of 16", batch, True, least[0]),
         Case("TRL predict (bf16)", predict, True, least[1], precision="bfloat16"),
+        Case("TRL predict", as_ours, True),
     ]
 
 
@@ -193,14 +197,18 @@ def labelling_jobs(inputs: Path, n: int) -> Jobs:
 
 
 def sampling_jobs(inputs: Path, n: int) -> Jobs:
-    "Beside transformers' `generate`."
+    """Beside transformers' `generate` at its best batch, and vLLM where `make vllm` was. With
+    two threads, too: `python bench/sample.py --compare`.
+    """
     data = dict(token_budget=0, model=inputs / "small", pairs=inputs / "pairs.jsonl", n=n)
-    return {
-        "sampling": [
-            Case("halos_nb", ours("sample", **data)),
-            Case("transformers generate", ours("sample", way="transformers", **data)),
-        ],
-    }
+    generate = ours("sample", way="transformers", **data)
+    cases = [
+        Case("halos_nb", ours("sample", **data)),
+        Case("transformers generate, its best batch", generate, least=2.6),
+    ]
+    if VLLM_PYTHON.exists():
+        cases.append(Case("vLLM on CPU", ours("sample", way="vllm", **data)))
+    return dict(sampling=cases)
 
 
 def long_prompt_jobs(inputs: Path, n: int) -> Jobs:
@@ -241,9 +249,9 @@ def small_jobs(inputs: Path, n: int) -> Jobs:
 
 
 def real_jobs(inputs: Path, model: Path, n: int) -> Jobs:
-    "All of `make bench-real`; n short pairs, 8 to a step, and twice as many samples."
+    "All of `make bench-real`; n short pairs, 8 to a step, and four times as many samples."
     pairs = dict(model=model, pairs=inputs / "pairs.jsonl", n=n)
-    samples = dict(model=model, samples=inputs / "samples.json", n=2 * n)
+    samples = dict(model=model, samples=inputs / "samples.json", n=4 * n)
 
     def rows(least: float | None) -> Case:
         command = peer("label", "batch", **samples)

@@ -7,7 +7,9 @@ import json
 from collections import Counter
 
 from meter import Meter, arguments, count_tokens, profiled, report
-from work import Work
+from work import Costs, Work
+
+LONGEST = 1024  # tokens of a prompt and its answer
 
 
 def alone(samples: list[dict]) -> list[dict]:
@@ -27,34 +29,53 @@ def default_budget(a: argparse.Namespace) -> int:
     return cfg.token_budget
 
 
-def said_of(samples: list[dict], model, tokenizer, budget: int, counts: Counter) -> list[float]:
+def choose_once(model) -> str:
+    """The layout, chosen before the clock starts: once a process, as loading is. Scoring is
+    told it, for it would choose again.
+    """
+    from halos_nb import score
+
+    layout = score.choose_layout(model, "auto", LONGEST)
+    score.choose_layout = lambda *_: layout
+    return layout.name
+
+
+def said_of(samples: list[dict], model, tokenizer, budget: int, layout: str) -> list[float]:
     "The log-prob of each sample."
     import torch
-    from halos_nb.models import choose_layout
     from halos_nb.score import micro_batches, sample_trees
     from halos_nb.trees import make_batch
 
-    layout = choose_layout(model, "auto", 1024).name
-    counts["layout", layout] += 1
-    trees = sample_trees(samples, tokenizer, 1024, counts).trees
+    trees = sample_trees(samples, tokenizer, LONGEST, Counter()).trees
     said = [0.0] * len(samples)
     for some in micro_batches(trees, budget, layout):
         batch = make_batch(some, layout, tokenizer.pad_token_id or 0)
         with torch.inference_mode():
             sums = model(tree=batch).logps.sum(-1).tolist()
-        for i, value in zip([i for tree in some for i in tree.index], sums, strict=True):
+        numbers = [i for tree in some for i in tree.index]
+        for i, value in zip(numbers, sums, strict=True):
             said[i] = value
     return said
 
 
-def scores_of(
-    samples: list[dict], model, tokenizer, budget: int, counts: Counter
-) -> list[float]:
+def scores_of(samples: list[dict], model, tokenizer, budget: int, layout: str) -> list[float]:
     "The score of each sample."
     from halos_nb.score import score_samples
 
-    scored = score_samples(samples, model, tokenizer, token_budget=budget, counts=counts)
+    scored = score_samples(samples, model, tokenizer, max_length=LONGEST, token_budget=budget)
     return [says.score for says in scored]
+
+
+def needed_for(samples: list[dict], model, tokenizer) -> Work:
+    "What one pass over them needs."
+    import torch
+    from halos_nb.score import sample_trees
+
+    work = Work()
+    with torch.no_grad():
+        trees = sample_trees(samples, tokenizer, LONGEST, Counter()).trees
+        work.add(Costs(model), trees)
+    return work
 
 
 def main():
@@ -72,11 +93,12 @@ def main():
     with torch.no_grad():
         model(input_ids=torch.randint(5, 1000, (2, 64)))
     budget = a.token_budget or default_budget(a)
-    counts: Counter = Counter()
+    layout = choose_once(model)
+    work = needed_for(samples, model, tokenizer)
     way = said_of if a.logps else scores_of
-    tokens, work, meter = count_tokens(model), Work(model), Meter()
+    tokens, meter = count_tokens(model), Meter()
     with meter, torch.no_grad():
-        found = profiled(lambda: way(samples, model, tokenizer, budget, counts), a.profile)
+        found = profiled(lambda: way(samples, model, tokenizer, budget, layout), a.profile)
     if a.scores:
         json.dump(found, open(a.scores, "w"))
     report(
@@ -88,8 +110,8 @@ def main():
         needed=work.positions,
         operations=work.operations,
         mean=round(sum(found) / len(found), 5),
+        layout=layout,
         budget=budget,
-        counts={str(key): value for key, value in (+counts).items()},
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,12 @@ def test_what_a_run_asks_before_its_first_step_is_counted(small):
     data = ["--groups", small / "groups.json", "--n", "2", "--loss", "grpo"]
     told = run_bench("training.py", small, *data, "--layout", "tree")
     tokenizer = load_tokenizer(small / "model")
-    trees = trees_from_samples(json.loads((small / "samples.json").read_text()), tokenizer)
+    samples = json.loads((small / "samples.json").read_text())
+    trees = trees_from_samples(samples, tokenizer, 1024, 512, Counter())
     assert told["old_policy"].startswith("pass") and told["n"] == 4
-    assert told["needed"] == 3 * sum(tree.tokens for tree in trees)
+    # who scores reads the newline behind an end, who trains does not
+    tokens = sum(tree.tokens - len(tree.branches) for tree in trees)
+    assert told["needed"] == 3 * tokens
 
 
 @pytest.mark.parametrize("more", [[], ["--logps"]])
