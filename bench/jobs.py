@@ -58,7 +58,8 @@ def known_peer(job: str, preset: str, **options) -> str:
         return peer(job, preset, **options)
     if job == "label":
         return f"{SHARED / 'label_transformers.py'} {flags(dict(mode=preset) | options)}"
-    if batch := options.pop("batch", None):
+    batch = options.pop("batch", None)
+    if batch and preset != "default":
         options |= dict(batch=1, accum=batch)
     return f"{SHARED / f'trl_{job}.py'} {flags(dict(preset=preset) | options)}"
 
@@ -109,15 +110,15 @@ def paired_jobs(inputs: Path, n: int) -> Jobs:
     "Reward model and DPO."
     data = dict(pairs=inputs / "pairs.jsonl", n=n)
     small, big = inputs / "small", inputs / "big"
-    half = dict(pairs=inputs / "pairs.jsonl", n=max(1, n // 2))
+    half = dict(model=big, pairs=inputs / "pairs.jsonl", n=max(1, n // 2), batch=8)
     reward = dict(float32=(1.6, 2.6), bfloat16=(1.5, 2.5))
     preference = dict(float32=(2.4, None), bfloat16=(2.4, 4.5))
     scorers = inputs / "rm2", inputs / "rm1"
     found = in_both("bradley-terry", "rm", *scorers, reward, None, data)
     found |= in_both("dpo", "dpo", small, small, preference, 0.6, data)
     found["DPO 64k vocabulary"] = [
-        Case("halos_nb", train("dpo", model=big, batch=8, **half)),
-        Case("TRL best settings", known_peer("dpo", "best_fp32", model=big, **half), True, 3.0),
+        Case("halos_nb", train("dpo", **half)),
+        Case("TRL best settings", known_peer("dpo", "best_fp32", **half), True, 3.0),
     ]
     return found
 
