@@ -29,7 +29,7 @@ from .configs import SampleConfig
 from .data import Dataset, Example
 from .hub_sets import load_data
 from .templates import tokenizer_hash
-from .trees import Tree, make_batch, pack_trees
+from .trees import Tree, make_batch, pack_trees, split_tree
 from .processes import in_turns
 from .generate import Row, cut_at_stop
 
@@ -93,7 +93,10 @@ def answer_logps(
 ) -> list[float]:
     "Log-probability of each whole answer given its prompt."
     logps = [0.0] * len(rows)
-    for trees in pack_trees(answer_trees(rows, answers), token_budget, layout):
+    parts = []
+    for tree in answer_trees(rows, answers):
+        parts += split_tree(tree, token_budget, layout)
+    for trees in pack_trees(parts, token_budget, layout):
         batch = make_batch(trees, layout, 0).to(model.device)
         sums = model(tree=batch).logps.double().sum(1).tolist()
         numbers = [i for tree in trees for i in tree.index]

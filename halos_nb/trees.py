@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SLACK', 'TOKENS_ONLY', 'Tree', 'as_tree', 'make_tree', 'Segment', 'TreeBatch', 'Place', 'Rows', 'plain_rows',
            'tree_rows', 'where_to_look', 'padded', 'make_batch', 'groups_of_like_length', 'tree_mask', 'longest_first',
-           'pack_trees', 'Work', 'balance_trees', 'group_by_prompt', 'trees_from_samples', 'name_of',
+           'pack_trees', 'Work', 'balance_trees', 'split_tree', 'group_by_prompt', 'trees_from_samples', 'name_of',
            'answer_of_sample']
 
 # %% ../nbs/11_trees.ipynb #d2309493
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -493,6 +494,27 @@ def balance_trees(
         shares[rank].append(number)
         load[rank] += todo[number]
     return [[trees[i] for i in sorted(share)] for share in shares]
+
+# %% ../nbs/11_trees.ipynb #ae093827
+def split_tree(
+    tree: Tree,
+    token_budget: int,  # tokens in one forward pass
+    layout: str,  # tree or plain
+    most: float = math.inf,  # branches in one forward pass
+) -> list[Tree]:
+    "The tree, or several with the prompt and some of its branches each, if it is too large."
+    prompt = len(tree.prompt_ids)
+    once, each = (prompt, 0) if layout == "tree" else (0, prompt)  # what the prompt costs
+    parts: list[list[int]] = []
+    used = 0
+    for k, branch in enumerate(tree.branches):
+        cost = len(branch) + each
+        if not parts or used + cost > token_budget or len(parts[-1]) >= most:
+            parts.append([])
+            used = once
+        parts[-1].append(k)
+        used += cost
+    return [tree.pick(branches) for branches in parts]
 
 # %% ../nbs/11_trees.ipynb #e628dbeb
 def group_by_prompt(samples: list[dict]) -> list[list[int]]:
