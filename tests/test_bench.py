@@ -136,10 +136,22 @@ def test_labelling_is_measured(more, small):
 
 
 def test_sampling_is_measured(small):
-    told = run_bench(
-        "sample.py", small, "--pairs", small / "pairs.jsonl", "--n", "2", "--new", "4"
+    flags = ["--pairs", small / "pairs.jsonl", "--n", "2", "--new", "4"]
+    ours = run_bench("sample.py", small, *flags)
+    assert ours["tokens"] > 0 and 0 < ours["mean_length"] <= 4
+    theirs = run_bench("sample.py", small, *flags, "--way", "transformers", "--batches", "4,8")
+    best = max(theirs["by_batch"].values())
+    assert theirs["by_batch"][str(theirs["batch"])] == best
+    assert theirs["answers"] == ours["answers"] == 8
+
+
+@pytest.mark.parametrize("more", [[], ["--layout", "plain"], ["--way", "padded"]], ids=str)
+def test_scoring_of_samples_is_measured(small, more):
+    told = run_bench("kl.py", small, "--samples", small / "samples.json", *more)
+    assert told["n"] == 4 and 0 < told["needed"] <= told["tokens"]
+    assert told["logps"] == pytest.approx(
+        run_bench("kl.py", small, "--samples", small / "samples.json")["logps"], abs=1e-3
     )
-    assert told["tokens"] > 0
 
 
 # ---- operations
