@@ -63,7 +63,8 @@ def main():
     import torch
 
     from halos_nb.answers import answer_logps
-    from halos_nb.models import choose_layout, load_reference, load_tokenizer
+    from halos_nb.layouts import choose_layout
+    from halos_nb.models import load_reference, load_tokenizer
 
     tokenizer = load_tokenizer(a.model)
     model = load_reference(a.model, a.precision)
