@@ -1579,6 +1579,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.preload.is_readable': ('preload.html#is_readable', 'halos_nb/preload.py'),
                                   'halos_nb.preload.is_spoilt': ('preload.html#is_spoilt', 'halos_nb/preload.py'),
                                   'halos_nb.preload.main': ('preload.html#main', 'halos_nb/preload.py'),
+                                  'halos_nb.preload.needed_by': ('preload.html#needed_by', 'halos_nb/preload.py'),
                                   'halos_nb.preload.next_request': ('preload.html#next_request', 'halos_nb/preload.py'),
                                   'halos_nb.preload.preload': ('preload.html#preload', 'halos_nb/preload.py'),
                                   'halos_nb.preload.rank_variables': ('preload.html#rank_variables', 'halos_nb/preload.py'),
