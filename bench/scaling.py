@@ -11,7 +11,7 @@ others use this says little.
 import argparse, json, os, random, statistics, subprocess, sys, time
 from pathlib import Path
 
-from run import ours, peer
+from jobs import known_peer, ours
 
 HERE = Path(__file__).resolve().parent
 BASE = dict(answer=256, prompt=128, k=2, vocabulary=8192, trees=1)
@@ -107,8 +107,15 @@ def dpo(inputs: Path, n: int, trl: str, world: int) -> list[str]:
     "The command of a DPO run of `n` pairs, 16 a step: of ours, or of TRL with this Python."
     words = [sys.executable, *ours("dpo", model=inputs / "small", pairs="PAIRS", n=n).split()]
     if trl:
-        job = peer("dpo", "best_fp32", inputs / "small", "PAIRS", n).split()
-        words = [trl, *job, "--accum", str(16 // world)]
+        job = known_peer(
+            "dpo",
+            "best_fp32",
+            model=inputs / "small",
+            pairs="PAIRS",
+            n=n,
+            batch=16 // world,
+        )
+        words = [trl, *job.split()]
     words[words.index("PAIRS")] = str(inputs / "pairs.jsonl")
     return words if world == 1 else [words[0], *LAUNCH, *words[1:]]
 
