@@ -2075,6 +2075,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.train.common_options': ('train.html#common_options', 'halos_nb/train.py'),
                                 'halos_nb.train.control_tokens': ('train.html#control_tokens', 'halos_nb/train.py'),
                                 'halos_nb.train.fill_reference_logps': ('train.html#fill_reference_logps', 'halos_nb/train.py'),
+                                'halos_nb.train.is_asked_first': ('train.html#is_asked_first', 'halos_nb/train.py'),
                                 'halos_nb.train.load_model': ('train.html#load_model', 'halos_nb/train.py'),
                                 'halos_nb.train.loader_options': ('train.html#loader_options', 'halos_nb/train.py'),
                                 'halos_nb.train.main': ('train.html#main', 'halos_nb/train.py'),

@@ -533,7 +533,7 @@ def cache_reference_logps(
     trees: list[Tree],  # `reference` of each is filled
     # gives `reference(batch)` -> (K, S) log-probs; called only if something is missing
     make_reference: Callable[[], Callable[[TreeBatch], Tensor]],
-    folder: str | Path,  # of cache files
+    folder: str | Path | None,  # of cache files; None: nothing is kept on disk
     model_path: str,  # the reference's folder or name on the hub: its identity
     precision: str,  # the reference computes in
     layout: str,  # tree or plain
@@ -547,7 +547,7 @@ def cache_reference_logps(
 ) -> Counter:  # `reference_cached`, `reference_computed`: distinct branches
     "Fill every tree's reference log-probs, from files where they are known."
     cache = None
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and folder is not None:
         cache = open_cache(folder, model_path, precision, vocabulary)
     every = branches_of(trees)
     hashes = keys_of(every, passes or [], layout, precision)

@@ -31,7 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .records import Progress, append_jsonl, write_json
 from .configs import TrainConfig
 from .templates import MISSING, template_was_missing
-from .trees import TreeBatch, Work
+from .trees import TreeBatch, make_batch, Work
 from .checkpoints import SEALED, seal
 from .loaders import Step, TreeDataLoader
 from .processes import computing_in, gather_padded
@@ -436,7 +436,7 @@ def training_step(
 ) -> Tensor:  # () this process' share of the loss, times `num_processes`
     "Forward and backward over a step's micro-batches."
     batches = self.prepare(step)
-    self.remember_first(min(batches, key=lambda batch: batch.input_ids.numel()))
+    self.remember_first(batches)
     model.train()
     weight = 0 if step.idle else 1
     scale = weight * self.accelerator.num_processes / self.step_size(step)
@@ -635,27 +635,26 @@ def log_summary(self: TreeTrainer) -> dict[str, float]:
 
 # %% ../nbs/22_tree_trainer.ipynb #25411576
 def bits_of(weight: Tensor) -> int:
-    "A number that other bits would change: two sums, one of them by position."
+    "A number that other bits would change: two sums of each part, one of them by position."
     flat = weight.detach().contiguous().view(-1)
     # a weight of 0 takes the smallest step, which says nothing
-    nothing = 1e-12 * torch.linalg.vector_norm(flat, math.inf)
+    nothing = 1e-12 * torch.stack(flat.aminmax()).abs().max()
     as_ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    plain = torch.zeros((), dtype=torch.int64, device=flat.device)
-    placed = plain.clone()
-    for i, part in enumerate(flat.split(1 << 22)):
+    size = 1 << (18 if flat.device.type == "cpu" else 24)  # what fits into a cache
+    place = torch.arange(1, min(size, len(flat)) + 1, device=flat.device)
+    sums = []
+    for part in flat.split(size):
         kept = torch.where(part.abs() > nothing, part, 0)
         bits = kept.view(as_ints[kept.element_size()]).long()
-        place = torch.arange(1, len(bits) + 1, device=bits.device)
-        plain += bits.sum()
-        placed += (bits * place).sum() * (i + 1)
-    return hash((plain.item(), placed.item()))
+        sums.append(torch.stack([bits.sum(), (bits * place[: len(bits)]).sum()]))
+    return hash(tuple(torch.cat(sums).tolist()))
 
 
 def trained_bits(model: torch.nn.Module) -> dict[str, int]:
     "The bits of each weight that is trained, by name; a critic's value head does not count."
     found = {}
     for name, weight in model.named_parameters():
-        if weight.requires_grad and "value_head" not in name:
+        if weight.requires_grad and "value_head" not in name and weight.numel():
             found[name] = bits_of(weight)
     return found
 
@@ -672,9 +671,13 @@ def count_gradient(self: TreeTrainer, norm: float) -> None:
 
 
 @patch
-def remember_first(self: TreeTrainer, batch: TreeBatch) -> None:
-    "Keep a batch of a run's first step and what the model says of it before any step."
+def remember_first(self: TreeTrainer, batches: list[TreeBatch]) -> None:
+    "Keep the smallest tree of a run's first step and what the model says of it before."
     if self.progress_made.first is None:
+        trees = [tree for batch in batches for tree in batch.trees]
+        smallest = min(trees, key=lambda tree: tree.tokens)
+        own = make_batch([smallest], batches[0].layout, batches[0].pad_id)
+        batch = own.to(batches[0].input_ids.device)
         self.progress_made.first = batch, self.said_exactly(batch)
 
 
@@ -687,7 +690,7 @@ def said_exactly(self: TreeTrainer, batch: TreeBatch) -> Tensor:
 
 @patch
 def has_moved(self: TreeTrainer) -> bool:
-    "Whether the model says anything else of that batch, on any process."
+    "Whether the model says anything else of that tree, on any process."
     if self.progress_made.first is None:
         return True
     batch, before = self.progress_made.first
