@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm test-trl types air lab bench bench-real screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,6 +27,8 @@ help:
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
+	@echo 'make bench-gpu   one GPU, 8 minutes: attention, DPO, reward models, labelling and sampling beside TRL and transformers'
+	@echo 'make bench-gpu-wheels  first, where the GPU has no network: what its Python lacks, TRL among it, into build/gpu-wheels'
 	@echo 'make screenshots draw the pictures of the README again, from the demo run'
 	@echo 'make clean       remove caches and build outputs (not .venv, not runs/)'
 	@echo 'make clean-runs  remove everything computed in runs/'
@@ -124,6 +126,24 @@ build/real-model/config.json:
 	@echo '== Making the real model in build/real-model, once: a minute, 1.1 GB (log: build/real-model.log)'
 	@mkdir -p build && { python -m pip install -q --no-deps --target build/gguf 'gguf>=0.19,<1' && PYTHONPATH=build/gguf python ../shared/tools/real_model.py build/real-model; } >build/real-model.log 2>&1 \
 		|| { tail -n 3 build/real-model.log; rm -rf build/real-model; exit 1; }
+
+# One GPU, in the Python there is (PyTorch 2.11, transformers 5.17): nothing is installed into it. `BENCH=--smoke`: tiny, on the CPU.
+GPU_PYTHON ?= python3
+GPU_WHEELS ?= build/gpu-wheels
+
+bench-gpu:
+	@$(GPU_PYTHON) bench/gpu.py $(if $(wildcard $(GPU_WHEELS)/*.whl),--wheels $(GPU_WHEELS)) $(BENCH)
+
+# What a GPU machine's Python (GPU_VERSION) may lack; a few megabytes, to be carried there with the repository.
+GPU_VERSION ?= 3.12
+
+bench-gpu-wheels:
+	@rm -rf $(GPU_WHEELS) && mkdir -p $(GPU_WHEELS)
+	@$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_VERSION) \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		-c constraints.txt -d $(GPU_WHEELS) 'trl==1.16.*' liger-kernel datasets dill multiprocess httpx \
+		pydantic pydantic-core annotated-types orjson fastcore tyro docstring-parser typeguard
+	@du -sh $(GPU_WHEELS)
 
 # The peer has an environment of its own, with the same versions of what both use.
 build/trl-venv/installed: constraints.txt

@@ -119,8 +119,9 @@ def generate_as_users_do(model, prompts, batch: int, a, ends, pad):
     for start in range(0, len(prompts), at_once):
         some = prompts[start : start + at_once]
         width = max(map(len, some))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in some])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some])
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in some], device=model.device)
+        real = [[0] * (width - len(p)) + [1] * len(p) for p in some]
+        mask = torch.tensor(real, device=model.device)
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=mask, generation_config=settings)
         answers += out[:, width:].tolist()
