@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 PROFILES = {
     "server1": Profile(name="server1"),
     "server2": Profile(name="server2", num_processes=2),
-    "waiting1": Profile(name="waiting1", cpu=False),
-    "waiting2": Profile(name="waiting2", cpu=False, num_processes=2),
+    "waiting1": Profile(name="waiting1", launcher="accelerate"),
+    "waiting2": Profile(name="waiting2", num_processes=2, launcher="accelerate"),
 }
 
 
@@ -68,7 +68,7 @@ def own_work(stage: str, folder: Path, scratch: Path, processes: int) -> float:
     if not (pid := os.fork()):
         os.environ.update(HALOS_NB_PROGRESS=os.devnull, ACCELERATE_USE_CPU="true")
         if processes > 1:
-            become_rank(processes, [])
+            become_rank(processes)
         sys.argv[1:] = ["--config", str(config)]
         sys.modules.pop(f"halos_nb.{stage}")
         runpy.run_module(f"halos_nb.{stage}", run_name="__main__", alter_sys=True)

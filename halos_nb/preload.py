@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FILE_CLOCK_LAG', 'PER_JOB', 'LAUNCHER_SAYS', 'LIBRARIES', 'STAGES', 'STAGES_NEED', 'SERVERS', 'SERVERS_LOCK',
            'changed_at', 'file_times', 'end_without', 'supervisor', 'preload', 'Request', 'receive', 'hold_port',
-           'rank_variables', 'ranks_that_failed', 'say_at_once', 'end_launcher', 'run_anew', 'is_spoilt', 'become_rank',
-           'default_signals', 'fork_job', 'is_readable', 'next_request', 'serve', 'wait_for_jobs', 'wait_for_turn',
-           'needed_by', 'main', 'ForkedProcess', 'shared', 'PreloadServer', 'ask', 'fork_from', 'can_fork',
-           'expect_jobs', 'fork']
+           'rank_variables', 'ranks_that_failed', 'say_at_once', 'end_launcher', 'become_rank', 'default_signals',
+           'fork_job', 'is_readable', 'next_request', 'serve', 'wait_for_jobs', 'wait_for_turn', 'needed_by', 'main',
+           'ForkedProcess', 'shared', 'PreloadServer', 'ask', 'fork_from', 'expect_jobs', 'fork']
 
 # %% ../nbs/51_preload.ipynb #cf957a66
 import gc
@@ -27,7 +26,7 @@ import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import psutil
 from fastcore.basics import patch
@@ -177,20 +176,8 @@ def end_launcher(failed: dict[int, int]) -> None:
     os._exit(bool(failed))
 
 # %% ../nbs/51_preload.ipynb #357b70bd
-def run_anew(command: list[str]) -> NoReturn:
-    "Replace this process by a new Python that runs a module."
-    os.execv(sys.executable, [sys.executable, "-m", *command])
-
-
-def is_spoilt() -> bool:
-    "Whether this copy cannot do the work of a rank."
-    # Relies on: torch knows in a copy whether CUDA was begun before the fork.
-    return sys.platform != "linux" or importlib.import_module("torch").cuda._is_in_bad_fork()
-
-
 def become_rank(
     processes: int,  # how many ranks
-    command: list[str],  # the stage's module and arguments
 ) -> None:
     "Fork the ranks, in which this returns; the launcher itself ends with the last of them."
     held = hold_port()
@@ -199,8 +186,6 @@ def become_rank(
         pid = os.fork()
         if pid == 0:
             os.environ.update(rank_variables(rank, processes, held.getsockname()[1]))
-            if is_spoilt():
-                run_anew(command)
             sys.excepthook = say_at_once
             return
         ranks[pid] = rank
@@ -232,10 +217,9 @@ def fork_job(channel: socket.socket, request: Request) -> list[str] | None:
         os._exit(0)  # the supervisor's work is done
     default_signals()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    command = [request.module, *request.args]
     if request.processes > 1:
-        become_rank(request.processes, command)
-    return command
+        become_rank(request.processes)
+    return [request.module, *request.args]
 
 # %% ../nbs/51_preload.ipynb #793dced9
 def is_readable(file: int | socket.socket, seconds: float = 0) -> bool:
@@ -304,7 +288,7 @@ def wait_for_turn(
         end_without(owner)
         time.sleep(0.02)
     if file_times() != known:
-        run_anew(anew)
+        os.execv(sys.executable, [sys.executable, "-m", *anew])
 
 # %% ../nbs/51_preload.ipynb #55e66047
 LIBRARIES = ("torch", "transformers", "tyro", "halos_nb.models")
@@ -326,7 +310,7 @@ def main() -> None:
         anew = ["halos_nb.preload", *words] if several else command
         wait_for_turn(needed_by(command[0]), Path(words[-1]), anew)
         if several:
-            become_rank(int(number), command)
+            become_rank(int(number))
     else:
         command = serve(*STAGES_NEED)
     if command:
@@ -467,11 +451,6 @@ def fork_from(
 # %% ../nbs/51_preload.ipynb #91123077
 SERVERS: list[PreloadServer] = []  # one at most
 SERVERS_LOCK = threading.Lock()
-
-
-def can_fork(cpu: bool) -> bool:
-    "Whether such a stage can be a copy of a server."
-    return sys.platform == "linux" and cpu
 
 # %% ../nbs/51_preload.ipynb #5e49dcf9
 def expect_jobs(env: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from halos_nb.settings import Profile
 HERE = Path(__file__).parent
 ONE = Profile()
 TWO = Profile(name="cpu2", num_processes=2)
+LAUNCHERS = ("fork", "accelerate")
 NEEDS_LINUX = pytest.mark.skipif(
     sys.platform != "linux", reason="the supervisor's guarantee needs Linux"
 )
@@ -48,12 +50,13 @@ def alive(folder):
     return found
 
 
-def maps_torch(job):
-    "Whether a process of the job has begun to import torch."
-    for process in psutil.Process(job.process.pid).children(recursive=True):
-        if any("torch" in m.path for m in process.memory_maps()):
-            return True
-    return False
+def maps_torch(job, processes=1):
+    "Whether so many processes of the job have begun to import torch."
+    found = 0
+    for child in psutil.Process(job.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a launcher asks commands that are soon over
+            found += any("torch" in m.path for m in child.memory_maps())
+    return found >= processes
 
 
 def until(condition, seconds, what):
@@ -70,7 +73,8 @@ from halos_nb.configs import SampleConfig
 from halos_nb.settings import Profile
 from halos_nb.jobs import launch
 cfg = SampleConfig(model="hang", output_file="{out}")
-job = launch("sample", cfg, Profile(num_processes=2), "{folder}", module="tiny_stage")
+two = Profile(num_processes=2, launcher="{launcher}")
+job = launch("sample", cfg, two, "{folder}", module="tiny_stage")
 job.wait()
 """
 
@@ -80,9 +84,10 @@ def code_cell(number, source):
     return cell | dict(outputs=[], execution_count=None)
 
 
-def papermill(folder, cell=CELL):
+def papermill(folder, cell=CELL, launcher="auto"):
     "A notebook under papermill: this cell, and one that leaves a file `next`."
-    sources = [cell.format(out=folder / "out", folder=folder), f"open('{folder}/next', 'w')"]
+    filled = cell.format(out=folder / "out", folder=folder, launcher=launcher)
+    sources = [filled, f"open('{folder}/next', 'w')"]
     kernel = dict(name="python3", display_name="python3", language="python")
     notebook = dict(
         cells=[code_cell(i, source) for i, source in enumerate(sources)],

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from job_helpers import CELL, NEEDS_LINUX, ONE, alive, papermill, start, until
+from job_helpers import CELL, LAUNCHERS, NEEDS_LINUX, ONE, alive, papermill, start, until
 
 from halos_nb.configs import SampleConfig
 from halos_nb.failures import StageError
 from halos_nb.jobs import launch
+from halos_nb.preload import LAUNCHER_SAYS
 from halos_nb.settings import Profile
 
 pytestmark = [
@@ -24,9 +25,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("n", [1, 2])
-def test_runs_the_processes_asked_for(n, tmp_path):
-    job = start("gather", tmp_path, Profile(num_processes=n, threads=1))
+def test_runs_the_processes_asked_for(n, launcher, tmp_path):
+    job = start("gather", tmp_path, Profile(num_processes=n, launcher=launcher, threads=1))
     job.wait()
     total, found, asked, device, threads = json.loads((tmp_path / "out").read_text())
     assert total == n * (n + 1) // 2
@@ -41,6 +43,7 @@ def test_runs_the_processes_asked_for(n, tmp_path):
 KILLED = "killed by SIGKILL (out of memory, or by hand)"
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
     "n, mode, says, code",
     [
@@ -53,8 +56,8 @@ KILLED = "killed by SIGKILL (out of memory, or by hand)"
         (2, "quiet", "exit code 7", 7),
     ],
 )
-def test_failure_is_raised_with_its_cause(n, mode, says, code, tmp_path):
-    job = start(mode, tmp_path, Profile(num_processes=n))
+def test_failure_is_raised_with_its_cause(n, mode, says, code, launcher, tmp_path):
+    job = start(mode, tmp_path, Profile(num_processes=n, launcher=launcher))
     with pytest.raises(StageError, match=re.escape(says)) as raised:
         job.wait()
     error = raised.value
@@ -70,6 +73,8 @@ def test_failure_is_raised_with_its_cause(n, mode, says, code, tmp_path):
     if mode == "raise":
         assert error.traceback.count("Traceback") == 2
         assert "KeyError: 'reward'" in error.traceback
+    says_ours = LAUNCHER_SAYS in job.file("log").read_text()
+    assert says_ours == (n == 2 and launcher == "fork")
     assert not alive(tmp_path)
 
 
@@ -122,12 +127,13 @@ def pid_of(folder, what):
     return launcher.pid if what == "launcher" else min(p.pid for p in launcher.children())
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
     "death",
     ["papermill TERM", "papermill KILL", "papermill INT", "launcher KILL", "rank KILL"],
 )
-def test_nothing_outlives_its_notebook(death, tmp_path):
-    notebook = papermill(tmp_path)
+def test_nothing_outlives_its_notebook(death, launcher, tmp_path):
+    notebook = papermill(tmp_path, launcher=launcher)
     until((tmp_path / "out").exists, 120, "both ranks running")
     assert len(alive(tmp_path)) == 4  # supervisor, launcher, two ranks
     who, how = death.split()
@@ -161,10 +167,12 @@ def reply_to(client, request):
             return reply["content"]
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("death", ["interrupt", "KILL"])
-def test_nothing_outlives_its_kernel(death, tmp_path, kernel):
+def test_nothing_outlives_its_kernel(death, launcher, tmp_path, kernel):
     manager, client = kernel
-    request = client.execute(CELL.format(out=tmp_path / "out", folder=tmp_path))
+    cell = CELL.format(out=tmp_path / "out", folder=tmp_path, launcher=launcher)
+    request = client.execute(cell)
     until((tmp_path / "out").exists, 120, "both ranks running")
     if death == "interrupt":
         manager.interrupt_kernel()
@@ -181,7 +189,8 @@ def test_nothing_outlives_its_kernel(death, tmp_path, kernel):
 def test_a_notebook_keeps_one_line(tmp_path, kernel):
     _, client = kernel
     said = []
-    cell = CELL.format(out=tmp_path / "out", folder=tmp_path).replace("hang", "gather")
+    cell = CELL.format(out=tmp_path / "out", folder=tmp_path, launcher="auto")
+    cell = cell.replace("hang", "gather")
     client.execute_interactive(
         cell,
         timeout=120,

@@ -202,33 +202,31 @@ def test_two_ledgers_in_one_process_the_later_takes_over(run):
 # ---- what is preloaded or started before its turn
 
 
-@pytest.fixture
-def no_server(monkeypatch):
-    "As with several processes, or a GPU."
-    monkeypatch.setattr(jobs, "can_fork", lambda cpu, num_processes: False)
+# as with a GPU: no stage is a copy of a server
+APART = Profile(launcher="accelerate")
 
 
-def test_the_next_stage_is_preloaded_before_its_turn(run, no_server):
+def test_the_next_stage_is_preloaded_before_its_turn(run):
     seen = []
 
     def watch(job, **shown):
         seen.append((job, ledger.waiting and ledger.waiting[1]))
         quiet(job)
 
-    with Ledger(run, ONE, watch=watch) as ledger:
+    with Ledger(run, APART, watch=watch) as ledger:
         assert in_order(ledger, chain(run)) == [True] * 3
     (_, first_waits), (second, second_waits), (third, nobody_waits) = seen
     assert second is first_waits
     assert third is second_waits
     assert nobody_waits is None
     changed = chain(run, word="c")
-    with Ledger(run, ONE, watch=watch) as ledger:
+    with Ledger(run, APART, watch=watch) as ledger:
         assert ledger.run(changed[0], then=changed[1])
     assert seen[-1][1] is None  # it was finished before and may be skipped
 
 
 @pytest.mark.parametrize("case", ["another comes", "it dies", "nothing comes", "interrupt"])
-def test_who_waits_in_vain_is_gone(run, case, no_server):
+def test_who_waits_in_vain_is_gone(run, case):
     one, two, three = chain(run)
 
     def watch(job, **shown):
@@ -236,7 +234,7 @@ def test_who_waits_in_vain_is_gone(run, case, no_server):
         if case == "interrupt":
             raise KeyboardInterrupt
 
-    ledger = Ledger(run, ONE, watch=watch)
+    ledger = Ledger(run, APART, watch=watch)
     try:
         ledger.run(one, then=three if case == "another comes" else two)
     except KeyboardInterrupt:
@@ -251,11 +249,11 @@ def test_who_waits_in_vain_is_gone(run, case, no_server):
         assert ledger.run(two)
         assert (run / "round-2/out").exists()
     else:
-        Ledger(run, ONE, watch=quiet).close()  # a later cell takes the run over
+        Ledger(run, APART, watch=quiet).close()  # a later cell takes the run over
     assert waiting.poll() is not None
     assert waiting.process.poll() is not None
     ledger.close()
-    assert go(run, chain(run))[2]
+    assert go(run, chain(run), APART)[2]
 
 
 def test_a_stage_that_was_started_while_somebody_looked(run):
@@ -301,10 +299,8 @@ def test_a_stage_that_was_started_on_what_is_no_longer_true(run, change):
     assert text.endswith("other\n") == (change == "config")
 
 
-def test_copies_of_a_server_end_in_the_same_bits(run, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "can_fork", lambda cpu, num_processes: False)
-        assert all(go(run, chain(run, 4)))
+def test_copies_of_a_server_end_in_the_same_bits(run):
+    assert all(go(run, chain(run, 4), APART))
     bits = hashes(run, 4)
     jobs.prepare(ONE)
     assert preload.SERVERS[0].is_ready(120)

@@ -91,6 +91,17 @@ def test_a_copy_ends_as_a_process_of_its_own_does(n, mode, says, code, tmp_path,
     assert not alive(tmp_path)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_who_asks_for_accelerate_gets_no_copy(n, tmp_path, server):
+    apart = Profile(num_processes=n, launcher="accelerate")
+    assert not prepare(apart)
+    job = start("gather", tmp_path, apart)
+    job.wait()
+    assert not isinstance(job.process, ForkedProcess)
+    assert json.loads((tmp_path / "out").read_text())[:3] == [n * (n + 1) // 2, n, n]
+    assert preload.SERVERS == [server]
+
+
 def test_a_server_computes_nothing_and_holds_no_gpu(server):
     "What threads hold at a fork stays locked in the copy."
     process = Path(f"/proc/{server.process.pid}")
@@ -305,38 +316,30 @@ def test_a_waiting_process_whose_code_was_changed_begins_anew(waiting, tmp_path)
     assert waiting.file("log").read_text() == "False 2 good\n"
 
 
-SPOILT = """
-import torch
-torch.cuda._is_in_bad_fork = lambda: True
-"""
-
-
-@pytest.mark.parametrize("changed, said", [(False, "True 1 good"), (True, "True 2 good")])
-def test_ranks_are_copies_of_what_has_imported(changed, said, tmp_path, module):
-    "Of fresh code, if it was changed meanwhile."
+@pytest.mark.parametrize(
+    "launcher, changed, said",
+    [
+        ("fork", False, "True 1 good"),
+        ("fork", True, "True 2 good"),
+        ("accelerate", False, "True 1 good"),
+        ("accelerate", True, "False 2 good"),  # a rank of its own begins anew by itself
+    ],
+)
+def test_ranks_have_imported_before_their_turn(launcher, changed, said, tmp_path, module):
+    "Fresh code, if it was changed meanwhile."
+    two = Profile(num_processes=2, launcher=launcher)
     module("lent", "x = 1")
     os.utime(tmp_path / "lent.py", (1, 1))
     module("which", WHICH)
     module("sitecustomize", "import lent")
-    job = launch("sample", None, TWO, tmp_path / "run", module="which")
-    until(lambda: maps_torch(job), 60, "importing")
+    job = launch("sample", None, two, tmp_path / "run", module="which")
+    # the one that will fork, or a launcher and its two ranks
+    until(lambda: maps_torch(job, 1 if two.forks else 3), 120, "importing")
     if changed:
         (tmp_path / "lent.py").write_text("x = 2")
-    job.give_config(SampleConfig(model="good"), TWO)
+    job.give_config(SampleConfig(model="good"), two)
     job.wait(show=False)
     assert job.file("log").read_text() == f"{said}\n" * 2
-
-
-def test_ranks_of_a_process_that_has_touched_a_gpu_are_new_pythons(tmp_path, module):
-    "No GPU is here: what torch would say in such a copy is said for it."
-    module("halos_touching", SPOILT)
-    module("which", WHICH.replace("import lent", "lent = type('', (), dict(x=1))"))
-    code = "import sys, halos_touching; from halos_nb.preload import become_rank; "
-    code += "become_rank(2, ['which', *sys.argv[1:]])"
-    (tmp_path / "config.json").write_text('{"model": "good"}')
-    words = [sys.executable, "-c", code, "--config", str(tmp_path / "config.json")]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert ended.stdout == "False 1 good\n" * 2, ended.stderr
 
 
 def test_two_jobs_side_by_side_meet_at_ports_of_their_own(tmp_path, server):
@@ -349,10 +352,13 @@ def test_two_jobs_side_by_side_meet_at_ports_of_their_own(tmp_path, server):
         assert json.loads((job.folder / "out").read_text())[:3] == [3, 2, 2]
 
 
-def test_nothing_of_a_waiting_job_is_left(tmp_path):
-    job = launch("sample", None, TWO, tmp_path, module="tiny_stage")
-    until(lambda: maps_torch(job), 120, "one that imports")
-    assert len(alive(tmp_path)) == 2  # there are no ranks before their turn
+@pytest.mark.parametrize("launcher, importing, there", [("fork", 1, 2), ("accelerate", 3, 4)])
+def test_nothing_of_a_waiting_job_is_left(launcher, importing, there, tmp_path):
+    "There are no forked ranks before their turn."
+    two = Profile(num_processes=2, launcher=launcher)
+    job = launch("sample", None, two, tmp_path, module="tiny_stage")
+    until(lambda: maps_torch(job, importing), 120, "importing")
+    assert len(alive(tmp_path)) == there
     job.process.stdin.close()
     until(lambda: not alive(tmp_path), 15, "all gone")
     assert job.process.wait(5) == 0

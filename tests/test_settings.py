@@ -171,3 +171,30 @@ def test_our_file_is_accelerate_s(tmp_path):
         env = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")}
         env[name] = str(tmp_path)
         subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=60)
+
+
+# ---- how processes start
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("launcher", ["auto", "fork", "accelerate"])
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_only_a_cpu_on_linux_forks(tmp_path, monkeypatch, cpu, launcher, system):
+    monkeypatch.setattr(sys, "platform", system)
+    file = tmp_path / "settings.ini"
+    file.write_text(f"[profile mine]\ncpu = {cpu}\nlauncher = {launcher}\n")
+    can = cpu and system == "linux"
+    if launcher == "fork" and not can:
+        why = "only Linux forks" if cpu else "CUDA does not survive a fork"
+        with pytest.raises(ValueError, match=f"launcher: fork: {why}.*use auto or accelerate"):
+            load_settings(file, env={})
+        return
+    profile = load_settings(file, env={}).get_profile("mine")
+    assert profile.forks == (can and launcher != "accelerate")
+
+
+def test_a_misspelt_launcher_is_an_error(tmp_path):
+    file = tmp_path / "settings.ini"
+    file.write_text("[profile mine]\nlauncher = torchrun\n")
+    with pytest.raises(ValueError, match="launcher: .*'auto', 'fork' or 'accelerate'"):
+        load_settings(file, env={})

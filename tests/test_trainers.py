@@ -39,6 +39,8 @@ from halos_nb.records import prompt_id, read_jsonl, write_records
 from halos_nb.train import load_model, loader_options, make_trainer, train
 from halos_nb.tree_trainer import Sums
 from halos_nb.trainers import TRAINERS, PPOTrainer
+from halos_nb.jobs import launch
+from halos_nb.settings import Profile
 
 BY_NAME = {cls.__name__: cls for cls in TRAINERS.values()}
 TOL = dict(rtol=1e-4, atol=1e-5)
@@ -391,6 +393,18 @@ def test_two_processes_train_the_same_model(both, name):
         assert [r["index"] for r in read_jsonl(two / "eval_scores.jsonl")] == list(range(7)), (
             "every held-out pair once, in order"
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
+def test_two_processes_train_the_same_weights_by_both_launchers(home):
+    trained = []
+    for launcher in ("fork", "accelerate"):
+        cfg = config(home, "dpo", f"by-{launcher}")
+        job = launch("train", cfg, Profile(num_processes=2, launcher=launcher), home / launcher)
+        job.wait(show=False)
+        trained.append(home / f"by-{launcher}")
+    assert apart(*trained) == 0
+    assert drift(*trained) == 0  # which makes sure that they have moved
 
 
 CLOCK = (
