@@ -88,16 +88,22 @@ def environment(a: argparse.Namespace) -> dict[str, str]:
     paths = [str(HERE.parent), *([str(a.site)] if a.wheels else [])]
     if os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
-    return os.environ | dict(
-        PYTHONPATH=os.pathsep.join(paths),
-        PYTHONUNBUFFERED="1",
-        PYTHONDONTWRITEBYTECODE="1",
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_OFFLINE="1",
-        TQDM_DISABLE="1",
-        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-        TRL_EXPERIMENTAL_SILENCE="1",
-        HALOS_NB_PROGRESS=os.devnull,
+    threads = dict(OMP_NUM_THREADS="1") if a.smoke else {}
+    return (
+        os.environ
+        | threads
+        | dict(
+            PYTHONPATH=os.pathsep.join(paths),
+            PYTHONUNBUFFERED="1",
+            PYTHONDONTWRITEBYTECODE="1",
+            TOKENIZERS_PARALLELISM="false",
+            HF_HUB_OFFLINE="1",
+            TQDM_DISABLE="1",
+            HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+            TRL_EXPERIMENTAL_SILENCE="1",
+            HALOS_NB_PROGRESS=os.devnull,
+            HF_HOME=str(a.work / "hf"),  # what others have cached is not found
+        )
     )
 
 
@@ -199,15 +205,14 @@ def read_arguments() -> argparse.Namespace:
     add("--only", default="", help="cases whose name begins with one of these, by commas")
     add("--seconds", type=float, default=465, help="of all together")
     add("--smoke", action="store_true", help="tiny, on the CPU")
-    add("--work", type=Path, help="folder for inputs and wheels (a new one)")
+    add("--work", type=Path, help="folder for inputs and wheels, kept (a new one, removed)")
     add("--case", help=argparse.SUPPRESS)
     add("--limit", type=float, default=600, help=argparse.SUPPRESS)
     add("--device", help=argparse.SUPPRESS)
     a = parser.parse_args()
     a.out = Path(a.out).resolve()
     a.lines = a.out / "results.jsonl"
-    a.work = (a.work or Path(tempfile.mkdtemp(prefix="bench-gpu-"))).resolve()
-    a.site = a.work / "site"
+    a.work = a.work and a.work.resolve()
     a.device = a.device or ("cpu" if a.smoke else "cuda")
     return a
 
@@ -216,6 +221,14 @@ def main():
     a = read_arguments()
     if a.case:
         return run_case(a)
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        a.work = a.work or Path(folder)
+        measure(a)
+
+
+def measure(a: argparse.Namespace):
+    "All that is wanted, and the table."
+    a.site = a.work / "site"
     a.out.mkdir(parents=True, exist_ok=True)
     for name in (a.lines, a.out / "log.txt"):
         name.unlink(missing_ok=True)
