@@ -10,7 +10,7 @@ import warnings
 from itertools import islice
 from pathlib import Path
 
-from meter import arguments, count_tokens, report, run_trainer, warm
+from meter import Meter, arguments, count_tokens, report, run_trainer, warm
 from work import Work
 
 PAIRED = ("dpo", "bradley-terry")
@@ -71,6 +71,7 @@ def read_arguments(doc: str, loss: str) -> argparse.Namespace:
         old_policy="auto",
         no_share=False,
         lora=False,
+        gradient_checkpointing=False,
     )
     if not a.loss:
         raise SystemExit("--loss: name a method")
@@ -104,6 +105,7 @@ def as_config(a: argparse.Namespace, home: str):
         old_policy=a.old_policy,
         lr=1e-6,
         use_peft=a.lora,
+        gradient_checkpointing=a.gradient_checkpointing,
         precision=a.precision,
         cache_dir=home,
         **more,
@@ -135,12 +137,37 @@ def leave_out_checks(trainer, work: Work):
     trainer.said_exactly = said_exactly
 
 
+class Asked:
+    "What a reference was asked before training, which is a part of the run."
+
+    def __init__(self):
+        self.wall, self.cpu, self.tokens, self.operations, self.positions = 0.0, 0.0, 0, 0, 0
+
+    def watch(self):
+        "Measure the passes, not the loading: peers have loaded theirs, too."
+        from halos_nb import reference as room
+
+        inner = room.compute_shared
+
+        def compute_shared(shares, reference, *args, **options):
+            tokens, work = count_tokens(reference.model), Work(reference.model)
+            with Meter() as meter:
+                found = inner(shares, reference, *args, **options)
+            self.wall, self.cpu, self.tokens = meter.wall, meter.cpu, tokens[0]
+            self.operations, self.positions = work.operations, work.positions
+            return found
+
+        room.compute_shared = compute_shared
+
+
 def main(doc: str, loss: str = ""):
     a = read_arguments(doc, loss)
     from halos_nb.train import make_trainer
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument")
     cfg = as_config(a, tempfile.mkdtemp())
+    asked = Asked()
+    asked.watch()
     trainer, _ = make_trainer(cfg)
     if a.no_share:
         no_sharing(trainer)
@@ -152,6 +179,8 @@ def main(doc: str, loss: str = ""):
     tokens, work = count_tokens(*models), Work(*models)
     leave_out_checks(trainer, work)
     meter = run_trainer(trainer, a.profile)
+    meter.wall += asked.wall
+    meter.cpu += asked.cpu
     if not trainer.is_world_process_zero():
         return
     last = [h for h in trainer.state.log_history if "loss" in h][-1]
@@ -161,9 +190,9 @@ def main(doc: str, loss: str = ""):
         "pairs" if paired else "answers",
         answers[0] // 2 if paired else answers[0],
         meter,
-        tokens=tokens[0],
-        needed=work.positions,
-        operations=work.operations,
+        tokens=tokens[0] + asked.tokens,
+        needed=work.positions + asked.positions,
+        operations=work.operations + asked.operations,
         steps=trainer.state.global_step,
         loss=round(last["loss"], 4),
         layout=trainer.layout.name,

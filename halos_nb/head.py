@@ -348,8 +348,8 @@ def head_logps(
 @contextmanager
 def embedding_in_place(embedding: Any, on: bool = True) -> Iterator[None]:
     "Here an embedding's backward pass adds its rows to a gradient that is there already."
-    plain = isinstance(embedding, torch.nn.Embedding) and not has_hooks(embedding)
-    if not (on and plain and embedding.weight.requires_grad) or embedding.sparse:
+    is_one = isinstance(embedding, torch.nn.Embedding)
+    if not (on and is_one and embedding.weight.requires_grad) or embedding.sparse:
         yield
         return
     grad_of(embedding.weight)

@@ -132,6 +132,8 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
     # an adapter belongs to the weights it was made for
     start = cfg.model if cfg.use_peft else cfg.from_checkpoint or cfg.model
     model = fit_vocabulary(load(start, trust_remote_code=cfg.trust_remote_code), tokenizer)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.dropout is not None:
         set_dropout(model, cfg.dropout)
     return pad_as(model, tokenizer) if cfg.loss == "bradley-terry" else model
