@@ -667,8 +667,8 @@ class OptimiserOptions:
     batch_size: PositiveInt = 32
     # tokens in one forward pass; how a batch is cut never changes the gradient
     token_budget: PositiveInt = 4096
-    # keep each layer's input only and compute the layer again in the backward pass: less memory,
-    # a third more time in the layers
+    # keep each layer's input only, compute the layer again in the backward pass: less memory, a
+    # third more time in the layers
     gradient_checkpointing: bool = False
     # most examples in one forward pass (None: the token budget alone decides)
     microbatch_size: PositiveInt | None = None
@@ -1054,8 +1054,8 @@ class RoundOptions:
     # (grpo) or with their best one (raft) (None: the preset's, or 16)
     batch_size: PositiveInt | None = None
     token_budget: PositiveInt = 4096  # tokens in one forward pass
-    # keep each layer's input only and compute the layer again in the backward pass: less memory,
-    # a third more time in the layers
+    # keep each layer's input only, compute the layer again in the backward pass: less memory, a
+    # third more time in the layers
     gradient_checkpointing: bool = False
 
 # %% ../nbs/02_configs.ipynb #be11b0a8
@@ -1348,8 +1348,8 @@ class RewardConfig:
     epochs: PositiveInt = 1  # passes over the pairs
     batch_size: PositiveInt = 16  # pairs per optimiser step
     token_budget: PositiveInt = 4096  # tokens in one forward pass
-    # keep each layer's input only and compute the layer again in the backward pass: less memory,
-    # a third more time in the layers
+    # keep each layer's input only, compute the layer again in the backward pass: less memory, a
+    # third more time in the layers
     gradient_checkpointing: bool = False
     max_length: PositiveInt = 1024  # longest prompt + answer, in tokens
     max_prompt_length: PositiveInt = 512  # longest prompt, in tokens
