@@ -364,10 +364,10 @@ def keys_of(
     branches: list[Branch],
     passes: list[Pass],  # all that training will make; empty: not known
     layout: str,
-    precision: str,
+    by_pass: bool,  # rows that stand beside others count as others
 ) -> list[bytes]:
     "The hash under which each branch's log-probs are kept."
-    if precision == "float32" or not passes:
+    if not by_pass or not passes:
         return [branch_hash(*branch) for branch in branches]
     first: dict[tuple[int, int], bytes] = {}  # of each branch, in its first pass
     for one in passes:
@@ -550,7 +550,9 @@ def cache_reference_logps(
     if accelerator.is_main_process and folder is not None:
         cache = open_cache(folder, model_path, precision, vocabulary)
     every = branches_of(trees)
-    hashes = keys_of(every, passes or [], layout, precision)
+    # what lies on disk may serve other passes; what does not is of its own pass to the bit
+    by_pass = folder is None or precision != "float32"
+    hashes = keys_of(every, passes or [], layout, by_pass)
     branches = dict(zip(hashes, every))
     known = known_logps(branches, cache.files() if cache else [], accelerator)
     new: dict[int, Tensor] = {}
