@@ -74,7 +74,7 @@ def way(name: str, setting: Setting, segments: list, place: Place) -> Callable:
     from halos_nb.attention import Reach, Scoring, TreeRow, by_flex, by_pieces
 
     reach = Reach(setting.window)
-    row = TreeRow(segments, torch.device(place.device), name == "flex")
+    row = TreeRow(segments, torch.device(place.device))
     layer = SimpleNamespace(num_key_value_groups=setting.heads // setting.key_heads)
 
     def attend(x: Inputs) -> Any:

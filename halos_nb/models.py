@@ -277,7 +277,10 @@ def head_fault(values: Tensor, truth: Tensor) -> bool:
     "Are these logits others than those, beyond rounding?"
     close = 1e-4 if truth.dtype.itemsize > 2 else 2e-2
     neither = values.isnan() & truth.isnan()  # broken weights are broken in every form
-    values, truth = values.float().masked_fill(neither, 0), truth.float().masked_fill(neither, 0)
+    values, truth = (
+        values.float().masked_fill(neither, 0),
+        truth.float().masked_fill(neither, 0),
+    )
     return not (values - truth).abs().max() <= close * truth.abs().max().clamp(min=1e-3)
 
 

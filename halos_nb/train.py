@@ -437,7 +437,8 @@ def make_trainer(cfg: TrainConfig) -> Prepared:
     loaders = make_loaders(cfg, tokenizer, accelerator)
     if why := loaders.train.nothing_to_learn():
         raise ValueError(f"{', '.join(cfg.train_datasets)}: nothing can be learnt: {why}")
-    model = load_model(cfg, tokenizer)
+    # the probe is made where the run is: another device has other kernels
+    model = load_model(cfg, tokenizer).to(accelerator.device)
     layout = choose_layout(model, cfg.layout, cfg.max_length)
     check_no_chance(cfg, model, layout.name)
     set_layout(loaders, layout.name, work_of(model))

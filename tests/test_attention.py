@@ -2,6 +2,8 @@
 and memory.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -167,7 +169,7 @@ def test_attention_of_bfloat16_is_nearer_to_the_truth_than_sdpa(autocast):
         k = k.float()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, _ = attention.tree_attention(
-            None, q, k, v, None, tree_row=TreeRow([Segment(0, 100, (200,))], q.device, False)
+            None, q, k, v, None, tree_row=TreeRow([Segment(0, 100, (200,))], q.device)
         )
         usual = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True
@@ -231,7 +233,7 @@ def test_flex_attention_gives_the_same(llama, monkeypatch):
     with torch.no_grad():
         pieces = model(tree=batch).logps
         plain = model(tree=make_batch(batch.trees, "plain")).logps
-        monkeypatch.setattr(attention, "flex_fault", lambda device: "")
+        monkeypatch.setattr(attention, "flex_fault", lambda *kind: "")
         monkeypatch.setattr(
             attention,
             "compiled_flex",
@@ -282,5 +284,39 @@ def test_no_gpu_is_said():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_flex_attention_on_a_gpu():
-    assert flex_fault.__wrapped__("cuda") == ""
+@pytest.mark.parametrize(
+    "dtype, width, groups", [(torch.float32, 64, 1), (torch.bfloat16, 256, 4)]
+)
+def test_flex_attention_on_a_gpu(dtype, width, groups):
+    assert flex_fault.__wrapped__("cuda", dtype, width, groups) == ""
+
+
+def test_kernels_are_not_silently_left(monkeypatch):
+    """Each kind of layer is compiled anew; past torch's limit of 8 it would go on without a
+    kernel. Here a compiler that counts stands for the real one.
+    """
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: real(f, **(o | dict(backend=backend))))
+    kernel = attention.compiled_flex.__wrapped__()
+    segments = [Segment(0, 10, (10,))]
+    mask = attention.make_block_mask(segments, "cpu", Reach(7))
+    kinds = product((None, 3.0), (None, torch.zeros(4)), (2, 4), (16, 32), (False, True))
+    for cap, sinks, heads, width, grad in kinds:
+        q, k, v = [torch.randn(1, n, 20, width) for n in (4, heads, heads)]
+        how = Scoring(softcap=cap, sinks=sinks)
+        with torch.set_grad_enabled(grad):
+            got = attention.by_flex(q, k, v, mask, how, kernel)
+        assert_close(got, attention.by_flex(q, k, v, mask, how, flex_attention), **EXACT)
+    assert len(compiled) > 8
+    torch._dynamo.reset()

@@ -83,6 +83,12 @@ def pairs(tmp_path_factory):
 # ---- whole training steps
 
 
+@pytest.fixture(autouse=True)
+def the_reference_stays(monkeypatch):
+    "It is not asked first and let go, so that a test can move it."
+    monkeypatch.setattr("halos_nb.train.KEPT_TARGETS", 0)
+
+
 def trainer_for(home, pairs, loss, folder, **more):
     cfg = TrainConfig(
         loss=loss,
@@ -106,7 +112,7 @@ def one_step(trainer):
     """Loss, gradients and metrics of the first step; a reference that is not the policy, so
     that rewards are not zero.
     """
-    if hasattr(trainer.reference, "model"):
+    if trainer.reference is not None:
         torch.manual_seed(5)
         for p in trainer.reference.model.parameters():
             p.data += 0.05 * torch.randn_like(p)

@@ -3,6 +3,7 @@
 And the same training whatever the number of processes, the token budget and the layout.
 """
 
+import gc
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from golden import cases
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import Tree, make_batch
@@ -500,8 +502,9 @@ def architecture(request, home):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_tree_is_plain(home, architecture, loss):
+def test_tree_is_plain(home, architecture, loss, monkeypatch):
     "Loss and gradients of a whole step in both layouts, for every architecture."
+    monkeypatch.setattr("halos_nb.train.KEPT_TARGETS", 0)  # the reference stays, to be moved
     grads = {}
     for layout in ("tree", "plain"):
         cfg = config(
@@ -721,6 +724,33 @@ def test_humanline_of_methods_without_pairs_moves(home):
         train(config(home, loss, "h", epochs=2, **more))
         logs = steps_of(home / "h")
         assert any(abs(row[f"rewards_train/{name}"] or 0) > 1e-7 for row in logs[1:])
+
+
+# ---- a reference that is asked first
+
+
+@pytest.mark.parametrize("layout", ["tree", "plain"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "grpo", "ppo"])
+def test_a_reference_that_is_asked_first_says_the_same_and_is_gone(
+    home, loss, layout, monkeypatch
+):
+    "To the bit, also in steps that are cut; of its weights nothing is left."
+    more = dict(layout=layout, token_budget=60, epochs=2, lr=1e-3)
+    rows = {}
+    for kept in (4_000_000, 0):
+        monkeypatch.setattr("halos_nb.train.KEPT_TARGETS", kept)
+        trainer, _ = make_trainer(config(home, loss, f"first-{kept}", **more))
+        assert hasattr(trainer.reference, "model") is not bool(kept)
+        alive = [x for x in gc.get_objects() if isinstance(x, LlamaForCausalLM)]
+        assert len(alive) == (1 if kept else 2)
+        trainer.train()
+        names = ("loss", "grad_norm", "rewards_train/KL", "rewards_train/margins")
+        logs = [row for row in trainer.state.log_history if "loss" in row]
+        rows[bool(kept)] = [{k: row[k] for k in names if k in row} for row in logs]
+        counted = trainer.loader.counts["reference_computed"]
+        assert bool(counted) is bool(kept)
+        del trainer, alive
+    assert rows[True] == rows[False]
 
 
 # ---- a reference that moves
