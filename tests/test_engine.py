@@ -20,6 +20,7 @@ from halos_nb.templates import byte_tokenizer
 from halos_nb.configs import TrainConfig
 from halos_nb.layouts import Layout
 from halos_nb.models import load_reward_model, unwrap
+from halos_nb.reference import AdapterOff
 from halos_nb.records import prompt_id
 from halos_nb.score import score_samples
 from halos_nb.train import make_trainer
@@ -112,7 +113,7 @@ def one_step(trainer):
     """Loss, gradients and metrics of the first step; a reference that is not the policy, so
     that rewards are not zero.
     """
-    if trainer.reference is not None:
+    if trainer.reference is not None and not isinstance(trainer.reference, AdapterOff):
         torch.manual_seed(5)
         for p in trainer.reference.model.parameters():
             p.data += 0.05 * torch.randn_like(p)

@@ -3,12 +3,12 @@
 And the same training whatever the number of processes, the token budget and the layout.
 """
 
-import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,6 @@ import pytest
 import torch
 from golden import cases
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import Tree, make_batch
@@ -38,6 +37,7 @@ from halos_nb.models import (
     small_llama,
 )
 from halos_nb.records import prompt_id, read_jsonl, write_records
+from halos_nb import train as train_room
 from halos_nb.train import load_model, loader_options, make_trainer, train
 from halos_nb.tree_trainer import Sums
 from halos_nb.trainers import TRAINERS, PPOTrainer
@@ -737,19 +737,26 @@ def test_a_reference_that_is_asked_first_says_the_same_and_is_gone(
     "To the bit, also in steps that are cut; of its weights nothing is left."
     more = dict(layout=layout, token_budget=60, epochs=2, lr=1e-3)
     rows = {}
+    loaded = []
+    load = train_room.load_reference
+
+    def watched(*args):
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train_room, "load_reference", watched)
     for kept in (4_000_000, 0):
         monkeypatch.setattr("halos_nb.train.KEPT_TARGETS", kept)
         trainer, _ = make_trainer(config(home, loss, f"first-{kept}", **more))
         assert hasattr(trainer.reference, "model") is not bool(kept)
-        alive = [x for x in gc.get_objects() if isinstance(x, LlamaForCausalLM)]
-        assert len(alive) == (1 if kept else 2)
+        assert (loaded.pop()() is None) is bool(kept)
         trainer.train()
         names = ("loss", "grad_norm", "rewards_train/KL", "rewards_train/margins")
         logs = [row for row in trainer.state.log_history if "loss" in row]
         rows[bool(kept)] = [{k: row[k] for k in names if k in row} for row in logs]
         counted = trainer.loader.counts["reference_computed"]
         assert bool(counted) is bool(kept)
-        del trainer, alive
     assert rows[True] == rows[False]
 
 
