@@ -253,6 +253,8 @@ def real_jobs(inputs: Path, model: Path, n: int) -> Jobs:
     "All of `make bench-real`; n short pairs, 8 to a step, and four times as many samples."
     pairs = dict(model=model, pairs=inputs / "pairs.jsonl", n=n)
     samples = dict(model=model, samples=inputs / "samples.json", n=4 * n)
+    # with so large a vocabulary memory is what is short, and the layers are the smaller part
+    lean = dict(token_budget=512, gradient_checkpointing=True)
 
     def rows(least: float | None) -> Case:
         command = peer("label", "batch", **samples)
@@ -260,7 +262,7 @@ def real_jobs(inputs: Path, model: Path, n: int) -> Jobs:
 
     return {
         "DPO": [
-            Case("halos_nb", train("dpo", batch=8, **pairs)),
+            Case("halos_nb", train("dpo", batch=8, **lean, **pairs)),
             *beside_trl("dpo", (2.1, None), 0.9, batch=8, **pairs),
         ],
         "log-probs": [

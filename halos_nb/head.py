@@ -348,7 +348,7 @@ def head_logps(
 @contextmanager
 def embedding_in_place(embedding: Any, on: bool = True) -> Iterator[None]:
     "Here an embedding's backward pass adds its rows to a gradient that is there already."
-    is_one = isinstance(embedding, torch.nn.Embedding)
+    is_one = isinstance(embedding, torch.nn.Embedding) and not embedding.scale_grad_by_freq
     if not (on and is_one and embedding.weight.requires_grad) or embedding.sparse:
         yield
         return

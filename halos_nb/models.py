@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'CAPS', 'PAD', 'VALUE_HEAD', 'HEADS', 'REFERENCE', 'Predicting', 'BranchLogps', 'TreeModel', 'TreePolicy',
-           'text_config', 'attention_name', 'let_trees_in', 'mix_in', 'own_forward', 'evaluating', 'special_ids',
-           'plain_vocabulary', 'probe_tokens', 'rows_of_probe', 'forms_of', 'head_fault', 'find_form', 'find_way',
-           'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary', 'tokens_in_texts', 'own_padding',
-           'pad_as', 'small_llama', 'start_from_scratch', 'name_end', 'BranchValues', 'TreeActorCritic',
-           'take_value_head', 'load_value_head', 'load_actor_critic', 'BranchScores', 'last_attended', 'score_logits',
-           'last_hidden', 'branch_scores', 'TreeScorer', 'with_two_logits', 'is_head_of_classifier', 'untrained_head',
-           'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model',
-           'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train', 'check_targets',
-           'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora',
-           'without_adapter', 'chances', 'dropouts', 'set_dropout']
+           'text_config', 'attention_name', 'let_trees_in', 'with_signature_of', 'mix_in', 'own_forward', 'evaluating',
+           'special_ids', 'plain_vocabulary', 'probe_tokens', 'rows_of_probe', 'forms_of', 'head_fault', 'magnified',
+           'find_form', 'find_way', 'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary',
+           'tokens_in_texts', 'own_padding', 'pad_as', 'small_llama', 'start_from_scratch', 'name_end', 'BranchValues',
+           'TreeActorCritic', 'take_value_head', 'load_value_head', 'load_actor_critic', 'BranchScores',
+           'last_attended', 'score_logits', 'last_hidden', 'branch_scores', 'TreeScorer', 'with_two_logits',
+           'is_head_of_classifier', 'untrained_head', 'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier',
+           'start_classifier', 'load_reward_model', 'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of',
+           'rows_to_train', 'check_targets', 'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap',
+           'save_adapter', 'merge_lora', 'without_adapter', 'chances', 'dropouts', 'set_dropout']
 
 # %% ../nbs/17_models.ipynb #4713803c
+import inspect
 import json
 import re
 import warnings
@@ -168,11 +169,30 @@ def let_trees_in(model: Any) -> None:
         config._attn_implementation = "eager"
 
 # %% ../nbs/17_models.ipynb #fe6dc779
+def with_signature_of(own: type, mixin: type) -> Any:
+    "The mixin's forward pass, which names the model's own parameters: `generate` looks at them."
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]  # it has one
+
+    theirs = inspect.signature(own.forward)
+    tree = inspect.Parameter("tree", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [p for name, p in theirs.parameters.items() if name != "tree"]
+    place = len(parameters) - (parameters[-1].kind == inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(place, tree)
+    forward.__signature__ = theirs.replace(parameters=parameters)  # type: ignore[attr-defined]  # of any function
+    return forward
+
+
 def mix_in(model: "PreTrainedModel", mixin: type) -> Any:
     "The same model with `mixin` in front of its class."
     let_trees_in(model)
     own = type(model)
-    names = {"__module__": own.__module__, "untouched": getattr(own, "untouched", own)}
+    names = {
+        "__module__": own.__module__,
+        "untouched": getattr(own, "untouched", own),
+        "forward": with_signature_of(getattr(own, "untouched", own), mixin),
+    }
     model.__class__ = type(own.__name__, (mixin, own), names)
     return model
 
@@ -274,8 +294,8 @@ def forms_of(config: PreTrainedConfig) -> list[HeadForm]:
 
 
 def head_fault(values: Tensor, truth: Tensor) -> bool:
-    "Are these logits others than those, beyond rounding?"
-    close = 1e-4 if truth.dtype.itemsize > 2 else 2e-2
+    "Are these numbers others than those, beyond rounding?"
+    close = 3e-5 if truth.dtype.itemsize > 2 else 2e-2
     neither = values.isnan() & truth.isnan()  # broken weights are broken in every form
     values, truth = (
         values.float().masked_fill(neither, 0),
@@ -284,21 +304,42 @@ def head_fault(values: Tensor, truth: Tensor) -> bool:
     return not (values - truth).abs().max() <= close * truth.abs().max().clamp(min=1e-3)
 
 
+@contextmanager
+def magnified(head: Any, factor: float) -> Iterator[None]:
+    "Here a head's weight is so many times itself; a power of two is put back to the bit."
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        yield
+        return
+    weight.mul_(factor)
+    try:
+        yield
+    finally:
+        weight.mul_(1 / factor)
+
+# %% ../nbs/17_models.ipynb #e39fb08d
 @torch.no_grad()
 def find_form(model: Any) -> HeadForm | None:
     "How a model's logits follow from its last hidden states; None: not by a linear head."
     row = torch.tensor([probe_tokens(model, 9)], device=model.device)
+    forms = forms_of(model.config)
     try:
-        with evaluating(model), torch.autocast(model.device.type, enabled=False):
-            logits = own_forward(model, row, use_cache=False).logits
-            states = backbone_of(model)(input_ids=row).last_hidden_state
-            product = model.get_output_embeddings()(states)
+        head = model.get_output_embeddings()
+        for factor in (1.0, 256.0):
+            with (
+                evaluating(model),
+                magnified(head, factor),
+                torch.autocast(model.device.type, enabled=False),
+            ):
+                logits = own_forward(model, row, use_cache=False).logits
+                states = backbone_of(model)(input_ids=row).last_hidden_state
+                product = head(states)
+            if product.shape != logits.shape:
+                return None
+            forms = [f for f in forms if not head_fault(f.applied(product), logits)]
     except FOREIGN:  # a model of another make: its own logits are taken
         return None
-    for form in forms_of(model.config):
-        if product.shape == logits.shape and not head_fault(form.applied(product), logits):
-            return form
-    return None
+    return forms[0] if forms else None
 
 # %% ../nbs/17_models.ipynb #e516a95a
 @torch.no_grad()

@@ -240,7 +240,7 @@ def where_to_look(
     for k, ((ids, skip), place) in enumerate(zip(continuations, places)):
         start = place.row * width
         end = place.begin + len(ids)
-        before = [place.prompt_end - 1, *range(place.begin, end - 1)]
+        before = [place.prompt_end - 1, *range(place.begin, end - 1)] if ids else []
         predict += [start + i for i in before[skip:]]
         target += ids[skip:]
         branch += [k] * (len(ids) - skip)
