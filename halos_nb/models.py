@@ -169,11 +169,11 @@ def let_trees_in(model: Any) -> None:
         config._attn_implementation = "eager"
 
 # %% ../nbs/17_models.ipynb #fe6dc779
-def with_signature_of(own: type, mixin: type) -> Any:
-    "The mixin's forward pass, which names the model's own parameters: `generate` looks at them."
+def with_signature_of(own: Any, mixin: Any) -> Any:
+    "The mixin's forward pass, naming the model's own parameters: `generate` looks at them."
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]  # it has one
+        return mixin.forward(self, *args, **kwargs)
 
     theirs = inspect.signature(own.forward)
     tree = inspect.Parameter("tree", inspect.Parameter.KEYWORD_ONLY, default=None)
