@@ -302,7 +302,7 @@ def test_a_window_matters_here(family, monkeypatch):
         check_logps(model, tiny_model("causal", family, **WINDOWS[family]), "tree")
     if family in BY_PLACE:
         return  # it never goes as trees
-    larger = {name: 200 for name in WINDOWS[family]}
+    larger = {name: 400 for name in WINDOWS[family]}
     far = mix_in(tiny_model("causal", family, **larger), TreePolicy)
     found = choose_layout(far, max_length=24)
     assert found.name == "plain" and "with windows of 4" in found.reason, found
