@@ -180,7 +180,7 @@ def with_signature_of(own: Any, mixin: Any) -> Any:
     parameters = [p for name, p in theirs.parameters.items() if name != "tree"]
     place = len(parameters) - (parameters[-1].kind == inspect.Parameter.VAR_KEYWORD)
     parameters.insert(place, tree)
-    forward.__signature__ = theirs.replace(parameters=parameters)  # type: ignore[attr-defined]  # of any function
+    vars(forward)["__signature__"] = theirs.replace(parameters=parameters)
     return forward
 
 
