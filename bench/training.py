@@ -162,6 +162,8 @@ class Asked:
 
 def main(doc: str, loss: str = ""):
     a = read_arguments(doc, loss)
+    import torch
+
     from halos_nb.train import make_trainer
 
     warnings.filterwarnings("ignore", message="'pin_memory' argument")
@@ -181,6 +183,8 @@ def main(doc: str, loss: str = ""):
     meter = run_trainer(trainer, a.profile)
     meter.wall += asked.wall
     meter.cpu += asked.cpu
+    own = torch.tensor(answers[0], device=trainer.args.device)
+    everyone = int(trainer.accelerator.reduce(own, "sum"))
     if not trainer.is_world_process_zero():
         return
     last = [h for h in trainer.state.log_history if "loss" in h][-1]
@@ -188,7 +192,7 @@ def main(doc: str, loss: str = ""):
     report(
         f"halos_nb:{a.loss}:{a.precision}",
         "pairs" if paired else "answers",
-        answers[0] // 2 if paired else answers[0],
+        everyone // 2 if paired else everyone,
         meter,
         tokens=tokens[0] + asked.tokens,
         needed=work.positions + asked.positions,
