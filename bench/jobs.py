@@ -254,7 +254,7 @@ def real_jobs(inputs: Path, model: Path, n: int) -> Jobs:
     pairs = dict(model=model, pairs=inputs / "pairs.jsonl", n=n)
     samples = dict(model=model, samples=inputs / "samples.json", n=4 * n)
     # with so large a vocabulary memory is what is short, and the layers are the smaller part
-    lean = dict(token_budget=512, gradient_checkpointing=True)
+    lean = dict(token_budget=256, gradient_checkpointing=True)
 
     def rows(least: float | None) -> Case:
         command = peer("label", "batch", **samples)

@@ -314,7 +314,7 @@ def linear_logps(
 ) -> TokenLogps:
     "`head_logps` of one linear layer, in the type that autocast would choose."
     device_type = states.device.type
-    numbers = 2 ** (27 if states.is_cuda else 24)  # 512 MB or 64 MB of float32
+    numbers = 2 ** (27 if states.is_cuda else 26)  # 512 MB or 256 MB of float32
     chunk = chunk or max(16, numbers // head.out_features)
     dtype = compute_dtype(head, device_type)
     own = head.weight
