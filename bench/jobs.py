@@ -253,7 +253,8 @@ def real_jobs(inputs: Path, model: Path, n: int) -> Jobs:
     "All of `make bench-real`; n short pairs, 8 to a step, and four times as many samples."
     pairs = dict(model=model, pairs=inputs / "pairs.jsonl", n=n)
     samples = dict(model=model, samples=inputs / "samples.json", n=4 * n)
-    # with so large a vocabulary memory is what is short, and the layers are the smaller part
+    # with so large a vocabulary memory is short, the layers are the smaller part, and a pass
+    # whose logits are one chunk computes them once
     lean = dict(token_budget=256, gradient_checkpointing=True)
 
     def rows(least: float | None) -> Case:
