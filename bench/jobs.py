@@ -134,7 +134,12 @@ def other_methods(inputs: Path, n: int) -> Jobs:
         "KTO": [
             Case("halos_nb", train("kto", **data)),
             Case("TRL best settings", peer("kto", "best_fp32", **data), True, 2.0),
-            Case("TRL defaults (bf16)", peer("kto", "default", **data), True),
+            Case(
+                "TRL defaults (bf16)",
+                peer("kto", "default", **data),
+                peer=True,
+                precision="bfloat16",
+            ),
         ],
         "SFT": [
             Case("halos_nb", train("sft", **data)),

@@ -117,6 +117,25 @@ def choose(jobs: Jobs, a: argparse.Namespace) -> Jobs:
     return {job: [case for case in cases if not case.peer] for job, cases in chosen.items()}
 
 
+def without_slow(jobs: Jobs, ceilings: dict[str, float]) -> Jobs:
+    "The jobs without what computes in bfloat16 where this machine has no products in it."
+    slow = ceilings["bfloat16"] < 0.2 * ceilings["float32"]
+    if not slow:
+        return jobs
+    kept, left = {}, 0
+    for job, cases in jobs.items():
+        here = [case for case in cases if case.precision != "bfloat16"]
+        left += len(cases) - len(here)
+        if here and here[0] is cases[0]:  # ours among them
+            kept[job] = here
+    print(
+        f"{left} cases in bfloat16 are left out: this machine multiplies in it at "
+        f"{ceilings['bfloat16'] / ceilings['float32']:.0%} of its float32 rate",
+        file=sys.stderr,
+    )
+    return kept
+
+
 def write_table(table: Table, ceilings: dict[str, float], a: argparse.Namespace):
     "What is known by now."
     source = (a.out / "inputs/source.txt").read_text()
@@ -155,6 +174,7 @@ def main():
     a = read_arguments()
     jobs = choose(prepare(a), a)
     ceilings = measured_ceiling()
+    jobs = without_slow(jobs, ceilings)
     table: Table = {}
     for job, cases in jobs.items():
         table[job] = summaries(cases, alternate(job, cases, a), ceilings)

@@ -24,6 +24,7 @@ from halos_nb.trees import Tree, trees_from_samples
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import inputs
 import jobs
+import run
 import tables
 import work
 
@@ -289,3 +290,14 @@ def test_every_script_of_every_job_is_there(make, tmp_path):
         assert not cases[0].peer
         for case in cases:
             assert Path(case.command.split()[0]).is_file()
+
+
+def test_bfloat16_is_left_out_and_told_where_nothing_multiplies_in_it(tmp_path, capsys):
+    found = jobs.small_jobs(tmp_path, 8)
+    whole = dict(float32=9e10, bfloat16=9e10)
+    assert run.without_slow(found, whole) == found
+    kept = run.without_slow(found, whole | dict(bfloat16=1e9))
+    assert "DPO bf16" not in kept and "reward model bf16" not in kept
+    assert [case.label for case in kept["KTO"]] == ["halos_nb", "TRL best settings"]
+    assert all(case.precision != "bfloat16" for cases in kept.values() for case in cases)
+    assert "left out" in capsys.readouterr().err and "DPO bf16" in found
