@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'LIBRARIES', 'VLLM_NAMES', 'COMMIT', 'ANY_NUMBER', 'imported_names', 'our_modules', 'module_file', 'parsed',
            'code_hash', 'source_near', 'near_imports', 'function_file', 'function_hash', 'vllm_version', 'versions',
-           'Stage', 'cached_commits', 'hub_revision', 'hub_revisions', 'fingerprint', 'RunFiles', 'identity',
-           'with_revisions', 'change', 'damage', 'reason_to_run']
+           'versions_there', 'Stage', 'cached_commits', 'hub_revision', 'hub_revisions', 'fingerprint', 'RunFiles',
+           'identity', 'with_revisions', 'change', 'damage', 'reason_to_run']
 
 # %% ../nbs/55_identity.ipynb #49403efc
 import ast
@@ -30,7 +30,7 @@ from .records import file_hash
 from .configs import config_json
 from .settings import Profile
 from .hub_sets import HUB_NAME, REPOSITORIES
-from .jobs import stage_module
+from .jobs import ask_python, stage_kind, stage_module
 
 # %% ../nbs/55_identity.ipynb #00e7aed0
 PACKAGE = Path(halos_nb.__file__).parent
@@ -172,14 +172,31 @@ def vllm_version() -> str:
 
 def versions(
     config: Any = None,  # of a stage: what it uses beside the libraries that all use
+    python: str = "",  # the Python that runs it (empty: ours)
 ) -> dict[str, str]:
     "The libraries that decide a stage's numbers."
+    if python:
+        return versions_there(config, python)
     found = {"python": sys.version.split()[0]}
     found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     if getattr(config, "use_peft", False):
         found["peft"] = importlib.metadata.version("peft")
     if getattr(config, "backend", "") == "vllm":
         found["vllm"] = vllm_version()
+    return found
+
+
+def versions_there(
+    config: Any,  # of a stage
+    python: str,  # that runs it
+) -> dict[str, str]:
+    "As `versions`, in another Python."
+    found = ask_python(python, *LIBRARIES, "peft", *VLLM_NAMES)
+    vllm = [f"{name} {found.pop(name)}" for name in VLLM_NAMES if name in found]
+    if getattr(config, "backend", "") == "vllm":
+        found["vllm"] = vllm[0] if vllm else "not found"
+    if not getattr(config, "use_peft", False):
+        found.pop("peft", None)
     return found
 
 # %% ../nbs/55_identity.ipynb #e9d097ea
@@ -197,6 +214,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.module = self.module or stage_module(self.name)
+
+    @property
+    def kind(self) -> str:
+        "What a profile calls this kind of stage."
+        return stage_kind(self.name, self.module)
 
     @property
     def manifest(self) -> Path:
@@ -320,7 +342,8 @@ def identity(files: RunFiles, stage: Stage) -> dict:
             return value
         return inputs.get(value, value.replace(str(files.run_dir), "."))
 
-    cfg = replace(stage.config, num_processes=files.profile.num_processes)
+    profile = files.profile.for_stage(stage.kind)
+    cfg = replace(stage.config, num_processes=profile.num_processes)
     config = json.loads(config_json(cfg))
     if stage.name in ANY_NUMBER:
         del config["num_processes"]
@@ -328,10 +351,12 @@ def identity(files: RunFiles, stage: Stage) -> dict:
         "inputs": list(inputs.values()),
         "config": {k: neutral(v) for k, v in config.items()},
         "code": code_hash(stage.module),
-        "libraries": versions(cfg),
+        "libraries": versions(cfg, profile.python),
     }
     if config.get("function"):
         found["function"] = function_hash(config["function"])
+    if profile.accelerate and profile.sharded:
+        found["sharding"] = profile.accelerate.values["fsdp_config"]
     return found
 
 # %% ../nbs/55_identity.ipynb #6bbac201

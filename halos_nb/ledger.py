@@ -197,7 +197,7 @@ def job_for(self: Ledger, stage: Stage) -> Job:
         other, job = waiting
         known = (other.name, other.folder, other.module)
         if known == (stage.name, stage.folder, stage.module) and job.poll() is None:
-            job.give_config(stage.config, self.profile, stage.outputs)
+            job.give_config(stage.config, self.profile.for_stage(stage.kind), stage.outputs)
             return job
         job.stop()
     made = stage.outputs
@@ -225,7 +225,7 @@ def begin(
 @patch
 def preload(self: Ledger, stage: Stage) -> None:
     "Have what a stage to come needs imported before its turn."
-    if stage.manifest.exists() or prepare(self.profile):
+    if stage.manifest.exists() or prepare(self.profile, stage.kind):
         return
     job = launch(stage.name, None, self.profile, stage.folder, stage.module)
     self.waiting = stage, job

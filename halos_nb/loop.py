@@ -32,7 +32,7 @@ from halos_nb.configs import (
     SampleConfig,
     require_path,
 )
-from .settings import Settings, check_precision
+from .settings import Settings
 from halos_nb.health import (
     Alarm,
     Health,
@@ -43,7 +43,7 @@ from halos_nb.health import (
     health_line,
     measure_text,
 )
-from .jobs import Job, remove
+from .jobs import Job, check_launch, remove
 from .identity import PACKAGE, Stage, hub_revisions, versions
 from .ledger import Ledger, run_folder
 
@@ -805,9 +805,9 @@ def run_rounds(
     on_audit: Callable[[dict], Any] | None = None,  # called with what the audit found
 ) -> Iterator[Round]:
     "All rounds as they are done, then `final`; with held-out prompts, `start` before them."
-    check_precision(cfg.precision)
-    cfg = located(cfg)
     profile = settings.get_profile(cfg.profile)
+    check_launch(profile, cfg.precision)
+    cfg = located(cfg)
     run = run_folder(settings, cfg.run_name)
     with Ledger(run, profile, cfg.fresh, watch, on_start) as ledger:
         ledger.event("run")

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FILE_CLOCK_LAG', 'PER_JOB', 'LAUNCHER_SAYS', 'LIBRARIES', 'STAGES', 'STAGES_NEED', 'SERVERS', 'SERVERS_LOCK',
            'changed_at', 'file_times', 'end_without', 'supervisor', 'preload', 'Request', 'receive', 'hold_port',
-           'rank_variables', 'ranks_that_failed', 'say_at_once', 'end_launcher', 'become_rank', 'default_signals',
-           'fork_job', 'is_readable', 'next_request', 'serve', 'wait_for_jobs', 'wait_for_turn', 'needed_by', 'main',
-           'ForkedProcess', 'shared', 'PreloadServer', 'ask', 'fork_from', 'expect_jobs', 'fork']
+           'rank_variables', 'ranks_that_failed', 'say_at_once', 'end_launcher', 'accelerate_variables',
+           'set_accelerate_variables', 'become_rank', 'default_signals', 'fork_job', 'is_readable', 'next_request',
+           'serve', 'wait_for_jobs', 'wait_for_turn', 'needed_by', 'main', 'ForkedProcess', 'shared', 'PreloadServer',
+           'ask', 'fork_from', 'expect_jobs', 'fork']
 
 # %% ../nbs/51_preload.ipynb #cf957a66
 import gc
@@ -91,7 +92,12 @@ def preload(
 
 # %% ../nbs/51_preload.ipynb #0c35ff2d
 # variables of the environment that may differ between the jobs of a server
-PER_JOB = ("HALOS_NB_PROGRESS", "HALOS_NB_TIMEOUT_MINUTES")
+PER_JOB = (
+    "HALOS_NB_PROGRESS",
+    "HALOS_NB_TIMEOUT_MINUTES",
+    "HALOS_NB_PROMISED",
+    "HALOS_NB_ACCELERATE",
+)
 
 # %% ../nbs/51_preload.ipynb #277737aa
 class Request(NamedTuple):
@@ -175,11 +181,31 @@ def end_launcher(failed: dict[int, int]) -> None:
         os.write(2, f"\n{LAUNCHER_SAYS} rank {rank}, exit code {code}\n".encode())
     os._exit(bool(failed))
 
+# %% ../nbs/51_preload.ipynb #b88d44c2
+def accelerate_variables(
+    options: list[str],  # of `accelerate launch`
+) -> dict[str, str]:
+    "What `accelerate launch` adds to the environment of a rank, by its own functions."
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    args = launch.launch_command_parser().parse_args([*options, "stage"])
+    args = launch._validate_launch_command(args)[0]
+    env = prepare_multi_gpu_env(args)
+    return {name: value for name, value in env.items() if os.environ.get(name) != value}
+
+
+def set_accelerate_variables() -> None:
+    "Set what `accelerate launch` would have set, if this job has options for it."
+    if options := os.environ.pop("HALOS_NB_ACCELERATE", ""):
+        os.environ.update(accelerate_variables(json.loads(options)))
+
 # %% ../nbs/51_preload.ipynb #357b70bd
 def become_rank(
     processes: int,  # how many ranks
 ) -> None:
     "Fork the ranks, in which this returns; the launcher itself ends with the last of them."
+    set_accelerate_variables()
     held = hold_port()
     ranks = {}
     for rank in range(processes):
