@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm test-hosts vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,7 @@ help:
 	@echo 'make test        set up, then run every notebook and every test'
 	@echo 'make test-architectures  every family that transformers can build, tiny, beside plain transformers: a table (15 minutes)'
 	@echo 'make test-alarm  runs that break, with real models of the playground: each must be stopped in its round (some minutes)'
+	@echo 'make test-hosts  a stage on two machines: two network namespaces of this one, made as root (3 minutes)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
@@ -95,6 +96,12 @@ test-trl: export OMP_NUM_THREADS := 1
 test-trl: export HALOS_NB_TRL_PYTHON := $(CURDIR)/build/trl-venv/bin/python
 test-trl: setup build/trl-venv/installed
 	@[ -e build/trl-venv/installed ] && pytest -v -s tests/test_trl.py
+
+# Namespaces are made by root; without, the tests are skipped and say so.
+test-hosts: export OMP_NUM_THREADS := 1
+test-hosts: export HALOS_NB_TEST_HOSTS := 1
+test-hosts: setup
+	@pytest -v -s tests/test_hosts.py
 
 test-architectures: export OMP_NUM_THREADS := 1
 test-architectures: setup
