@@ -4,28 +4,34 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ADVICE', 'SEALED', 'READ_BY_LOADERS', 'CHECKS', 'States', 'CHECKED', 'NO_MANIFEST', 'OTHER_HEADS',
-           'WEIGHTS', 'TOKENIZERS', 'WITHOUT_VOCABULARY', 'CheckpointError', 'checkpoint_files', 'describe',
-           'digest_of', 'seal', 'read_manifest', 'says_sealed', 'outside_damage', 'inside_damage', 'json_problem',
-           'tensors_problem', 'template_problem', 'shards_problem', 'empty_problem', 'problem_of_file',
+           'WEIGHTS', 'TOKENIZERS', 'WITHOUT_VOCABULARY', 'LIBRARIES', 'CheckpointError', 'checkpoint_files',
+           'describe', 'digest_of', 'seal', 'read_manifest', 'says_sealed', 'outside_damage', 'inside_damage',
+           'json_problem', 'tensors_problem', 'template_problem', 'shards_problem', 'empty_problem', 'problem_of_file',
            'visible_damage', 'FileState', 'states_of', 'remember', 'manifest_of', 'check_now', 'check_checkpoint_files',
            'Checked', 'check_here', 'check_together', 'refuse_adapter', 'is_classifier', 'architecture',
            'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few', 'need_all_weights', 'weights_file',
-           'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class', 'load_whole_tokenizer']
+           'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class', 'load_whole_tokenizer', 'content', 'package_hash',
+           'made_of', 'difference']
 
 # %% ../nbs/15_checkpoints.ipynb #5f94d162
 import hashlib
+import importlib.metadata
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+import halos_nb
 from .records import file_hash, shortened, write_json
+from .hub_sets import hub_revision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -539,3 +545,47 @@ def load_whole_tokenizer(path: str | Path, trust_remote_code: bool = False) -> A
     if tokenizer.eos_token is None:
         need_files(folder, "tokenizer_config.json")
     return tokenizer
+
+# %% ../nbs/15_checkpoints.ipynb #e8dd0d51
+def content(path: str | Path) -> str:
+    "What changes with a file, a model's folder, or what a name on the hub stands for."
+    found = Path(path).expanduser()
+    if (found / MANIFEST).is_file():
+        return file_hash(found / MANIFEST)
+    if found.exists():
+        return file_hash(found)
+    return f"name {path} {hub_revision(str(path))}".strip()
+
+
+@cache
+def package_hash() -> str:
+    "One hash for all of this package's code."
+    digest = hashlib.sha256()
+    for file in sorted(Path(halos_nb.__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + b"\n" + file.read_bytes())
+    return digest.hexdigest()
+
+
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+def made_of(
+    cfg: Any,  # of the stage
+    aside: tuple[str, ...],  # its fields that change nothing, or that name what follows
+    **files: list[str],  # files, folders and names on the hub
+) -> dict[str, Any]:
+    "All that decides a part of a result."
+    config = {name: value for name, value in asdict(cfg).items() if name not in aside}
+    found: dict[str, Any] = dict(config=json.loads(json.dumps(config)))
+    for kind, paths in files.items():
+        found[kind] = [content(path) for path in paths]
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return found | dict(code=package_hash(), libraries=libraries)
+
+# %% ../nbs/15_checkpoints.ipynb #69fe9db8
+def difference(was: dict, now: dict) -> str:
+    "What differs between two of them, in words; empty if nothing does."
+    old, new = was.get("config", {}), now["config"]
+    fields = [name for name in new | old if old.get(name) != new.get(name)]
+    others = [kind for kind in now if kind != "config" and was.get(kind) != now[kind]]
+    return ", ".join(fields + others)

@@ -732,8 +732,11 @@ class TrainConfig(
     # optimiser steps between evaluations (None: only at start and end)
     eval_every: PositiveInt | None = None
     n_eval_examples: PositiveInt | None = None  # evaluate on this many examples (None: all)
-    # optimiser steps between intermediate checkpoints, {exp_name}/step-N (None: none)
+    # optimiser steps between intermediate checkpoints, {exp_name}/step-N, from which a run
+    # that was ended goes on (None: none; ppo: at multiples of ppo_epochs)
     save_every: PositiveInt | None = None
+    # how many of the newest of them stay (None: two, and none beside FINAL; 0: all)
+    keep_steps: NonNegativeInt | None = None
     seed: int = 0  # order of the data and fresh weights
     log_every: PositiveInt = 1  # optimiser steps between lines of metrics
     # bfloat16: autocast over float32 weights, of policy and reference alike

@@ -482,10 +482,19 @@ def as_step(
 
 # %% ../nbs/12_loaders.ipynb #b4574085
 @patch
+def steps_from(
+    self: TreeDataLoader,
+    first: int,  # so many steps of the epoch are passed over
+) -> Iterator[Step]:
+    "The steps of this epoch from one of them on, as this process takes them."
+    for trees in islice(self.plan(), first, None):
+        yield self.as_step(trees, self.shares(trees)[self.rank])
+
+
+@patch
 def __iter__(self: TreeDataLoader) -> Iterator[Step]:
     "The steps of this epoch, as this process takes them."
-    for trees in self.plan():
-        yield self.as_step(trees, self.shares(trees)[self.rank])
+    return self.steps_from(0)
 
 # %% ../nbs/12_loaders.ipynb #8f863fb0
 def pair_margin(e: Example, pair: tuple[int, int]) -> float:

@@ -142,7 +142,11 @@ def train_stage(
     if previous:
         inputs.append(previous)
     names = ("policy/FINAL", "policy/counts.json", "metrics.jsonl")
-    return Stage("train", folder, config, inputs, [folder / name for name in names], round)
+    outputs = [folder / name for name in names]
+    stage = Stage("train", folder, config, inputs, outputs, round)
+    # checkpoints between two steps, if there are some, and what belongs to them
+    steps = ("policy/step-*", "policy/attempts.jsonl", "policy/.last_step")
+    return replace(stage, leaves=(*steps, "metrics.jsonl"))
 
 # %% ../nbs/57_loop.ipynb #db8cdf90
 # answers of a check behind a training, and of a second one where the first is in doubt
@@ -193,6 +197,9 @@ EXPECTED_COUNTS = (
     "old_policy",
     "sampler_difference",
     "not_the_best",
+    "resumed_at",
+    "steps_repeated",
+    "resumed_samples",
 )
 
 # %% ../nbs/57_loop.ipynb #2c8dc5a2

@@ -904,6 +904,7 @@ class Progress:
         self.label = label
         self.path = path or os.environ.get("HALOS_NB_PROGRESS")
         self.done = 0
+        self.before = 0  # of these, what an earlier attempt has done
         self.info: dict = {}
         self.start = time.monotonic()
         if not self.path:
@@ -936,7 +937,7 @@ def report(self: Progress) -> None:
         done=self.done,
         total=self.total,
         unit=self.unit,
-        rate=self.done / seconds if seconds else 0.0,
+        rate=(self.done - self.before) / seconds if seconds else 0.0,
         seconds=seconds,
     )
     try:
@@ -946,6 +947,20 @@ def report(self: Progress) -> None:
             self.bar.set_postfix(self.info)
     except OSError:
         pass
+
+# %% ../nbs/00_records.ipynb #09a68bb6
+@patch
+def go_on(
+    self: Progress,
+    done: int,  # units that an earlier attempt has done
+    **info: Any,  # what else to show
+) -> None:
+    "Begin behind what was done before, which does not count as fast."
+    self.done = self.before = done
+    self.info = self.info | info
+    if not self.path:
+        self.bar.update(done - self.bar.n)
+    self.report()
 
 # %% ../nbs/00_records.ipynb #47749174
 @patch

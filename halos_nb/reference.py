@@ -26,13 +26,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .records import write_json
 from .checkpoints import CheckpointError
-from .models import REFERENCE, VALUE_HEAD, evaluating, unwrap, without_adapter
+from halos_nb.models import (
+    REFERENCE,
+    VALUE_HEAD,
+    evaluating,
+    load_policy,
+    unwrap,
+    without_adapter,
+)
 from .processes import computing_in, gather_padded
 from .trees import Tree, TreeBatch, balance_trees, make_batch, pack_trees
 
@@ -70,6 +77,13 @@ class FrozenModel:
         "Write the reference into a folder, for the round after this."
         self.model.save_pretrained(str(folder))
 
+    @torch.no_grad()
+    def take(self, folder: str | Path) -> None:
+        "Become what was saved in a folder."
+        saved = dict(load_policy(str(folder)).named_parameters())
+        for name, p in self.model.named_parameters():
+            mix(p, saved[name], 0.0)
+
 
 def mix(own: Tensor, policy: Tensor, stay: float) -> None:
     "Make a weight the policy's, but for the share of itself that stays."
@@ -98,6 +112,10 @@ class AdapterOff:
     def save(self, folder: str | Path) -> None:
         "An error."
         raise RuntimeError("an adapter is saved with its policy, not as a reference")
+
+    def take(self, folder: str | Path) -> None:
+        "An error."
+        raise RuntimeError("a policy without its adapter never changes")
 
     def sync(self, stay: float = 0.0) -> None:
         "An error."
@@ -146,6 +164,19 @@ class FrozenAdapter(AdapterOff):
         "Take over the policy's present adapter, but for the share that stays."
         for own, policy in self.weights():
             mix(own, policy, stay)
+
+    def save(self, folder: str | Path) -> None:
+        "Write the adapter into a folder."
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        kept = {str(i): own.detach().contiguous() for i, (own, _) in enumerate(self.weights())}
+        save_file(kept, Path(folder) / "adapter.safetensors")
+
+    @torch.no_grad()
+    def take(self, folder: str | Path) -> None:
+        "Become what was saved in a folder."
+        saved = load_file(Path(folder) / "adapter.safetensors")
+        for i, (own, _) in enumerate(self.weights()):
+            mix(own, saved[str(i)], 0.0)
 
 # %% ../nbs/18_reference.ipynb #5b2c7e4c
 def make_reference(

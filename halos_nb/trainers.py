@@ -63,7 +63,7 @@ from halos_nb.advantages import (
     whiten,
 )
 from .models import BranchValues, unwrap
-from .tree_trainer import BatchResult, Metrics, PairScore, PerToken, TreeTrainer
+from .tree_trainer import Ahead, BatchResult, Metrics, PairScore, PerToken, TreeTrainer
 from .old_policy import TakesRatio, weight_metrics
 
 # %% ../nbs/24_trainers.ipynb #ec90d4fe
@@ -498,7 +498,7 @@ def episode_rewards(
 class Repeated:
     "A loader whose every step is given out several times."
 
-    def __init__(self, loader: TreeDataLoader, times: int) -> None:
+    def __init__(self, loader: Ahead | TreeDataLoader, times: int) -> None:
         self.loader = loader
         self.times = times
 
@@ -572,7 +572,9 @@ class PPOTrainer(PerToken, TakesRatio, UnpairedPreferenceTrainer):
     rolled_out: tuple[Step | None, list[TreeBatch]] = (None, [])
 
     def get_train_dataloader(self) -> Any:
-        return Repeated(self.loader, self.config.ppo_epochs)
+        times = self.config.ppo_epochs
+        passed = self.passed._replace(steps=self.passed.steps // times)
+        return Repeated(Ahead(self.loader, passed), times)
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> BranchValues:
         "Log-probs, values and entropies, each (K, S)."

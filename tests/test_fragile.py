@@ -47,6 +47,8 @@ TRAINER_HOOKS = {
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "store_flos": ["self"],
     "get_train_dataloader": ["self"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "floating_point_ops": ["self", "inputs"],

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "records stats configs settings data hub_sets feedback verdicts label_input health",
     1: "templates trees loaders processes attention checkpoints head models reference layouts",
-    2: "losses advantages tree_trainer old_policy trainers train",
+    2: "losses advantages tree_trainer old_policy trainers resume train",
     3: "generate api answers backends sample",
     4: "score replies judge label audit",
     5: "supervise preload failures progress jobs identity ledger loop hosts",

@@ -645,7 +645,7 @@ def test_lora_trains_adapters_and_merges_them(home):
     "The final model is plain transformers, and what is not adapted has not moved."
     from transformers import AutoModelForCausalLM
 
-    train(config(home, "dpo", "lora", save_every=2, **LORA))
+    train(config(home, "dpo", "lora", save_every=2, keep_steps=0, **LORA))
     start = load_file(home / "start/model.safetensors")
     final = load_file(home / "lora/FINAL/model.safetensors")
     assert sorted(start) == sorted(final)
@@ -706,7 +706,7 @@ def test_the_reference_is_synced(home, lora):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_synced_reference_is_the_policy_before_its_last_step(home, every):
-    cfg = config(home, "dpo", "s", epochs=2, save_every=1, **HUMANLINE)
+    cfg = config(home, "dpo", "s", epochs=2, save_every=1, keep_steps=0, **HUMANLINE)
     trainer, _ = make_trainer(replace(cfg, sync_reference=every))
     trainer.train()
     steps = trainer.state.global_step
@@ -765,7 +765,7 @@ def test_a_reference_that_is_asked_first_says_the_same_and_is_gone(
 
 def test_the_average_goes_on_in_the_next_round(home):
     "The mean of all policies so far, each step weighing what is new by 1 - ema_decay."
-    more = dict(reference="ema", ema_decay=0.75, save_every=1)
+    more = dict(reference="ema", ema_decay=0.75, save_every=1, keep_steps=0)
     train(config(home, "dpo", "ema", epochs=1, **more))
     start = load_file(home / "start/model.safetensors")
     mean = {name: weight.clone() for name, weight in start.items()}
@@ -847,7 +847,7 @@ def test_another_reference_has_another_cache(home):
 
 
 def test_timetable(home):
-    train(config(home, "dpo", "t", eval_every=2, save_every=4, epochs=2, batch_size=3))
+    train(config(home, "dpo", "t", eval_every=2, save_every=4, keep_steps=1))
     logs = read_jsonl(home / "t/metrics.jsonl")
     assert [r["step"] for r in logs if "eval_loss" in r] == [0, 2, 4, 6]
     assert [p.name for p in (home / "t").glob("step-*")] == ["step-4"]
