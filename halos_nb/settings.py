@@ -318,7 +318,7 @@ def variable_problems(p: Profile) -> Iterator[str]:
     for name in p.env:
         if name.startswith(ACCELERATE_PREFIXES) and name != "ACCELERATE_DEBUG_MODE":
             yield f"env.{name}: belongs into the file that accelerate_config names"
-        if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()):
+        if re.search("API_?KEY|ACCESS_KEY|TOKEN$|SECRET|PASSWORD", name.upper()):
             yield f"env.{name}: a secret is exported, and stands in no file"
 
 # %% ../nbs/03_settings.ipynb #d6944d4e

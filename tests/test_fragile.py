@@ -593,3 +593,34 @@ def test_a_forward_pass_has_the_names_that_decoder_gives():
     names = generate.forward_parameters(small_llama(byte_tokenizer(), hidden_size=32))
     used = {"logits_to_keep", "position_ids", "attention_mask", "past_key_values", "use_cache"}
     assert used <= names, cache_moved("Decoder", f"forward takes no {used - names}")
+
+
+# ---- accelerate, for halos_nb.settings and halos_nb.preload
+
+
+def test_accelerate_configurations_have_the_keys_we_know():
+    from dataclasses import fields
+
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import launch_command_parser
+
+    from halos_nb.settings import FSDP_KEYS, NOT_HERE, ONLY, READ
+
+    known = {*ONLY, *READ, *NOT_HERE} | {"dynamo_backend"}
+    theirs = {f.name for f in fields(ClusterConfig)} | {"dynamo_backend"}
+    assert theirs == known, f"see halos_nb.settings: {theirs ^ known}"
+    options = {action.dest for action in launch_command_parser()._actions}
+    options.add("fsdp_ignored_modules")  # taken from a file only
+    assert {*FSDP_KEYS} <= options, f"see FSDP_KEYS: {set(FSDP_KEYS) - options}"
+
+
+def test_what_accelerate_launch_sets_can_be_asked_for():
+    "Its parser, its reading of a file, and what it makes of both; see accelerate_variables."
+    from halos_nb.jobs import accelerate_options
+    from halos_nb.preload import accelerate_variables
+    from halos_nb.settings import Profile
+
+    options = accelerate_options(Profile(accelerate_config="fsdp2_cpu2"))
+    found = accelerate_variables(options)
+    assert found["ACCELERATE_USE_FSDP"] == "true" and found["FSDP_VERSION"] == "2"
+    assert found["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"

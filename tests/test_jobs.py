@@ -40,6 +40,36 @@ def test_runs_the_processes_asked_for(n, launcher, tmp_path):
     assert json.loads(job.file("config.json").read_text())["num_processes"] == n
 
 
+def told_variables(folder, **more):
+    profile = Profile(accelerate_config="fsdp2_cpu2", **more)
+    cfg = SampleConfig(model="variables", output_file=str(folder / "out"))
+    launch("train", cfg, profile, folder, module="tiny_stage").wait()
+    return json.loads((folder / "out").read_text())
+
+
+def test_a_rank_does_not_know_who_started_it(tmp_path, monkeypatch):
+    """What Accelerate is told is the profile's, by both launchers alike; what this user has
+    exported or configured is not.
+    """
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    monkeypatch.setenv("ACCELERATE_DOWNCAST_BF16", "true")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    theirs = tmp_path / "home/accelerate/default_config.yaml"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("distributed_type: MULTI_GPU\ndebug: true\nnum_processes: 7\n")
+    with pytest.warns(UserWarning) as warned:
+        forked, launched = (
+            told_variables(tmp_path / name, launcher=name) for name in LAUNCHERS
+        )
+    assert forked == launched
+    assert forked["ACCELERATE_USE_FSDP"] == "true" and forked["FSDP_VERSION"] == "2"
+    assert forked["FSDP_OFFLOAD_PARAMS"] == "false" and forked["WORLD_SIZE"] == "2"
+    assert not forked.keys() & {"ACCELERATE_DOWNCAST_BF16", "ACCELERATE_DEBUG_MODE"}
+    told = [str(w.message) for w in warned if "profile" in str(w.message)]
+    assert len(told) == 2, "the file and the variables, each once"
+    assert str(theirs) in told[0] and "FSDP_OFFLOAD_PARAMS" in told[1]
+
+
 KILLED = "killed by SIGKILL (out of memory, or by hand)"
 
 

@@ -11,10 +11,13 @@ import pytest
 
 from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig
 from halos_nb.settings import (
+    SHIPPED,
+    Profile,
     check_precision,
     load_settings,
     notebook_config,
     parse_args,
+    read_accelerate,
 )
 
 STAGES = {
@@ -198,3 +201,135 @@ def test_a_misspelt_launcher_is_an_error(tmp_path):
     file.write_text("[profile mine]\nlauncher = torchrun\n")
     with pytest.raises(ValueError, match="launcher: .*'auto', 'fork' or 'accelerate'"):
         load_settings(file, env={})
+
+
+# ---- what Accelerate is told
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_configuration_is_accelerate_s_and_ours(file):
+    "Accelerate reads it, we honour all of it, and a comment says what it is for."
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    theirs = load_config_from_file(str(file))
+    said = read_accelerate(file)
+    assert said.sharded == (theirs.distributed_type == "FSDP")
+    assert file.read_text().startswith("# ")
+    profile = Profile(accelerate_config=file.stem, cpu=bool(said.values.get("use_cpu")))
+    number = int(re.sub(r".*?(\d+)(x(\d+))?$", r"\1", file.stem)) if file.stem != "ddp" else 1
+    machines = number if "x" in file.stem else 1
+    assert profile.num_machines == machines
+    per_machine = profile.num_processes // machines
+    assert file.stem.endswith(str(per_machine)) or file.stem == "ddp"
+
+
+def test_shipped_configurations_are_in_the_package():
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    ours = read_configuration(str(SHIPPED.parent.parent / "pyproject.toml"), expand=False)
+    data = ours["tool"]["setuptools"]["package-data"]["halos_nb"]
+    assert "accelerate/*" in data
+
+
+INI = """
+[profile mine]
+cpu = no
+accelerate_config = files/mine.yaml
+accelerate_config.label = gpu1
+python.sample = vllm/bin/python
+devices.sample = 4,5
+num_processes.sample = 1
+Threads.train = 3
+env.Mixed_Case = 1
+"""
+FSDP = "distributed_type: FSDP\nnum_processes: 4\nmixed_precision: {}\nfsdp_config:\n"
+FSDP += "  fsdp_version: 2\n  reshard_after_forward: false\n"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    "A profile whose file lies beside settings.ini."
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/mine.yaml").write_text(FSDP.format("'no'"))
+    (tmp_path / "settings.ini").write_text(INI)
+    return lambda: load_settings(tmp_path / "settings.ini", env={}).get_profile("mine")
+
+
+def test_each_stage_has_what_is_said_of_it(mine, tmp_path):
+    profile = mine()
+    train, sample, label, audit = map(profile.for_stage, ("train", "sample", "label", "audit"))
+    assert (train.num_processes, train.sharded, train.threads) == (4, True, 3)
+    assert train.accelerate_config == str(tmp_path / "files/mine.yaml")
+    assert (sample.num_processes, sample.sharded, sample.devices) == (1, False, "4,5")
+    assert sample.python == str(tmp_path / "vllm/bin/python") and not train.python
+    assert (label.num_processes, label.accelerate_config) == (1, str(SHIPPED / "gpu1.yaml"))
+    assert (audit.num_processes, audit.threads) == (4, 1)
+    assert audit.env == {"Mixed_Case": "1"}
+
+
+def test_a_file_s_precision_must_be_the_experiment_s(mine, tmp_path):
+    "Whatever this user has told Accelerate beside it."
+    check_precision("float32", {}, mine().accelerate_config)
+    (tmp_path / "files/mine.yaml").write_text(FSDP.format("bf16"))
+    check_precision(
+        "bfloat16", {"ACCELERATE_MIXED_PRECISION": "fp16"}, mine().accelerate_config
+    )
+    with pytest.raises(ValueError, match="float32.*mixed_precision bf16.*mine.yaml"):
+        check_precision("float32", {}, mine().accelerate_config)
+
+
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ("num_processes = 2", "num_processes: the profile has 2, .*mine.yaml has 4"),
+        ("num_machines = 3", "num_processes: 4 on 3 machines is not even"),
+        ("devices.train = 0,1", "2 GPUs .* for 4 processes"),
+        ("devices.label = 0,1", "label: devices: 0,1 for 1 processes"),
+        ("devices.train = 0,1,2,2", "different numbers"),
+        ("env.FSDP_VERSION = 1", "belongs into the file that accelerate_config names"),
+        ("env.sample.HF_TOKEN = x", "a secret is exported"),
+        ("launcher = fork", "CUDA does not survive a fork"),
+        ("hosts = a, b", "start: should say"),
+        ("python.simple = x", "no stage is called simple; stages are sample, label"),
+        ("accelerate_config.audit = fsdp2_gpu9", "nothing is at .*fsdp2_gpu9"),
+        ("gpus = 4", "gpus: unknown parameter"),
+        ("gpus.train = 4", "train: Profile: gpus: unknown parameter"),
+        ("env = x", "a variable is env.NAME"),
+    ],
+)
+def test_what_a_profile_gets_wrong_is_named(mine, tmp_path, line, wrong):
+    with open(tmp_path / "settings.ini", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=wrong) as raised:
+        mine()
+    assert f"{tmp_path}/settings.ini: [profile mine]" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        (
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}",
+            "DeepSpeed is not run",
+        ),
+        (FSDP.format("'no'").replace("version: 2", "version: 1"), "should be 2, got 1"),
+        (
+            FSDP.format("'no'") + "  fsdp_sharding_strategy: FULL_SHARD\n",
+            "of version 1 are gone",
+        ),
+        ("distributed_type: MULTI_GPU\nfsdp_config: {fsdp_version: 2}", "is only used with"),
+        ("distributed_type: MULTI_GPU\ndebug: true", "debug: give it with"),
+        ("distributed_type: MULTI_GPU\ndynamo_config: {dynamo_backend: INDUCTOR}", "compiled"),
+        ("distributed_type: MULTI_GPU\nmachine_rank: 1", "machine_rank: should be 0"),
+        ("num_processes: 4", "distributed_type: is missing"),
+        ("distributed_type: 'NO'", "is for one process, the profile has more"),
+        ("- 1", "should hold keys and values"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_what_a_configuration_gets_wrong_is_named(mine, tmp_path, text, wrong):
+    (tmp_path / "files/mine.yaml").write_text(text)
+    with open(tmp_path / "settings.ini", "a") as file:
+        file.write("num_processes = 4\n")
+    with pytest.raises(ValueError, match=wrong):
+        mine()

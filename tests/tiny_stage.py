@@ -63,6 +63,14 @@ def in_a_group(mode, cfg, out):
     os._exit(0)
 
 
+def tell_variables(out):
+    "What Accelerate and torch will read of this process's environment."
+    prefixes = ("ACCELERATE_", "FSDP_", "MASTER_ADDR", "WORLD_SIZE", "OMP_NUM", "HALOS_NB_PROM")
+    found = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(json.dumps(found))
+
+
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
@@ -91,6 +99,8 @@ def main():
         raise RuntimeError("broken before joining")
     if mode in ("gather", "raise", "hang", "die", "segfault", "quiet"):
         in_a_group(mode, cfg, out)
+    if mode == "variables":
+        tell_variables(out)
     if mode == "deaf":
         with_deaf_children(out)
     if mode == "append":
