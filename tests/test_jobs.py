@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -14,8 +16,9 @@ from job_helpers import CELL, LAUNCHERS, NEEDS_LINUX, ONE, alive, papermill, sta
 
 from halos_nb.configs import SampleConfig
 from halos_nb.failures import StageError
-from halos_nb.jobs import launch
-from halos_nb.preload import LAUNCHER_SAYS
+from halos_nb.identity import RunFiles, Stage, identity, versions
+from halos_nb.jobs import ask_python, check_launch, launch, prepare
+from halos_nb.preload import LAUNCHER_SAYS, ForkedProcess
 from halos_nb.settings import Profile
 
 pytestmark = [
@@ -68,6 +71,54 @@ def test_a_rank_does_not_know_who_started_it(tmp_path, monkeypatch):
     told = [str(w.message) for w in warned if "profile" in str(w.message)]
     assert len(told) == 2, "the file and the variables, each once"
     assert str(theirs) in told[0] and "FSDP_OFFLOAD_PARAMS" in told[1]
+
+
+@pytest.fixture
+def other_python(tmp_path):
+    "A Python of another environment, which has our packages and one that we have not."
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "ours.pth").write_text("\n".join(path for path in sys.path if "site-p" in path))
+    found = site / "vllm-0.99.0.dist-info"
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.0\n")
+    return venv / "bin/python"
+
+
+def test_a_stage_runs_in_a_python_of_its_own(tmp_path, other_python):
+    "No fork of ours, and its libraries are those of its result."
+    profile = Profile(stages={"sample": {"python": str(other_python)}})
+    assert not prepare(profile, "sample")
+    (tmp_path / "job").mkdir()
+    job = start("variables", tmp_path / "job", profile)
+    job.wait()
+    assert not isinstance(job.process, ForkedProcess)
+    assert json.loads((tmp_path / "job/out").read_text())["python"] == str(other_python)
+    cfg = SampleConfig(model="m", backend="vllm")
+    stage = Stage("sample", tmp_path, cfg, [], [])
+    libraries = identity(RunFiles(tmp_path, profile), stage)["libraries"]
+    assert libraries == versions() | {"vllm": "vllm 0.99.0"}
+
+
+def test_a_python_that_cannot_run_a_stage_is_told(tmp_path, other_python, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    for file in other_python.parent.parent.glob("lib/python*/site-packages/*.pth"):
+        file.unlink()
+    monkeypatch.chdir(tmp_path)
+    for python, wrong in [
+        (tmp_path / "none", "nothing is at .*none"),
+        (other_python, "cannot import halos_nb .*pip install -e"),
+    ]:
+        profile = Profile(stages={"train": {"python": str(python)}})
+        with pytest.raises((FileNotFoundError, RuntimeError), match=wrong):
+            check_launch(profile, "float32")
+    package = tmp_path / "halos_nb"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    ask_python.cache_clear()
+    with pytest.raises(RuntimeError, match=f"has another halos_nb, at {package}"):
+        check_launch(profile, "float32")
 
 
 KILLED = "killed by SIGKILL (out of memory, or by hand)"

@@ -67,6 +67,7 @@ def tell_variables(out):
     "What Accelerate and torch will read of this process's environment."
     prefixes = ("ACCELERATE_", "FSDP_", "MASTER_ADDR", "WORLD_SIZE", "OMP_NUM", "HALOS_NB_PROM")
     found = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    found["python"] = sys.executable
     if os.environ.get("RANK", "0") == "0":
         out.write_text(json.dumps(found))
 
