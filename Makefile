@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm test-hosts vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm test-hosts slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,7 @@ help:
 	@echo 'make vllm        install vLLM into build/vllm-venv, an environment of its own (4 GB; VLLM=vllm for GPUs, else on the CPU)'
 	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model (a few minutes)'
 	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
+	@echo 'make test-slurm  set up, install SLURM with apt-get where it is missing (as root), then jobs of a SLURM of two nodes, started and ended here (10 minutes)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
@@ -102,6 +103,18 @@ test-hosts: export OMP_NUM_THREADS := 1
 test-hosts: export HALOS_NB_TEST_HOSTS := 1
 test-hosts: setup
 	@pytest -v -s tests/test_hosts.py
+
+# A cluster of two nodes in namespaces of its own: with the tests ends all of it.
+test-slurm: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
+test-slurm: export OMP_NUM_THREADS := 1
+test-slurm: setup slurm
+	@python tests/slurm_cluster.py pytest -v -s tests/test_slurm.py $(SLURM)
+
+slurm:
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo 'test-slurm needs slurmctld, slurmd, sbatch: apt-get install slurmctld slurmd slurm-client, as root'; exit 1; }; \
+		echo '== Installing SLURM with apt-get (about a minute); its services are not used'; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client iproute2 >/dev/null; }
 
 test-architectures: export OMP_NUM_THREADS := 1
 test-architectures: setup

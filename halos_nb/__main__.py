@@ -10,6 +10,7 @@ commands (each: --help, or --config FILE)
   python -m halos_nb.label      samples in, feedback out: reward model, API judge, function
   python -m halos_nb.audit      what models really see: tokens, ends, log-probs, scores
   accelerate launch -m ...      the same in several processes
+  python -m halos_nb.submit     a notebook's run, or a sweep, as a job of SLURM; or side by side
 
 notebooks (JupyterLab, or papermill NOTEBOOK out.ipynb -p NAME VALUE)
   nbs/online_loop.ipynb         the online loop, round after round

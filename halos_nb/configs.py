@@ -17,7 +17,7 @@ __all__ = ['Config', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSI
            'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LoopConfig', 'preset_settings',
            'fill_from_preset', 'of_playground', 'loop_problems', 'is_difference', 'training_config', 'split_names',
            'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig',
-           'AuditConfig', 'RunsConfig', 'config_json']
+           'AuditConfig', 'RunsConfig', 'SubmitConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -38,7 +38,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction, arg
 
 # %% ../nbs/02_configs.ipynb #cc61bf9c
 Config = TypeVar("Config")
@@ -1237,6 +1237,8 @@ class CompareConfig:
     world_seed: NonNegativeInt = 0  # which playground
     seed: int = 0  # of each method's first run
     seeds: PositiveInt = 1  # how many runs of each method: seeds `seed`, `seed` + 1, ...
+    # runs at once, each on GPUs of its own; on a CPU, on num_processes * threads cores
+    slots: PositiveInt = 1
     fresh: bool = False  # start all runs again from nothing
 
     def __post_init__(self) -> None:
@@ -1439,6 +1441,25 @@ class RunsConfig:
 
     def __post_init__(self) -> None:
         self.runs = split_names(self.runs)
+
+# %% ../nbs/02_configs.ipynb #ee7dba65
+@checked
+class SubmitConfig:
+    """What submitting needs: a driver notebook, its parameters, and a profile.
+    The run, or each run of a sweep, becomes a job of the scheduler (SLURM)."""
+
+    notebook: Positional[str]  # the driver, as nbs/online_loop.ipynb
+    # one of the notebook's parameters, as papermill takes it; as often as needed
+    parameters: Annotated[
+        UseAppendAction[list[tuple[str, str]]],
+        arg(aliases=["-p"], metavar="NAME VALUE"),
+    ] = field(default_factory=list)
+    profile: str = ""  # a section of settings.ini (empty: its default)
+    # runs of every combination, as "method=dpo,kto seed=0,1": a job array
+    sweep: str = ""
+    slots: PositiveInt | None = None  # runs of a sweep at once (None: all; local: what fits)
+    local: bool = False  # no scheduler: the runs side by side on this machine
+    dry_run: bool = False  # show the script and the command, touch nothing
 
 # %% ../nbs/02_configs.ipynb #b43d18e5
 def config_json(cfg: Any) -> str:

@@ -7,7 +7,7 @@ __all__ = ['MEASURED', 'CHECKS', 'EXPECTED_COUNTS', 'COUNT_FILES', 'AuditMode', 
            'derive_seed', 'sample_stage', 'label_stage', 'train_stage', 'check_stage', 'losses_of', 'Round',
            'round_counts', 'drawn_at', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'AuditError',
            'audit_stage', 'as_policy_or_reward', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute',
-           'located', 'Loop', 'one_round', 'answers_of', 'prompts_asked', 'run_rounds']
+           'located', 'Loop', 'one_round', 'answers_of', 'prompts_asked', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -32,7 +32,7 @@ from halos_nb.configs import (
     SampleConfig,
     require_path,
 )
-from .settings import Settings
+from .settings import Settings, load_settings, parse_args
 from halos_nb.health import (
     Alarm,
     Health,
@@ -835,3 +835,13 @@ def run_rounds(
             good = error.seen.good
             write(f"{STOPPED_BY_ALARM}: {error.seen}; the last good policy is {good}")
             raise
+
+# %% ../nbs/57_loop.ipynb #540b1c74
+def main(cfg: LoopConfig) -> None:
+    "Run the loop, and say what each round left."
+    for this in run_rounds(cfg, load_settings()):
+        print(this, flush=True)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main(parse_args(LoopConfig))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES',
            'IPYTHON_NAMES', 'DEFINITIONS', 'accelerate_path', 'fsdp_problems', 'accelerate_problems',
-           'AccelerateConfig', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'Profile',
-           'fill_from_accelerate', 'why_no_fork', 'launcher_problems', 'variable_problems', 'device_problems',
-           'machine_problems', 'accelerate_and_profile_problems', 'profile_problems', 'default_profiles',
-           'profile_of_stage', 'stage_problems', 'Settings', 'find_settings', 'environment_values', 'key_problems',
-           'path_value', 'profile_values', 'read_profiles', 'key_case', 'moved_precision', 'load_settings',
-           'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside', 'notebook_config',
-           'parse_args']
+           'AccelerateConfig', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'SlurmOptions',
+           'slurm_problems', 'Profile', 'fill_from_accelerate', 'why_no_fork', 'launcher_problems', 'variable_problems',
+           'device_problems', 'machine_problems', 'accelerate_and_profile_problems', 'profile_problems',
+           'default_profiles', 'profile_of_stage', 'stage_problems', 'Settings', 'find_settings', 'environment_values',
+           'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case', 'moved_precision',
+           'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside',
+           'notebook_config', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import configparser
@@ -237,10 +237,59 @@ class PlaceOptions:
     # what holds for one stage only: {"train": {"num_processes": 4}}
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+# %% ../nbs/03_settings.ipynb #96e92d1a
+@checked
+class SlurmOptions:
+    "What a job asks SLURM for, besides what the stages need."
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    reservation: str = ""
+    constraint: str = ""  # features of the nodes, as a100&nvlink
+    time: str = ""  # longest time of one start, as 1-12:00:00 (empty: the partition's)
+    # of each node; empty: what the stages' processes need, and the partition's memory
+    cpus: str = ""
+    gpus: str = ""  # as 8, or a100:8
+    gres: str = ""  # in place of gpus, where a cluster wants it, as gpu:a100:8
+    mem: str = ""  # as 200G
+    # variables that a job gets of the submitting shell: ALL, or names set apart by commas
+    export: str = "ALL"
+    # shell commands before anything else, as module load cuda
+    setup: str = ""
+    # seconds before the time is up at which a run is stopped, to be requeued
+    notice: PositiveInt = 120
+    requeues: NonNegativeInt = 100  # how often at most; 0: never, also after a node's failure
+
+    def __post_init__(self) -> None:
+        refuse(slurm_problems(self))
+
+
+def slurm_problems(s: SlurmOptions) -> Iterator[str]:
+    "What SLURM would not take, or take as something else."
+    for f in fields(s):
+        value = str(getattr(s, f.name))
+        if f.name not in ("setup", "export") and not re.fullmatch(
+            r"[\w.,:=@&|()*\[\]+-]*", value
+        ):
+            yield f"slurm.{f.name}: {value!r} has what no option of SLURM has"
+    names = s.export.replace(" ", "").split(",")
+    if not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
+        yield (
+            f"slurm.export: {s.export!r} should be ALL, or names of variables: a value would "
+            "stand in the job's script; export it in the shell that submits"
+        )
+    if "ALL" in names and len(names) > 1:
+        yield "slurm.export: ALL has all of them; leave out the names, or ALL"
+    if s.gpus and s.gres:
+        yield "slurm.gres: takes the place of slurm.gpus; give one of the two"
+
 # %% ../nbs/03_settings.ipynb #c7820970
 @checked
 class Profile(PlaceOptions, ProcessOptions):
     "How a stage is launched."
+
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)  # what a job asks for
 
     def __post_init__(self) -> None:
         if said := self.accelerate:
@@ -483,8 +532,12 @@ def path_value(
 def profile_values(section: Mapping[str, str], folder: Path | None) -> dict[str, Any]:
     "What a section says, with what it says of one stage (KEY.STAGE) and variables apart."
     values: dict[str, Any] = {"stages": {}}
+    slurm: dict[str, str] = {}
     for key, text in section.items():
         name, *rest = key.split(".")
+        if name == "slurm":
+            slurm[".".join(rest)] = text
+            continue
         variable = rest.pop() if name == "env" and rest else ""
         stage = rest.pop() if rest else ""
         refuse(key_problems(key, stage, rest))
@@ -493,7 +546,7 @@ def profile_values(section: Mapping[str, str], folder: Path | None) -> dict[str,
             place.setdefault("env", {})[variable] = text
         else:
             place[name] = path_value(name, text, folder)
-    return values
+    return values | {"slurm": make_config(SlurmOptions, **slurm)}
 
 # %% ../nbs/03_settings.ipynb #e8ba1f0e
 def read_profiles(ini: configparser.ConfigParser, path: Path | None) -> dict[str, Profile]:

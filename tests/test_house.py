@@ -23,7 +23,7 @@ FLOORS = {
     2: "losses advantages tree_trainer old_policy trainers resume train",
     3: "generate api answers backends sample",
     4: "score replies judge label audit",
-    5: "supervise preload failures progress jobs identity ledger loop hosts",
+    5: "supervise preload failures progress jobs identity ledger loop submit hosts",
     6: "show figures rewards runs people pairs monitor widgets compare page",
     7: "playground",
 }
@@ -40,7 +40,7 @@ SEES = {
 ALONE = ["records", "losses", "supervise"]  # import nothing of ours
 # The only places that name a stage's module as a string: who starts it, and what is imported
 # for it beforehand.
-NAME_STAGES = ["jobs", "preload", "hosts"]
+NAME_STAGES = ["jobs", "preload", "submit", "hosts"]
 
 ROOMS = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 ORDER = list(ROOMS)

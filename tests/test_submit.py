@@ -1,0 +1,168 @@
+"Submitting, up to the scheduler: what a user types, and what stands in the script."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from job_helpers import NEEDS_LINUX, alive, code_cell, until
+
+from halos_nb.configs import SubmitConfig
+from halos_nb.submit import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = """
+[halos_nb]
+runs_dir = runs
+[profile cpu1]
+[profile slurm_2x8]
+num_machines = 2
+num_processes = 16
+cpu = no
+threads = 8
+slurm.partition = gpu
+slurm.account = nlp
+slurm.time = 12:00:00
+slurm.export = OPENAI_API_KEY
+"""
+PARAMETERS = "run_name = 'r'\nseed = 0\nlr = 1e-4\nprofile = ''\nfresh = False"
+GUARD = """
+from halos_nb.configs import LoopConfig
+from halos_nb.settings import notebook_config
+cfg = notebook_config(LoopConfig, globals())
+"""
+WORK = """
+print("in a slot")
+if cfg.seed == 1:
+    raise ValueError("no such prompts")
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    "A user's folder: settings and a small driver."
+    (tmp_path / "settings.ini").write_text(SETTINGS)
+    cells = [code_cell(i, text) for i, text in enumerate((PARAMETERS, GUARD, WORK))]
+    cells[0]["metadata"]["tags"] = ["parameters"]
+    kernel = dict(kernelspec=dict(name="python3", display_name="", language="python"))
+    notebook = dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)
+    (tmp_path / "driver.ipynb").write_text(json.dumps(notebook))
+    return tmp_path
+
+
+def command(*words):
+    return [sys.executable, "-m", "halos_nb.submit", *words]
+
+
+def environment(**more):
+    env = os.environ | dict(PYTHONPATH=str(ROOT)) | more
+    env.pop("HALOS_NB_RUNS_DIR", None)
+    return env
+
+
+def submit(place, *words, **env):
+    "The command as a user gives it."
+    return subprocess.run(
+        command(*words),
+        cwd=place,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_a_dry_run_shows_all_and_touches_nothing(place):
+    before = sorted(place.rglob("*"))
+    words = ["driver.ipynb", "-p", "lr", "3e-4", "--profile", "slurm_2x8", "--dry_run"]
+    key = dict(OPENAI_API_KEY="not-to-be-written", SBATCH_PARTITION="other")
+    done = submit(place, *words, "--sweep", "method=dpo,kto seed=0,1", "--slots", "2", **key)
+    assert done.returncode == 0, done.stderr
+    assert sorted(place.rglob("*")) == before
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --cpus-per-task=64",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=nlp",
+        "#SBATCH --time=12:00:00",
+        "#SBATCH --export=PATH,HOME,OPENAI_API_KEY",
+        "#SBATCH --array=0-3%2",
+        "#SBATCH --requeue",
+        "# not used, the profile decides: SBATCH_PARTITION",
+        f"sbatch --parsable {place}/runs/r/submit/job.sh",
+    ):
+        assert line in done.stdout.splitlines(), line
+    assert "not-to-be-written" not in done.stdout + done.stderr
+    assert done.stdout.count("-p run_name r-") == 4
+    assert f"every node of the job must see {place}/runs" in done.stdout
+    assert "-p runs r-dpo-s0,r-dpo-s1,r-kto-s0,r-kto-s1" in done.stdout
+
+
+def test_a_misspelt_parameter_is_told_in_one_line(place):
+    done = submit(place, "driver.ipynb", "-p", "sed", "1")
+    assert done.returncode == 1 and not (place / "runs").exists()
+    assert done.stderr == "LoopConfig: sed: unknown parameter; did you mean `seed`?\n"
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (dict(parameters=[("beta", "much")]), "LoopConfig: beta: "),
+        (dict(sweep="method=dpo,pdo"), "LoopConfig: method: "),
+        (dict(profile="slurm_9x9"), "has no section .profile slurm_9x9"),
+        (dict(parameters=[("prompts", "a key-in-a-value")]), "the value of A_TOKEN is among"),
+        (dict(local=True, profile="slurm_2x8"), "its stages are on 2 machines"),
+        ({}, "no sbatch here"),
+    ],
+)
+def test_what_cannot_work_is_refused(place, given, told, monkeypatch):
+    "Before anything is written."
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("A_TOKEN", "key-in-a-value")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("HALOS_NB_RUNS_DIR", raising=False)
+    with pytest.raises(ValueError, match=told):
+        main(SubmitConfig(notebook="driver.ipynb", **given))
+    assert not (place / "runs").exists()
+
+
+def test_runs_side_by_side_and_one_that_fails(place):
+    done = submit(place, "driver.ipynb", "--local", "--slots", "2", "--sweep", "seed=0,1")
+    assert done.returncode == 1
+    assert "1 of 2 runs failed" in done.stderr
+    assert "r-s1: exit code 1: ValueError: no such prompts" in done.stderr
+    assert "2 of 2 runs done, 1 failed" in done.stderr
+    executed = json.loads((place / "runs/r-s0/driver.ipynb").read_text())
+    assert "slot" in str(executed["cells"][-1]["outputs"])
+
+
+HANGING = """
+import sys
+from pathlib import Path
+from halos_nb.submit import Start, side_by_side
+wait = "import subprocess; subprocess.run(['sleep', '300'])"
+starts = [Start(name, [sys.executable, "-c", wait]) for name in "abc"]
+side_by_side(starts, [{}, {}], Path("runs"), Path("logs"))
+"""
+
+
+@NEEDS_LINUX
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_run_outlives_who_started_them(tmp_path, how):
+    started = subprocess.Popen(
+        [sys.executable, "-c", HANGING],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    try:  # of each of the two a supervisor, a Python and what that has started
+        until(lambda: len(alive(tmp_path / "logs")) == 6, 60, "two runs")
+    finally:
+        started.send_signal(how)
+        started.wait(60)
+    until(lambda: not alive(tmp_path / "logs"), 15, "nothing alive")
+    assert not (tmp_path / "logs/c.log").exists()
