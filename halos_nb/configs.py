@@ -654,7 +654,13 @@ class OptimiserOptions:
     warmup: NonNegativeFloat = 0.1
     # shape after the warm-up
     lr_scheduler: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    # adamw: in one fused kernel; adamw_8bit: its moments in 2 bytes a weight in place of 8
+    # (bitsandbytes, on a GPU, not with weights that are shared out)
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # decay of the gradients' mean
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # decay of their squares' mean
+    adam_epsilon: PositiveFloat = 1e-8  # added to the root of the squares' mean
     # sft, csft, simpo, slic, bradley-terry: the model's own dropout while it trains (None: as
     # its config says); always 0 for methods that compare with a reference
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = 0.0
@@ -670,6 +676,9 @@ class OptimiserOptions:
     # keep each layer's input only, compute the layer again in the backward pass: less memory, a
     # third more time in the layers
     gradient_checkpointing: bool = False
+    # kernels for what is attended to row by row: as transformers chooses, eager or sdpa; trees
+    # have their own, and flash_attention_2 takes neither them nor float32 weights
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
     # most examples in one forward pass (None: the token budget alone decides)
     microbatch_size: PositiveInt | None = None
 

@@ -6,8 +6,8 @@
 __all__ = ['AS_IT_IS', 'MARGIN', 'COLUMNS', 'IN_PLACE', 'gather_logps', 'token_logps', 'HeadForm', 'Memory', 'head_memory',
            'product_in', 'bend', 'log_softmax_in', 'one_hot_minus', 'derivative', 'gradients_in_place', 'grad_of',
            'Head', 'HeadLogps', 'zeros_where_needed', 'head_gradients', 'add_product', 'TokenLogps',
-           'logps_and_entropy', 'in_chunks', 'has_hooks', 'compute_dtype', 'linear_logps', 'head_logps',
-           'embedding_in_place']
+           'logps_and_entropy', 'in_chunks', 'has_hooks', 'is_put_together', 'compute_dtype', 'linear_logps',
+           'head_logps', 'embedding_in_place']
 
 # %% ../nbs/16_head.ipynb #93daa161
 from collections.abc import Callable, Iterator
@@ -297,6 +297,19 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_put_together(head: Any, states: Tensor) -> bool:
+    "Whether a shared out head is one linear layer whose weight is whole from here on."
+    hooks = len(head._forward_hooks), len(head._forward_pre_hooks)
+    if not isinstance(head, torch.nn.Linear) or hooks != (1, 1):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(head, FSDPModule):
+        return False
+    head(states[:0])  # its hooks put the weight together
+    return not hasattr(head.weight, "full_tensor")
+
+
 def compute_dtype(head: torch.nn.Linear, device_type: str) -> torch.dtype:
     "The type that a layer would compute in: autocast's, or its own."
     if torch.is_autocast_enabled(device_type):
@@ -339,7 +352,8 @@ def head_logps(
     form: HeadForm = AS_IT_IS,  # what becomes of the logits
 ) -> TokenLogps:  # float32
     "Log-prob of each target token, entropy of its distribution."
-    if type(head) is torch.nn.Linear and not has_hooks(head):
+    is_plain = type(head) is torch.nn.Linear and not has_hooks(head)
+    if is_plain or is_put_together(head, states):
         return linear_logps(head, states, target, chunk, entropy, form)
     parts = in_chunks(lambda x: form.applied(head(x)), states, target)
     return TokenLogps(*[torch.cat(part) for part in zip(*parts)])

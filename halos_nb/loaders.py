@@ -15,7 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,6 +93,7 @@ class TreeDataLoader:
     unfinished: str = "keep"  # answers that were cut while they were drawn: keep or drop
     whole: bool = False  # encode as a reward model reads: as the template renders
     sampled: bool = False  # keep the log-probs that the sampler told with each answer
+    even: bool = False  # every process gets as many batches of a step as the others
 
     def __post_init__(self) -> None:
         self.fill()
@@ -459,10 +460,25 @@ def kept_batches(self: TreeDataLoader) -> Iterator[tuple[int, list[Tree]]]:
     "The batches of the epochs that are kept, in order, each behind the process it falls to."
     for trees in chain(*self.kept.values()):
         for rank, own in enumerate(self.shares(trees)):
-            for batch in pack_trees(own, self.token_budget, self.layout, self.microbatch_size):
+            for batch in self.packed(own):
                 yield rank, batch
 
 # %% ../nbs/12_loaders.ipynb #04e01f26
+@patch
+def packed(self: TreeDataLoader, trees: list[Tree]) -> list[list[Tree]]:
+    "Trees of one process, filled into batches."
+    return pack_trees(trees, self.token_budget, self.layout, self.microbatch_size)
+
+
+@patch
+def fillers(self: TreeDataLoader, trees: list[Tree], own: int) -> list[TreeBatch]:
+    "What a process with so many batches of a step runs until it has run as many as any."
+    most = max(len(self.packed(share)) for share in self.shares(trees))
+    smallest = min(trees, key=lambda tree: tree.cost(self.layout))
+    idle = replace(make_batch([smallest], self.layout, self.pad_id), idle=True)
+    return [idle] * (most - own)
+
+
 @patch
 def as_step(
     self: TreeDataLoader,
@@ -470,10 +486,13 @@ def as_step(
     own: list[Tree],  # of this process
 ) -> Step:
     "What this process does, and how large the step is."
-    used = own or trees[-1:]
-    batches = pack_trees(used, self.token_budget, self.layout, self.microbatch_size)
+    used = self.packed(own or trees[-1:])
+    batches = [make_batch(batch, self.layout, self.pad_id) for batch in used]
+    if self.even:
+        batches += self.fillers(trees, len(batches))
+        batches = [replace(batch, together=True) for batch in batches]
     return Step(
-        batches=[make_batch(batch, self.layout, self.pad_id) for batch in batches],
+        batches=batches,
         examples=len(trees),
         targets=sum(tree.targets for tree in trees),
         idle=not own,

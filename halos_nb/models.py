@@ -6,7 +6,7 @@
 __all__ = ['FOREIGN', 'CAPS', 'PAD', 'VALUE_HEAD', 'HEADS', 'REFERENCE', 'Predicting', 'BranchLogps', 'TreeModel', 'TreePolicy',
            'text_config', 'attention_name', 'let_trees_in', 'with_signature_of', 'mix_in', 'own_forward', 'evaluating',
            'special_ids', 'plain_vocabulary', 'probe_tokens', 'rows_of_probe', 'forms_of', 'head_fault', 'magnified',
-           'find_form', 'find_way', 'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary',
+           'find_form', 'find_way', 'attending', 'load_policy', 'load_reference', 'load_tokenizer', 'fit_vocabulary',
            'tokens_in_texts', 'own_padding', 'pad_as', 'small_llama', 'start_from_scratch', 'name_end', 'BranchValues',
            'TreeActorCritic', 'take_value_head', 'load_value_head', 'load_actor_critic', 'BranchScores',
            'last_attended', 'score_logits', 'last_hidden', 'branch_scores', 'TreeScorer', 'with_two_logits',
@@ -365,16 +365,26 @@ def find_way(model: Any) -> str:
     return WAYS[0]  # the probe of `19_layouts` says how far off that is
 
 # %% ../nbs/17_models.ipynb #b962025a
+def attending(attention: str) -> dict[str, str]:
+    "How a model shall attend, in words of `from_pretrained`; nothing where it may choose."
+    return {} if attention == "auto" else {"attn_implementation": attention}
+
+
 def load_policy(
     path: str,  # a folder or a name on the hub
     precision: str = "float32",  # of the weights
     trust_remote_code: bool = False,  # run code that comes with the model
+    attention: str = "auto",  # eager, sdpa, or as transformers chooses
 ) -> Any:
     "A causal language model, ready for `model(tree=batch)`."
     dtype = getattr(torch, precision)
     refuse_reward_model(path, trust_remote_code)
     loaded = load_whole(
-        AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code
+        AutoModelForCausalLM,
+        path,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **attending(attention),
     )
     return mix_in(loaded.model, TreePolicy)
 
@@ -383,9 +393,10 @@ def load_reference(
     path: str,  # a folder or a name on the hub
     precision: str = "float32",  # of the weights
     trust_remote_code: bool = False,  # run code that comes with the model
+    attention: str = "auto",  # eager, sdpa, or as transformers chooses
 ) -> Any:
     "A frozen policy in evaluation mode."
-    model = load_policy(path, precision, trust_remote_code)
+    model = load_policy(path, precision, trust_remote_code, attention)
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/17_models.ipynb #893f49af
@@ -576,9 +587,10 @@ def load_actor_critic(
     path: str,  # a folder or a name on the hub
     precision: str = "float32",  # of the policy's weights
     trust_remote_code: bool = False,  # run code that comes with the model
+    attention: str = "auto",  # eager, sdpa, or as transformers chooses
 ) -> Any:
     "A policy with the value head saved in its folder, or one of zeros."
-    model = mix_in(load_policy(path, precision, trust_remote_code), TreeActorCritic)
+    model = mix_in(load_policy(path, precision, trust_remote_code, attention), TreeActorCritic)
     width = model.get_output_embeddings().weight.shape[1]
     model.value_head = load_value_head(Path(path) / VALUE_HEAD, width)
     return model
@@ -760,11 +772,12 @@ def load_reward_model(
     path: str,  # a folder or a name on the hub
     precision: str = "float32",  # of the weights
     trust_remote_code: bool = False,  # run code that comes with the model
+    attention: str = "auto",  # eager, sdpa, or as transformers chooses
 ) -> Any:
     "A Bradley-Terry model; of a language model, with a fresh head to be trained."
     dtype = getattr(torch, precision)
     return AutoModelForBradleyTerry.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code
+        path, dtype=dtype, trust_remote_code=trust_remote_code, **attending(attention)
     )
 
 # %% ../nbs/17_models.ipynb #ad865f09
@@ -937,12 +950,17 @@ def unwrap(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
+def save_adapter(
+    model: Any,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,  # what is trained, whole (None: the model's own)
+) -> None:
     "Only the trained adapter and heads; `add_lora(adapter=folder)` goes on from there."
     model = unwrap(model)
     config = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    more = dict(selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=state, **more)
 
 # %% ../nbs/17_models.ipynb #9bc7d008
 REFERENCE = "reference"  # name of the second adapter, which is never trained

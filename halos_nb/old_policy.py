@@ -119,7 +119,8 @@ def step_difference(self: TakesRatio, step: Step) -> Tensor:
         told = batch.kept("sampled")
         assert told is not None  # the loader keeps it for these methods
         share = importance(self.say(batch), told, batch.mask).difference
-        sums += torch.stack(tuple(share)).to(sums.dtype)
+        if not batch.idle:
+            sums += torch.stack(tuple(share)).to(sums.dtype)
     return self.over_step(sums, step)
 
 
@@ -171,7 +172,10 @@ def pass_over(self: TakesRatio) -> None:
 def pass_step(self: TakesRatio, step: Step) -> None:
     "Keep what the policy says of a step's batches with their trees."
     for batch in step.batches:
-        keep_old(batch, self.say(batch.to(self.args.device)))
+        said = self.say(batch.to(self.args.device))
+        # what fills up may be another process' tree, but is never without an old policy
+        if not batch.idle or batch.trees[0].old is None:
+            keep_old(batch, said)
 
 
 def keep_old(

@@ -8,7 +8,8 @@ __all__ = ['CACHE_VERSION', 'COMPUTED_IN', 'BASE', 'Shares', 'FrozenModel', 'mix
            'model_identity', 'base_identity', 'note_base', 'check_base', 'branch_hash', 'Branch', 'Pass', 'pass_hash',
            'tensors_hash', 'cache_tensors', 'write_cache', 'is_complete', 'is_what_it_says', 'read_cache', 'keys_of',
            'branches_of', 'known_logps', 'missing_trees', 'planned_shares', 'packed_shares', 'rows_computed',
-           'compute_shared', 'check_finite', 'ReferenceCache', 'open_cache', 'cache_reference_logps', 'fill_references']
+           'compute_shared', 'keep_in_step', 'check_finite', 'ReferenceCache', 'open_cache', 'cache_reference_logps',
+           'fill_references']
 
 # %% ../nbs/18_reference.ipynb #f90d8f3e
 import copy
@@ -17,7 +18,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,17 @@ from halos_nb.models import (
     unwrap,
     without_adapter,
 )
-from .processes import computing_in, gather_padded
+from halos_nb.processes import (
+    computing_in,
+    gather_padded,
+    in_shares,
+    is_sharded,
+    is_shared_out,
+    own_part,
+    part_like,
+    put_together,
+    whole_weights,
+)
 from .trees import Tree, TreeBatch, balance_trees, make_batch, pack_trees
 
 if TYPE_CHECKING:
@@ -69,20 +80,22 @@ class FrozenModel:
     @torch.no_grad()
     def sync(self, stay: float = 0.0) -> None:
         "Take over the policy's present weights, but for the share that stays."
-        now = dict(unwrap(self.policy).named_parameters())
-        for name, p in self.model.named_parameters():
-            mix(p, now[name], stay)
+        now = dict(in_shares(unwrap(self.policy)).named_parameters())
+        for name, p in in_shares(self.model).named_parameters():
+            mix(own_part(p), own_part(now[name]), stay)
 
-    def save(self, folder: str | Path) -> None:
-        "Write the reference into a folder, for the round after this."
-        self.model.save_pretrained(str(folder))
+    def save(self, folder: str | Path, main: bool = True) -> None:
+        "Write the reference into a folder, for the round after this: all call it, one writes."
+        state = whole_weights(self.model, main)
+        if main:
+            self.model.save_pretrained(str(folder), state_dict=state)
 
     @torch.no_grad()
     def take(self, folder: str | Path) -> None:
         "Become what was saved in a folder."
         saved = dict(load_policy(str(folder)).named_parameters())
-        for name, p in self.model.named_parameters():
-            mix(p, saved[name], 0.0)
+        for name, p in in_shares(self.model).named_parameters():
+            mix(own_part(p), own_part(part_like(saved[name], p)), 0.0)
 
 
 def mix(own: Tensor, policy: Tensor, stay: float) -> None:
@@ -109,7 +122,7 @@ class AdapterOff:
         "The reference: it is where the policy is."
         return self
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, main: bool = True) -> None:
         "An error."
         raise RuntimeError("an adapter is saved with its policy, not as a reference")
 
@@ -140,7 +153,7 @@ class FrozenAdapter(AdapterOff):
 
     def weights(self) -> list[tuple[Tensor, Tensor]]:
         "(weight of the reference, weight of the policy), all of them."
-        now = dict(unwrap(self.policy).named_parameters())
+        now = dict(in_shares(unwrap(self.policy)).named_parameters())
         pairs = []
         for name, own in now.items():
             parts = name.split(".")
@@ -163,20 +176,24 @@ class FrozenAdapter(AdapterOff):
     def sync(self, stay: float = 0.0) -> None:
         "Take over the policy's present adapter, but for the share that stays."
         for own, policy in self.weights():
-            mix(own, policy, stay)
+            mix(own_part(own), own_part(policy), stay)
 
-    def save(self, folder: str | Path) -> None:
-        "Write the adapter into a folder."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        kept = {str(i): own.detach().contiguous() for i, (own, _) in enumerate(self.weights())}
-        save_file(kept, Path(folder) / "adapter.safetensors")
+    def save(self, folder: str | Path, main: bool = True) -> None:
+        "Write the adapter into a folder: all processes call it, the main one writes."
+        kept = {}
+        for i, (own, _) in enumerate(self.weights()):
+            kept[str(i)] = put_together(own, main)
+        if main:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            kept = {name: own.contiguous() for name, own in kept.items()}
+            save_file(kept, Path(folder) / "adapter.safetensors")
 
     @torch.no_grad()
     def take(self, folder: str | Path) -> None:
         "Become what was saved in a folder."
         saved = load_file(Path(folder) / "adapter.safetensors")
         for i, (own, _) in enumerate(self.weights()):
-            mix(own, saved[str(i)], 0.0)
+            mix(own_part(own), own_part(part_like(saved[str(i)], own)), 0.0)
 
 # %% ../nbs/18_reference.ipynb #5b2c7e4c
 def make_reference(
@@ -192,7 +209,10 @@ def make_reference(
         return kind(policy, precision)
     if load is None:
         raise ValueError("load: without LoRA, say how the reference's own model is loaded")
-    return FrozenModel(load().to(unwrap(policy).device), policy, precision)
+    model = load()
+    if not is_shared_out(model):  # whose shares are where they belong
+        model = model.to(unwrap(policy).device)
+    return FrozenModel(model, policy, precision)
 
 # %% ../nbs/18_reference.ipynb #5a37813e
 def largest_log_ratio(
@@ -491,11 +511,13 @@ def rows_computed(
     pad_id: int,
     device: torch.device,
     progress: Callable[[int], Any] | None,  # called with the number of trees done
+    together: bool = False,  # the rows of a batch in one call
 ) -> Tensor:  # log-probs of all their branches, one after another
     "What one process computes."
     rows = [torch.zeros(0, device=device)]
     for trees in batches:
-        table = reference(make_batch(trees, layout, pad_id).to(device))
+        batch = replace(make_batch(trees, layout, pad_id), together=together)
+        table = reference(batch.to(device))
         for row, branch in zip(table, branches_of(trees)):
             rows.append(row[: branch.targets()].float())
         if progress:
@@ -513,7 +535,10 @@ def compute_shared(
 ) -> dict[int, Tensor]:
     "Log-probs of every branch by its number, computed by all processes together."
     own = shares[accelerator.process_index]
-    computed = rows_computed(own, reference, layout, pad_id, accelerator.device, progress)
+    even = is_sharded(accelerator)
+    computed = rows_computed(own, reference, layout, pad_id, accelerator.device, progress, even)
+    if even:
+        keep_in_step(shares, len(own), reference, layout, pad_id)
     out: dict[int, Tensor] = {}
     for values, batches in zip(gather_padded(accelerator, computed).cpu(), shares):
         start = 0
@@ -524,6 +549,21 @@ def compute_shared(
                 out[number] = values[start:end]
             start = end
     return out
+
+
+def keep_in_step(
+    shares: Shares,
+    done: int,  # batches of this process
+    reference: Callable[[TreeBatch], Tensor],
+    layout: str,  # tree or plain
+    pad_id: int,
+) -> None:
+    "Ask a shared out reference as often as the process that has most to ask."
+    trees = [tree for batches in shares for batch in batches for tree in batch]
+    smallest = min(trees, key=lambda tree: tree.cost(layout))
+    idle = replace(make_batch([smallest], layout, pad_id), together=True)
+    for _ in range(max(map(len, shares)) - done):
+        reference(idle)
 
 # %% ../nbs/18_reference.ipynb #83bda3c2
 def check_finite(values: dict[int, Tensor], model_path: str, precision: str) -> None:

@@ -6,8 +6,8 @@
 __all__ = ['STATE', 'ASIDE', 'ATTEMPTS', 'LAST_STEP', 'run_made_of', 'step_of', 'step_folders', 'read_made_of', 'is_over',
            'why_not', 'Found', 'find_step', 'told_by_main', 'say', 'by_hand', 'random_state', 'set_random_state',
            'own_numbers', 'common_numbers', 'metrics_files', 'state_file', 'write_state', 'read_state', 'parts_of',
-           'take_numbers', 'take_weights', 'reference_folder', 'moves', 'go_on', 'last_step', 'note_step', 'keep_lines',
-           'note_attempt', 'attempts', 'next_place', 'drop', 'drop_steps', 'StepCheckpoints']
+           'take_numbers', 'take_weights', 'take_parts', 'reference_folder', 'moves', 'go_on', 'last_step', 'note_step',
+           'keep_lines', 'note_attempt', 'attempts', 'next_place', 'drop', 'drop_steps', 'StepCheckpoints']
 
 # %% ../nbs/25_resume.ipynb #f147dc0b
 import hashlib
@@ -38,6 +38,7 @@ from halos_nb.checkpoints import (
     made_of,
 )
 from .models import loaded_whole, unwrap
+from .processes import in_shares, own_part, part_like
 from halos_nb.tree_trainer import (
     MetricsFile,
     Place,
@@ -295,16 +296,24 @@ def take_weights(
     "Have the weights of a checkpoint, each in its place."
     model = unwrap(trainer.model)
     if hasattr(model, "peft_config"):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         adapter = folder / "adapter"
         loaded_whole(model, str(adapter))
         saved = load_file(adapter / "adapter_model.safetensors")
-        set_peft_model_state_dict(model, saved)
+        if trainer.sharded:
+            trained = get_peft_model_state_dict(in_shares(model), save_embedding_layers=False)
+            take_parts(trained, saved)
+        else:
+            set_peft_model_state_dict(model, saved)
         return
-    saved = load(str(folder)).state_dict()
-    for name, weight in model.state_dict().items():
-        weight.copy_(saved[name])
+    take_parts(in_shares(model).state_dict(), load(str(folder)).state_dict())
+
+
+def take_parts(weights: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    "Fill weights, or this process's parts of them, with what was saved whole."
+    for name, weight in weights.items():
+        own_part(weight).copy_(own_part(part_like(saved[name], weight)))
 
 
 def reference_folder(folder: Path) -> Path:
@@ -458,12 +467,12 @@ class StepCheckpoints(TrainerCallback):
     def write(self, folder: Path) -> None:
         "This process's part of a checkpoint, the main one's also what is common."
         trainer = self.trainer
+        main = trainer.is_world_process_zero()
         write_state(trainer, folder, self.start)
-        if not trainer.is_world_process_zero():
-            return
-        write_json(folder / STATE / "made_of.json", self.now)
         if trainer.reference is not None and moves(trainer.config):
-            trainer.reference.save(reference_folder(folder))
+            trainer.reference.save(reference_folder(folder), main)
+        if main:
+            write_json(folder / STATE / "made_of.json", self.now)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.steps = len(self.trainer.get_train_dataloader())

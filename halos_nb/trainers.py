@@ -337,7 +337,8 @@ def estimate_KL(self: KTOTrainer, batches: list[TreeBatch], step: Step) -> Tenso
             continue
         policy = self.forward(self.model, mismatched)
         share = kto_kl(policy, self.reference_logps(mismatched), self.clamp)
-        sums += torch.stack(tuple(share)).to(sums.dtype)
+        if not batch.idle:
+            sums += torch.stack(tuple(share)).to(sums.dtype)
     part, whole = self.over_step(sums, step)
     return (part / whole.clamp(min=1)).clamp(min=0).float()
 
@@ -657,7 +658,8 @@ def roll_out(self: PPOTrainer, batches: list[TreeBatch], step: Step) -> list[Tre
     rollouts = [self.first_look(batch) for batch in batches]
     sums = []
     for batch, rollout in zip(batches, rollouts, strict=True):
-        sums.append(torch.stack(tuple(moments(rollout.advantages, batch.mask))))
+        mask = batch.mask & (not batch.idle)
+        sums.append(torch.stack(tuple(moments(rollout.advantages, mask))))
     own = torch.stack(sums).sum(0)
     whole = Moments(*self.over_step(own, step))
     rolled: list[TreeBatch] = []

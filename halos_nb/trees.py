@@ -12,7 +12,7 @@ __all__ = ['SLACK', 'TOKENS_ONLY', 'Tree', 'as_tree', 'make_tree', 'Segment', 'T
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -169,6 +169,8 @@ class TreeBatch:
     last: Tensor  # (K,) position of each branch's last token in the flattened rows
     segments: list[Segment] | None  # of the one row; tree layout only
     pad_id: int = 0
+    idle: bool = False  # only keeps its process in step with the others: weight 0
+    together: bool = False  # all rows in one call, however unlike their lengths
 
     @property
     def meanings(self) -> list[str]:
@@ -318,6 +320,8 @@ def row_groups(self: TreeBatch) -> list[list[int]]:
     if self.layout == "alone":
         return [[row] for row in range(len(self.row_lengths))]
     slack = SLACK if self.layout == "plain" else 0
+    if self.layout == "plain" and self.together:
+        slack = math.inf
     return groups_of_like_length(self.row_lengths, slack)
 
 
@@ -420,7 +424,8 @@ def only(self: TreeBatch, *meanings: str) -> TreeBatch | None:
             trees.append(tree.pick(which))
     if not trees:
         return None
-    return make_batch(trees, self.layout, self.pad_id).to(self.input_ids.device)
+    batch = make_batch(trees, self.layout, self.pad_id).to(self.input_ids.device)
+    return replace(batch, idle=self.idle, together=self.together)
 
 # %% ../nbs/11_trees.ipynb #3bf6805d
 def tree_mask(segments: list[Segment]) -> Tensor:
