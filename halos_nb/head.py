@@ -297,10 +297,10 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_put_together(head: Any, states: Tensor) -> bool:
+def is_put_together(head: torch.nn.Linear, states: Tensor) -> bool:
     "Whether a shared out head is one linear layer whose weight is whole from here on."
     hooks = len(head._forward_hooks), len(head._forward_pre_hooks)
-    if not isinstance(head, torch.nn.Linear) or hooks != (1, 1):
+    if hooks != (1, 1):
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -353,7 +353,7 @@ def head_logps(
 ) -> TokenLogps:  # float32
     "Log-prob of each target token, entropy of its distribution."
     is_plain = type(head) is torch.nn.Linear and not has_hooks(head)
-    if is_plain or is_put_together(head, states):
+    if isinstance(head, torch.nn.Linear) and (is_plain or is_put_together(head, states)):
         return linear_logps(head, states, target, chunk, entropy, form)
     parts = in_chunks(lambda x: form.applied(head(x)), states, target)
     return TokenLogps(*[torch.cat(part) for part in zip(*parts)])

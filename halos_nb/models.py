@@ -365,7 +365,7 @@ def find_way(model: Any) -> str:
     return WAYS[0]  # the probe of `19_layouts` says how far off that is
 
 # %% ../nbs/17_models.ipynb #b962025a
-def attending(attention: str) -> dict[str, str]:
+def attending(attention: str) -> dict[str, Any]:
     "How a model shall attend, in words of `from_pretrained`; nothing where it may choose."
     return {} if attention == "auto" else {"attn_implementation": attention}
 

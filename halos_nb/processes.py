@@ -218,7 +218,7 @@ def whole_weights(model: torch.nn.Module, keep: bool, trained: bool = False) -> 
     return found if keep else {}
 
 
-def is_trained(parameters: dict[str, Tensor], name: str) -> bool:
+def is_trained(parameters: dict[str, torch.nn.Parameter], name: str) -> bool:
     "Whether this is the name of a parameter that is trained."
     return name in parameters and parameters[name].requires_grad
 
@@ -258,7 +258,7 @@ def share_out(accelerator: "Accelerator", model: Any, precision: str) -> Any:
 # %% ../nbs/13_processes.ipynb #f3f6f20c
 def reads_once(accelerator: "Accelerator") -> bool:
     "Whether only the main process has the weights until they are shared out."
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     return is_sharded(accelerator) and bool(plugin.cpu_ram_efficient_loading)
 
 

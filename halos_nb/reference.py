@@ -154,7 +154,7 @@ class FrozenAdapter(AdapterOff):
     def weights(self) -> list[tuple[Tensor, Tensor]]:
         "(weight of the reference, weight of the policy), all of them."
         now = dict(in_shares(unwrap(self.policy)).named_parameters())
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name, own in now.items():
             parts = name.split(".")
             if REFERENCE in parts:

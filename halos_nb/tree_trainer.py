@@ -676,6 +676,7 @@ def read_training_state(self: TreeTrainer, folder: Path) -> None:
         self._load_optimizer_and_scheduler(str(folder))
     if self.sharded or (folder / IN_SHARES).is_dir():
         schedule = torch.load(folder / "scheduler.pt", weights_only=True)
+        assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(schedule)
     kept = {name for values in optimizer.state.values() for name in values}
     if self.config.optimizer == "adamw" and kept and "exp_avg" not in kept:
@@ -798,6 +799,7 @@ def save_training_state(self: TreeTrainer, folder: Path) -> None:
         return
     in_shares(self.model)
     main = self.is_world_process_zero()
+    assert self.optimizer is not None and self.lr_scheduler is not None  # Trainer made them
     if keeps_shares(self.accelerator):
         save_in_shares(self.optimizer, self.model, folder / IN_SHARES, main)
     else:

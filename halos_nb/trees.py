@@ -270,13 +270,14 @@ def make_batch(
     "Collate trees into one batch."
     rows = tree_rows(trees) if layout == "tree" else plain_rows(trees)
     width = max(map(len, rows.ids))
+    places: dict[str, Any] = where_to_look(trees, rows.places, width)
     return TreeBatch(
         trees=trees,
         layout=layout,
         input_ids=padded(rows.ids, width, pad_id),
         position_ids=padded(rows.positions, width, 0),
         attention_mask=padded([[1] * len(ids) for ids in rows.ids], width, 0),
-        **where_to_look(trees, rows.places, width),
+        **places,
         segments=rows.segments,
         pad_id=pad_id,
     )
@@ -407,7 +408,7 @@ def reference(self: TreeBatch) -> Tensor | None:
 @patch
 def to(self: TreeBatch, device: torch.device | str) -> TreeBatch:
     "The same batch on another device."
-    fields = dict(vars(self))
+    fields: dict[str, Any] = dict(vars(self))
     for name, value in fields.items():
         if isinstance(value, Tensor):
             fields[name] = value.to(device, non_blocking=True)

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from halos_nb.processes import wait_for_all
+
 SHARDED = dict(ACCELERATE_USE_CPU="true", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
 
@@ -48,15 +50,14 @@ def run_ranks(
             continue
         code = 1
         try:
-            with open(folder / f"rank{rank}.log", "w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-                become(rank, world, port, env)
-                work()
-                from halos_nb.processes import wait_for_all
-
-                wait_for_all()
-                code = 0
+            log = open(folder / f"rank{rank}.log", "w")
+            sys.stdout = sys.stderr = log
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            become(rank, world, port, env)
+            work()
+            wait_for_all()
+            code = 0
         except BaseException:
             traceback.print_exc()
         finally:
