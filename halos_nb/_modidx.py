@@ -2282,6 +2282,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.train.LazyReference.__init__': ('train.html#lazyreference.__init__', 'halos_nb/train.py'),
                                 'halos_nb.train.LazyReference.save': ('train.html#lazyreference.save', 'halos_nb/train.py'),
                                 'halos_nb.train.LazyReference.sync': ('train.html#lazyreference.sync', 'halos_nb/train.py'),
+                                'halos_nb.train.LazyReference.take': ('train.html#lazyreference.take', 'halos_nb/train.py'),
                                 'halos_nb.train.LazyReference.to': ('train.html#lazyreference.to', 'halos_nb/train.py'),
                                 'halos_nb.train.Loaders': ('train.html#loaders', 'halos_nb/train.py'),
                                 'halos_nb.train.Prepared': ('train.html#prepared', 'halos_nb/train.py'),

@@ -123,7 +123,7 @@ class Found(NamedTuple):
 
 def find_step(run: Path, now: dict[str, Any]) -> Found:
     "The newest checkpoint that a run can go on from."
-    notes = []
+    notes: list[str] = []
     for folder in step_folders(run):
         why = why_not(folder, now)
         if not why:

@@ -376,6 +376,9 @@ class LazyReference:
     def save(self, folder: Path, main: bool = True) -> None:
         raise RuntimeError("a reference whose log-probs are kept never changes")
 
+    def take(self, folder: Path) -> None:
+        raise RuntimeError("a reference whose log-probs are kept never changes")
+
 # %% ../nbs/26_train.ipynb #6cc00f80
 def planned_passes(cfg: TrainConfig, loader: TreeDataLoader) -> list[Pass]:
     "The forward passes that training will make on the epochs that a loader keeps."

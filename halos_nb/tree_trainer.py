@@ -1157,7 +1157,7 @@ def _save_checkpoint(self: TreeTrainer, model: Any, trial: Any) -> None:
     "An intermediate checkpoint."
     # Relies on: Trainer calls this where `should_save` is set, behind a step's log and
     # evaluation.
-    folder = Path(self.args.output_dir) / f"step-{self.state.global_step}"
+    folder = Path(str(self.args.output_dir)) / f"step-{self.state.global_step}"
     self.save_checkpoint(folder, self.tokenizer)
 
 

@@ -40,7 +40,7 @@ ROWS = dict(layout="plain", gradient_checkpointing=True)
 
 # name: (loss, options, environment)
 CASES = {
-    "dpo": ("dpo", CUT | dict(save_every=2), SHARDED),
+    "dpo": ("dpo", CUT | dict(save_every=2, keep_steps=0), SHARDED),
     "kto-humanline": ("kto", CUT | ROWS | HUMANLINE, WHOLE),
     "dpo-lora": ("dpo", CUT | LORA, ONCE),
 }
@@ -207,6 +207,29 @@ def test_other_numbers_of_processes(both, tmp_path):
         run_ranks(2, partial(train_shared, two, env), tmp_path)
         assert apart(both / "fsdp-dpo-1 then 1 then 1 then 1", both / two.exp_name) < 1e-4
         print(kind, apart(both / "fsdp-dpo-1 then 1 then 1 then 1", both / two.exp_name))
+
+
+MOVING = {
+    "dpo-humanline": SHARDED,
+    "dpo-lora-humanline": WHOLE,
+    "dpo-ema": ONCE,
+    "ppo": SHARDED,
+}
+
+
+@long
+@pytest.mark.parametrize("name", MOVING)
+def test_an_interrupted_run_goes_on_in_the_middle(home, tmp_path, name):  # noqa: F811
+    loss, more = VARIANTS[name]
+    more = CUT | more | dict(save_every=2, keep_steps=0, epochs=2, num_processes=2)
+
+    def work():
+        for end, start in (("whole", None), ("late", str(home / f"{name}-whole/step-2"))):
+            cfg = config(home, loss, f"{name}-{end}", from_checkpoint=start, **more)
+            train_shared(cfg, MOVING[name])
+
+    run_ranks(2, work, home)
+    assert apart(home / f"{name}-whole", home / f"{name}-late") == 0
 
 
 @long
