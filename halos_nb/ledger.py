@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'OPEN_LEDGERS', 'run_folder', 'looks_like_a_run', 'empty_run', 'RunBusy', 'lock_run', 'RunFolder', 'digest_of',
-           'Running', 'Ledger', 'to_clear']
+           'Running', 'Ledger', 'asks_engine', 'to_clear']
 
 # %% ../nbs/56_ledger.ipynb #49403efc
 import hashlib
@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
@@ -21,7 +22,14 @@ from fastcore.basics import patch
 from .records import FileLocked, append_jsonl, lock_file, write_json
 from .settings import Profile, Settings
 from .jobs import Job, launch, lock_log, prepare, remove
-from .identity import RunFiles, Stage, identity, reason_to_run, with_revisions
+from halos_nb.identity import (
+    RunFiles,
+    Stage,
+    identity,
+    reason_to_run,
+    stage_profile,
+    with_revisions,
+)
 
 # %% ../nbs/56_ledger.ipynb #dcaf8436
 def run_folder(
@@ -168,13 +176,17 @@ class Ledger(RunFolder):
         self.on_start = on_start
         self.running: Running | None = None  # started and not yet waited for
         self.waiting: tuple[Stage, Job] | None = None  # preloads what a stage to come needs
+        self.engine: Job | None = None  # of vLLM's, that stays
         super().__init__(run, profile, fresh)
 
     def close(self) -> None:
-        "Stop what runs and what waits, and give the run's folder back."
+        "Stop what runs, waits or stays, and give the run's folder back."
         if self.waiting:
             self.waiting[1].stop()
         self.stop_running()
+        if self.engine:
+            self.engine.stop()
+        self.engine = None
         super().close()
 
 # %% ../nbs/56_ledger.ipynb #50cbafd2
@@ -197,6 +209,42 @@ def look(self: Ledger, stage: Stage) -> dict:
     for path in stage.outputs:
         self.makers[str(path.absolute())] = stage
     return identity(self, stage)
+
+# %% ../nbs/56_ledger.ipynb #ee35b518
+def asks_engine(profile: Profile, stage: Stage) -> bool:
+    "Whether a stage draws with the engine that stays."
+    return profile.sampler == "server" and getattr(stage.config, "backend", "") == "vllm"
+
+
+@patch
+def profile_of(self: Ledger, stage: Stage) -> Profile:
+    "The profile as it holds for a stage's own process."
+    own = stage_profile(self.profile, stage)
+    return replace(own, python="", devices="") if asks_engine(self.profile, stage) else own
+
+
+@patch
+def config_of(self: Ledger, stage: Stage) -> Any:
+    "What a stage's process is told: its config, and where the engine is that stays."
+    if not asks_engine(self.profile, stage):
+        return stage.config
+    folder = self.run_dir / "engine"
+    config = replace(stage.config, base_url=f"unix:{folder / 'socket'}")
+    self.keep_engine(config, stage_profile(self.profile, stage), folder)
+    return config
+
+
+@patch
+def keep_engine(self: Ledger, config: Any, profile: Profile, folder: Path) -> None:
+    "Start the engine that stays, if there is none or it has ended."
+    why = "for the first stage that draws"
+    if self.engine:
+        code = self.engine.poll()
+        if code is None:
+            return
+        why = f"the last one has ended by itself, exit code {code}"
+    self.engine = launch("engine_server", config, profile, folder)
+    self.event("engine", why=why, log=f"{folder.name}/engine_server.log")
 
 # %% ../nbs/56_ledger.ipynb #fabbbabb
 def to_clear(stage: Stage, now: dict) -> list[Path]:
@@ -221,17 +269,16 @@ def job_for(
 ) -> Job:
     "A job that has its config: the one that waits for this stage, or a new one."
     waiting, self.waiting = self.waiting, None
+    config = self.config_of(stage)
+    profile = self.profile_of(stage)
     if waiting:
         other, job = waiting
         known = (other.name, other.folder, other.module)
         if known == (stage.name, stage.folder, stage.module) and job.poll() is None:
-            profile = self.profile.for_stage(stage.kind)
-            job.give_config(stage.config, profile, clear)
+            job.give_config(config, profile, clear)
             return job
         job.stop()
-    return launch(
-        stage.name, stage.config, self.profile, stage.folder, stage.module, clear=clear
-    )
+    return launch(stage.name, config, profile, stage.folder, stage.module, clear=clear)
 
 # %% ../nbs/56_ledger.ipynb #c017d570
 @patch
@@ -256,9 +303,10 @@ def begin(
 @patch
 def preload(self: Ledger, stage: Stage) -> None:
     "Have what a stage to come needs imported before its turn."
-    if stage.manifest.exists() or prepare(self.profile, stage.kind):
+    profile = self.profile_of(stage)
+    if stage.manifest.exists() or prepare(profile, stage.kind):
         return
-    job = launch(stage.name, None, self.profile, stage.folder, stage.module)
+    job = launch(stage.name, None, profile, stage.folder, stage.module)
     self.waiting = stage, job
 
 # %% ../nbs/56_ledger.ipynb #736fe795

@@ -223,6 +223,9 @@ class PlaceOptions:
     "Where a stage runs: in which Python, on which devices, on which machines."
 
     python: str = ""  # the interpreter, where a stage needs another environment (empty: ours)
+    # vLLM's engine: one for each stage that draws (engine), or one that stays for the whole run
+    # and takes each round's weights (server)
+    sampler: Literal["engine", "server"] = "engine"
     devices: str = (
         ""  # GPUs of each machine: 4,5,6,7 (empty: all that CUDA_VISIBLE_DEVICES has)
     )

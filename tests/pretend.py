@@ -3,8 +3,12 @@ sample. Prompts of a file named heldout are others than those of any other file.
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
+
+from stay_engine import ask
 
 from halos_nb.feedback import convert_to_pairwise_feedback
 
@@ -37,6 +41,17 @@ def breaking(cfg, i, k):
 BREAKS = {0: "broken", 3: "some", 5: "late", 7: "fooled"}
 
 
+def asked_engine(cfg):
+    "Which Python draws; the engine that stays, if there is one, is waited for."
+    while cfg["base_url"]:
+        try:
+            ask(cfg["base_url"], "/health")
+            break
+        except OSError:
+            time.sleep(0.05)
+    return dict(sampling=os.environ.get("SAMPLING"))
+
+
 def sample(cfg):
     "Answers that depend on the seed only."
     kind = "h" if Path(cfg["datasets"][0]).stem == "heldout" else "p"
@@ -53,6 +68,8 @@ def sample(cfg):
     out.write_text(json.dumps(rows))
     left = PROMPTS - cfg["num_skip"] - len(numbers)
     counts = dict(prompts=len(numbers), prompts_left=left)
+    if cfg["backend"] == "vllm" or cfg["drawn"]:
+        counts |= asked_engine(cfg)
     out.with_suffix(".counts.json").write_text(json.dumps(counts))
 
 

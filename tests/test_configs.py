@@ -80,7 +80,8 @@ ORDER = {
     "ppo_epochs reference ema_decay humanline sync_reference lr "
     "microbatch_size max_length control_rejected use_peft reference_cache eval_at_start "
     "num_processes",
-    LoopConfig: "run_name lr total_prompts gradient_checkpointing sft_checkpoint fresh",
+    LoopConfig: "run_name lr total_prompts gradient_checkpointing backend sampler_options "
+    "sft_checkpoint fresh",
 }
 
 

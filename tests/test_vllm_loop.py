@@ -1,0 +1,195 @@
+"""The loop with the real vLLM as its sampler, on a CPU: an engine for each stage that draws,
+one that stays, a run that is killed and goes on. The Python is that of test_vllm.py.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from job_helpers import alive, until
+from test_vllm import ENDS, PYTHON, ROOT, WORDS, pytestmark  # noqa: F401  # it skips these too
+from transformers import LlamaForCausalLM
+
+from halos_nb.models import load_reward_model, load_tokenizer, small_llama
+from halos_nb.records import read_jsonl, read_records
+from halos_nb.templates import byte_tokenizer, prompt_ids
+
+# the driver: rounds are told as they are done
+DRIVER = """
+import json, sys
+from halos_nb.configs import LoopConfig
+from halos_nb.loop import run_rounds
+from halos_nb.settings import load_settings
+given, settings = json.loads(sys.argv[1]), load_settings(sys.argv[2])
+def quiet(job, **shown):
+    job.wait(show=False)
+
+for this in run_rounds(LoopConfig(**given), settings, watch=quiet):
+    print(this, flush=True)
+"""
+RUN = dict(
+    total_prompts=16,
+    prompts_per_round=8,
+    num_samples_per_prompt=4,
+    max_new_tokens=24,
+    max_prompt_length=200,
+    max_length=256,
+    lr=1e-4,
+    batch_size=4,
+    audit="skip",
+    alarm="warn",
+    backend="vllm",
+    threshold=0,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A policy and a reward model, 256 wide, prompts, and a profile for each kind of sampler."
+    folder, tok = tmp_path_factory.mktemp("world"), byte_tokenizer()
+    torch.manual_seed(0)
+    shape = dict(hidden_size=256, layers=2, heads=4, max_length=512, initializer_range=0.08)
+    model = small_llama(tok, **shape)
+    assert model.config.tie_word_embeddings  # reading it anew is where vLLM errs
+    model.model.norm.weight.data *= 3
+    model.generation_config.eos_token_id = ENDS
+    model.save_pretrained(folder / "sft")
+    tok.save_pretrained(folder / "sft")
+    reward = load_reward_model(str(folder / "sft"))
+    torch.nn.init.normal_(reward.score.weight, std=0.5)
+    reward.save_pretrained(folder / "rm")
+    tok.save_pretrained(folder / "rm")
+    texts = [f"Say {WORDS[i % 16]} {'and more ' * (i % 7)}{i}" for i in range(24)]
+    lines = [json.dumps(dict(prompt=text)) + "\n" for text in texts]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    profile = f"cpu = yes\npython.sample = {PYTHON}\nsampler = "
+    ini = "[halos_nb]\nprofile = engine\n"
+    for sampler in ("engine", "server"):
+        ini += f"[profile {sampler}]\n{profile}{sampler}\n"
+    (folder / "settings.ini").write_text(ini)
+    return folder
+
+
+def start(world, name, **more):
+    "A run of the loop in a process of its own."
+    given = RUN | dict(run_name=name, profile=name.partition("-")[0])
+    given |= dict(sft_checkpoint=str(world / "sft"), reward_checkpoint=str(world / "rm"))
+    given |= dict(prompts=str(world / "prompts.jsonl")) | more
+    quiet = dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    env = os.environ | quiet | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    env |= dict(HALOS_NB_RUNS_DIR=str(world / "runs"))
+    log = open(world / f"{name}.out", "w")
+    command = [sys.executable, "-c", DRIVER, json.dumps(given), world / "settings.ini"]
+    return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(world, name, **more):
+    "A run to its end; what it said, and its folder."
+    process = start(world, name, **more)
+    code = process.wait(580)
+    said = (world / f"{name}.out").read_text()
+    run = world / "runs" / name
+    logs = [log.read_text()[-1500:] for log in sorted(run.glob("*/*.log"))]
+    assert code == 0, said[-3000:] + "".join(logs)
+    until(lambda: not alive(run), 30, "no process of the run")
+    print(said)
+    return said, run
+
+
+def samples(run, folder):
+    return (run / folder / "samples.json").read_bytes()
+
+
+def counts(run, folder):
+    return json.loads((run / folder / "samples.counts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def engines(world):
+    "A run that starts an engine for each stage."
+    return finish(world, "engine")
+
+
+@pytest.fixture(scope="module")
+def served(world):
+    "A run with one engine that stays."
+    return finish(world, "server")
+
+
+FOLDERS = ("round-1", "round-2", "final")
+
+
+def test_an_engine_for_each_round(engines):
+    said, run = engines
+    for folder in FOLDERS:
+        assert counts(run, folder)["engine_seconds"] > 0
+    assert len(re.findall(r"vLLM: an engine in [\d.]+ s, drawn in", said)) == 3
+    assert not (run / "engine").exists()
+
+
+def test_one_engine_for_all_rounds(served):
+    said, run = served
+    events = [row["event"] for row in read_jsonl(run / "ledger.jsonl")]
+    assert events.count("engine") == 1
+    first, second, final = (counts(run, folder) for folder in FOLDERS)
+    assert "swap_seconds" not in first  # it was started with the first policy
+    for later, check in ((second, "round-1"), (final, "round-2")):
+        # the check behind the training has brought these weights already
+        assert "swap_seconds" not in later
+        swapped = json.loads((run / check / "check.drawn.counts.json").read_text())
+        assert swapped["swap_difference"] < 1e-5 and swapped["swap_seconds"] < 10
+        print({k: swapped[k] for k in swapped if "second" in k or "swap" in k})
+
+
+def test_both_draw_the_same(engines, served):
+    for folder in FOLDERS:
+        assert samples(engines[1], folder) == samples(served[1], folder)
+    assert samples(served[1], "round-1") != samples(served[1], "round-2")
+
+
+def test_kl_is_that_of_transformers(served, world):
+    "Both log-probabilities of a sample, and the policy's of each token."
+    run = served[1]
+    policy, sft = run / "round-1/policy/FINAL", world / "sft"
+    tok = load_tokenizer(sft)
+    models = dict(policy=policy, reference=sft)
+    models = {name: LlamaForCausalLM.from_pretrained(path) for name, path in models.items()}
+    drawn = read_records(run / "round-2/samples.json", "sample")
+    worst = 0.0
+    for s in drawn:
+        prompt = prompt_ids(tok, s["prompt"])
+        ids = torch.tensor([prompt + s["output_ids"]])
+        for name, model in models.items():
+            with torch.no_grad():
+                table = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            known = table.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+            assert s[f"{name}_logps"] == pytest.approx(float(known.sum()), abs=1e-3)
+            worst = max(worst, abs(s[f"{name}_logps"] - float(known.sum())))
+    print(f"largest difference of a whole answer's log-probability: {worst:.2g} nats")
+    assert any(s["policy_logps"] != s["reference_logps"] for s in drawn)
+
+
+def test_a_killed_run_goes_on_to_the_same_samples(served, world):
+    "Killed while the second round is drawn: nothing is left, and what comes is the same."
+    process = start(world, "server-killed")
+    run = world / "runs/server-killed"
+
+    def drawing():
+        assert process.poll() is None, (world / "server-killed.out").read_text()[-3000:]
+        return (run / "round-1/check.drawn.json").exists() or (
+            run / "round-2/draw.log"
+        ).exists()
+
+    until(drawing, 500, "the end of round 1")
+    assert len(alive(run)) > 1
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: not alive(run), 30, "no process of the run")
+    finish(world, "server-killed")
+    for folder in FOLDERS:
+        assert samples(run, folder) == samples(served[1], folder)
