@@ -2122,6 +2122,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.settings.path_value': ('settings.html#path_value', 'halos_nb/settings.py'),
                                    'halos_nb.settings.profile_of_stage': ('settings.html#profile_of_stage', 'halos_nb/settings.py'),
                                    'halos_nb.settings.profile_problems': ('settings.html#profile_problems', 'halos_nb/settings.py'),
+                                   'halos_nb.settings.profile_record': ('settings.html#profile_record', 'halos_nb/settings.py'),
                                    'halos_nb.settings.profile_values': ('settings.html#profile_values', 'halos_nb/settings.py'),
                                    'halos_nb.settings.read_accelerate': ('settings.html#read_accelerate', 'halos_nb/settings.py'),
                                    'halos_nb.settings.read_profiles': ('settings.html#read_profiles', 'halos_nb/settings.py'),

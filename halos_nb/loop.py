@@ -33,7 +33,7 @@ from halos_nb.configs import (
     LoopConfig,
     require_path,
 )
-from .settings import Profile, Settings, load_settings, parse_args
+from .settings import Profile, Settings, load_settings, parse_args, profile_record
 from halos_nb.health import (
     Alarm,
     Health,
@@ -903,7 +903,7 @@ def run_rounds(
     with Ledger(run, profile, cfg.fresh, watch, on_start) as ledger:
         ledger.event("run")
         loop = Loop(cfg, ledger)
-        known = dict(profile=asdict(profile), seeds=loop.seeds())
+        known = dict(profile=profile_record(profile), seeds=loop.seeds())
 
         def write(ended: str) -> None:
             "What has become of the run up to now."

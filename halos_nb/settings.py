@@ -8,10 +8,10 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STA
            'AccelerateConfig', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'SlurmOptions',
            'slurm_problems', 'Profile', 'fill_from_accelerate', 'why_no_fork', 'launcher_problems', 'variable_problems',
            'device_problems', 'machine_problems', 'accelerate_and_profile_problems', 'profile_problems',
-           'default_profiles', 'profile_of_stage', 'stage_problems', 'Settings', 'find_settings', 'environment_values',
-           'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case', 'moved_precision',
-           'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside',
-           'notebook_config', 'parse_args']
+           'default_profiles', 'profile_of_stage', 'stage_problems', 'profile_record', 'Settings', 'find_settings',
+           'environment_values', 'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case',
+           'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
+           'check_precision', 'set_aside', 'notebook_config', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import configparser
@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -141,7 +141,8 @@ def accelerate_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if kind is None:
         yield "distributed_type: is missing; 'NO', MULTI_GPU or FSDP"
     for key, allowed in ONLY.items():
-        if values.get(key) not in (None, *allowed):
+        is_off = key != "distributed_type" and not values.get(key)
+        if key in values and not is_off and values[key] not in allowed:
             wanted = " or ".join(map(repr, allowed))
             yield f"{key}: should be {wanted}, got {values[key]!r}"
     if kind == "FSDP":
@@ -465,6 +466,15 @@ def stage_problems(p: Profile, stage: str) -> Iterator[str]:
     several = len(p.devices.split(",")) > each
     if p.devices and several and stage != "sample":
         yield f"devices: {p.devices} for {each} processes; only a sampler spreads over more"
+
+# %% ../nbs/03_settings.ipynb #2d2fd114
+def profile_record(p: Profile) -> dict[str, Any]:
+    "A profile for a run's parameters, with what Accelerate is told in each stage."
+    told = {}
+    for stage in STAGES:
+        if said := p.for_stage(stage).accelerate:
+            told[stage] = dict(said.values)
+    return asdict(p) | {"accelerate": told}
 
 # %% ../nbs/03_settings.ipynb #23abe5f1
 @checked

@@ -115,7 +115,7 @@ def test_what_changed_is_redone_and_what_follows(run, monkeypatch):
     assert go(run, changed) == [False, True, True]
     (run.parent / "start").write_text("A\n")
     assert go(run, changed) == [True] * 3
-    monkeypatch.setattr(identity, "versions", lambda config: {"torch": "9"})
+    monkeypatch.setattr(identity, "versions", lambda config, python: {"torch": "9"})
     assert go(run, changed) == [True] * 3
     assert [row["why"] for row in events(run)][-3:] == ["changed: libraries"] * 3
 

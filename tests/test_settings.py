@@ -18,6 +18,7 @@ from halos_nb.settings import (
     notebook_config,
     parse_args,
     read_accelerate,
+    set_aside,
 )
 
 STAGES = {
@@ -221,6 +222,16 @@ def test_a_shipped_configuration_is_accelerate_s_and_ours(file):
     assert profile.num_machines == machines
     per_machine = profile.num_processes // machines
     assert file.stem.endswith(str(per_machine)) or file.stem == "ddp"
+
+
+def test_what_accelerate_config_writes_is_taken(tmp_path):
+    from accelerate.commands.config.default import write_basic_config
+
+    file = tmp_path / "default_config.yaml"
+    write_basic_config("no", str(file))
+    profile = Profile(accelerate_config=str(file))
+    assert (profile.num_processes, profile.sharded) == (1, False)
+    assert not set_aside(profile, {"HF_HOME": str(tmp_path)})
 
 
 def test_shipped_configurations_are_in_the_package():
