@@ -12,13 +12,18 @@ import sys
 import pytest
 import torch
 from job_helpers import alive, until
-from test_vllm import ENDS, PYTHON, ROOT, WORDS, pytestmark  # noqa: F401  # it skips these too
+from test_vllm import ENDS, PYTHON, ROOT, WORDS
 from transformers import LlamaForCausalLM
 
 from halos_nb.models import load_reward_model, load_tokenizer, small_llama
 from halos_nb.records import read_jsonl, read_records
 from halos_nb.templates import byte_tokenizer, prompt_ids
 
+pytestmark = [
+    pytest.mark.skipif(PYTHON is None, reason="no Python with vLLM: see test_vllm.py"),
+    pytest.mark.timeout(3000),  # an engine takes a minute to start where cores are few
+]
+PATIENCE = 1500  # seconds for a run
 # the driver: rounds are told as they are done
 DRIVER = """
 import json, sys
@@ -42,7 +47,7 @@ RUN = dict(
     lr=1e-4,
     batch_size=4,
     audit="skip",
-    alarm="warn",
+    alarm="skip",
     backend="vllm",
     threshold=0,
 )
@@ -91,7 +96,10 @@ def start(world, name, **more):
 def finish(world, name, **more):
     "A run to its end; what it said, and its folder."
     process = start(world, name, **more)
-    code = process.wait(580)
+    try:
+        code = process.wait(PATIENCE)
+    finally:
+        process.kill()
     said = (world / f"{name}.out").read_text()
     run = world / "runs" / name
     logs = [log.read_text()[-1500:] for log in sorted(run.glob("*/*.log"))]
@@ -136,14 +144,12 @@ def test_one_engine_for_all_rounds(served):
     said, run = served
     events = [row["event"] for row in read_jsonl(run / "ledger.jsonl")]
     assert events.count("engine") == 1
-    first, second, final = (counts(run, folder) for folder in FOLDERS)
+    first, *later = (counts(run, folder) for folder in FOLDERS)
     assert "swap_seconds" not in first  # it was started with the first policy
-    for later, check in ((second, "round-1"), (final, "round-2")):
-        # the check behind the training has brought these weights already
-        assert "swap_seconds" not in later
-        swapped = json.loads((run / check / "check.drawn.counts.json").read_text())
-        assert swapped["swap_difference"] < 1e-5 and swapped["swap_seconds"] < 10
-        print({k: swapped[k] for k in swapped if "second" in k or "swap" in k})
+    for counted in later:
+        assert counted["swap_difference"] < 1e-5 and counted["swap_seconds"] < 10
+        print({k: counted[k] for k in counted if "second" in k or "swap" in k})
+    assert len(re.findall(r"new weights in [\d.]+ s, found to be the right ones", said)) == 2
 
 
 def test_both_draw_the_same(engines, served):
@@ -181,11 +187,9 @@ def test_a_killed_run_goes_on_to_the_same_samples(served, world):
 
     def drawing():
         assert process.poll() is None, (world / "server-killed.out").read_text()[-3000:]
-        return (run / "round-1/check.drawn.json").exists() or (
-            run / "round-2/draw.log"
-        ).exists()
+        return (run / "round-2/draw.log").exists()
 
-    until(drawing, 500, "the end of round 1")
+    until(drawing, PATIENCE, "the end of round 1")
     assert len(alive(run)) > 1
     process.send_signal(signal.SIGKILL)
     process.wait()
