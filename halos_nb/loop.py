@@ -511,12 +511,13 @@ def located(cfg: LoopConfig) -> LoopConfig:
     )
 
 # %% ../nbs/57_loop.ipynb #6705a7d9
-def check_sampler(cfg: LoopConfig, profile: Profile) -> None:
-    "An error if the profile has not what the run's back end needs."
+def check_sampler(cfg: LoopConfig, profile: Profile) -> dict[str, str]:
+    "The versions that a run's numbers depend on; an error if its back end is not there."
     if cfg.backend != "vllm":
-        return
+        return versions()
     own = profile.for_stage("sample")
-    if versions(cfg, own.python)["vllm"] == "not found":
+    vllm = versions(cfg, own.python)["vllm"]
+    if vllm == "not found":
         raise ValueError(
             f"backend: there is no vLLM in {own.python or sys.executable}, where the profile "
             f"{profile.name} has sampling; `make vllm` installs it into build/vllm-venv, and "
@@ -528,6 +529,7 @@ def check_sampler(cfg: LoopConfig, profile: Profile) -> None:
             f"work; give it GPUs of its own in profile {profile.name} (devices.sample = 6,7 "
             "and devices.train = 0,1,2,3,4,5), or take sampler = engine"
         )
+    return versions() | {"vllm": vllm}
 
 # %% ../nbs/57_loop.ipynb #d2befa47
 @dataclass
@@ -897,13 +899,13 @@ def run_rounds(
     "All rounds as they are done, then `final`; with held-out prompts, `start` before them."
     profile = settings.get_profile(cfg.profile)
     check_launch(profile, cfg.precision)
-    check_sampler(cfg, profile)
+    known: dict[str, Any] = dict(versions=check_sampler(cfg, profile))
     cfg = located(cfg)
     run = run_folder(settings, cfg.run_name)
     with Ledger(run, profile, cfg.fresh, watch, on_start) as ledger:
         ledger.event("run")
         loop = Loop(cfg, ledger)
-        known = dict(profile=profile_record(profile), seeds=loop.seeds())
+        known |= dict(profile=profile_record(profile), seeds=loop.seeds())
 
         def write(ended: str) -> None:
             "What has become of the run up to now."

@@ -249,14 +249,17 @@ def time_left(
     spent: float,  # seconds it has run
 ) -> float | None:
     "Seconds until the run is done; None if it cannot be known yet."
+    seen = {event["stage"] for event in events}
+    # an engine draws, and sampling scores what was drawn
+    before = ["draw"] if "draw" in seen else []
+    checks = [stage for stage in ("check_draw", "check") if stage in seen]
     done = {}
     for event in events:
-        of_a_round = event["stage"] in [*STAGES, "check"]
+        of_a_round = event["stage"] in [*before, *STAGES, *checks]
         if of_a_round and event["event"] in ("finished", "skipped"):
             done[event["folder"], event["stage"]] = event["seconds"]
-    measured = ["sample", "label"]
-    checks = any(event["stage"] == "check" for event in events)
-    plan = [*STAGES, *["check"] * checks] * rounds + measured
+    measured = [*before, "sample", "label"]
+    plan = [*before, *STAGES, *checks] * rounds + measured
     if any(event["folder"] == "start" for event in events):
         plan = measured + plan
     ahead = plan[len(done) :]

@@ -185,6 +185,8 @@ def test_samplings_own_python_draws_and_ours_scores(pretend, tmp_path):
             for x in ("drawn.", "")
         ]
         assert [c["sampling"] for c in own] == ["yes", None]
+    params = json.loads((tmp_path / "runs/r/params.json").read_text())
+    assert params["versions"]["vllm"] == "vllm 0.0"
     assert {c["num_processes"] for c in told(rounds, "draw")} == {1}
     assert {c["num_processes"] for c in told(rounds, "sample")} == {2}
     assert not (tmp_path / "runs/r/engine").exists()
