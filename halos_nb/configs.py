@@ -1556,6 +1556,10 @@ class SubmitConfig:
     local: bool = False  # no scheduler: the runs side by side on this machine
     dry_run: bool = False  # show the script and the command, touch nothing
 
+    def __post_init__(self) -> None:
+        if self.slots and not self.sweep:
+            raise ValueError("slots: only the runs of a sweep can be several at once")
+
 # %% ../nbs/02_configs.ipynb #b43d18e5
 def config_json(cfg: Any) -> str:
     "A config as JSON, fields in their order."

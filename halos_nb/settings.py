@@ -6,11 +6,11 @@
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES',
            'IPYTHON_NAMES', 'DEFINITIONS', 'accelerate_path', 'fsdp_problems', 'accelerate_problems',
            'AccelerateConfig', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'SlurmOptions',
-           'slurm_problems', 'Profile', 'fill_from_accelerate', 'why_no_fork', 'launcher_problems', 'variable_problems',
-           'device_problems', 'machine_problems', 'accelerate_and_profile_problems', 'profile_problems',
-           'default_profiles', 'profile_of_stage', 'stage_problems', 'profile_record', 'Settings', 'find_settings',
-           'environment_values', 'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case',
-           'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
+           'seconds_of', 'slurm_problems', 'Profile', 'fill_from_accelerate', 'why_no_fork', 'launcher_problems',
+           'variable_problems', 'device_problems', 'machine_problems', 'accelerate_and_profile_problems',
+           'profile_problems', 'default_profiles', 'profile_of_stage', 'stage_problems', 'profile_record', 'Settings',
+           'find_settings', 'environment_values', 'key_problems', 'path_value', 'profile_values', 'read_profiles',
+           'key_case', 'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
            'check_precision', 'set_aside', 'notebook_config', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
@@ -269,6 +269,18 @@ class SlurmOptions:
         refuse(slurm_problems(self))
 
 
+def seconds_of(
+    time: str,  # as sbatch takes it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s
+) -> float:
+    "The length of a time limit; infinite if it is a word."
+    days, sign, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in [days or "0", *parts]):
+        return float("inf")
+    units = [3600, 60, 1] if sign or len(parts) == 3 else [60, 1]
+    return 86400 * int(days or 0) + sum(int(p) * unit for p, unit in zip(parts, units))
+
+
 def slurm_problems(s: SlurmOptions) -> Iterator[str]:
     "What SLURM would not take, or take as something else."
     for f in fields(s):
@@ -285,6 +297,11 @@ def slurm_problems(s: SlurmOptions) -> Iterator[str]:
         )
     if "ALL" in names and len(names) > 1:
         yield "slurm.export: ALL has all of them; leave out the names, or ALL"
+    if s.time and seconds_of(s.time) < s.notice + 120:
+        yield (
+            f"slurm.time: {s.time} is hardly longer than slurm.notice, {s.notice} seconds, and "
+            "SLURM may tell a minute earlier: a run would be stopped as soon as it begins"
+        )
     if s.gpus and s.gres:
         yield "slurm.gres: takes the place of slurm.gpus; give one of the two"
 

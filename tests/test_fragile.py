@@ -625,3 +625,16 @@ def test_what_accelerate_launch_sets_can_be_asked_for():
     found = accelerate_variables(options)
     assert found["ACCELERATE_USE_FSDP"] == "true" and found["FSDP_VERSION"] == "2"
     assert found["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+
+
+# ---- papermill's command line, for halos_nb.submit
+
+
+def test_papermill_reads_values_as_it_did():
+    "`-p NAME VALUE` is checked as papermill will read it: submit.papermill_value."
+    from papermill.cli import _resolve_type
+
+    given = ["True", "None", "7", "1e-4", "true", "a b"]
+    read = [True, None, 7, 1e-4, "true", "a b"]
+    why = "papermill reads -p in another way; see halos_nb.submit.papermill_value"
+    assert [_resolve_type(text) for text in given] == read, why

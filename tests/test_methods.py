@@ -102,6 +102,12 @@ def test_rounds_of(swept, method):
     assert (params["beta"] is None) == (method == "ppo")
 
 
+def stages_done(run):
+    "All stages that a run has ever done."
+    events = read_jsonl(run / "ledger.jsonl")
+    return [(e["folder"], e["stage"]) for e in events if e["event"] == "finished"]
+
+
 def finished(run):
     "The stages that a run's newest session had to do."
     return [
@@ -111,10 +117,15 @@ def finished(run):
 
 def test_a_sweep_is_widened_to_more_seeds(swept, tmp_path):
     "The first seed's run stands; the second differs in its samples, and both are in the table."
-    (row,), text = sweep(tmp_path / "out.ipynb", methods="dpo + humanline", seeds=2)
     first = run_of("dpo + humanline")
     second = first.with_name(f"{first.name}-s1")
-    assert not finished(first) and finished(second)
+    done = stages_done(first)
+    asked = dict(methods="dpo + humanline", seeds=2, slots=2)
+    (row,), text = sweep(tmp_path / "out.ipynb", **asked)
+    assert "2 of 2 runs done" in text
+    # side by side, then read: what stood was not done again, what was done is done once
+    assert stages_done(first) == done and not finished(second)
+    assert 0 < len(stages_done(second)) == len({*stages_done(second)})
     asked = [
         json.loads((run / "params.json").read_text())["parameters"] for run in (first, second)
     ]

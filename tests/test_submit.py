@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -53,34 +54,36 @@ def place(tmp_path):
     return tmp_path
 
 
-def command(*words):
-    return [sys.executable, "-m", "halos_nb.submit", *words]
-
-
-def environment(**more):
-    env = os.environ | dict(PYTHONPATH=str(ROOT)) | more
+def environment():
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
     env.pop("HALOS_NB_RUNS_DIR", None)
     return env
 
 
-def submit(place, *words, **env):
-    "The command as a user gives it."
-    return subprocess.run(
-        command(*words),
-        cwd=place,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+AGAIN = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # as it is: imported above
 
 
-def test_a_dry_run_shows_all_and_touches_nothing(place):
+@pytest.fixture
+def command(place, monkeypatch):
+    "`python -m halos_nb.submit`, as a user types it in that folder."
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("HALOS_NB_RUNS_DIR", raising=False)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["submit", "driver.ipynb", *words])
+        runpy.run_module("halos_nb.submit", run_name="__main__")
+
+    return run
+
+
+@AGAIN
+def test_a_dry_run_shows_all_and_touches_nothing(place, command, monkeypatch, capsys):
     before = sorted(place.rglob("*"))
-    words = ["driver.ipynb", "-p", "lr", "3e-4", "--profile", "slurm_2x8", "--dry_run"]
-    key = dict(OPENAI_API_KEY="not-to-be-written", SBATCH_PARTITION="other")
-    done = submit(place, *words, "--sweep", "method=dpo,kto seed=0,1", "--slots", "2", **key)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "not-to-be-written")
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    words = ["-p", "lr", "3e-4", "--profile", "slurm_2x8", "--dry_run"]
+    command(*words, "--sweep", "method=dpo,kto seed=0,1", "--slots", "2")
+    said = capsys.readouterr().out
     assert sorted(place.rglob("*")) == before
     for line in (
         "#SBATCH --nodes=2",
@@ -95,17 +98,20 @@ def test_a_dry_run_shows_all_and_touches_nothing(place):
         "# not used, the profile decides: SBATCH_PARTITION",
         f"sbatch --parsable {place}/runs/r/submit/job.sh",
     ):
-        assert line in done.stdout.splitlines(), line
-    assert "not-to-be-written" not in done.stdout + done.stderr
-    assert done.stdout.count("-p run_name r-") == 4
-    assert f"every node of the job must see {place}/runs" in done.stdout
-    assert "-p runs r-dpo-s0,r-dpo-s1,r-kto-s0,r-kto-s1" in done.stdout
+        assert line in said.splitlines(), line
+    assert "not-to-be-written" not in said
+    assert said.count("-p run_name r-") == 4
+    assert f"every node of the job must see {place}/runs" in said
+    assert "-p runs r-dpo-s0,r-dpo-s1,r-kto-s0,r-kto-s1" in said
 
 
-def test_a_misspelt_parameter_is_told_in_one_line(place):
-    done = submit(place, "driver.ipynb", "-p", "sed", "1")
-    assert done.returncode == 1 and not (place / "runs").exists()
-    assert done.stderr == "LoopConfig: sed: unknown parameter; did you mean `seed`?\n"
+@AGAIN
+def test_a_misspelt_parameter_is_told_in_one_line(place, command):
+    with pytest.raises(SystemExit) as error:
+        command("-p", "sed", "1")
+    told = "LoopConfig: sed: unknown parameter; did you mean `seed`?"
+    assert error.value.code == told  # which Python prints, with exit status 1
+    assert not (place / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,15 @@ def test_what_cannot_work_is_refused(place, given, told, monkeypatch):
 
 
 def test_runs_side_by_side_and_one_that_fails(place):
-    done = submit(place, "driver.ipynb", "--local", "--slots", "2", "--sweep", "seed=0,1")
+    words = ["driver.ipynb", "--local", "--slots", "2", "--sweep", "seed=0,1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "halos_nb.submit", *words],
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 1
     assert "1 of 2 runs failed" in done.stderr
     assert "r-s1: exit code 1: ValueError: no such prompts" in done.stderr
