@@ -19,7 +19,7 @@ from halos_nb.configs import TrainConfig
 from halos_nb.failures import StageError
 from halos_nb.jobs import environment, launch
 from halos_nb.models import small_llama
-from halos_nb.settings import Profile
+from halos_nb.settings import SHIPPED, Profile
 from halos_nb.templates import byte_tokenizer
 
 pytestmark = [
@@ -173,6 +173,21 @@ def test_two_hosts_train_what_one_does(home, spaces):
 
 
 @real
+def test_two_hosts_share_a_model_out_as_one_does(home, spaces):
+    "FSDP2 over the cable: the bits of one host, and of one process to rounding."
+    shipped = (SHIPPED / "fsdp2_cpu2.yaml").read_text()
+    file = home / "fsdp2_2x1.yaml"
+    file.write_text(shipped.replace("num_machines: 1", "num_machines: 2"))
+    one = trained(home, "one", Profile(accelerate_config="fsdp2_cpu2"))
+    two = trained(home, "two", on(spaces, accelerate_config=str(file)))
+    alone = trained(home, "alone", Profile())
+    apart = max((one[name] - alone[name]).abs().max().item() for name in alone)
+    print(f"one host and two: the same bits; largest difference from one process: {apart:.1e}")
+    assert all(torch.equal(one[name], two[name]) for name in alone)
+    assert 0 < apart < 1e-4
+
+
+@real
 @pytest.mark.parametrize("what", ["rank", "host"])
 def test_what_dies_on_a_host_is_named(what, tmp_path, spaces):
     ada, bob = spaces
@@ -210,7 +225,7 @@ def test_hosts_that_share_no_folder_are_told(tmp_path, spaces):
 
 CELL = """
 from halos_nb.configs import SampleConfig
-from halos_nb.settings import Profile
+from halos_nb.settings import SHIPPED, Profile
 from halos_nb.jobs import launch
 cfg = SampleConfig(model="hang", output_file="{out}")
 two = Profile(
