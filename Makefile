@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-architectures  every family that transformers can build, tiny, beside plain transformers: a table (15 minutes)'
 	@echo 'make test-alarm  runs that break, with real models of the playground: each must be stopped in its round (some minutes)'
 	@echo 'make test-hosts  a stage on two machines: two network namespaces of this one, made as root (3 minutes)'
+	@echo 'make test-long   1,000 pretended rounds and a file of a million prompts: what a round costs early and late (some minutes)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
@@ -98,6 +99,12 @@ test-alarm: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
 test-alarm: export OMP_NUM_THREADS := 1
 test-alarm: setup
 	@python tests/collapses.py
+
+test-long: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
+test-long: export OMP_NUM_THREADS := 1
+test-long: setup
+	@python tests/long_runs.py rounds 1000
+	@python tests/long_runs.py prompts 1000000
 
 # The same environment as the bench's.
 test-trl: export OMP_NUM_THREADS := 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'COMPARING', 'FeedbackType',
            'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE',
-           'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'COMMON', 'checked', 'refuse',
+           'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'COMMON', 'RATIO', 'checked', 'refuse',
            'unknown_parameter', 'parameter_problem', 'config_error', 'make_config', 'require_path', 'PromptOptions',
            'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options',
            'option_value', 'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold',
@@ -14,11 +14,11 @@ __all__ = ['Config', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'B
            'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
            'LoraOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
            'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'SamplerOptions', 'LoopConfig', 'preset_settings',
-           'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stage_config',
-           'training_config', 'sampling_config', 'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig',
-           'has_other_labellers', 'hand_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
-           'config_json']
+           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems',
+           'is_difference', 'stale_problems', 'stage_config', 'training_config', 'sampling_config', 'split_names',
+           'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig',
+           'AuditConfig', 'RunsConfig', 'SubmitConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -1094,6 +1094,27 @@ class RoundOptions:
     # third more time in the layers
     gradient_checkpointing: bool = False
 
+# %% ../nbs/02_configs.ipynb #60cd60c2
+@dataclass(kw_only=True)
+class KeepOptions:
+    "What of a long run stays on disk."
+
+    # which policies stay: last (what the run goes on from), best (that, and the one whose
+    # answers score best), so many of the newest, or all
+    keep: Literal["last", "best", "all"] | PositiveInt = "last"
+    # rounds after which samples and feedback are packed; every reader opens them (0: never)
+    pack_after: NonNegativeInt = 0
+
+# %% ../nbs/02_configs.ipynb #4e12acc3
+@dataclass(kw_only=True)
+class PaceOptions:
+    "What may happen at the same time."
+
+    # rounds that the policy which samples is older than the newest one: 0, or 1, with which a
+    # round is sampled and scored while the one before it trains (on devices of their own: a
+    # profile with devices.sample, devices.label and devices.train)
+    staleness: Literal[0, 1] = 0
+
 # %% ../nbs/02_configs.ipynb #f0712b6f
 @dataclass(kw_only=True)
 class SamplerOptions:
@@ -1115,7 +1136,7 @@ class SamplerOptions:
 
 # %% ../nbs/02_configs.ipynb #be11b0a8
 @checked
-class LoopConfig(SamplerOptions, RoundOptions, MethodOptions):
+class LoopConfig(PaceOptions, KeepOptions, SamplerOptions, RoundOptions, MethodOptions):
     "What the online loop needs: rounds of sample, label and train."
 
     sft_checkpoint: str = ""  # first policy and reference (empty: the playground's)
@@ -1213,6 +1234,8 @@ def loop_problems(c: LoopConfig) -> Iterator[str]:
             f"{c.sft_checkpoint}; give lr, or another preset (preset='')"
         )
     yield from sampler_problems(c)
+    if c.staleness and c.method in RATIO:
+        yield from stale_problems(c)
     if c.lr is None:
         yield (
             f"lr: none suits every model; give one for {c.method} on {c.sft_checkpoint}, or a "
@@ -1259,6 +1282,22 @@ def is_difference(threshold: Threshold | None) -> bool:
         return read_share(threshold) is not None
     return threshold is not None and not threshold < 0
 
+
+RATIO = ("grpo", "ppo")  # methods with a ratio to the policy that sampled
+
+
+def stale_problems(c: LoopConfig) -> Iterator[str]:
+    "What keeps a ratio from being one to an older policy that sampled."
+    if (c.temperature, c.top_p) != (1.0, 1.0):
+        yield (
+            f"staleness: {c.method} needs the log-probs of the policy that sampled, and those "
+            "of samples are its own at temperature 1 and top_p 1 only"
+        )
+    if c.humanline:
+        yield "staleness: humanline takes the ratio to its synced reference; leave one out"
+    if read_options(c.train_options).get("old_policy", "samples") != "samples":
+        yield "staleness: the ratio is to the policy that sampled; leave old_policy out"
+
 # %% ../nbs/02_configs.ipynb #e27a6f3f
 def stage_config(
     cls: type[Config],
@@ -1286,6 +1325,8 @@ def training_config(loop: LoopConfig, **more: Any) -> TrainConfig:
     own = {name: getattr(loop, name) for name in shared - {"seed", "unfinished"}}
     own |= dict(loss=loop.method) | more
     options = read_options(loop.train_options)
+    if loop.staleness and loop.method in RATIO:
+        options = options | dict(old_policy="samples")
     return stage_config(TrainConfig, "training", own, "train_options", options)
 
 # %% ../nbs/02_configs.ipynb #11fece49

@@ -8,7 +8,8 @@ __all__ = ['MEASURED', 'ROWS', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COU
            'train_stage', 'check_stage', 'losses_of', 'sampler_line', 'Round', 'round_counts', 'drawn_at',
            'round_samples', 'git', 'revision', 'write_params', 'point_to', 'AuditError', 'audit_stage',
            'as_policy_or_reward', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located',
-           'check_sampler', 'Loop', 'one_round', 'answers_of', 'prompts_asked', 'run_rounds', 'main']
+           'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'health_in', 'better', 'prompts_asked',
+           'check_apart', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -21,11 +22,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
+import orjson
 from fastcore.basics import patch
 
-from .records import read_jsonl, write_json
+from .records import file_bytes, on_disk, read_jsonl, write_json
 from halos_nb.configs import (
     AuditConfig,
     FeedbackType,
@@ -34,6 +36,7 @@ from halos_nb.configs import (
     require_path,
 )
 from .settings import Profile, Settings, load_settings, parse_args, profile_record
+from .stats import Interval
 from halos_nb.health import (
     Alarm,
     Health,
@@ -45,7 +48,7 @@ from halos_nb.health import (
     measure_text,
 )
 from .jobs import Job, check_launch, remove, stage_module
-from .identity import PACKAGE, Stage, hub_revisions, versions
+from .identity import PACKAGE, Stage, code_hash, hub_revisions, versions
 from .ledger import Ledger, run_folder
 
 # %% ../nbs/57_loop.ipynb #df761afc
@@ -275,6 +278,7 @@ class Round:
     counts: dict[str, dict]
     note: str = ""  # what was unusual
     health: str = ""  # what its policy's own answers say of it, on one line
+    sampled_by: str = ""  # which policy gave its samples, where that is not the newest
 
     @property
     def samples_file(self) -> Path:
@@ -304,6 +308,8 @@ class Round:
         lines = [f"{self.name}: {used}; lost: {lost}"]
         if told := sampler_line(sampled):
             lines.append(told)
+        if self.sampled_by:
+            lines.append(self.sampled_by)
         if self.health:
             lines.append(f"health{' after it' if self.number else ''}: {self.health}")
         return "\n".join([*lines, *filter(None, [self.note])])
@@ -341,7 +347,7 @@ def round_samples(folder: Path) -> list[dict]:
     scores = {}
     for row in read_jsonl(folder / "feedback.labels.jsonl"):
         scores[row["prompt_id"], row["sample_id"]] = row["score"]
-    samples = json.loads((folder / "samples.json").read_text())
+    samples = json.loads(file_bytes(folder / "samples.json"))
     at = drawn_at(folder)  # samples of before do not say it themselves
     return [at | s | {"reward": scores[s["prompt_id"], s["sample_id"]]} for s in samples]
 
@@ -531,6 +537,19 @@ def check_sampler(cfg: LoopConfig, profile: Profile) -> dict[str, str]:
         )
     return versions() | {"vllm": vllm}
 
+# %% ../nbs/57_loop.ipynb #58b90dbf
+class Scored(NamedTuple):
+    "How good a policy's own answers are, by the labeller of the run."
+
+    policy: Path
+    by: str  # whose training made it: start, round-1, ...
+    answers: str  # where they were given: round-2, final, ...
+    score: Interval  # mean, its 95% interval over prompts
+
+    def __str__(self) -> str:
+        made = "the first policy" if self.by == "start" else f"the policy of {self.by}"
+        return f"{made} (mean score {self.score:.3g} of its answers in {self.answers})"
+
 # %% ../nbs/57_loop.ipynb #d2befa47
 @dataclass
 class Loop:
@@ -541,10 +560,16 @@ class Loop:
     used: int = 0  # prompts, by the rounds that are done
     done: list[Round] = field(default_factory=list)  # without `final`
     reference: str = ""  # hash of the reference when the run began
+    ahead: dict[str, bool] = field(default_factory=dict)  # the next round's stages: has it run?
     first: dict[str, Health] = field(default_factory=dict)  # the first policy's, by folder
     lines: dict[str, str] = field(default_factory=dict)  # what was said of health, by folder
     told: dict[str, list[str]] = field(default_factory=dict)  # alarms told, by folder
     in_doubt: bool = False  # the last look saw something that may be chance
+    # what the journal tells of answers that were looked at before, by their hash
+    known: dict[str, Health] = field(default_factory=dict)
+    held: list[Round] = field(default_factory=list)  # whose policies may be on disk
+    best: Scored | None = None  # of the policies that were scored and are on disk
+    gone: Scored | None = None  # the best of those that are not on disk any more
 
     @property
     def rounds(self) -> int:
@@ -576,7 +601,7 @@ def stages(
     "What is to be done in a round."
     cfg = self.cfg
     folder = self.folder(round)
-    answers = policy or cfg.sft_checkpoint
+    answers = self.sampler(round) or policy or cfg.sft_checkpoint
     is_measured = round in MEASURED
     # the config has settled what `auto` is
     feedback_type = cast(FeedbackType, "scalar" if is_measured else cfg.feedback_type)
@@ -594,10 +619,19 @@ def first_stage(self: Loop, round: int | str) -> Stage:
     config = self.cfg.sampling(self.cfg.backend, model="")
     return Stage(name, self.folder(round), config, [], [], module=stage_module("sample"))
 
+
+@patch
+def sampler(self: Loop, round: int | str) -> Path | str:
+    "The older policy that answers in a round; nothing where it is the newest."
+    if isinstance(round, str) or not self.cfg.staleness:
+        return ""
+    number = round - 1 - self.cfg.staleness
+    return self.folder(number) / "policy/FINAL" if number > 0 else self.cfg.sft_checkpoint
+
 # %% ../nbs/57_loop.ipynb #facf1771
 def one_round(
     ledger: Ledger,
-    stages: list[Stage],
+    stages: list[Stage],  # those that are still to be run
     number: int | None,  # None: the final samples
     policy: Path,  # the checkpoint after this round
     title: str,
@@ -627,7 +661,7 @@ def answers_of(stage: Stage) -> list[dict]:
     "The samples that a stage has drawn or scored."
     if stage.name == "label":
         return round_samples(stage.folder)
-    return json.loads(stage.outputs[0].read_text())
+    return json.loads(file_bytes(stage.outputs[0]))
 
 
 @patch
@@ -640,7 +674,7 @@ def first_health(self: Loop, stage: Stage) -> Health | None:
         self.folder("start"),
         self.folder(1),
     )
-    if is_first or not (folder / "feedback.labels.jsonl").exists():
+    if is_first or not on_disk(folder / "feedback.labels.jsonl").exists():
         return None
     if folder.name not in self.first:
         self.first[folder.name] = health(round_samples(folder))
@@ -690,7 +724,34 @@ def sound(self: Loop, stage: Stage, seen: Breakage) -> None:
         point_to(run / "policy", Path(seen.good))
     raise AlarmError(seen)
 
+# %% ../nbs/57_loop.ipynb #1338c747
+def health_in(event: dict) -> Health:
+    "The health that a line of the journal tells."
+    errors = {k: math.inf if x is None else x for k, x in event["errors"].items()}
+    return Health(**{name: event[name] for name in Health._fields} | {"errors": errors})
 
+
+@patch
+def remember(self: Loop) -> None:
+    "Read what the journal tells of answers that were looked at."
+    journal = self.ledger.run_dir / "ledger.jsonl"
+    for event in read_jsonl(journal) if journal.exists() else []:
+        if event["event"] == "health" and "seen" in event:
+            self.known[event["seen"]] = health_in(event)
+
+
+@patch
+def health_of(self: Loop, stage: Stage) -> tuple[Health, str]:
+    "What a stage's answers say of their policy, and the hash of all that this comes from."
+    files = [stage.outputs[0]]
+    if stage.name == "label":
+        files = [stage.folder / "samples.json", stage.folder / "feedback.labels.jsonl"]
+    parts = [code_hash(health.__module__), *map(self.ledger.hash, files)]
+    seen = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    now = self.known.get(seen)
+    return (health(answers_of(stage)) if now is None else now), seen
+
+# %% ../nbs/57_loop.ipynb #eca189f7
 AT_ONCE = Limits(errors=0.0)  # what is beyond a limit, surely or perhaps
 
 
@@ -703,22 +764,97 @@ def shows_policy(self: Loop, stage: Stage) -> bool:
 
 @patch
 def look_at(self: Loop, stage: Stage) -> None:
-    "After a stage: how healthy is the policy, and which checkpoints are needed no more?"
-    if self.cfg.alarm != "skip" and self.shows_policy(stage):
-        now, start = health(answers_of(stage)), self.first_health(stage)
+    "After a stage: how healthy is the policy, and which files are needed no more?"
+    watched = self.cfg.alarm != "skip"
+    scored = stage.name == "label" and self.cfg.keep == "best"
+    if self.shows_policy(stage) and (watched or scored):
+        now, seen = self.health_of(stage)
+        start = self.first_health(stage)
         line = health_line(now, start)
         self.lines[stage.folder.name] = line
         where = dict(folder=stage.folder.name, stage=stage.name)
-        self.ledger.event("health", **where, why=line, **now._asdict())
-        found = alarms(now, start)
-        self.in_doubt = bool(not found and alarms(now, start, AT_ONCE))
-        if stage.name == "label":  # the rest was known when they were drawn
-            found = [alarm for alarm in found if alarm.name == "score"]
-        if found:
-            self.sound(stage, self.breakage(stage, found, now))
+        self.ledger.event("health", **where, why=line, seen=seen, **now._asdict())
+        if watched:
+            self.heed(stage, now, start)
+        if stage.name == "label":
+            self.add_score(stage.folder.name, now)
+            if stage.folder in (self.folder("start"), self.folder(1)):
+                self.first[stage.folder.name] = now
     if stage.name == "label":
-        for old in self.done[:-1]:
+        self.tidy()
+
+
+@patch
+def heed(self: Loop, stage: Stage, now: Health, start: Health | None) -> None:
+    "Sound the alarm where there is reason to, and remember a doubt."
+    found = alarms(now, start)
+    self.in_doubt = bool(not found and alarms(now, start, AT_ONCE))
+    if stage.name == "label":  # the rest was known when they were drawn
+        found = [alarm for alarm in found if alarm.name == "score"]
+    if found:
+        self.sound(stage, self.breakage(stage, found, now))
+
+# %% ../nbs/57_loop.ipynb #aab856d9
+def better(a: Scored | None, b: Scored) -> Scored:
+    "The one whose answers score higher, the first if they score the same."
+    return b if a is None or b.score.value > a.score.value else a
+
+
+@patch
+def add_score(self: Loop, folder: str, now: Health) -> None:
+    "Remember how the newest policy's answers score, where they do."
+    if folder == "start" or now.score is None:  # round 1 asks the first policy more
+        return
+    off = 1.96 * now.errors.get("score", math.inf)
+    score = Interval(now.score, now.score - off, now.score + off)
+    last = self.done[-1] if self.done else None
+    policy = last.policy if last else Path(self.cfg.sft_checkpoint)
+    scored = Scored(policy, last.name if last else "start", folder, score)
+    if last and not policy.exists():
+        self.gone = better(self.gone, scored)
+    else:
+        self.best = better(self.best, scored)
+
+
+@patch
+def policies_kept(self: Loop) -> list[Path]:
+    "The policies that stay on disk."
+    policies = [held.policy for held in self.held]
+    if self.cfg.keep == "all":
+        return policies
+    if isinstance(self.cfg.keep, int):
+        return policies[-self.cfg.keep :]
+    best = self.best if self.cfg.keep == "best" else None
+    return policies[-1:] + ([best.policy] if best else [])
+
+
+@patch
+def tidy(self: Loop) -> None:
+    "Remove the policies that are needed no more, and pack what is old."
+    kept = self.policies_kept()
+    for old in self.held:
+        if old.policy not in kept:
             self.ledger.prune(old.policy)
+    self.held = [held for held in self.held if held.policy in kept]
+    if self.cfg.keep == "best" and self.best and self.best.policy.exists():
+        point_to(self.ledger.run_dir / "best", self.best.policy)
+    number = len(self.done) - self.cfg.pack_after
+    if self.cfg.pack_after and number >= 0:
+        self.ledger.pack(self.done[number].folder)
+
+
+@patch
+def best_told(self: Loop) -> dict:
+    "What params.json says of the best policy; nothing where nobody asked which it is."
+    best = self.best
+    if self.cfg.keep != "best" or not best:
+        return {}
+    place = os.path.relpath(best.policy, self.ledger.run_dir)
+    how = f"mean score of its own answers in {best.answers}, 95% interval over prompts"
+    told = dict(policy=place, by=best.by, measured=how, words=str(best))
+    if self.gone and better(best, self.gone) is self.gone:
+        told["words"] += f"; better was {self.gone}, which was removed before"
+    return dict(best=told | best.score._asdict())
 
 # %% ../nbs/57_loop.ipynb #071e4df1
 @patch
@@ -753,6 +889,48 @@ def with_health(self: Loop, this: Round) -> Round:
     this.note = "\n".join([*self.told.get(this.name, []), *filter(None, [this.note])])
     return this
 
+# %% ../nbs/57_loop.ipynb #e515e967
+@patch
+def run_ahead(self: Loop, number: int, stages: list[Stage], title: str) -> dict[str, bool]:
+    "Sample, score and begin to train a round, and meanwhile sample and score the next one."
+    *asked, train = stages
+    ran, self.ahead = self.ahead, {}
+    for stage in asked:
+        if stage.name not in ran:
+            ran[stage.name] = self.ledger.run(stage, f"{title} · {stage.name}", "train")
+            self.look_at(stage)
+    self.ledger.start_beside(train)
+    sampled = round_counts(train.folder)["sample"]
+    used = self.used + sampled["prompts"]
+    if number == self.rounds or not sampled["prompts_left"]:
+        return ran
+    count = min(self.cfg.prompts_per_round, self.cfg.total_prompts - used)
+    following = self.stages(number + 1, train.outputs[0], used, count)
+    for stage in following[:-1]:
+        words = f"round {number + 1} · {stage.name}, while round {number} trains"
+        self.ahead[stage.name] = self.ledger.run(stage, words, "the training's end")
+        self.look_at(stage)
+    return ran
+
+
+@patch
+def add_stages_done(
+    self: Loop,
+    this: Round,
+    stages: list[Stage],
+    ran: dict[str, bool],  # stages that were done before, and whether they ran
+) -> None:
+    "Tell of a round also what was done of it ahead, and which policy answered in it."
+    for stage in stages:
+        if stage.name in ran:
+            this.seconds[stage.name] = stage.sealed()["seconds"]
+            if not ran[stage.name]:
+                this.skipped.append(stage.name)
+    older = (this.number or 0) - 1 - self.cfg.staleness
+    if self.cfg.staleness and this.number:
+        by = f"round {older}, one round old" if older > 0 else "nobody's training"
+        this.sampled_by = f"sampled by the policy of {by}"
+
 # %% ../nbs/57_loop.ipynb #5629fcbb
 @patch
 def train_round(self: Loop, number: int, stages: list[Stage]) -> Round:
@@ -763,7 +941,10 @@ def train_round(self: Loop, number: int, stages: list[Stage]) -> Round:
     then = self.first_stage(after)
     policy = self.folder(number) / "policy/FINAL"
     look = self.look_at
-    this = one_round(self.ledger, stages, number, policy, title, words, then, look)
+    ran = self.run_ahead(number, stages, title) if self.cfg.staleness else {}
+    left = [stage for stage in stages if stage.name not in ran]
+    this = one_round(self.ledger, left, number, policy, title, words, then, look)
+    self.add_stages_done(this, stages, ran)
     self.check(this, title, words, then)
     sampled = this.counts["sample"]
     self.used += sampled["prompts"]
@@ -773,6 +954,7 @@ def train_round(self: Loop, number: int, stages: list[Stage]) -> Round:
     if this.policy.exists():
         point_to(self.ledger.run_dir / "policy", this.policy)
     self.done.append(this)
+    self.held.append(this)
     return self.with_health(this)
 
 # %% ../nbs/57_loop.ipynb #f94c1a13
@@ -803,18 +985,20 @@ def next_stages(self: Loop) -> list[Stage]:
 # %% ../nbs/57_loop.ipynb #5a1e0f11
 def prompts_asked(round: Round) -> set[str]:
     "The ids of the prompts that were asked in a round."
-    return {sample["prompt_id"] for sample in json.loads(round.samples_file.read_text())}
+    samples = orjson.loads(file_bytes(round.samples_file))
+    return {sample["prompt_id"] for sample in samples}
 
 
 @patch
 def seen_before(self: Loop, final: Round) -> str:
     "How many of the held-out prompts a round has asked too, in words; nothing if none."
-    asked = set().union(*[prompts_asked(round) for round in self.done])
     held_out = prompts_asked(final)
-    seen = len(held_out & asked)
+    seen: set[str] = set()
+    for round in self.done:
+        seen |= prompts_asked(round) & held_out
     if not seen:
         return ""
-    return f"{seen} of {len(held_out)} held-out prompts were also asked in a round"
+    return f"{len(seen)} of {len(held_out)} held-out prompts were also asked in a round"
 
 # %% ../nbs/57_loop.ipynb #b3796e0a
 @patch
@@ -866,6 +1050,7 @@ def play(
     "All rounds as they are done, then `final`; with held-out prompts, `start` before them."
     cfg, ledger = self.cfg, self.ledger
     self.reference = ledger.hash(cfg.sft_checkpoint)
+    self.remember()
     if cfg.heldout_prompts:
         yield self.first_samples()
     stages = self.next_stages()
@@ -888,6 +1073,20 @@ def how_it_ended(self: Loop, final: Round) -> str:
         told += [line for line in note.splitlines() if line not in told]
     return "; ".join(told) or "as planned"
 
+# %% ../nbs/57_loop.ipynb #2535a5b6
+def check_apart(profile: Profile) -> None:
+    "An error if training would share its devices with what draws and scores meanwhile."
+    if profile.cpu:
+        return  # they share the cores
+    train = set(profile.for_stage("train").devices.replace(",", " ").split())
+    for stage in ("sample", "label"):
+        own = set(profile.for_stage(stage).devices.replace(",", " ").split())
+        if not own or not train or own & train:
+            raise ValueError(
+                f"staleness: in profile {profile.name} {stage} has no devices of its own "
+                f"beside the training's; set devices.{stage} and devices.train"
+            )
+
 # %% ../nbs/57_loop.ipynb #b5dbccf8
 def run_rounds(
     cfg: LoopConfig,  # the run's parameters, paths filled in
@@ -900,6 +1099,8 @@ def run_rounds(
     profile = settings.get_profile(cfg.profile)
     check_launch(profile, cfg.precision)
     known: dict[str, Any] = dict(versions=check_sampler(cfg, profile))
+    if cfg.staleness:
+        check_apart(profile)
     cfg = located(cfg)
     run = run_folder(settings, cfg.run_name)
     with Ledger(run, profile, cfg.fresh, watch, on_start) as ledger:
@@ -909,7 +1110,8 @@ def run_rounds(
 
         def write(ended: str) -> None:
             "What has become of the run up to now."
-            write_params(run, cfg, settings, **known, rounds=len(loop.done), ended=ended)
+            more = known | loop.best_told()
+            write_params(run, cfg, settings, **more, rounds=len(loop.done), ended=ended)
 
         write("running, or killed")
         try:

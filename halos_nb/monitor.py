@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOUR_CODE', 'GOES_ON', 'STAGES', 'MOST_PANELS', 'ROUND_PANELS', 'Tail', 'as_on_screen', 'log_tail', 'read_if_there',
-           'is_active', 'writes_to', 'supervisors', 'was_stopped', 'cannot_stop', 'stop_run', 'session_events',
+           'is_active', 'writes_to', 'supervisors', 'was_stopped', 'cannot_stop', 'stop_run', 'Session',
            'started_state', 'usual_seconds', 'stage_left', 'time_left', 'RunState', 'modified', 'last_written',
            'planned_rounds', 'round_title', 'fill_in_stage', 'session_seconds', 'look', 'curve', 'metric_curve',
            'metric_panels', 'round_panels', 'panels', 'Panel', 'answer_while_busy', 'Stopped', 'RunMonitor',
@@ -52,7 +52,7 @@ from halos_nb.show import (
     visible,
 )
 from .figures import CURVES, LINES, end_to_end, thin, training_curves
-from .runs import last_session, run_summary
+from .runs import is_finished, known_row, stage_seconds
 
 # %% ../nbs/66_monitor.ipynb #b3d143bf
 class Tail:
@@ -204,9 +204,25 @@ def stop_run(
 GOES_ON = "start the run again and it goes on from here"
 
 
-def session_events(run: Path) -> list[dict]:
+class Session(Tail):
     "The ledger's events since the run was last started, as far as they can be read."
-    return last_session(Tail(run / "ledger.jsonl").read())
+
+    def __init__(self, run: str | Path) -> None:
+        super().__init__(Path(run) / "ledger.jsonl")
+
+    def restart(self, inode: int | None) -> None:
+        super().restart(inode)
+        self.scanned = 0  # rows that were looked at
+
+    def read(self) -> list[dict]:
+        "All events of the newest session up to now."
+        rows = super().read()
+        for i in range(len(rows) - 1, self.scanned - 1, -1):
+            if rows[i].get("event") == "run":
+                self.rows = rows[i:]
+                break
+        self.scanned = len(self.rows)
+        return self.rows
 
 
 def started_state(job: Job, active: bool) -> tuple[str, str]:
@@ -376,12 +392,13 @@ def session_seconds(s: RunState, events: list[dict], now: float) -> float:
 def look(
     run: str | Path,
     now: float | None = None,  # unix seconds (None: the clock)
+    session: Session | None = None,  # of this run, where it has been read before
 ) -> RunState:
     "Where a run is."
     run = Path(run)
     now = now or time.time()
     s = RunState(run.name)
-    events = session_events(run)
+    events = (session or Session(run)).read()
     params = read_if_there(run / "params.json")
     active = is_active(run)
     stages = [e for e in events if e.get("event") in ("started", "finished", "skipped")]
@@ -503,8 +520,12 @@ class RunMonitor:
         self.mode = display_mode(mode)
         self.every = every
         self.stale = stale
+        self.session = Session(self.run)
         self.tails: dict[Path, Tail] = {}  # by metrics file
-        self.rounds: list[dict] = []  # rows of `run_summary`
+        # by round's folder: when its training ended, and its lines of metrics
+        self.trained: dict[str, tuple[float, list[dict]]] = {}
+        # by round's folder: seconds of its stages, and its row of `run_summary`
+        self.rows: dict[str, tuple[dict, dict]] = {}
         self.summed: tuple = ()  # which finished stages they are of
         self.panel: Panel | None = None
         self.stopping = False
@@ -516,7 +537,7 @@ class RunMonitor:
 
     def look(self) -> RunState:
         "Where the run is."
-        return look(self.run)
+        return look(self.run, session=self.session)
 
 # %% ../nbs/66_monitor.ipynb #d00a6216
 @patch
@@ -547,28 +568,63 @@ def metrics_file(config: Path) -> Path | None:
 @patch
 def metrics(self: RunMonitor) -> dict[str, list[dict]]:
     "Lines of metrics of this session's training stages, in order, by round's folder."
-    found = {}
-    for event in session_events(self.run):
-        if event.get("stage") != "train":
-            continue
-        path = metrics_file(self.run / event["folder"] / "train.config.json")
-        if path and event["folder"] not in found:
-            found[event["folder"]] = self.tails.setdefault(path, Tail(path)).read()
-    return found
+    last: dict[str, dict] = {}
+    for event in self.session.read():
+        if event.get("stage") == "train":
+            last[event["folder"]] = event
+    return {
+        name: rows for name, event in last.items() if (rows := self.lines(event)) is not None
+    }
+
+
+@patch
+def lines(
+    self: RunMonitor,
+    event: dict,  # the last one of a training stage
+) -> list[dict] | None:
+    "Its lines of metrics; of one that has ended they are read once. None: it has no file yet."
+    name, ended = event["folder"], event["event"] in ("finished", "skipped")
+    when, rows = self.trained.get(name, (0.0, []))
+    if ended and when == event["time"]:
+        return rows
+    path = metrics_file(self.run / name / "train.config.json")
+    if not path:
+        return None
+    rows = self.tails.setdefault(path, Tail(path)).read()
+    if ended:
+        self.trained[name] = event["time"], rows
+    return rows
 
 # %% ../nbs/66_monitor.ipynb #8db5fd44
 @patch
 def summary(self: RunMonitor) -> list[dict]:
-    "The finished rounds, as `run_summary` tells them."
-    events = session_events(self.run)
+    "The finished rounds, as `run_summary` tells them; only what is new is read."
+    events = self.session.read()
     done = [e for e in events if e.get("event") in ("finished", "skipped")]
     now = (len(done), done[-1]["time"] if done else 0)
     if self.summed != now:
         # where a file is just being replaced: at the next look
         with suppress(OSError, ValueError, KeyError):
-            self.rounds = run_summary(self.run) if done else []
+            self.rows = self.new_rows(stage_seconds(events))
             self.summed = now
-    return self.rounds
+    return [row for _, row in self.rows.values()]
+
+
+@patch
+def new_rows(
+    self: RunMonitor,
+    seconds: dict[str, dict[str, float]],  # of `stage_seconds`
+) -> dict[str, tuple[dict, dict]]:
+    "The rows of the finished rounds; one whose stages are those of before is what it was."
+    rows = {}
+    for name, own in seconds.items():
+        was, row = self.rows.get(name, ({}, {}))
+        if was == own:
+            rows[name] = was, row
+        elif is_finished(name, list(own)):
+            total = round(sum(own.values()), 1)
+            rows[name] = dict(own), known_row(self.run / name) | dict(seconds=total)
+    return rows
 
 # %% ../nbs/66_monitor.ipynb #50ac5ec5
 @patch

@@ -33,6 +33,8 @@ from halos_nb.records import (
     RecordError,
     append_jsonl,
     as_text,
+    files_like,
+    on_disk,
     read_jsonl,
     read_records,
     read_rows,
@@ -72,8 +74,8 @@ def feedback_files(
     source = Path(source)
     if source.is_file():
         return {source.stem: source}
-    rounds = sorted(source.glob("*/feedback.json"), key=round_order)
-    files = [*source.glob("feedback.json"), *rounds]
+    rounds = sorted(files_like(source, "*/feedback.json"), key=round_order)
+    files = [*files_like(source, "feedback.json"), *rounds]
     if not files:
         raise FileNotFoundError(
             f"{source}: no feedback.json in it or in a folder below it; give a run's "
@@ -189,7 +191,7 @@ def speaks_of_others(
 ) -> bool:
     "Was a journal written for other samples? Only the feedback beside it can tell."
     file = journal.with_name(journal.name.removesuffix(JOURNAL) + ".json")
-    if not file.exists():
+    if not on_disk(file).exists():
         return False
     try:
         theirs = texts_by_key(read_records(file))
@@ -207,7 +209,7 @@ def rows_of_others(
     "What other journals of the folder say of these samples, of labellers that are new."
     known = {r["labeller"] for r in own}
     said = []
-    for journal in sorted(file.parent.glob(f"*{JOURNAL}")):
+    for journal in files_like(file.parent, f"*{JOURNAL}"):
         if journal.name == file.stem + JOURNAL or speaks_of_others(journal, texts):
             continue
         said.append([r for r in read_jsonl(journal) if r["labeller"] not in known])
@@ -286,7 +288,7 @@ def names_of(
     "The name of each pair; None where a sample is unknown."
     named = [name_by_ids(p) for p in pairs]
     nameless = [sample_keys(p) is None for p in pairs]
-    if not any(nameless) or not samples.exists():
+    if not any(nameless) or not on_disk(samples).exists():
         return named
     ids = ids_by_text(read_rows(samples), rewards_in(own))
     for i in np.flatnonzero(nameless):
@@ -302,11 +304,11 @@ def labeller_margins(
     rows: list[dict] | None = None,  # all its records (None: the pairs)
 ) -> list[Margins | None]:
     "For each pair: labeller -> how much better A is; None where a sample is unknown."
-    if not any(file.parent.glob(f"*{JOURNAL}")):
+    if not files_like(file.parent, f"*{JOURNAL}"):
         return [{} for _ in pairs]
     texts = texts_by_key(rows or pairs)
     journal = file.with_name(file.stem + JOURNAL)
-    own = list(read_jsonl(journal)) if journal.exists() else []
+    own = list(read_jsonl(journal)) if on_disk(journal).exists() else []
     others = rows_of_others(file, texts, own)
     doubtful = keys_of_two_texts(texts) | contradicted(others)
     named = names_of(pairs, samples or file.with_name("samples.json"), own)

@@ -8,13 +8,13 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FI
            'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback',
            'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of',
            'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts',
-           'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'file_bytes',
-           'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
-           'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
-           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records',
-           'sync_folder', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked',
-           'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'file_hash',
-           'Progress']
+           'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'packed_beside',
+           'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy',
+           'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault', 'fault_in', 'usable_json',
+           'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records',
+           'read_records', 'sync_folder', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json',
+           'FileLocked', 'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl',
+           'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -26,6 +26,7 @@ import lzma
 import math
 import os
 import re
+import shutil
 import time
 import uuid
 import zlib
@@ -418,9 +419,27 @@ UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
 }
 
 
+def packed_beside(path: str | Path) -> Path:
+    "Where a file lies once it is packed: under its name and .gz."
+    return Path(path).with_name(f"{Path(path).name}.gz")
+
+
+def on_disk(path: str | Path) -> Path:
+    "The file itself or, where there is only that, the packed one beside it."
+    path = Path(path)
+    beside = packed_beside(path)
+    return beside if not path.exists() and beside.exists() else path
+
+
+def files_like(folder: Path, pattern: str) -> list[Path]:
+    "The files of a folder whose names match, in order; packed ones by the names they had."
+    packed = [path.with_suffix("") for path in folder.glob(f"{pattern}.gz")]
+    return sorted({*folder.glob(pattern), *packed})
+
+
 def file_bytes(path: str | Path) -> bytes:
     "The bytes of a file, unpacked if gzip, bzip2, xz or zstd has packed them."
-    data = Path(path).read_bytes()
+    data = on_disk(path).read_bytes()
     for mark, unpack in UNPACK.items():
         if data.startswith(mark):
             try:
@@ -866,12 +885,36 @@ def append_jsonl(
 # %% ../nbs/00_records.ipynb #9a8a1a7e
 def read_jsonl(path: str | Path) -> list[dict]:
     "The whole lines of a journal."
-    whole = Path(path).read_bytes().split(b"\n")[:-1]
+    whole = file_bytes(path).split(b"\n")[:-1]
     rows = []
     for number, line in enumerate(whole, 1):
         if line.strip():
             rows.append(parse_json(line, f"{path}, line {number}"))
     return rows
+
+# %% ../nbs/00_records.ipynb #a74ce5ca
+def pack_file(path: str | Path) -> Path:
+    "Pack a file with gzip, beside it; whole or not at all. The file itself stays."
+    path = Path(path)
+    beside = packed_beside(path)
+    temp = beside.with_name(f".{beside.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(path, "rb") as given, open(temp, "xb") as raw:
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
+                shutil.copyfileobj(given, out, 2**20)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temp, beside)
+    finally:
+        temp.unlink(missing_ok=True)
+    return beside
+
+
+def unpack_file(path: str | Path) -> None:
+    "Put a packed file back under its name."
+    with gzip.open(packed_beside(path)) as given, atomic_write(path) as out:
+        shutil.copyfileobj(given, out.buffer, 2**20)
+    packed_beside(path).unlink()
 
 # %% ../nbs/00_records.ipynb #229cf9be
 def file_hash(path: str | Path) -> str:

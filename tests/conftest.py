@@ -15,8 +15,9 @@ import pytest
 from halos_nb import preload
 
 ROOT = Path(__file__).resolve().parent.parent
-# a user's runs are never touched
+# a user's runs and caches are never touched
 os.environ.setdefault("HALOS_NB_RUNS_DIR", str(ROOT / "build/test-runs"))
+os.environ.setdefault("HALOS_NB_CACHE_DIR", str(ROOT / "build/test-cache"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 preload.PER_JOB += (
     "PYTEST_CURRENT_TEST",

@@ -96,6 +96,8 @@ def label(cfg):
 
 def train(cfg):
     "Weights that depend on all that came before."
+    if os.environ.get("PRETEND_SLOW") == "train":
+        time.sleep(3)
     final = Path(cfg["cache_dir"]) / "policy/FINAL"
     final.mkdir(parents=True)
     before = Path(cfg["from_checkpoint"] or cfg["load_from"])
@@ -119,9 +121,8 @@ def audit(cfg):
     Path(cfg["json"]).write_text(json.dumps(dict(checks=[check], examples=[example])))
 
 
-def main():
-    "Do what the config is for."
-    cfg = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+def do(cfg):
+    "What the config is for."
     if "num_skip" in cfg:
         sample(cfg)
     elif "num_examples" in cfg:
@@ -130,6 +131,11 @@ def main():
         label(cfg)
     else:
         train(cfg)
+
+
+def main():
+    "Do what the config in a file is for."
+    do(json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text()))
 
 
 if __name__ == "__main__":
