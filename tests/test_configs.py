@@ -81,7 +81,7 @@ ORDER = {
     "microbatch_size max_length control_rejected use_peft reference_cache eval_at_start "
     "num_processes",
     LoopConfig: "run_name lr total_prompts gradient_checkpointing backend sampler_options "
-    "sft_checkpoint fresh",
+    "keep pack_after staleness staleness sft_checkpoint fresh",
 }
 
 
