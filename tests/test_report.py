@@ -65,7 +65,7 @@ def runs(tmp_path_factory):
         ),
     )
     # nothing is preloaded
-    patch.setattr(ledger, "prepare", lambda profile: True)
+    patch.setattr(ledger, "prepare", lambda *asked: True)
     patch.setenv("PYTHONPATH", str(HERE))
     for name in ("sft", "rm"):
         (tmp / name).mkdir()
