@@ -192,6 +192,22 @@ def test_samplings_own_python_draws_and_ours_scores(pretend, tmp_path):
     assert not (tmp_path / "runs/r/engine").exists()
 
 
+def test_a_teacher_answers_the_rounds_and_the_policy_itself_all_else(pretend, tmp_path):
+    "A server of somebody else's keeps its weights, so what it says is not the policy's."
+    teacher = dict(backend="openai", sampler_model="teacher", alarm="warn")
+    two = Profile(name="p", num_processes=2, stages=dict(label=ALONE, train=ALONE))
+    rounds = pretend(two, total_prompts=10, **teacher)
+    asked, answered = told(rounds, "sample")
+    assert (asked["backend"], asked["model"], asked["reference"]) == ("openai", "teacher", None)
+    assert asked["num_processes"] == 1
+    for own in (answered, told(rounds[:1], "check")[0]):
+        assert (own["backend"], own["model"]) == ("transformers", str(rounds[0].policy))
+    looks = [
+        row for row in read_jsonl(tmp_path / "runs/r/ledger.jsonl") if row["event"] == "health"
+    ]
+    assert [(row["folder"], row["stage"]) for row in looks][0] == ("round-1", "check")
+
+
 def test_a_sampler_that_cannot_work_is_refused_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("HALOS_NB_VLLM_PYTHON", str(tmp_path / "bin/python"))  # nothing is there
     with pytest.raises(ValueError, match="^backend: there is no vLLM in .*profile p has sampl"):

@@ -8,12 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 import torch
+from conftest import free_port
 from job_helpers import alive, until
 from test_vllm import ENDS, PYTHON, ROOT, WORDS
-from transformers import LlamaForCausalLM
+from test_vllm import start as start_vllm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_nb.models import load_reward_model, load_tokenizer, small_llama
 from halos_nb.records import read_jsonl, read_records
@@ -197,3 +200,77 @@ def test_a_killed_run_goes_on_to_the_same_samples(served, world):
     finish(world, "server-killed")
     for folder in FOLDERS:
         assert samples(run, folder) == samples(served[1], folder)
+
+
+# ---- with a judge
+
+
+def opinionated(tok):
+    "A judge that closes a text at once and then names any digit, where JSON is asked for."
+    plain = small_llama(tok, hidden_size=256, layers=2, heads=4, max_length=4096).config
+    config = LlamaConfig.from_dict(plain.to_dict() | dict(tie_word_embeddings=False))
+    model = LlamaForCausalLM(config)
+    likes = dict.fromkeys("0123456789", 1.0) | {'"': 3.0, "}": 2.0}
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = (
+            30  # so the first number of every state is large
+        )
+        model.lm_head.weight.zero_()
+        for letter, much in likes.items():
+            [token] = tok.encode(letter, add_special_tokens=False)
+            model.lm_head.weight[token, 0] = much
+    return model
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    "vLLM's OpenAI-compatible server with a model that judges; its address."
+    folder, port, tok = tmp_path_factory.mktemp("judge"), free_port(), byte_tokenizer()
+    opinionated(tok).save_pretrained(folder / "model")
+    tok.save_pretrained(folder / "model")
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", folder / "model"]
+    command += ["--served-model-name", "judge", "--dtype", "float32", "--max-model-len", 2048]
+    command += ["--generation-config", "vllm", "--enforce-eager", "--no-enable-chunked-prefill"]
+    process = start_vllm(folder, *command, "--host", "127.0.0.1", "--port", port)
+
+    def ready():
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+        except OSError:
+            return False
+
+    try:
+        until(ready, PATIENCE, "a server that answers")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+    until(lambda: not alive(folder), 30, "no process of the server")
+
+
+def test_a_loop_with_a_judge_is_killed_and_goes_on(world, judge, monkeypatch):
+    "Sampled by an engine that stays, judged by a server, killed while it is judged."
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    judged = dict(
+        api_model="judge", judge_url=judge, label_options="temperature=1, max_tokens=48"
+    )
+    name, run = "server-judged", world / "runs/server-judged"
+    process = start(world, name, **judged)
+    journal = run / "round-1/feedback.labels.jsonl"
+
+    def judging():
+        assert process.poll() is None, (world / f"{name}.out").read_text()[-3000:]
+        return journal.exists() and journal.stat().st_size > 0
+
+    until(judging, PATIENCE, "the first judgement")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: not alive(run), 30, "no process of the run")
+    paid = journal.read_text().splitlines()
+    said, _ = finish(world, name, **judged)
+    for folder in FOLDERS:
+        labels = read_jsonl(run / folder / "feedback.labels.jsonl")
+        assert len(labels) == 32 and len({row["score"] for row in labels}) > 3
+    assert journal.read_text().splitlines()[: len(paid)] == paid  # nothing is paid twice
+    assert "round-2: 8 prompts, 32 samples" in said
