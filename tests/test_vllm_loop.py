@@ -210,7 +210,7 @@ def opinionated(tok):
     plain = small_llama(tok, hidden_size=256, layers=2, heads=4, max_length=4096).config
     config = LlamaConfig.from_dict(plain.to_dict() | dict(tie_word_embeddings=False))
     model = LlamaForCausalLM(config)
-    likes = dict.fromkeys("0123456789", 1.0) | {'"': 3.0, "}": 2.0}
+    likes = dict.fromkeys("0123456789", 1.0) | {'"': 3.0, ":": 3.0, ",": 3.0, "}": 2.0}
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = (
             30  # so the first number of every state is large
