@@ -6,7 +6,7 @@
 __all__ = ['SRUN', 'RANK', 'OF_A_JOB', 'LEFT_OUT', 'ASK_PYTHON', 'SAID', 'stage_module', 'stage_kind', 'hosts_of', 'on_hosts',
            'meeting_point', 'accelerate_options', 'launcher', 'command', 'inherited', 'promised', 'device_variables',
            'environment', 'ask_python', 'check_launch', 'say_set_aside', 'lock_log', 'remove', 'Job', 'JobLine',
-           'start_process', 'launch', 'server_environment', 'prepare']
+           'supervised', 'start_process', 'launch', 'server_environment', 'prepare']
 
 # %% ../nbs/54_jobs.ipynb #cd75cde6
 import json
@@ -394,6 +394,23 @@ class JobLine:
         self.say("stopped" if code is None else state, "", last=True)
 
 # %% ../nbs/54_jobs.ipynb #d7275cc7
+def supervised(
+    words: list[str],  # an argument list
+    status: str,  # file for its exit code
+    log: IO[bytes],  # locked; its stdout and stderr
+    env: dict[str, str],
+) -> subprocess.Popen:
+    "Start a command under a supervisor, which ends it when we let its stdin go."
+    return subprocess.Popen(
+        [sys.executable, "-m", "halos_nb.supervise", status, *words],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        env=env,
+        start_new_session=True,
+    )
+
+
 def start_process(
     job: Job,
     module: str,
@@ -410,15 +427,7 @@ def start_process(
         forked = fork(status, module, args, env, log.fileno(), profile.num_processes)
         if forked:
             return forked
-    supervisor = [sys.executable, "-m", "halos_nb.supervise", status]
-    return subprocess.Popen(
-        [*supervisor, *command(module, config, profile, waiting)],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        env=env,
-        start_new_session=True,
-    )
+    return supervised(command(module, config, profile, waiting), status, log, env)
 
 # %% ../nbs/54_jobs.ipynb #c4d8cf70
 def launch(

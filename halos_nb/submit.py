@@ -36,7 +36,7 @@ from .configs import LoopConfig, SubmitConfig, config_json, make_config, refuse
 from .settings import Profile, Settings, load_settings, parse_args
 from .failures import StageError, ending
 from .progress import StatusLine, amount, clock, last_line, printable
-from .jobs import Job, lock_log, remove
+from .jobs import Job, lock_log, remove, supervised
 from .ledger import run_folder
 
 # %% ../nbs/58_submit.ipynb #538ecd24
@@ -273,19 +273,12 @@ class Pool:
         "Start a run in a free slot."
         job = Job(start.name, self.logs)
         status = job.file("status.json")
-        words = [sys.executable, "-m", "halos_nb.supervise", str(status), *start.command]
+        env = os.environ | self.slots[slot]
         self.logs.mkdir(parents=True, exist_ok=True)
         (self.runs_dir / start.name).mkdir(parents=True, exist_ok=True)
         with lock_log(job.file("log")) as log:
             remove(status)
-            job.process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=os.environ | self.slots[slot],
-                start_new_session=True,
-            )
+            job.process = supervised(start.command, str(status), log, env)
         self.running[slot] = job
         self.began[slot] = time.time()
 
