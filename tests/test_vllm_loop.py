@@ -164,11 +164,11 @@ def test_both_draw_the_same(engines, served):
 def test_kl_is_that_of_transformers(served, world):
     "Both log-probabilities of a sample, and the policy's of each token."
     run = served[1]
-    policy, sft = run / "round-1/policy/FINAL", world / "sft"
+    policy, sft = run / "round-2/policy/FINAL", world / "sft"
     tok = load_tokenizer(sft)
     models = dict(policy=policy, reference=sft)
     models = {name: LlamaForCausalLM.from_pretrained(path) for name, path in models.items()}
-    drawn = read_records(run / "round-2/samples.json", "sample")
+    drawn = read_records(run / "final/samples.json", "sample")
     worst = 0.0
     for s in drawn:
         prompt = prompt_ids(tok, s["prompt"])
