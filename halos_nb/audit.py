@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'LENT', 'OTHER_HEADS', 'ALLOWED', 'LOG2', 'MOST', 'POLICY_CHECKS', 'REWARD_CHECKS', 'SLOW', 'GATES',
-           'Token', 'COLOURS', 'SIGNS', 'Finding', 'Check', 'within', 'counted_if', 'wrong_if', 'own_examples',
-           'with_a_pair', 'data_of', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end', 'Untouched',
-           'untouched_model', 'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader', 'both_answers',
-           'loading_finding', 'files_finding', 'check_files', 'check_weights', 'check_read', 'check_vocabulary',
-           'begins', 'check_bos', 'template_finding', 'check_template', 'check_same_template', 'names_of', 'check_end',
-           'DrawnAnswers', 'sampling', 'as_trained', 'draw', 'check_ids', 'again_other', 'differences', 'same_logps',
-           'rows_as_trees', 'branch_logps', 'check_plain', 'check_batch', 'check_tree', 'fed', 'decoded_logps',
-           'check_cache', 'check_cache_batch', 'as_drawn', 'check_drawn_logps', 'pair_records', 'pair_trainer',
-           'FirstStep', 'take_first_step', 'check_dropout', 'check_reference', 'loss_finding', 'check_loss',
-           'check_loss_bfloat16', 'saved_again', 'saved_logps', 'check_save', 'nudge', 'adapted_logps', 'check_merge',
-           'many_examples', 'check_cut', 'texts_of', 'check_special', 'drawn_in', 'check_samples', 'check_unfinished',
-           'UntouchedScores', 'Reward', 'read_scores', 'scores_together', 'ask_untouched_scores', 'our_scores',
-           'same_scores', 'check_reward_files', 'check_reward_weights', 'check_reward_scores', 'check_reward_batch',
-           'check_reward_template', 'check_reward_ids', 'check_reward_vocabulary', 'is_left_out', 'run_checks',
-           'token_texts', 'as_example', 'shown_examples', 'how_many', 'audit', 'examples_or_none', 'wrong_checks',
-           'printable', 'token_line', 'report_text', 'only_process', 'main']
+           'Token', 'COLOURS', 'SIGNS', 'HIDDEN', 'Finding', 'Check', 'within', 'counted_if', 'wrong_if',
+           'own_examples', 'with_a_pair', 'data_of', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end',
+           'Untouched', 'untouched_model', 'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader',
+           'both_answers', 'loading_finding', 'files_finding', 'check_files', 'check_weights', 'check_read',
+           'check_vocabulary', 'begins', 'check_bos', 'template_finding', 'check_template', 'check_same_template',
+           'names_of', 'check_end', 'DrawnAnswers', 'sampling', 'as_trained', 'draw', 'check_ids', 'again_other',
+           'differences', 'same_logps', 'rows_as_trees', 'branch_logps', 'check_plain', 'check_batch', 'check_tree',
+           'fed', 'decoded_logps', 'check_cache', 'check_cache_batch', 'as_drawn', 'check_drawn_logps', 'pair_records',
+           'pair_trainer', 'FirstStep', 'take_first_step', 'check_dropout', 'check_reference', 'loss_finding',
+           'check_loss', 'check_loss_bfloat16', 'saved_again', 'saved_logps', 'check_save', 'nudge', 'adapted_logps',
+           'check_merge', 'many_examples', 'check_cut', 'texts_of', 'check_special', 'drawn_in', 'check_samples',
+           'check_unfinished', 'UntouchedScores', 'Reward', 'read_scores', 'scores_together', 'ask_untouched_scores',
+           'our_scores', 'same_scores', 'check_reward_files', 'check_reward_weights', 'check_reward_scores',
+           'check_reward_batch', 'check_reward_template', 'check_reward_ids', 'check_reward_vocabulary', 'is_left_out',
+           'run_checks', 'token_texts', 'as_example', 'shown_examples', 'how_many', 'audit', 'examples_or_none',
+           'wrong_checks', 'printable', 'token_line', 'report_text', 'alone', 'shared_finding', 'check_shared', 'main']
 
 # %% ../nbs/44_audit.ipynb #77c357e8
 import gc
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -66,7 +67,13 @@ from halos_nb.templates import (
 )
 from .trees import Tree, make_batch
 from .loaders import PairedPreferenceDataLoader, SFTDataLoader
-from .processes import end_process, start_processes
+from halos_nb.processes import (
+    asks_for_sharding,
+    computing_in,
+    end_process,
+    share_out,
+    start_processes,
+)
 from .checkpoints import check_checkpoint_files, real_losses
 from .attention import fresh_positions
 from .head import gather_logps
@@ -78,7 +85,7 @@ from halos_nb.models import (
     load_tokenizer,
 )
 from .trainers import DPOTrainer
-from .train import make_trainer
+from .train import know_ways, make_trainer
 from halos_nb.generate import (
     Generated,
     Row,
@@ -1315,25 +1322,66 @@ def report_text(report: dict, colours: bool = False) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/44_audit.ipynb #ed2070a2
-def only_process() -> bool:
-    "Whether this process does the audit: of several, the first, and it forgets the others."
+HIDDEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
+
+
+@contextmanager
+def alone() -> Iterator[bool]:
+    "Here a process knows of no others; whether it is the first of them."
     first = os.environ.get("RANK", "0") == "0"
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-    return first
+    hidden = {name: os.environ.pop(name) for name in HIDDEN if name in os.environ}
+    try:
+        yield first
+    finally:
+        os.environ.update(hidden)
+
+
+@torch.no_grad()
+def shared_finding(cfg: AuditConfig) -> Finding:
+    "Whether a policy that is shared out over all processes says what it says whole."
+    AcceleratorState._reset_state(reset_partial_state=True)  # it was alone until now
+    accelerator = start_processes()
+    policy = Policy(cfg, accelerator.device)
+    model = fit_vocabulary(load_policy(cfg.model, "float32"), policy.tokenizer)
+    model.to(policy.device).eval()
+    layout = choose_layout(model, max_length=cfg.max_length).name
+    batch = make_batch(policy.loader.trees, layout, policy.tokenizer.pad_token_id or 0)
+    batch = replace(batch, together=True).to(policy.device)
+    said = []
+    for shared in (False, True):
+        if shared:
+            know_ways(model, accelerator)
+            share_out(accelerator, model, cfg.precision)
+        with computing_in(cfg.precision, policy.device):
+            said.append(model(tree=batch).logps)
+    what = f"shared out over {accelerator.num_processes} processes, and whole"
+    return within(differences([said[0]], [said[1]]), ALLOWED[cfg.precision], what)
+
+
+def check_shared(cfg: AuditConfig) -> dict[str, str]:
+    "The same as a check of the report; what goes wrong is told there."
+    try:
+        found = shared_finding(cfg)
+    except Exception as e:  # whatever a model's code may say
+        found = Finding("wrong", f"{type(e).__name__}: {str(e)[:500]}")
+    return Check("shared", *found)._asdict()
 
 
 def main(cfg: AuditConfig) -> dict:
     "Audit as the config says; print the report, and write it where it is wanted."
-    report = audit(cfg)
-    if cfg.json:
+    with alone() as first:
+        report = audit(cfg) if first else dict(checks=[], examples=[])
+    if cfg.model and asks_for_sharding():
+        report["checks"].append(check_shared(cfg))
+    if first and cfg.json:
         write_json(cfg.json, report)
-    print(report_text(report, sys.stdout.isatty()))
+    if first:
+        print(report_text(report, sys.stdout.isatty()))
     return report
 
 # %% ../nbs/44_audit.ipynb #8ba9b9cc
 if __name__ == "__main__" and "__file__" in globals():
     given = parse_args(AuditConfig)
-    if only_process() and wrong_checks(main(given)) and given.fail:
+    if wrong_checks(main(given)) and given.fail:
         sys.exit(1)
     end_process()

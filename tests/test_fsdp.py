@@ -107,7 +107,9 @@ def go_on(home, before, after, **more):  # noqa: F811
 def test_shared_weights_train_as_one_process_does(both, name):
     one, two = (both / f"fsdp-{name}-{n}" for n in (1, 2))
     assert json.loads((two / "counts.json").read_text())["sharded"] == 2
-    assert drift(one, two) < 1e-4
+    far = drift(one, two)
+    print(f"{name}: the weights are {far:.1e} of their way apart")
+    assert far < 1e-4
     assert same_metrics(one, two, leave=("total_flos", "train_loss", "tokens", *CUT_COST)) > 20
     assert weights_of(one) == weights_of(two)
 
