@@ -1792,6 +1792,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'halos_nb.processes.end_process': ('processes.html#end_process', 'halos_nb/processes.py'),
                                     'halos_nb.processes.from_main': ('processes.html#from_main', 'halos_nb/processes.py'),
                                     'halos_nb.processes.gather_padded': ('processes.html#gather_padded', 'halos_nb/processes.py'),
+                                    'halos_nb.processes.in_float32': ('processes.html#in_float32', 'halos_nb/processes.py'),
                                     'halos_nb.processes.in_shares': ('processes.html#in_shares', 'halos_nb/processes.py'),
                                     'halos_nb.processes.in_turns': ('processes.html#in_turns', 'halos_nb/processes.py'),
                                     'halos_nb.processes.is_on': ('processes.html#is_on', 'halos_nb/processes.py'),

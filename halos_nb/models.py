@@ -542,7 +542,9 @@ class TreeActorCritic(TreePolicy):
         said = head_logps(at.head, at.inputs, tree.target, entropy=True, form=at.form)
         hidden = at.hidden.detach() if self.detach_values else at.hidden
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.float()).squeeze(-1)
+            # float32, but where shared out weights are put together in bfloat16
+            dtype = self.value_head.weight.dtype
+            values = self.value_head(hidden.to(dtype)).float().squeeze(-1)
         tables = [tree.table(x) for x in (said.logps, values, said.entropy)]
         return BranchValues(*tables)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'LOAD_ONCE', 'is_on', 'asks_for_sharding', 'is_sharded', 'check_sharding', 'begin_sharding',
-           'broken_promises', 'start_processes', 'layers_of', 'set_sharding', 'in_shares', 'is_shared_out', 'own_part',
-           'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole', 'check_shares', 'share_out',
-           'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in', 'SharedRound', 'in_turns',
-           'gather_padded', 'wait_for_all', 'end_process']
+           'broken_promises', 'start_processes', 'layers_of', 'set_sharding', 'in_float32', 'in_shares',
+           'is_shared_out', 'own_part', 'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole',
+           'check_shares', 'share_out', 'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in',
+           'SharedRound', 'in_turns', 'gather_padded', 'wait_for_all', 'end_process']
 
 # %% ../nbs/13_processes.ipynb #a19807f2
 import json
@@ -158,6 +158,13 @@ def set_sharding(
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
+        # autocast looks up float32 rows, and from there on what layers add up is float32
+        model.get_input_embeddings().register_forward_hook(in_float32)
+
+
+def in_float32(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    "What a module gives, in float32."
+    return output.float()
 
 # %% ../nbs/13_processes.ipynb #e64bad51
 def in_shares(model: torch.nn.Module) -> torch.nn.Module:
