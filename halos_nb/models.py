@@ -543,7 +543,7 @@ class TreeActorCritic(TreePolicy):
         hidden = at.hidden.detach() if self.detach_values else at.hidden
         with torch.autocast(hidden.device.type, enabled=False):
             # float32, but where shared out weights are put together in bfloat16
-            dtype = self.value_head.weight.dtype
+            dtype = next(self.value_head.parameters()).dtype
             values = self.value_head(hidden.to(dtype)).float().squeeze(-1)
         tables = [tree.table(x) for x in (said.logps, values, said.entropy)]
         return BranchValues(*tables)
