@@ -12,6 +12,9 @@
     halos_nb.compare_runs("runs").show()       # runs side by side
     halos_nb.report("runs/mine")               # a run as one offline page
     halos_nb.load_data(["hh"], "test")         # named sets and files, as examples
+    halos_nb.plan(cfg)                         # what each stage will need: does it fit?
+    halos_nb.model_card("runs/mine")           # a card beside its model
+    halos_nb.push("runs/mine", "me/mine")      # model and card to the hub
 
 `python -m halos_nb` lists the commands. Each module is a notebook under nbs/; README.md has
 the map. Nothing is imported before it is used.
@@ -32,6 +35,9 @@ _NAMES = {
     "browse_pairs": ("widgets", "browse_pairs"),
     "compare_runs": ("compare", "RunComparer"),
     "report": ("page", "report"),
+    "plan": ("plan", "plan"),
+    "model_card": ("handover", "model_card"),
+    "push": ("handover", "push"),
 }
 __all__ = list(_NAMES)
 

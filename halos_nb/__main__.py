@@ -9,6 +9,7 @@ commands (each: --help, or --config FILE)
   python -m halos_nb.sample     prompts in, samples out
   python -m halos_nb.label      samples in, feedback out: reward model, API judge, function
   python -m halos_nb.audit      what models really see: tokens, ends, log-probs, scores
+  python -m halos_nb.plan       what each stage of a run will need: does it fit?
   accelerate launch -m ...      the same in several processes
   python -m halos_nb.submit     a notebook's run, or a sweep, as a job of SLURM; or side by side
 

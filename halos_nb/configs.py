@@ -12,13 +12,13 @@ __all__ = ['Config', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'B
            'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'labeller_problems',
            'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions',
            'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
-           'LoraOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
+           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
            'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems', 'train_problems',
            'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
-           'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems',
-           'is_difference', 'stale_problems', 'stage_config', 'training_config', 'sampling_config', 'split_names',
-           'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'RewardConfig',
-           'AuditConfig', 'RunsConfig', 'SubmitConfig', 'config_json']
+           'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems',
+           'sampler_problems', 'is_difference', 'stale_problems', 'stage_config', 'training_config', 'sampling_config',
+           'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
+           'RewardConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -741,9 +741,23 @@ class LoraOptions:
     # folder that keeps reference log-probs from run to run (None: computed as they are needed)
     reference_cache: str | None = None
 
+# %% ../nbs/02_configs.ipynb #a68a393a
+@dataclass(kw_only=True)
+class TrackerOptions:
+    "Where else the metrics go."
+
+    # trackers by transformers' names, as "tensorboard, trackio" (none: to no other place);
+    # their keys are environment variables and stand nowhere else
+    report_to: str = "none"
+    # the run's name there; trainings of one name are one curve (empty: exp_name)
+    tracker_run: str = ""
+    # folder of trackers that write files (empty: {cache_dir}/{exp_name}/trackers)
+    tracker_dir: str = ""
+
 # %% ../nbs/02_configs.ipynb #1a4b1380
 @checked
 class TrainConfig(
+    TrackerOptions,
     LoraOptions,
     ReadDataOptions,
     OptimiserOptions,
@@ -1134,9 +1148,25 @@ class SamplerOptions:
     # JSON object
     sampler_options: str | dict = ""
 
+# %% ../nbs/02_configs.ipynb #f4c65a1f
+@dataclass(kw_only=True)
+class RunTrackerOptions:
+    "Where else a run's metrics go."
+
+    # trackers by transformers' names, as "tensorboard, trackio" (none: to no other place);
+    # rounds are one curve there; trackio gets each round's table, pairs and figures too
+    report_to: str = "none"
+
 # %% ../nbs/02_configs.ipynb #be11b0a8
 @checked
-class LoopConfig(PaceOptions, KeepOptions, SamplerOptions, RoundOptions, MethodOptions):
+class LoopConfig(
+    RunTrackerOptions,
+    PaceOptions,
+    KeepOptions,
+    SamplerOptions,
+    RoundOptions,
+    MethodOptions,
+):
     "What the online loop needs: rounds of sample, label and train."
 
     sft_checkpoint: str = ""  # first policy and reference (empty: the playground's)
@@ -1600,6 +1630,19 @@ class SubmitConfig:
     def __post_init__(self) -> None:
         if self.slots and not self.sweep:
             raise ValueError("slots: only the runs of a sweep can be several at once")
+
+# %% ../nbs/02_configs.ipynb #81da2b18
+@checked
+class PlanConfig:
+    """What the plan needs: which run, and where it would run."""
+
+    run: Positional[str]  # a run's params.json, or the config of a stage
+    # how stages are launched (empty: as the file says, or settings.ini's default)
+    profile: str = ""
+    # memory of each process's device in GB (None: what this machine has)
+    memory_gb: PositiveFloat | None = None
+    json: str = ""  # where the plan goes, besides the screen (empty: nowhere)
+    num_processes: PositiveInt | None = None  # as every stage is told; a plan needs one
 
 # %% ../nbs/02_configs.ipynb #b43d18e5
 def config_json(cfg: Any) -> str:

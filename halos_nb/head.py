@@ -6,8 +6,8 @@
 __all__ = ['AS_IT_IS', 'MARGIN', 'COLUMNS', 'IN_PLACE', 'gather_logps', 'token_logps', 'HeadForm', 'Memory', 'head_memory',
            'product_in', 'bend', 'log_softmax_in', 'one_hot_minus', 'derivative', 'gradients_in_place', 'grad_of',
            'Head', 'HeadLogps', 'zeros_where_needed', 'head_gradients', 'add_product', 'TokenLogps',
-           'logps_and_entropy', 'in_chunks', 'has_hooks', 'is_put_together', 'compute_dtype', 'linear_logps',
-           'head_logps', 'embedding_in_place']
+           'logps_and_entropy', 'in_chunks', 'has_hooks', 'is_put_together', 'compute_dtype', 'rows_at_a_time',
+           'linear_logps', 'head_logps', 'embedding_in_place']
 
 # %% ../nbs/16_head.ipynb #93daa161
 from collections.abc import Callable, Iterator
@@ -316,6 +316,15 @@ def compute_dtype(head: torch.nn.Linear, device_type: str) -> torch.dtype:
         return torch.get_autocast_dtype(device_type)
     return head.weight.dtype
 
+# %% ../nbs/16_head.ipynb #828a0cfd
+def rows_at_a_time(
+    vocabulary: int,  # columns of the head
+    on_gpu: bool,
+) -> int:
+    "Rows whose logits exist at one time where nobody says how many."
+    numbers = 2 ** (27 if on_gpu else 26)  # 512 MB or 256 MB of float32
+    return max(16, numbers // vocabulary)
+
 # %% ../nbs/16_head.ipynb #f5f691f9
 def linear_logps(
     head: torch.nn.Linear,
@@ -327,8 +336,7 @@ def linear_logps(
 ) -> TokenLogps:
     "`head_logps` of one linear layer, in the type that autocast would choose."
     device_type = states.device.type
-    numbers = 2 ** (27 if states.is_cuda else 26)  # 512 MB or 256 MB of float32
-    chunk = chunk or max(16, numbers // head.out_features)
+    chunk = chunk or rows_at_a_time(head.out_features, states.is_cuda)
     dtype = compute_dtype(head, device_type)
     own = head.weight
     in_place = IN_PLACE.get() and own.requires_grad and states.requires_grad

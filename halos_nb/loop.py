@@ -7,9 +7,9 @@ __all__ = ['MEASURED', 'ROWS', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COU
            'LOOKED_AT', 'AT_ONCE', 'derive_seed', 'sample_stage', 'draw_stage', 'with_draw', 'label_stage',
            'train_stage', 'check_stage', 'losses_of', 'sampler_line', 'Round', 'round_counts', 'drawn_at',
            'round_samples', 'git', 'revision', 'write_params', 'point_to', 'AuditError', 'audit_stage',
-           'as_policy_or_reward', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located',
-           'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'health_in', 'better', 'prompts_asked',
-           'check_apart', 'run_rounds', 'main']
+           'as_policy_or_reward', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute',
+           'located', 'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'health_in', 'better',
+           'prompts_asked', 'check_apart', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -33,6 +33,7 @@ from halos_nb.configs import (
     FeedbackType,
     LabelConfig,
     LoopConfig,
+    PlanConfig,
     require_path,
 )
 from .settings import Profile, Settings, load_settings, parse_args, profile_record
@@ -47,7 +48,10 @@ from halos_nb.health import (
     health_line,
     measure_text,
 )
+from .failures import StageError
 from .jobs import Job, check_launch, remove, stage_module
+from .jobs import launch as launch_job
+from .jobs import prepare
 from .identity import PACKAGE, Stage, code_hash, hub_revisions, versions
 from .ledger import Ledger, run_folder
 
@@ -171,6 +175,8 @@ def train_stage(
         cache_dir=str(folder),
         metrics_file=str(folder / "metrics.jsonl"),
         seed=derive_seed(cfg.seed, "train", round),
+        tracker_run=cfg.run_name,
+        tracker_dir=str(folder.parent / "trackers"),
     )
     inputs: list[str | Path] = [folder / "feedback.json", cfg.sft_checkpoint]
     if previous:
@@ -417,6 +423,32 @@ def as_policy_or_reward(path: str) -> dict[str, str]:
     kinds = json.loads(config.read_text()).get("architectures") if config.is_file() else None
     is_reward = "SequenceClassification" in str(kinds)
     return {"reward_model_path" if is_reward else "model": path}
+
+# %% ../nbs/57_loop.ipynb #6434a78c
+def what_it_needs(
+    run: Path,  # the run's folder, with its params.json
+    cfg: LoopConfig,
+    profile: Profile,
+) -> str:
+    "What the run will need on its devices, in words; nothing where no model lies there."
+    model = Path(cfg.sft_checkpoint)
+    if model.is_dir() and not (model / "config.json").is_file():
+        return ""
+    file = run / "plan.json"
+    asked = json.loads(json.dumps(dict(parameters=asdict(cfg), profile=asdict(profile))))
+    asked["parameters"].pop("fresh")
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if known.get("asked") != asked:
+        here = Profile(name="plan", threads=profile.threads)
+        prepare(here)  # stages to come are copies of the same process
+        config = PlanConfig(run=str(run / "params.json"), json=str(file))
+        try:
+            launch_job("plan", config, here, run / "plan", clear=[file]).wait(show=False)
+        except StageError as e:
+            return f"memory: not planned: {e}"
+        known = json.loads(file.read_text()) | dict(asked=asked)
+        write_json(file, known)
+    return f"memory: {known['line']}"
 
 # %% ../nbs/57_loop.ipynb #a0d1757c
 def wrong_checks(report: dict) -> list[str]:
@@ -1114,6 +1146,8 @@ def run_rounds(
             write_params(run, cfg, settings, **more, rounds=len(loop.done), ended=ended)
 
         write("running, or killed")
+        if line := what_it_needs(run, cfg, profile):
+            print(line)
         try:
             for this in loop.play(on_audit):
                 if this.name == "final":

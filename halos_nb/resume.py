@@ -54,6 +54,7 @@ STATE = "resume"  # folder in an intermediate checkpoint: what goes on from ther
 ASIDE = (
     *("model", "load_from", "from_checkpoint", "train_datasets", "test_datasets"),
     *("exp_name", "cache_dir", "metrics_file", "save_every", "keep_steps", "num_processes"),
+    *("report_to", "tracker_run", "tracker_dir"),
 )
 
 

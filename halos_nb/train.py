@@ -71,6 +71,7 @@ from halos_nb.tree_trainer import (
     PairScore,
     Reference,
     TreeTrainer,
+    make_trackers,
     work_of,
 )
 from .trainers import TRAINERS
@@ -636,6 +637,7 @@ def make_attempt(cfg: TrainConfig) -> Attempt:
     "The trainer, and where the run goes on."
     accelerator = start_processes(cfg.num_processes, precision=cfg.precision)
     check_options(cfg, accelerator)
+    make_trackers(cfg.report_to)  # one that is not installed is told before any work
     if not cfg.train_datasets:
         raise ValueError("train_datasets: name at least one data set or file")
     cfg, resumed = look_back(cfg, accelerator)
@@ -733,6 +735,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     summary = trainer.log_summary()
     evaluation = trainer.evaluate() if trainer.eval_loader else {}
     counts = run_counts(trainer) | attempts(folder)
+    trainer.end_trackers()
     if main:
         write_json(folder / "counts.json", counts)
     if main and evaluation and trainer.pair_scores:

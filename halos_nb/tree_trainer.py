@@ -8,17 +8,21 @@ __all__ = ['Metrics', 'OPTIMIZERS', 'IN_SHARES', 'as_share', 'Sums', 'Counters',
            'Reference', 'ProgressMade', 'Place', 'TreeTrainer', 'PerToken', 'BatchResult', 'need_number', 'Ahead',
            'keep_gradients_in_buckets', 'as_words', 'keeps_shares', 'parameters_of', 'whole_state', 'check_groups',
            'read_whole_state', 'names_in_order', 'save_in_shares', 'read_shares', 'as_numbered', 'bits_of',
-           'trained_bits', 'notes_of', 'MetricsFile', 'is_due', 'Timetable', 'PairScore']
+           'trained_bits', 'notes_of', 'MetricsFile', 'tracker_names', 'make_trackers', 'with_parameters', 'OneCurve',
+           'is_due', 'Timetable', 'PairScore']
 
 # %% ../nbs/22_tree_trainer.ipynb #7f73080b
+import copy
+import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -311,6 +315,9 @@ class TreeTrainer(Trainer):
         args = training_arguments(config, loader)
         notes = notes_of(layout, tokenizer)
         callbacks = [MetricsFile(metrics_file, config.loss, notes), Timetable(self)]
+        before = read_counters(config.from_checkpoint).total_steps
+        for name, tracker in make_trackers(config.report_to).items():
+            callbacks.append(OneCurve(name, tracker, config, before))
         own_config = getattr(model, "config", None)
         use_cache = getattr(own_config, "use_cache", True)
         super().__init__(model=model, args=args, callbacks=callbacks)
@@ -1024,6 +1031,95 @@ class MetricsFile(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.progress:
             self.progress.close()
+
+# %% ../nbs/22_tree_trainer.ipynb #2dd4127d
+def tracker_names(report_to: str) -> list[str]:
+    "Names set apart by commas; `none` is nobody."
+    names = [name.strip() for name in report_to.split(",")]
+    return [name for name in names if name not in ("", "none")]
+
+
+def make_trackers(report_to: str) -> dict[str, TrainerCallback]:
+    "Transformers' callback of each tracker; an error if there is none, or it is not installed."
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    made = {}
+    for name in tracker_names(report_to):
+        try:
+            [callback] = get_reporting_integration_callbacks([name])
+            made[name] = callback()
+        except (ValueError, RuntimeError, ImportError, AssertionError) as e:
+            raise ValueError(f"report_to: {name}: {e}") from None
+    return made
+
+
+def with_parameters(args: TrainingArguments, cfg: TrainConfig) -> TrainingArguments:
+    "The arguments as trackers read them, with our config's fields and the run's name."
+    told = copy.copy(args)
+    told.run_name = cfg.tracker_run or cfg.exp_name
+    told.project = "halos_nb"
+    own = {f"halos_nb/{name}": value for name, value in asdict(cfg).items()}
+    values = args.to_dict() | own
+    vars(told)["to_dict"] = lambda: dict(values)
+    vars(told)["to_json_string"] = lambda: json.dumps(values, indent=1, default=str)
+    return told
+
+# %% ../nbs/22_tree_trainer.ipynb #270e47e3
+class OneCurve(TrainerCallback):
+    "A tracker that is told the steps of all rounds."
+
+    def __init__(
+        self,
+        name: str,  # in transformers' words
+        tracker: Any,  # transformers' callback
+        cfg: TrainConfig,
+        before: int,  # optimiser steps of earlier rounds
+    ) -> None:
+        self.name = name
+        self.tracker = tracker
+        self.cfg = cfg
+        self.before = before
+        if hasattr(tracker, "logging_dir"):  # of tensorboard
+            own = Path(cfg.cache_dir) / cfg.exp_name / "trackers"
+            tracker.logging_dir = str(Path(cfg.tracker_dir or own) / name)
+
+    def tell(self, event: str, args: Any, state: Any, control: Any, **more: Any) -> None:
+        "Hand an event on."
+        told = copy.copy(state)
+        told.global_step += self.before
+        self.open()
+        getattr(self.tracker, event)(with_parameters(args, self.cfg), told, control, **more)
+
+    def open(self) -> None:
+        "Go on with the run of this name where a tracker would begin another one."
+        if self.name != "wandb" or not PartialState().is_main_process:
+            return
+        import wandb
+
+        if wandb.run is None:
+            name = self.cfg.tracker_run or self.cfg.exp_name
+            where = str(Path(self.cfg.tracker_dir or self.cfg.cache_dir).absolute())
+            own = hashlib.sha256(f"{where} {name}".encode()).hexdigest()[:12]
+            project = os.environ.get("WANDB_PROJECT", "halos_nb")
+            wandb.init(project=project, name=name, id=own, resume="allow")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.tell("on_train_begin", args, state, control, **kw)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.tell("on_log", args, state, control, **kw)
+
+# %% ../nbs/22_tree_trainer.ipynb #58f56b6e
+@patch
+def end_trackers(self: TreeTrainer) -> None:
+    "Let the trackers write what they still hold; nothing is logged to them afterwards."
+    for callback in [c for c in self.callback_handler.callbacks if isinstance(c, OneCurve)]:
+        callback.tell("on_train_end", self.args, self.state, self.control, model=self.model)
+        if callback.name == "wandb" and self.is_world_process_zero():
+            import wandb
+
+            wandb.finish()
+        self.remove_callback(callback)
 
 # %% ../nbs/22_tree_trainer.ipynb #d6dfa61b
 def is_due(every: int | None, step: int) -> bool:

@@ -78,10 +78,10 @@ ORDER = {
     "split api_model structured max_retries dry_run precision num_processes",
     TrainConfig: "loss metrics_file beta centring old_policy advantage_constant cliprange "
     "ppo_epochs reference ema_decay humanline sync_reference lr "
-    "microbatch_size max_length control_rejected use_peft reference_cache eval_at_start "
-    "num_processes",
+    "microbatch_size max_length control_rejected use_peft reference_cache "
+    "report_to tracker_dir eval_at_start num_processes",
     LoopConfig: "run_name lr total_prompts gradient_checkpointing backend sampler_options "
-    "keep pack_after staleness staleness sft_checkpoint fresh",
+    "keep pack_after staleness staleness report_to report_to sft_checkpoint fresh",
 }
 
 

@@ -19,6 +19,9 @@ PROMISED = [
     "compare_runs",
     "report",
     "load_data",
+    "plan",
+    "model_card",
+    "push",
 ]
 
 

@@ -1,0 +1,146 @@
+"""Planned memory beside measured: `python bench/plan.py` (or `make test-plan`).
+
+Each case is a training in a process of its own on this machine's CPU, of a random Llama of
+some 230 million parameters. Measured is the process's highest resident set less what it had
+before it loaded anything (imports done); planned is `halos_nb.plan` of the same config.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SHAPE = dict(vocab_size=32_000, hidden_size=1024, intermediate_size=2816)
+SHAPE |= dict(num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=8)
+SHAPE |= dict(max_position_embeddings=2048)
+COMMON = dict(lr=1e-5, max_length=80, max_prompt_length=32, layout="tree", batch_size=4)
+# name -> fields of the training's config
+CASES: dict[str, dict] = {
+    "dpo": dict(loss="dpo"),
+    "dpo, checkpointing": dict(loss="dpo", gradient_checkpointing=True),
+    "dpo, twice the budget": dict(loss="dpo", token_budget=512, batch_size=8),
+    "dpo, LoRA": dict(loss="dpo", use_peft=True, lora_r=16),
+    "dpo, moving reference": dict(loss="dpo", reference="ema"),
+    "sft": dict(loss="sft"),
+    "sft, checkpointing": dict(loss="sft", gradient_checkpointing=True),
+    "bradley-terry": dict(loss="bradley-terry"),
+    "bradley-terry, checkpointing": dict(loss="bradley-terry", gradient_checkpointing=True),
+    "dpo, bfloat16": dict(loss="dpo", precision="bfloat16"),
+}
+
+
+def make_model(folder: Path) -> None:
+    "A random Llama with a tokenizer of bytes."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from halos_nb.templates import byte_tokenizer
+
+    tok = byte_tokenizer()
+    torch.manual_seed(0)
+    ids = dict(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
+    LlamaForCausalLM(LlamaConfig(**SHAPE, **ids)).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def make_pairs(file: Path) -> None:
+    "Pairs that are as long as the configs let through."
+    text = "The quick brown fox jumps over the lazy dog again and again. " * 10
+    with file.open("w") as f:
+        for i in range(32):
+            row = dict(prompt=f"{i} " + text[:20], chosen=text[i : i + 120])
+            f.write(json.dumps(row | dict(rejected=text[i + 7 : i + 127])) + "\n")
+
+
+def training(home: Path, case: str):
+    from halos_nb.configs import TrainConfig
+
+    where = dict(model=str(home / "model"), train_datasets=[str(home / "pairs.jsonl")])
+    where |= dict(
+        cache_dir=str(home / "out"), exp_name="x", n_examples=2 * COMMON["batch_size"]
+    )
+    return TrainConfig(**dict(token_budget=256) | COMMON | where | CASES[case])
+
+
+def resident(name: str) -> float:
+    "VmRSS (now) or VmHWM (highest) of this process, MiB."
+    [line] = [
+        s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(name)
+    ]
+    return int(line.split()[1]) / 1024
+
+
+def measure(home: Path, case: str) -> dict:
+    "Train; the highest memory above what imports took."
+    os.environ["HALOS_NB_PROGRESS"] = os.devnull
+    import torch
+
+    import halos_nb.train
+    from halos_nb.train import make_trainer
+    from halos_nb.trainers import TRAINERS  # noqa: F401  # imported before the baseline
+
+    torch.set_num_threads(1)
+    cfg = training(home, case)
+    if cfg.use_peft:
+        import peft  # noqa: F401
+    before = resident("VmRSS")
+    if os.environ.get("TRACE"):
+        trainer, tok = make_trainer(cfg)
+        print("prepared", resident("VmHWM") - before, file=sys.stderr)
+        trainer.train()
+        print("trained", resident("VmHWM") - before, file=sys.stderr)
+        trainer.save_final(home / "out/x/FINAL", tok)
+    else:
+        halos_nb.train.train(cfg)
+    return dict(case=case, measured=round(resident("VmHWM") - before), baseline=round(before))
+
+
+def planned(home: Path, case: str) -> dict:
+    "What the plan says of the same."
+    from halos_nb.plan import plan
+    from halos_nb.settings import Profile
+
+    made = plan(training(home, case), Profile())
+    need = made.stages[made.peak]
+    parts = {k: round(v / 2**20) for k, v in vars(need).items() if v >= 2**20}
+    return dict(case=case, planned=round(need.total / 2**20), peak=made.peak, parts=parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=[], help="names of cases (none: all)")
+    parser.add_argument(
+        "--home", default="", help="where model and pairs are (none: temporary)"
+    )
+    parser.add_argument("--do", choices=["all", "measure", "planned"], default="all")
+    parser.add_argument("--most", type=float, default=0.15, help="largest difference allowed")
+    a = parser.parse_args()
+    home = Path(a.home or tempfile.mkdtemp())
+    if not (home / "model").is_dir():
+        make_model(home / "model")
+        make_pairs(home / "pairs.jsonl")
+    if a.do != "all":
+        [case] = a.cases
+        print(json.dumps((measure if a.do == "measure" else planned)(home, case)), flush=True)
+        return
+    wrong = 0
+    print("| case | measured MB | planned MB | off | planned parts |\n|---|---|---|---|---|")
+    for case in a.cases or CASES:
+        row: dict = {}
+        for do in ("measure", "planned"):
+            own = [sys.executable, __file__, case, "--home", str(home), "--do", do]
+            out = subprocess.run(own, check=True, capture_output=True, text=True).stdout
+            row |= json.loads(out.splitlines()[-1])
+        off = row["planned"] / row["measured"] - 1
+        wrong += abs(off) > a.most
+        parts = ", ".join(f"{k} {v}" for k, v in row["parts"].items())
+        print(f"| {case} | {row['measured']} | {row['planned']} | {off:+.1%} | {parts} |")
+        sys.stdout.flush()
+    sys.exit(f"{wrong} cases are off by more than {a.most:.0%}" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
