@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test test-plan test-trackers test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,6 +28,8 @@ help:
 	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
 	@echo 'make test-slurm  set up, install SLURM with apt-get where it is missing (as root), then jobs of a SLURM of two nodes, started and ended here (10 minutes)'
 	@echo 'make test-fsdp   set up, then every method with its weights shared out over 2 and 4 processes (FSDP2 on a CPU), beside one (15 minutes)'
+	@echo 'make test-plan   set up, then planned memory beside measured, ten trainings of a model of 230M parameters (half an hour)'
+	@echo 'make test-trackers  set up, then the tests with real trackers, installed into build/trackers: TensorBoard, Trackio, W&B offline'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
@@ -129,6 +131,22 @@ slurm:
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo 'test-slurm needs slurmctld, slurmd, sbatch: apt-get install slurmctld slurmd slurm-client, as root'; exit 1; }; \
 		echo '== Installing SLURM with apt-get (about a minute); its services are not used'; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client iproute2 >/dev/null; }
+
+test-plan: export OMP_NUM_THREADS := 1
+test-plan: setup
+	@python bench/plan.py
+
+# Only what the environment has not: its own versions stay.
+TRACKERS := tensorboard absl-py grpcio markdown protobuf tensorboard-data-server werkzeug trackio gradio-client brotli \
+	python-multipart starlette uvicorn wandb click gitpython gitdb smmap platformdirs sentry-sdk
+
+test-trackers: export OMP_NUM_THREADS := 1
+test-trackers: export PYTHONPATH := $(CURDIR)/build/trackers
+test-trackers: setup build/trackers/installed
+	@pytest -v tests/test_trackers.py
+
+build/trackers/installed:
+	@mkdir -p build/trackers && python -m pip install -q --no-deps --target build/trackers $(TRACKERS) && touch $@
 
 test-architectures: export OMP_NUM_THREADS := 1
 test-architectures: setup

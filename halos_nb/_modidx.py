@@ -1753,6 +1753,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.plan.own_strips': ('plan.html#own_strips', 'halos_nb/plan.py'),
                                'halos_nb.plan.place_of': ('plan.html#place_of', 'halos_nb/plan.py'),
                                'halos_nb.plan.plan': ('plan.html#plan', 'halos_nb/plan.py'),
+                               'halos_nb.plan.profile_in': ('plan.html#profile_in', 'halos_nb/plan.py'),
                                'halos_nb.plan.read_config': ('plan.html#read_config', 'halos_nb/plan.py'),
                                'halos_nb.plan.rehearsed': ('plan.html#rehearsed', 'halos_nb/plan.py'),
                                'halos_nb.plan.seen_in': ('plan.html#seen_in', 'halos_nb/plan.py'),

@@ -10,7 +10,7 @@ __all__ = ['FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'PROMPTS_AT_A_TI
            'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'gathered', 'longest', 'training_pass',
            'keeps_reference', 'training_needs', 'keys_and_values', 'drawing_needs', 'engine_needs', 'labelling_needs',
            'Plan', 'config_at', 'place_of', 'loop_stages', 'stages_of', 'needs_of', 'alternatives', 'what_to_change',
-           'plan', 'read_config', 'as_json', 'main', 'CalledRoom']
+           'plan', 'profile_in', 'read_config', 'as_json', 'main', 'CalledRoom']
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
@@ -657,9 +657,9 @@ def loop_stages(cfg: LoopConfig, place: Callable[[str], Place], given: Configs) 
     branches = dict(grpo=answers) | BRANCHES
     lengths = Lengths(cfg.max_prompt_length, cfg.max_new_tokens, branches.get(cfg.method, 2))
     targets = cfg.prompts_per_round * answers * cfg.max_new_tokens
-    shared = {f.name for f in fields(cfg)} & {f.name for f in fields(SampleConfig)}
-    own = {name: getattr(cfg, name) for name in shared}
-    sampling = SampleConfig(model=cfg.sft_checkpoint, num_prompts=cfg.prompts_per_round, **own)
+    sampling = cfg.sampling(
+        cfg.backend, model=cfg.sft_checkpoint, num_prompts=cfg.prompts_per_round
+    )
 
     def sample() -> dict[str, Needs]:
         if sampling.backend == "vllm":
@@ -810,6 +810,12 @@ KINDS: dict[str, Any] = {
 }
 
 
+def profile_in(said: dict) -> dict:
+    "The profile of a run's params.json; nothing where there is none."
+    known = {f.name for f in fields(Profile)}
+    return {k: v for k, v in (said.get("profile") or {}).items() if k in known}
+
+
 def read_config(file: Path) -> tuple[Any, dict]:
     "The config in a file, and the profile that stands beside it, if one does."
     said = json.loads(file.read_text())
@@ -818,7 +824,7 @@ def read_config(file: Path) -> tuple[Any, dict]:
         if name in given:
             known = {f.name for f in fields(cls)}
             kept = {name: value for name, value in given.items() if name in known}
-            return make_config(cls, **kept), said.get("profile") or {}
+            return make_config(cls, **kept), profile_in(said)
     raise ValueError(
         f"{file}: the config of no stage; name a run's params.json, or a {{stage}}.config.json"
     )
