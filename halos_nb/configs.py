@@ -5,24 +5,30 @@
 # %% auto #0
 __all__ = ['Config', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'COMPARING', 'FeedbackType',
            'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE',
-           'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'COMMON', 'RATIO', 'checked', 'refuse',
-           'unknown_parameter', 'parameter_problem', 'config_error', 'make_config', 'require_path', 'PromptOptions',
-           'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options',
-           'option_value', 'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold',
-           'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'labeller_problems',
-           'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions',
-           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
-           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
-           'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO',
+           'checked', 'refuse', 'unknown_parameter', 'parameter_problem', 'config_error', 'make_config', 'require_path',
+           'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value',
+           'read_template_options', 'option_value', 'template_problems', 'sample_problems', 'LabellerOptions',
+           'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions',
+           'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'several_models_problems',
+           'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions',
+           'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions',
+           'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems',
+           'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems',
+           'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
+           'is_person', 'labellers', 'compares', 'has_comparisons', 'labelling', 'who_problems', 'together_problems',
+           'comparison_problems', 'labelling_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
            'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems',
-           'sampler_problems', 'is_difference', 'stale_problems', 'stage_config', 'training_config', 'sampling_config',
-           'split_names', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
-           'RewardConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
+           'training_config', 'sampling_config', 'CompareConfig', 'HandPairOptions', 'HandConfig',
+           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RewardConfig', 'AuditConfig',
+           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -299,13 +305,18 @@ class LabellerOptions:
     samples_file: Positional[str]  # JSON array of samples
     # where the feedback goes; `<name>.labels.jsonl` beside it keeps every single score
     output_file: Positional[str]
-    # labeller: a reward model, checkpoint folder or hub name
+    # labeller: a reward model, checkpoint folder or hub name; several with their weights, as
+    # "A*0.7, B*0.3": each in standard deviations of its own scores
     reward_model_path: str | None = None
+    # several reward models: the counts file that says what each one's mean and standard
+    # deviation are, so that another file's scores have the same unit (None: these samples')
+    units_from: str | None = None
     # labeller: a judge behind an OpenAI-compatible server; key only from OPENAI_API_KEY
     api_type: Literal["openai"] | None = None
     # labeller: "module:name" of a Python function (prompt turns, output text) -> number
     function: str | None = None
-    from_labels: str | None = None  # labeller: none; convert the labels in this journal again
+    # labeller: none; convert the labels in this journal again, or in several, a list
+    from_labels: str | list[str] | None = None
     # from_labels: whose labels, where the journal has several labellers'
     labeller: str | None = None
     # from_labels: all labellers together, how (pairs that were compared: not mean)
@@ -448,6 +459,63 @@ class LabelConfig(
         if self.judge == "pairwise":
             self.feedback_type = "pairwise"
 
+# %% ../nbs/02_configs.ipynb #e0b1adf1
+class Weighted(NamedTuple):
+    "A reward model, and how much its opinion counts."
+
+    model: str  # a checkpoint folder or hub name
+    weight: float = 1.0
+
+
+def read_models(
+    text: str,  # "A", or "A*0.7, B*0.3"
+) -> list[Weighted]:
+    "The reward models that a text names; a ValueError names what is no weight."
+    if not text or Path(text).exists():
+        return [Weighted(text)] if text else []
+    found = []
+    for part in split_names(text):
+        name, star, weight = part.rpartition("*")
+        if not star:
+            found.append(Weighted(part))
+            continue
+        found.append(Weighted(name.strip(), weight_of(weight, part)))
+    names = [one.model for one in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"reward model: {twice[0]} is named twice")
+    if len(found) == 1 and found[0].weight != 1:
+        raise ValueError(f"reward model: {names[0]} is alone, so a weight says nothing")
+    return found
+
+# %% ../nbs/02_configs.ipynb #4b6f2f58
+def weight_of(weight: str, part: str) -> float:
+    "The number behind a star."
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value == 0:
+        raise ValueError(f"reward model: {part!r} has no weight; write it as name*0.7")
+    return value
+
+
+def split_names(x: str | list[str]) -> list[str]:
+    "Names set apart by commas, or a list of them."
+    if not isinstance(x, str):
+        return x
+    return [name.strip() for name in x.split(",") if name.strip()]
+
+# %% ../nbs/02_configs.ipynb #3d7b3e58
+def several_models_problems(c: LabelConfig) -> Iterator[str]:
+    "What is wrong with the reward models that are named."
+    try:
+        models = read_models(c.reward_model_path or "")
+    except ValueError as e:
+        yield f"reward_model_path: {e}"
+        return
+    if c.units_from and len(models) < 2:
+        yield "units_from: only the scores of several reward models have a unit"
+
 # %% ../nbs/02_configs.ipynb #875311d9
 LABELLERS = ("reward_model_path", "api_type", "function", "from_labels")
 
@@ -493,6 +561,7 @@ def pairwise_judge_problems(c: LabelConfig) -> Iterator[str]:
 def label_problems(c: LabelConfig) -> Iterator[str]:
     "What is wrong with a LabelConfig as a whole, each as 'field: why'."
     yield from labeller_problems(c)
+    yield from several_models_problems(c)
     yield from template_problems(c.template_options)
     if c.judge == "pairwise":
         yield from pairwise_judge_problems(c)
@@ -1108,6 +1177,183 @@ class RoundOptions:
     # third more time in the layers
     gradient_checkpointing: bool = False
 
+# %% ../nbs/02_configs.ipynb #06a7f4d3
+@dataclass(kw_only=True)
+class LabellerLoopOptions:
+    "Who labels in the loop, and what it may cost."
+
+    # who labels: rm (reward_checkpoint), function, judge, human:<name>; several with commas
+    # between them (empty: the function or judge that is named below, else rm)
+    labeller: str = ""
+    # several labellers: the mean of their scores, a vote on each pair, or people for the pairs
+    # on which two others contradict each other
+    combine: Literal["mean", "vote", "human-where-they-disagree"] = "vote"
+    # function: "module:name" of a Python function (prompt turns, output text) -> number
+    function: str = ""
+    # judge: the model's name at an OpenAI-compatible server; key only from OPENAI_API_KEY
+    api_model: str = ""
+    judge_url: str = ""  # judge: the server (empty: OPENAI_BASE_URL, else OpenAI's own)
+    # judge: a number for each sample, or which of two is better, asked in both orders
+    judge: Literal["scalar", "pairwise"] = "scalar"
+    # any other field of LabelConfig, as "max_tokens=256, score_max=5"
+    label_options: str | dict = ""
+    # human: most pairs of a round (None: each prompt's samples two by two)
+    num_pairs: PositiveInt | None = None
+    # human: minutes without a new answer, after which the run stops and says what to do
+    wait_minutes: NonNegativeFloat = 1440
+    # human: pairs that are open then: the run stops, or goes on without them
+    pending: Literal["stop", "skip"] = "stop"
+    # a reward model that scores every round beside the labeller; nothing is trained on it
+    watch_reward: str = ""
+    # held-out answers of the first and last policy are labelled too: scored, or compared with
+    # each other (auto: not by people)
+    label_measured: Literal["auto", "yes", "no"] = "auto"
+    input_price: NonNegativeFloat | None = None  # judge: USD for a million tokens read
+    output_price: NonNegativeFloat | None = None  # judge: USD for a million tokens written
+    # judge: USD for the whole run (None: no cap); a run that may cost more does not start
+    max_cost: PositiveFloat | None = None
+    max_requests: PositiveInt | None = None  # judge: questions for the whole run, likewise
+    dry_run: bool = False  # say what labelling would cost, and stop there
+
+# %% ../nbs/02_configs.ipynb #f82e0b11
+PERSON = re.compile(r"human:[\w@.-]+")  # it is part of a file's name
+
+
+def is_person(name: str) -> bool:
+    "Is it a person? As in `human:ada`."
+    return name.startswith("human:")
+
+
+def labellers(c: LabellerLoopOptions) -> list[str]:
+    "Who labels: some of rm, function, judge and human:<name>."
+    if c.labeller:
+        return split_names(c.labeller)
+    if c.function:
+        return ["function"]
+    return ["judge"] if c.api_model else ["rm"]
+
+
+def compares(name: str, c: LabellerLoopOptions) -> bool:
+    "Whether a labeller compares two answers, and gives no scores."
+    return is_person(name) or (name == "judge" and c.judge == "pairwise")
+
+
+def has_comparisons(c: LabellerLoopOptions) -> bool:
+    "Whether a labeller of the loop compares two answers."
+    return any(compares(name, c) for name in labellers(c))
+
+
+# fields of LabelConfig that only a judge has
+JUDGE_FIELDS = {f.name for group in (JudgeOptions, BudgetOptions) for f in fields(group)}
+
+# %% ../nbs/02_configs.ipynb #bb1acb3d
+def labelling(
+    c: LabellerLoopOptions,
+    name: str,  # of `labellers`, not a person
+    **more: Any,  # files, seed, form of the feedback
+) -> LabelConfig:
+    "The config of one labeller's stage; an error if `label_options` do not fit it."
+    options = read_options(c.label_options)
+    own: dict[str, Any] = {}
+    if name == "judge":
+        own = dict(api_type="openai", api_model=c.api_model, judge=c.judge)
+        own |= dict(base_url=c.judge_url or None)
+        own |= dict(input_price=c.input_price, output_price=c.output_price)
+    else:
+        options = {k: v for k, v in options.items() if k not in JUDGE_FIELDS}
+    if name == "function":
+        own = dict(function=c.function)
+    for option in options:
+        if option in own or option in more:
+            raise ValueError(f"label_options: {option} is set elsewhere")
+    try:
+        return make_config(LabelConfig, **own, **more, **options)
+    except ValueError as e:
+        raise ValueError(f"labelling stage, {e}") from None
+
+# %% ../nbs/02_configs.ipynb #7cfe9803
+def who_problems(c: LabellerLoopOptions) -> Iterator[str]:
+    "Who is named and not asked, or asked and not named."
+    who = labellers(c)
+    for name in who:
+        if name not in ("rm", "function", "judge") and not PERSON.fullmatch(name):
+            yield f"labeller: {name!r} is none of rm, function, judge and human:<name>"
+    if len(set(who)) < len(who):
+        yield f"labeller: {c.labeller} names somebody twice"
+    for name, field_name in (("function", "function"), ("judge", "api_model")):
+        given = bool(getattr(c, field_name))
+        if given and name not in who:
+            asked = ", ".join(who)
+            yield f"{field_name}: given, and nobody asks it: labeller is {asked}; add {name}"
+        if name in who and not given:
+            yield f"{field_name}: labeller asks {name}; name it"
+    if "judge" not in who:
+        for name in ("judge_url", "input_price", "output_price", "max_cost", "max_requests"):
+            if getattr(c, name):
+                yield f"{name}: only a judge has one; name it with api_model"
+        if c.judge == "pairwise":
+            yield "judge: nobody compares; name the judge with api_model"
+
+
+def together_problems(c: LabellerLoopOptions) -> Iterator[str]:
+    "What several labellers cannot do together."
+    who = labellers(c)
+    if c.combine == "mean" and len(who) > 1 and has_comparisons(c):
+        yield "combine: mean needs scores, and a pairwise judge or a person gives none; vote"
+    if c.combine == "human-where-they-disagree":
+        people = [name for name in who if is_person(name)]
+        if not people or len(who) - len(people) < 2:
+            yield (
+                "combine: human-where-they-disagree needs a person and two others who can "
+                f"disagree, as labeller='rm, judge, human:me'; it has {', '.join(who)}"
+            )
+    if not any(map(is_person, who)) and c.num_pairs:
+        yield "num_pairs: pairs for a person; name one in labeller, as human:me"
+
+# %% ../nbs/02_configs.ipynb #9b5577f8
+def comparison_problems(c: "LoopConfig") -> Iterator[str]:
+    "What needs scores, where a labeller has none."
+    who = " and ".join(name for name in labellers(c) if compares(name, c))
+    if c.feedback_type != "pairwise":
+        yield (
+            f"labeller: {who} compares two answers, so the feedback is pairwise, and "
+            f"{c.method} takes {c.feedback_type}; take scores (judge=scalar, a reward model, "
+            "a function) or another method"
+        )
+    if c.feedback_mode != "random":
+        yield f"feedback_mode: {c.feedback_mode} needs scores, and {who} has none; random"
+    if c.threshold not in (None, 0):
+        yield f"threshold: {who} has no scores that could differ by {c.threshold}; leave it out"
+    if not isinstance(c.unfinished, str):
+        yield f"unfinished: {who} has no scores to take something off; keep or drop"
+    scored = c.watch_reward or not all(compares(name, c) for name in labellers(c))
+    if c.keep == "best" and not scored:
+        yield f"keep: the best policy is known by scores, and {who} has none; watch_reward"
+
+
+def labelling_problems(c: "LoopConfig") -> Iterator[str]:
+    "What is wrong with who labels in the loop, each as 'field: why'."
+    yield from who_problems(c)
+    yield from together_problems(c)
+    if has_comparisons(c):
+        yield from comparison_problems(c)
+    if (c.input_price is None) != (c.output_price is None):
+        yield "input_price: give both prices, input_price and output_price, or none"
+    if c.max_cost and c.input_price is None:
+        yield "max_cost: a cap in USD needs input_price and output_price"
+    if c.reward_checkpoint and "rm" not in labellers(c):
+        yield (
+            f"reward_checkpoint: labeller is {', '.join(labellers(c))}, which does not ask a "
+            "reward model; add rm to it, or name the model in watch_reward"
+        )
+    options = read_options(c.label_options)
+    if unused := [k for k in options if k in JUDGE_FIELDS and "judge" not in labellers(c)]:
+        yield f"label_options: {unused[0]} is a judge's; name one with api_model"
+    try:
+        read_models(c.reward_checkpoint)
+    except ValueError as e:
+        yield f"reward_checkpoint: {e}"
+
 # %% ../nbs/02_configs.ipynb #60cd60c2
 @dataclass(kw_only=True)
 class KeepOptions:
@@ -1160,6 +1406,7 @@ class RunTrackerOptions:
 # %% ../nbs/02_configs.ipynb #be11b0a8
 @checked
 class LoopConfig(
+    LabellerLoopOptions,
     RunTrackerOptions,
     PaceOptions,
     KeepOptions,
@@ -1170,7 +1417,9 @@ class LoopConfig(
     "What the online loop needs: rounds of sample, label and train."
 
     sft_checkpoint: str = ""  # first policy and reference (empty: the playground's)
-    reward_checkpoint: str = ""  # reward model (empty: the playground's)
+    # reward model (empty: the playground's); several with their weights, as "A*0.7, B*0.3":
+    # each in standard deviations of its scores in the first round
+    reward_checkpoint: str = ""
     prompts: str = ""  # data set name or file with prompts (empty: the playground's)
     # prompts that no round trains on: the first and the last policy answer the first
     # prompts_per_round of them (empty: the playground's; with prompts of your own, the last
@@ -1194,16 +1443,18 @@ class LoopConfig(
     def __post_init__(self) -> None:
         self.train_options = read_options(self.train_options)
         self.sampler_options = read_options(self.sampler_options, "sampler_options")
+        self.label_options = read_options(self.label_options)
         fill_from_preset(self)
         if self.beta is None:
             self.beta = BETA.get(self.method)
         if self.feedback_type == "auto":
-            self.feedback_type = FEEDBACK_FORMS[self.method][0]
-        if self.threshold is None:
+            self.feedback_type = own_form(self)
+        if self.threshold is None and not has_comparisons(self):
             self.threshold = DEFAULT_THRESHOLD.get(self.feedback_type)
         refuse(loop_problems(self))
         self.training(model="sft", online=True)  # an error if the options do not fit
         self.sampling(self.backend, model=self.sampler_model or "sft")
+        check_labelling(self)
 
     def training(self, **more: Any) -> TrainConfig:
         "The config of a training stage; an error if `train_options` do not fit it."
@@ -1234,6 +1485,9 @@ def fill_from_preset(c: LoopConfig) -> None:
         c.preset = "playground"
     settings = preset_settings(c.preset, c.method) if c.preset else {}
     options = settings.pop("train_options", {})
+    if has_comparisons(c):  # these are of scores
+        settings.pop("threshold", None)
+        settings.pop("feedback_mode", None)
     if c.feedback_type not in ("auto", settings.get("feedback_type", "pairwise")):
         settings.pop("threshold", None)  # it is one of another form
     c.train_options = options | read_options(c.train_options)
@@ -1276,13 +1530,15 @@ def loop_problems(c: LoopConfig) -> Iterator[str]:
             f"prompts_per_round: {c.prompts_per_round} is more than "
             f"total_prompts, {c.total_prompts}"
         )
+    yield from labelling_problems(c)
     forms = FEEDBACK_FORMS[c.method]
     if c.feedback_type not in forms:
         yield (
             f"feedback_type: {c.method} learns from {' or '.join(forms)} feedback, "
             f"not from {c.feedback_type}"
         )
-    if c.feedback_type == "pairwise" and not is_difference(c.threshold):
+    scored = not has_comparisons(c)
+    if scored and c.feedback_type == "pairwise" and not is_difference(c.threshold):
         yield (
             "threshold: for pairs it is the smallest difference, a number from 0 or a share "
             f"of the differences as '25%', not {c.threshold!r}"
@@ -1328,6 +1584,21 @@ def stale_problems(c: LoopConfig) -> Iterator[str]:
     if read_options(c.train_options).get("old_policy", "samples") != "samples":
         yield "staleness: the ratio is to the policy that sampled; leave old_policy out"
 
+# %% ../nbs/02_configs.ipynb #c1a97f15
+def own_form(c: LoopConfig) -> FeedbackType:
+    "The form that a method learns from first, of those that its labellers can give."
+    forms = FEEDBACK_FORMS[c.method]
+    return "pairwise" if has_comparisons(c) and "pairwise" in forms else forms[0]
+
+
+def check_labelling(c: LoopConfig) -> None:
+    "An error if a labelling stage would refuse what the loop hands it."
+    files = dict(samples_file="samples.json", output_file="feedback.json")
+    for name in labellers(c):
+        if not is_person(name):
+            more = files | (dict(reward_model_path="rm") if name == "rm" else {})
+            labelling(c, name, **more)
+
 # %% ../nbs/02_configs.ipynb #e27a6f3f
 def stage_config(
     cls: type[Config],
@@ -1371,13 +1642,6 @@ def sampling_config(loop: LoopConfig, backend: Backend, **more: Any) -> SampleCo
     own = {name: getattr(loop, name) for name in shared}
     own |= dict(backend=backend) | more
     return stage_config(SampleConfig, "sampling", own, "sampler_options", options)
-
-# %% ../nbs/02_configs.ipynb #8f82a8b0
-def split_names(x: str | list[str]) -> list[str]:
-    "Names set apart by commas, or a list of them."
-    if not isinstance(x, str):
-        return x
-    return [name.strip() for name in x.split(",") if name.strip()]
 
 # %% ../nbs/02_configs.ipynb #27f6ba1a
 @checked
@@ -1495,6 +1759,47 @@ def hand_problems(c: HandConfig) -> Iterator[str]:
         yield f"lr: none suits every model; give one for {c.model}"
     if c.samples and c.world_seed:
         yield "world_seed: it decides nothing where the samples are yours; leave it out"
+
+# %% ../nbs/02_configs.ipynb #08fd123d
+@checked
+class PeopleConfig:
+    "What `halos_nb.people` needs: samples in, what a person says of their pairs out."
+
+    samples_file: str  # JSON array of samples
+    output_file: str  # where the comparisons go, a line each; counts beside it
+    # journal of the session: the pairs in their blind order, then each key that was pressed
+    session_file: str
+    labeller: str = "human:me"  # who labels; human:<name>
+    # pair the k-th sample of a prompt here with the k-th there (None: two by two)
+    second_samples_path: str | None = None
+    # other labellers' journals: only pairs on which two of them contradict each other are
+    # shown (none: all)
+    disputed: list[str] = field(default_factory=list)
+    num_pairs: PositiveInt | None = None  # at most so many (None: all)
+    repeats: NonNegativeFloat = 0.05  # share of the pairs shown twice, sides changed
+    # minutes without a new answer, after which it stops and says what to do
+    wait_minutes: NonNegativeFloat = 1440
+    # pairs that are open then: the run stops, or goes on without them
+    pending: Literal["stop", "skip"] = "stop"
+    unfinished: Literal["keep", "drop"] = "keep"  # answers that were cut: are they shown?
+    seed: int = 0  # decides pairs, order, sides and repeats
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        if not self.labeller.startswith("human:"):
+            raise ValueError(f"labeller: should be human:<name>, got {self.labeller!r}")
+
+
+@checked
+class RoundLabelConfig:
+    "What `label_round.ipynb` needs: which run waits, and who is there."
+
+    run_name: str = "online"  # the run's folder under runs/
+    labeller: str = ""  # who labels, human:<name> (empty: whom the run waits for)
+    guidelines: str = ""  # shown above the pairs
+    # widget: somebody can press keys; static: nobody can
+    mode: Literal["auto", "widget", "static"] = "auto"
 
 # %% ../nbs/02_configs.ipynb #836ce045
 @checked

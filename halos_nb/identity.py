@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,8 @@ class Stage:
     module: str = ""  # its code (empty: halos_nb.{name})
     # patterns in the folder: what an attempt that was ended leaves, and the next goes on from
     leaves: tuple[str, ...] = ()
+    # what it has begun and goes on with when it is run again: answers that were paid for
+    keeps: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.module = self.module or stage_module(self.name)
@@ -409,7 +411,7 @@ def identity(files: RunFiles, stage: Stage) -> dict:
     profile = stage_profile(files.profile, stage)
     cfg = replace(stage.config, num_processes=profile.num_processes)
     config = json.loads(config_json(cfg))
-    if stage.name in ANY_NUMBER:
+    if stage.name in ANY_NUMBER or stage.module == stage_module("label"):
         for name in ("num_processes", *OF_THE_MACHINE):
             config.pop(name, None)
     config = {k: v for k, v in config.items() if k not in TOLD_ELSEWHERE}

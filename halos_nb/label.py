@@ -9,9 +9,9 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'load_f
            'write_labels', 'was_paid_for', 'check_paid_labels_kept', 'read_journal', 'read_labels', 'Labelled',
            'score_differences', 'pair_verdicts', 'wins_of_files', 'feedback_from_scores', 'feedback_from_comparisons',
            'other_thresholds', 'nothing_to_learn', 'what_was_made', 'write_feedback', 'with_dropped', 'penalised',
-           'check_prompts', 'label_by_reward_model', 'label_by_function', 'judge_job', 'label_by_judge', 'keys_of_row',
-           'check_can_compare', 'scored_by', 'scores_from_labels', 'label_from_journal', 'dry_run', 'timed',
-           'label_in_one_process', 'main']
+           'check_prompts', 'ModelSays', 'ask_model', 'known_units', 'together', 'label_by_reward_model',
+           'label_by_function', 'judge_job', 'label_by_judge', 'keys_of_row', 'check_can_compare', 'scored_by',
+           'scores_from_labels', 'label_from_journal', 'dry_run', 'timed', 'label_in_one_process', 'main']
 
 # %% ../nbs/43_label.ipynb #51f9daca
 import copy
@@ -37,8 +37,9 @@ from halos_nb.records import (
     write_json,
     write_records,
 )
-from .configs import LabelConfig
+from .configs import LabelConfig, Weighted, read_models
 from .settings import parse_args
+
 from halos_nb.feedback import (
     PROMPT_MIDDLES,
     convert_to_binary_feedback,
@@ -79,7 +80,16 @@ from .templates import render, tell_template
 from .trees import name_of
 from .models import fit_vocabulary, load_tokenizer
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
-from .score import Scored, head_at, load_scorer, score_samples, with_rewards
+from halos_nb.score import (
+    Scored,
+    Unit,
+    head_at,
+    load_scorer,
+    score_samples,
+    unit_of,
+    weighted_score,
+    with_rewards,
+)
 from .judge import process_samples_with_api as process_samples_with_api
 from halos_nb.judge import (
     JudgeJob,
@@ -499,7 +509,8 @@ def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
         feedback, counts = feedback_from_scores(data, got.scored, cfg)
     counts |= wins_of_files(data, got, cfg) | data.counts | got.counts
     write_json(companion_file(out, "counts.json"), counts)
-    if not feedback:
+    all_tied = cfg.second_samples_path and counts["equal"] == len(data.pairs or [])
+    if not feedback and not all_tied:  # two files that are equally good are a result
         raise nothing_to_learn(data, got, cfg, counts)
     write_records(out, feedback)
     print(what_was_made(out, counts))
@@ -549,11 +560,24 @@ def check_prompts(tokenizer: Any, data: LabelInput, file: str) -> None:
         raise RecordError(f"{file}, {e}") from e
 
 # %% ../nbs/43_label.ipynb #e83b6c60
-def label_by_reward_model(
-    data: LabelInput, cfg: LabelConfig, accelerator: "Accelerator"
-) -> Labelled:
+class ModelSays(NamedTuple):
+    "What one reward model says of all samples."
+
+    scored: list[Scored]
+    head: str  # how it was read, in words
+    note: str  # what was found beside its checkpoint
+    counts: dict  # what was cut
+
+
+def ask_model(
+    data: LabelInput,
+    cfg: LabelConfig,
+    accelerator: "Accelerator",
+    path: str,  # of the model; it is gone from memory when this returns
+    progress: Progress | None,  # the main process's
+) -> ModelSays:
     "Scores of a reward model, shared among all processes."
-    path, trust = str(cfg.reward_model_path), cfg.trust_remote_code
+    trust = cfg.trust_remote_code
     [note] = check_together([path], accelerator)
     head = head_at(path, cfg.objective_weights, trust)
     tokenizer = load_tokenizer(path, trust, cfg.template_options)
@@ -561,9 +585,6 @@ def label_by_reward_model(
     check_prompts(tokenizer, data, cfg.samples_file)
     model = fit_vocabulary(load_scorer(path, head, cfg.precision, trust), tokenizer)
     counts: Counter = Counter()
-    progress = None
-    if accelerator.is_main_process:
-        progress = Progress(len(data.samples), "samples", "label")
     scored = score_samples(
         data.samples,
         model.eval().to(accelerator.device),
@@ -576,12 +597,63 @@ def label_by_reward_model(
         head=head,
         batch_size=cfg.batch_size,
     )
+    return ModelSays(scored, head.meaning, note, dict(counts) | notes)
+
+# %% ../nbs/43_label.ipynb #aba564a4
+def known_units(cfg: LabelConfig, models: list[Weighted], said: list[ModelSays]) -> list[Unit]:
+    "Mean and standard deviation of each model: as another file has them, or these scores'."
+    if not cfg.units_from:
+        return [unit_of(one.scored, name) for one, (name, _) in zip(said, models)]
+    units = json.loads(Path(cfg.units_from).read_text()).get("units", {})
+    missing = [name for name, _ in models if name not in units]
+    if missing:
+        raise ValueError(
+            f"units_from: {cfg.units_from} knows no unit of {missing[0]}; it knows "
+            f"{', '.join(units) or 'none'}"
+        )
+    return [Unit(*units[name]) for name, _ in models]
+
+
+def together(
+    data: LabelInput, cfg: LabelConfig, models: list[Weighted], said: list[ModelSays]
+) -> Labelled:
+    "What several reward models say, as one labeller."
+    units = known_units(cfg, models, said)
+    names = [name for name, _ in models]
+    scored = []
+    rows = []
+    for sample, *says in zip(data.samples, *[one.scored for one in said]):
+        scored.append(weighted_score(says, units, models))
+        row = label_row(sample, scored[-1], f"rm:{cfg.reward_model_path}")
+        rows.append(row | dict(scores={name: s.score for name, s in zip(names, says)}))
+    counts: Counter = Counter()
+    for one in said:
+        counts.update({k: v for k, v in one.counts.items() if isinstance(v, int)})
+    told: dict = dict(counts)
+    told["head"] = "; ".join(f"{name}: {one.head}" for name, one in zip(names, said))
+    told["units"] = dict(zip(names, units))
+    told["checkpoints"] = {name: one.note for name, one in zip(names, said)}
+    return Labelled(scored, rows, told)
+
+# %% ../nbs/43_label.ipynb #51dde4aa
+def label_by_reward_model(
+    data: LabelInput, cfg: LabelConfig, accelerator: "Accelerator"
+) -> Labelled:
+    "Scores of one or several reward models, shared among all processes."
+    models = read_models(str(cfg.reward_model_path))
+    progress = None
+    if accelerator.is_main_process:
+        progress = Progress(len(data.samples) * len(models), "samples", "label")
+    said = [ask_model(data, cfg, accelerator, name, progress) for name, _ in models]
     if progress:
         progress.close()
-    rows = label_rows(data.samples, scored, f"rm:{path}")
-    told = dict(counts) | dict(head=head.meaning) | notes
-    told["checkpoints"] = dict(reward_model=note)
-    return Labelled(scored, rows, told)
+    if len(models) > 1:
+        return together(data, cfg, models, said)
+    [one] = said
+    rows = label_rows(data.samples, one.scored, f"rm:{models[0].model}")
+    told = one.counts | dict(head=one.head)
+    told["checkpoints"] = dict(reward_model=one.note)
+    return Labelled(one.scored, rows, told)
 
 # %% ../nbs/43_label.ipynb #45572f18
 def label_by_function(data: LabelInput, cfg: LabelConfig) -> Labelled:
@@ -675,10 +747,15 @@ def scores_from_labels(
 # %% ../nbs/43_label.ipynb #c0310519
 def label_from_journal(data: LabelInput, cfg: LabelConfig) -> Labelled:
     "What was said before, by anybody."
-    path = Path(str(cfg.from_labels))
-    rows = read_labels(path, cfg.labeller, bool(cfg.combine))
+    given = cfg.from_labels or ""
+    paths = [Path(path) for path in ([given] if isinstance(given, str) else given)]
+    rows: list[dict] = []
+    for path in paths:
+        rows += read_labels(path, cfg.labeller, bool(cfg.combine))
     out = companion_file(cfg.output_file, "labels.jsonl")
-    is_same_file = out.resolve() == path.resolve()
+    is_same_file = out.resolve() in [path.resolve() for path in paths]
+    if is_same_file and len(paths) > 1:
+        raise ValueError(f"output_file: {out} is one of the journals that are read")
     if not is_same_file:
         check_paid_labels_kept(out, rows)
     known = {sample_key(s) for s in data.samples}
@@ -704,8 +781,11 @@ def dry_run(data: LabelInput, cfg: LabelConfig) -> dict:
         counts |= estimated
         print(estimate_text(estimated, job.judge))
     if cfg.reward_model_path:
-        path, weights = cfg.reward_model_path, cfg.objective_weights
-        counts["head"] = head_at(path, weights, cfg.trust_remote_code).meaning
+        heads = []
+        for path, _ in read_models(cfg.reward_model_path):
+            head = head_at(path, cfg.objective_weights, cfg.trust_remote_code)
+            heads.append(head.meaning)
+        counts["head"] = "; ".join(heads)
     print("dry run, nothing was done:", ", ".join(f"{k} {v}" for k, v in counts.items()))
     return counts
 
@@ -718,11 +798,6 @@ def timed(got: Labelled, start: float) -> Labelled:
 # %% ../nbs/43_label.ipynb #ed224512
 def label_in_one_process(data: LabelInput, cfg: LabelConfig) -> Labelled:
     "What a judge, a function or a journal says."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RuntimeError(
-            "num_processes: only a reward model works in several processes; run this one "
-            "as `python -m halos_nb.label`"
-        )
     if cfg.api_type:
         return label_by_judge(data, cfg)
     if cfg.function:
@@ -743,6 +818,8 @@ def main(
     if cfg.reward_model_path or cfg.function:
         check_paid_labels_kept(companion_file(cfg.output_file, "labels.jsonl"))
     if not cfg.reward_model_path:
+        if int(os.environ.get("RANK", 0)):
+            return {}  # there is nothing to share among processes
         got = label_in_one_process(asked, cfg)
         return write_feedback(data, timed(with_dropped(data, got, cfg), start), cfg)
     accelerator = start_processes(cfg.num_processes)

@@ -271,15 +271,16 @@ def keep_engine(self: Ledger, config: Any, profile: Profile, folder: Path) -> No
 def to_clear(stage: Stage, now: dict) -> list[Path]:
     "What an earlier attempt has left and this one must not find."
     left = stage.left()
+    made = [path for path in stage.outputs if path not in stage.keeps]
     if not left:
-        return stage.outputs
+        return made
     try:
         goes_on = json.loads(stage.attempt.read_text())["identity"] == digest_of(now)
     except (OSError, ValueError, KeyError):
         goes_on = False
     if goes_on:
-        return [path for path in stage.outputs if path not in left]
-    return [*stage.outputs, *left]
+        return [path for path in made if path not in left]
+    return [*made, *left]
 
 # %% ../nbs/56_ledger.ipynb #6608c0f0
 @patch

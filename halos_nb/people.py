@@ -8,10 +8,13 @@ __all__ = ['Table', 'SampleId', 'CHOICES', 'choose_pairs', 'most_uncertain', 'in
            'apply_event', 'choice_problem', 'undo_problem', 'event_problem', 'replay', 'texts_hash', 'read_session',
            'items_of_journal', 'check_samples_known', 'check_same_session', 'Session', 'winner_of', 'comparison_of',
            'comparisons', 'share_won', 'label_of', 'labels', 'feedback_of_labels', 'session_feedback', 'self_agreement',
-           'agreement_with', 'session_report']
+           'agreement_with', 'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions', 'open_questions',
+           'PairsOpen', 'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
 
 # %% ../nbs/64_people.ipynb #646f0f3f
 import hashlib
+import json
+import os
 import random
 import statistics
 import time
@@ -26,13 +29,19 @@ import orjson
 from fastcore.basics import patch
 
 from halos_nb.records import (
+    Progress,
     RecordError,
     append_jsonl,
     as_text,
+    atomic_write,
     check_record,
+    lock_file,
     read_jsonl,
     shortened,
+    write_json,
 )
+from .configs import LabelConfig, PeopleConfig
+from .settings import parse_args
 from .stats import Interval, agree, share_interval
 from halos_nb.feedback import (
     by_key,
@@ -41,6 +50,7 @@ from halos_nb.feedback import (
     sample_key,
     sample_keys,
 )
+from .label_input import LabelInput, only_finished, pairs_to_ask, read_label_input
 from halos_nb.verdicts import (
     Converted,
     all_pairs,
@@ -671,3 +681,127 @@ def session_report(
         agreement=agreement_with(session, others or {}),
     )
     return done | keys | quality
+
+# %% ../nbs/64_people.ipynb #46a30a80
+def pairs_for_people(data: LabelInput, cfg: PeopleConfig, asked: LabelConfig) -> list[tuple]:
+    "The pairs that a person could be asked about, as `pair_of` names them."
+    pairs = []
+    for i, j in pairs_to_ask(data, asked):
+        first, second = data.samples[i], data.samples[j]
+        pairs.append(pair_of(first["prompt_id"], first["sample_id"], second["sample_id"])[0])
+    return pairs
+
+
+def disputed_pairs(pairs: list[tuple], journals: list[str]) -> list[tuple]:
+    "Those on which two of the labellers in these journals contradict each other."
+    rows = [row for path in journals for row in read_jsonl(path)]
+    looks = [row for row in rows if "winner" in row]
+    scores = [row for row in rows if "winner" not in row]
+    return most_disputed(pair_table(looks, scores, pairs))
+
+# %% ../nbs/64_people.ipynb #4bdef2d8
+class Questions(NamedTuple):
+    "What a person is asked in a stage."
+
+    session: Session | None  # None: there is nothing to ask
+    others: list[tuple]  # pairs that nobody disputes
+
+
+def open_questions(cfg: PeopleConfig) -> Questions:
+    "The stage's session, begun or gone on with."
+    asked = LabelConfig(
+        samples_file=cfg.samples_file,
+        output_file=cfg.output_file,
+        second_samples_path=cfg.second_samples_path,
+        from_labels=cfg.session_file,
+        unfinished=cfg.unfinished,
+        seed=cfg.seed,
+    )
+    data = only_finished(read_label_input(asked), asked)
+    pairs = pairs_for_people(data, cfg, asked)
+    shown = disputed_pairs(pairs, cfg.disputed) if cfg.disputed else pairs
+    shown = shown[: cfg.num_pairs]
+    others = [pair for pair in pairs if pair not in set(shown)] if cfg.disputed else []
+    if not pairs:
+        raise ValueError(f"{cfg.samples_file}: no two answers to a prompt say different words")
+    if not shown:
+        return Questions(None, others)
+    path = Path(cfg.session_file)
+    with lock_file(path.with_name(f".{path.name}.lock"), patience=10):  # one of us begins it
+        session = Session(path, data.samples, shown, cfg.labeller, cfg.seed, cfg.repeats)
+    return Questions(session, others)
+
+# %% ../nbs/64_people.ipynb #9ed4d354
+class PairsOpen(RuntimeError):
+    "Pairs are open, and nobody labels."
+
+
+def how_to_label(cfg: PeopleConfig) -> str:
+    "Where a person finds the pairs."
+    run = Path(cfg.session_file).parent.parent.name
+    return f"label_round.ipynb, run_name={run}"
+
+
+def refresh(session: Session) -> int:
+    "Take in what the journal says by now, whoever wrote it; how many pairs are answered."
+    size = session.path.stat().st_size
+    if size != session.size:
+        _, events = read_session(session.path)
+        session.state = replay(events, set(session.by_name), str(session.path))
+        session.size = size
+    return len(session.state.choose)
+
+
+def wait_for_answers(session: Session, cfg: PeopleConfig, pause: float = 0.5) -> None:
+    "Return when all pairs are answered, or when it was long enough and `pending` is skip."
+    total = len(session.items)
+    done = refresh(session)
+    since = time.monotonic()
+    with Progress(total, "pairs", f"{cfg.labeller} in {how_to_label(cfg)}") as progress:
+        progress.update(done, left=total - done)
+        while done < total and time.monotonic() - since < 60 * cfg.wait_minutes:
+            time.sleep(pause)
+            before, done = done, refresh(session)
+            if done != before:
+                progress.update(done - before, left=total - done)
+                since = time.monotonic()
+    if done < total and cfg.pending == "stop":
+        raise PairsOpen(
+            f"{total - done} of {total} pairs wait for {cfg.labeller}, and none was answered "
+            f"in {cfg.wait_minutes:g} minutes. Label them ({how_to_label(cfg)}), then run this "
+            "again: it goes on from there; or go on without them: pending=skip"
+        )
+
+# %% ../nbs/64_people.ipynb #7cbf4797
+def unasked(pair: tuple, labeller: str) -> dict:
+    "The comparison record of a pair that nobody disputes."
+    row = dict(prompt_id=pair[0], sample_id_A=pair[1], sample_id_B=pair[2], labeller=labeller)
+    row |= dict(winner=None, reason="not asked: the others agree", order="AB")
+    return row | dict(type="comparison")
+
+
+def main(
+    cfg: PeopleConfig,
+) -> dict:  # the counts
+    "Wait until the pairs are labelled, and write what was said."
+    if int(os.environ.get("RANK", 0)):
+        return {}  # people are asked once
+    session, others = open_questions(cfg)
+    rows = [unasked(pair, cfg.labeller) for pair in others]
+    counts: dict = dict(pairs_shown=0, undisputed=len(others), open=0)
+    if session:
+        wait_for_answers(session, cfg)
+        rows += comparisons(session)
+        left = len(session.open_items)
+        counts |= dict(pairs_shown=len(session.items), open=left)
+        winners = Counter(row["winner"] for row in rows[len(others) :])
+        counts |= dict(skipped=winners[None])
+    with atomic_write(Path(cfg.output_file)) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    counts_file = Path(cfg.output_file).name.replace(".labels.jsonl", ".counts.json")
+    write_json(Path(cfg.output_file).with_name(counts_file), counts)
+    return counts
+
+# %% ../nbs/64_people.ipynb #d53e3aa5
+if __name__ == "__main__" and "__file__" in globals():
+    main(parse_args(PeopleConfig))

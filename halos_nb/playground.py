@@ -31,6 +31,8 @@ from halos_nb.configs import (
     LoopConfig,
     RewardConfig,
     TrainConfig,
+    labellers,
+    read_models,
     require_path,
 )
 from .settings import Profile, Settings, load_settings
@@ -560,9 +562,12 @@ def build(
 # %% ../nbs/70_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
-    for name in ("sft_checkpoint", "reward_checkpoint", "prompts", "heldout_prompts"):
+    for name in ("sft_checkpoint", "prompts", "heldout_prompts", "watch_reward"):
         require_path(getattr(cfg, name), name)
-    if cfg.sft_checkpoint and cfg.reward_checkpoint and cfg.prompts:
+    for one in read_models(cfg.reward_checkpoint):
+        require_path(one.model, "reward_checkpoint")
+    asks_model = "rm" in labellers(cfg)
+    if cfg.sft_checkpoint and cfg.prompts and (cfg.reward_checkpoint or not asks_model):
         refuse_world_seed(cfg.world_seed)
         return cfg
     world = build(settings, seed=cfg.world_seed)
@@ -570,7 +575,7 @@ def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     return replace(
         cfg,
         sft_checkpoint=cfg.sft_checkpoint or str(world.policy),
-        reward_checkpoint=cfg.reward_checkpoint or str(world.reward_model),
+        reward_checkpoint=cfg.reward_checkpoint or asks_model * str(world.reward_model),
         prompts=cfg.prompts or str(world.prompts),
         heldout_prompts=cfg.heldout_prompts or heldout,
     )

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROWS', 'MEASURES', 'Truth', 'kl_estimate', 'step_sizes', 'mean_over_steps',
-           'round_metrics', 'summary_row', 'sampled_by_older', 'row_code', 'made_of', 'read_rows_kept', 'known_row',
-           'last_session', 'stage_seconds', 'is_finished', 'run_summary', 'health_rows', 'Run', 'with_truth',
-           'read_params', 'add_truth', 'read_run', 'pack', 'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row',
-           'above_start', 'mean_of', 'gains_of', 'over_seeds', 'mean_rounds']
+           'round_metrics', 'labelling_columns', 'summary_row', 'sampled_by_older', 'row_code', 'made_of',
+           'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'is_finished', 'run_summary', 'health_rows',
+           'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'pack', 'run_folders', 'read_runs', 'Seeds',
+           'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -42,7 +42,14 @@ from .verdicts import mean_or_none
 from .settings import Profile
 from .identity import PACKAGE
 from .ledger import RunFolder
-from .loop import CHECKS, MEASURED, STOPPED_BY_ALARM, round_counts, round_samples
+from halos_nb.loop import (
+    CHECKS,
+    MEASURED,
+    STOPPED_BY_ALARM,
+    round_counts,
+    round_samples,
+    win_rate,
+)
 
 # %% ../nbs/63_runs.ipynb #3527d135
 def kl_estimate(samples: list[dict]) -> float | None:
@@ -83,10 +90,24 @@ def round_metrics(folder: Path) -> dict:
     return {key: mean_over_steps(steps, key) for key in keys if steps}
 
 # %% ../nbs/63_runs.ipynb #cd19beed
+def labelling_columns(samples: list[dict], counts: dict[str, dict]) -> dict:
+    "What a round says of its labellers beside scores; nothing where there is no more."
+    row: dict = {}
+    watched = [s["watch"] for s in samples if s.get("watch") is not None]
+    if watched:
+        row["watch"] = mean_or_none(watched)
+    if "first_better" in counts.get("label", {}):
+        row["win_rate"] = win_rate(counts["label"])
+    if counts.get("judge", {}).get("cost") is not None:
+        row["cost"] = counts["judge"]["cost"]
+    return row
+
+
 def summary_row(folder: Path, seconds: float) -> dict:
     "One round in numbers; None where there is nothing to count."
     samples = round_samples(folder)
-    counts = round_counts(folder)["label"]
+    all_counts = round_counts(folder)
+    counts = all_counts.get("label", {})  # nothing where nobody was asked
     trained = folder.name not in MEASURED
     feedback = json.loads(file_bytes(folder / "feedback.json")) if trained else []
     means = round_metrics(folder) if trained else {}
@@ -94,9 +115,9 @@ def summary_row(folder: Path, seconds: float) -> dict:
     margins = [r["reward_difference"] for r in feedback if "reward_difference" in r]
     row = dict(
         round=folder.name.removeprefix("round-"),
-        prompts=counts["prompts"],
-        samples=counts["samples"],
-        unscored=counts["unscored"],
+        prompts=all_counts["sample"]["prompts"] if not counts else counts["prompts"],
+        samples=len(samples),
+        unscored=counts.get("unscored"),
         reward=mean_or_none(rewards),
         examples=len(feedback) if trained else None,
         ties=counts.get("ties"),
@@ -108,7 +129,7 @@ def summary_row(folder: Path, seconds: float) -> dict:
     )
     if older := sampled_by_older(folder):
         row["sampled by"] = older
-    return row
+    return row | labelling_columns(samples, all_counts)
 
 
 def sampled_by_older(folder: Path) -> str:
@@ -126,8 +147,16 @@ def sampled_by_older(folder: Path) -> str:
 
 # %% ../nbs/63_runs.ipynb #dc1aaec3
 # the files that a row tells of, and the rooms that compute it
-ROW_FILES = ("samples.json", "feedback.labels.jsonl", "feedback.json", "feedback.counts.json")
-ROW_FILES += ("metrics.jsonl", "sample.config.json")
+ROW_FILES = (
+    "samples.json",
+    "feedback.labels.jsonl",
+    "feedback.json",
+    "feedback.counts.json",
+    "metrics.jsonl",
+    "sample.config.json",
+    "judge.counts.json",
+    "watch.labels.jsonl",
+)
 ROW_CODE = ("records", "stats", "verdicts", "loop", "runs")
 ROWS_KEPT = ".rounds.jsonl"  # in the run's folder: rows, and what they were made of
 ROWS: dict[Path, tuple[list, dict]] = {}  # by the round's folder, of this process

@@ -6,10 +6,12 @@
 __all__ = ['reads_at_most', 'fitting', 'output_lengths', 'SampleTrees', 'sample_trees', 'split_batch', 'micro_batches', 'Head',
            'objectives', 'read_weight', 'read_weights', 'has_own_code', 'head_of_logits', 'head_of', 'head_at',
            'OwnScore', 'load_scorer', 'as_scorer', 'Scored', 'to_scored', 'weighted_logits', 'score_batch',
-           'score_batches', 'score_samples', 'with_rewards', 'process_batch_with_reward_model']
+           'score_batches', 'score_samples', 'Unit', 'unit_of', 'weighted_score', 'with_rewards',
+           'process_batch_with_reward_model']
 
 # %% ../nbs/40_score.ipynb #548fafcd
 import math
+import statistics
 import sys
 import warnings
 from collections import Counter
@@ -22,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .records import Progress, as_turns
 from .checkpoints import architecture, load_whole
-from .configs import require_path
+from .configs import Weighted, require_path
 from .trees import Tree, make_batch, pack_trees, split_tree, trees_from_samples
 from .processes import in_turns
 from .layouts import choose_layout
@@ -402,6 +404,43 @@ def score_samples(
             batches, len(samples), model, layout, pad_id, weights, accelerator, progress
         )
     return [to_scored(score, end_cut) for score, end_cut in zip(scores, truncated)]
+
+# %% ../nbs/40_score.ipynb #b63365b4
+class Unit(NamedTuple):
+    "In what a reward model's scores are told."
+
+    mean: float
+    deviation: float  # standard
+
+
+def unit_of(
+    scored: list["Scored"],  # what one model says
+    model: str,  # its name, for the message
+) -> Unit:
+    "Mean and standard deviation of a model's scores; a ValueError where they are all one."
+    known = [one.score for one in scored if one.score is not None]
+    deviation = statistics.pstdev(known) if known else 0.0
+    if not deviation > 0:
+        raise ValueError(
+            f"reward_model_path: {model} gives all {len(known)} answers that it can score the "
+            "same score, so its opinion has no unit; leave it out"
+        )
+    return Unit(statistics.fmean(known), deviation)
+
+
+def weighted_score(
+    says: list["Scored"],  # of one sample, by each model
+    units: list[Unit],  # of each model
+    models: list[Weighted],
+) -> "Scored":
+    "The mean of what the models say in their own units, under their weights."
+    truncated = any(one.truncated for one in says)
+    total = 0.0
+    for one, unit, (model, weight) in zip(says, units, models):
+        if one.score is None:
+            return Scored(None, f"{model}: {one.reason}", truncated)
+        total += weight * (one.score - unit.mean) / unit.deviation
+    return Scored(total / sum(abs(weight) for _, weight in models), "", truncated)
 
 # %% ../nbs/40_score.ipynb #4e3427a9
 def with_rewards(samples: list[dict], scored: list[Scored]) -> list[dict]:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Reply', 'MessageWidget', 'page_code', 'PairBrowser', 'browse_pairs', 'save_feedback', 'share_text', 'report_rows',
            'SessionView', 'visible_item', 'speed_text', 'view_content', 'labelling_report', 'HumanLabeler',
-           'label_pairs', 'LabelsMissing', 'judge_comparison', 'judge_open_pairs', 'check_pending', 'finish']
+           'label_pairs', 'open_round', 'label_round', 'LabelsMissing', 'judge_comparison', 'judge_open_pairs',
+           'check_pending', 'finish']
 
 # %% ../nbs/67_widgets.ipynb #e90df662
 import json
@@ -32,7 +33,9 @@ from halos_nb.show import (
     summary_table,
     visible,
 )
-from .people import Session, comparisons, session_report
+from .configs import PeopleConfig, make_config
+from .people import Session, comparisons, open_questions, session_report
+from .monitor import answer_while_busy
 from halos_nb.pairs import (
     Pairs,
     StaticView,
@@ -193,13 +196,13 @@ class SessionView:
     def __init__(
         self,
         session: Session,
-        feedback: str | Path,  # the file to write
+        feedback: str | Path | None,  # the file to write (None: only the session's journal)
         guidelines: str = "",  # shown above the pairs
         seed: int = 0,  # of the feedback file
         others: dict | None = None,  # labeller -> pair -> margin, for the report at the end
     ) -> None:
         self.session = session
-        self.file = Path(feedback)
+        self.file = Path(feedback) if feedback else None
         self.guidelines = guidelines
         self.seed = seed
         self.others = others
@@ -216,7 +219,8 @@ class SessionView:
 def save(self: SessionView, position: int) -> None:
     "Write the feedback, and show the item at a position."
     self.position = position
-    save_feedback(self.session, self.file, self.seed)
+    if self.file:
+        save_feedback(self.session, self.file, self.seed)
 
 
 @patch
@@ -337,6 +341,35 @@ def label_pairs(
     "The labelling widget, or how far it is."
     return HumanLabeler(view) if display_mode(mode) == "widget" else labelling_report(view)
 
+# %% ../nbs/67_widgets.ipynb #d86a280d
+def open_round(
+    run: Path,  # a run's folder
+    labeller: str = "",  # whom it waits for; human:<name> (empty: whoever that is)
+) -> PeopleConfig | None:
+    "What a run is waiting for; None if it waits for nobody."
+    mine = f"human-{labeller.removeprefix('human:') or '*'}.config.json"
+    found = sorted(run.glob(f"*/{mine}"), key=lambda path: path.stat().st_mtime_ns)
+    for config in reversed(found):
+        done = config.with_name(config.name.replace(".config.", ".manifest."))
+        if not done.exists():
+            return make_config(PeopleConfig, **json.loads(config.read_text()))
+    return None
+
+
+def label_round(
+    cfg: PeopleConfig,  # of the stage that waits
+    guidelines: str = "",  # shown above the pairs
+    mode: str = "auto",  # widget, static, or what suits the place
+) -> HumanLabeler | Shown:
+    "The pairs that a run waits for, to be labelled, or how far that is."
+    session, _ = open_questions(cfg)
+    if session is None:
+        return summary_table([dict(labeller=cfg.labeller, pairs=0)], title="Nothing to label")
+    shown = label_pairs(SessionView(session, None, guidelines), mode)
+    if isinstance(shown, HumanLabeler):
+        answer_while_busy(shown)  # the cell that shows it may be the one that waits
+    return shown
+
 # %% ../nbs/67_widgets.ipynb #42cdba51
 class LabelsMissing(Exception):
     "Somebody should label first; shown as one line, without a traceback."
@@ -410,6 +443,8 @@ def finish(
     mode: str = "auto",  # widget: somebody is there
 ) -> dict[str, int]:
     "Write the feedback to be trained on, say what came of open pairs, return the counts."
+    if view.file is None:
+        raise ValueError("feedback: this view writes none; the loop that waits for it does")
     check_pending(view, pending, mode)
     session = view.session
     total = len(session.items)

@@ -94,6 +94,12 @@ def label(cfg):
             f.write(json.dumps(ids | dict(score=row["reward"])) + "\n")
 
 
+def contrary(prompt, output):
+    "A rule for the loop's function: likes x, and in every other prompt dislikes it."
+    even = int(prompt[-1]["content"].rstrip("?")) % 2 == 0
+    return output.count("x") * (1 if even else -1)
+
+
 def train(cfg):
     "Weights that depend on all that came before."
     if os.environ.get("PRETEND_SLOW") == "train":

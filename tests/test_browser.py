@@ -193,7 +193,13 @@ def test_executed_notebook_opens_without_a_kernel(lab, page, tmp_path):
 
 
 DRIVERS = {  # small enough for a test: two rounds of eight prompts
-    "online_loop": dict(run_name="lab", total_prompts=16, prompts_per_round=8),
+    "online_loop": dict(
+        run_name="lab",
+        total_prompts=16,
+        prompts_per_round=8,
+        labeller="rm, function",
+        function="halos_nb.playground:true_reward",
+    ),
 }
 
 

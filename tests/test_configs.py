@@ -81,7 +81,8 @@ ORDER = {
     "microbatch_size max_length control_rejected use_peft reference_cache "
     "report_to tracker_dir eval_at_start num_processes",
     LoopConfig: "run_name lr total_prompts gradient_checkpointing backend sampler_options "
-    "keep pack_after staleness staleness report_to report_to sft_checkpoint fresh",
+    "keep pack_after staleness staleness report_to report_to labeller dry_run "
+    "sft_checkpoint fresh",
 }
 
 

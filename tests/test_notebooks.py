@@ -20,6 +20,7 @@ from halos_nb.configs import (
     HandConfig,
     LoopConfig,
     RewardConfig,
+    RoundLabelConfig,
     RunsConfig,
 )
 from halos_nb.settings import notebook_config
@@ -31,6 +32,7 @@ CONFIG = {
     "reward_model": RewardConfig,
     "compare_methods": CompareConfig,
     "label_by_hand": HandConfig,
+    "label_round": RoundLabelConfig,
     "compare_runs": RunsConfig,
     "audit": AuditConfig,
 }
@@ -41,6 +43,7 @@ WRONG = {
     "reward_model": [("epoch", "1"), ("lr", "hello"), ("batch_size", "0")],
     "compare_methods": [("method", "dpo"), ("seed", "hello"), ("total_prompts", "0")],
     "label_by_hand": [("pendng", "skip"), ("num_pairs", "0"), ("lr", "hello")],
+    "label_round": [("run", "x"), ("mode", "hello"), ("guidelins", "x")],
     "compare_runs": [("run", "x"), ("only_differences", "maybe"), ("prompts", "0")],
     "audit": [("modl", "x"), ("num_examples", "0")],
 }
