@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'next_prompts', 'choose_prompts', 'answer_trees', 'answer_logps', 'count_names', 'model_name', 'as_record',
-           'to_record', 'without_lists', 'write_samples', 'shard', 'Place', 'places_in', 'records_at', 'merge',
-           'sample_share', 'report', 'all_counts', 'write_counts']
+           'to_record', 'without_lists', 'write_samples', 'Place', 'places_in', 'records_at', 'merge', 'sample_share',
+           'sample_into', 'report', 'all_counts', 'write_counts']
 
 # %% ../nbs/32_answers.ipynb #968795b6
 import time
@@ -32,7 +32,8 @@ from .data import Dataset, Example
 from .hub_sets import Prompts, distinct_prompts, load_prompts
 from .templates import tokenizer_hash
 from .trees import Tree, make_batch, pack_trees, split_tree
-from .processes import in_turns
+from .checkpoints import drop_finished
+from .processes import CLOSES, in_turns, shard
 from .generate import Row, cut_at_stop
 
 if TYPE_CHECKING:
@@ -201,11 +202,6 @@ def write_samples(path: Path, records: Iterable[dict], mode: str = "train") -> N
         records = [without_lists(r) for r in records]
     write_records(path, records)
 
-# %% ../nbs/32_answers.ipynb #c40a24cb
-def shard(path: str | Path, rank: int) -> Path:
-    "Where one process keeps its samples until all are done."
-    return Path(path).with_name(f".{Path(path).name}.shard{rank}.jsonl")
-
 # %% ../nbs/32_answers.ipynb #077f0eaa
 class Place(NamedTuple):
     "Where a sample lies."
@@ -216,11 +212,11 @@ class Place(NamedTuple):
 
 
 def places_in(file: Path) -> Iterator[Place]:
-    "The place of each whole line of a shard."
+    "The place of each sample of a shard."
     start = 0
     with open(file, "rb") as lines:
         for line in lines:
-            if line.endswith(b"\n") and line.strip():
+            if line.endswith(b"\n") and line.strip() and not line.startswith(CLOSES):
                 number = parse_json(line, f"{file}, byte {start}")["number"]
                 yield Place(number, file, start)
             start += len(line)
@@ -254,8 +250,7 @@ def merge(
             "sample again"
         )
     write_samples(Path(path), records_at(places), mode)
-    for file in shards:
-        file.unlink()
+    drop_finished(path)
 
 # %% ../nbs/32_answers.ipynb #35017f03
 def sample_share(
@@ -264,24 +259,43 @@ def sample_share(
     world: int,  # how many processes there are
     path: Path,  # the output; the shard stands beside it
     draw: Callable[[list[Row], Counter], list[dict]],  # a batch's records; adds to the counts
+    done: dict[int, dict] | None = None,  # of `finished`: what need not be done (None: anew)
 ) -> Counter:
-    "This process's batches, into its shard."
+    "This process's batches, into its shard; the counts of those it has drawn now."
     counts = Counter(dict.fromkeys(COUNTED, 0))
     start = time.monotonic()
     total = sum(map(len, batches))
     progress = Progress(total, "samples", "sample") if rank == 0 else None
-    shard(path, rank).write_bytes(b"")
-    for turn in in_turns(batches, rank, world):
-        own = turn.own or []
-        records = draw(own, counts) if own else []
-        for row, record in zip(own, records):
-            append_jsonl(shard(path, rank), record | {"number": row.number})
+    left = [(i, rows) for i, rows in enumerate(batches) if i not in (done or {})]
+    if progress and done:
+        before = total - sum(len(rows) for _, rows in left)
+        progress.go_on(before, resumed_at=before)
+    with open(shard(path, rank), "wb" if done is None else "ab"):
+        pass  # it is there, if nothing falls to this process too
+    for turn in in_turns(left, rank, world):
+        if turn.own:
+            number, rows = turn.own
+            counts.update(sample_into(shard(path, rank), number, rows, draw))
         if progress:
-            new = sum(map(len, turn.everyone))
-            seconds = time.monotonic() - start
-            report(progress, new, counts, seconds)
+            new = sum(len(rows) for _, rows in turn.everyone)
+            report(progress, new, counts, time.monotonic() - start)
     if progress:
         progress.close()
+    return counts
+
+
+def sample_into(
+    file: Path,  # the shard
+    number: int,  # of the batch
+    rows: list[Row],
+    draw: Callable[[list[Row], Counter], list[dict]],
+) -> Counter:
+    "Draw a batch and put it down, and behind it what was counted, which closes it."
+    counts: Counter = Counter()
+    records = draw(rows, counts)
+    for row, record in zip(rows, records):
+        append_jsonl(file, record | {"number": row.number})
+    append_jsonl(file, dict(batch=number, samples=len(rows), counts=counts))
     return counts
 
 # %% ../nbs/32_answers.ipynb #696251d8
@@ -293,9 +307,10 @@ def report(
 ) -> None:
     "How far all processes are, and how fast."
     length = counts["tokens"] / counts["samples"]
+    drawn = progress.done - progress.before + new
     progress.update(
         new,
-        tokens_per_second=round(length * (progress.done + new) / seconds),
+        tokens_per_second=round(length * drawn / seconds),
         outputs_cut=counts["outputs_cut"],
         empty_outputs=counts["empty_outputs"],
     )

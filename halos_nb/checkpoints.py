@@ -11,7 +11,7 @@ __all__ = ['MANIFEST', 'ADVICE', 'SEALED', 'READ_BY_LOADERS', 'CHECKS', 'States'
            'Checked', 'check_here', 'check_together', 'refuse_adapter', 'is_classifier', 'architecture',
            'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few', 'need_all_weights', 'weights_file',
            'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class', 'load_whole_tokenizer', 'content', 'package_hash',
-           'made_of', 'difference']
+           'made_of', 'difference', 'keep_finished', 'drop_finished']
 
 # %% ../nbs/15_checkpoints.ipynb #5f94d162
 import hashlib
@@ -32,6 +32,7 @@ import orjson
 import halos_nb
 from .records import file_hash, shortened, write_json
 from .hub_sets import hub_revision
+from .processes import cut_unfinished, drop_shards, shards_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -589,3 +590,31 @@ def difference(was: dict, now: dict) -> str:
     fields = [name for name in new | old if old.get(name) != new.get(name)]
     others = [kind for kind in now if kind != "config" and was.get(kind) != now[kind]]
     return ", ".join(fields + others)
+
+# %% ../nbs/15_checkpoints.ipynb #e8fb279e
+def keep_finished(
+    path: str | Path,  # an output
+    now: dict[str, Any],  # what it is made of
+) -> str:  # what is to be said of it; empty: nothing was there
+    "Keep the finished batches of an output that was to be the same, and of no other."
+    file = Path(path).with_name(f".{Path(path).name}.made_of.json")
+    try:
+        was = json.loads(file.read_text())
+    except (OSError, ValueError):
+        was = {}
+    differs = difference(was, now)
+    parts = shards_of(path)
+    if differs:
+        drop_shards(path)
+        write_json(file, now)
+    cut_unfinished(path)
+    if not parts:
+        return ""
+    of = f"its part of before is of another, which differs in {differs}; starts anew"
+    return f"{path}: {of if differs else 'goes on with what was finished before'}"
+
+
+def drop_finished(path: str | Path) -> None:
+    "Remove what was only there until an output is whole."
+    drop_shards(path)
+    Path(path).with_name(f".{Path(path).name}.made_of.json").unlink(missing_ok=True)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'ASKED_HOW', 'AuditMode', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'derive_seed', 'sample_stage',
-           'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage',
-           'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
+           'ASKED_HOW', 'AuditMode', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'derive_seed', 'batches_of',
+           'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units',
+           'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
            'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'losses_of', 'win_rate', 'wins_text',
            'cost_text', 'sampler_line', 'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
            'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError',
@@ -82,6 +82,11 @@ def derive_seed(
     digest = hashlib.sha256(json.dumps([seed, *parts]).encode()).hexdigest()
     return int(digest[:8], 16) >> 1
 
+# %% ../nbs/57_loop.ipynb #9070e964
+def batches_of(output: Path) -> tuple[str, ...]:
+    "What a sampling or labelling that was ended leaves beside its output, for the next."
+    return f".{output.name}.*shard*", f".{output.name}.*made_of.json"
+
 # %% ../nbs/57_loop.ipynb #4376bf74
 def sample_stage(
     cfg: LoopConfig,
@@ -115,7 +120,8 @@ def sample_stage(
         config = cfg.sampling("transformers", drawn=str(drawn) if drawn else None, **asked)
         inputs = [policy, cfg.sft_checkpoint, prompts, *([drawn] if drawn else [])]
     outputs = [out, out.with_suffix(".counts.json")]
-    return Stage(name, folder, config, inputs, outputs, round, stage_module("sample"))
+    module = stage_module("sample")
+    return Stage(name, folder, config, inputs, outputs, round, module, batches_of(out))
 
 # %% ../nbs/57_loop.ipynb #c1f60f16
 ROWS = (
@@ -136,7 +142,8 @@ def draw_stage(cfg: LoopConfig, stage: Stage) -> Stage | None:
     inputs = [path for path in stage.inputs if str(path) in (config.model, *config.datasets)]
     drawn = Path(config.output_file)
     outputs = [drawn, drawn.with_suffix(".counts.json")]
-    return replace(stage, name=name, config=config, inputs=inputs, outputs=outputs)
+    made = dict(inputs=inputs, outputs=outputs, leaves=batches_of(drawn))
+    return replace(stage, name=name, config=config, **made)
 
 
 def with_draw(cfg: LoopConfig, stage: Stage) -> list[Stage]:
@@ -209,7 +216,9 @@ def label_stage(
         inputs += [one.model for one in read_models(cfg.reward_checkpoint)]
         inputs += units
     config = labelling(cfg, name, **more, **feedback_form(cfg, feedback_type))
-    return Stage("label", folder, config, inputs, label_files(folder, "feedback"), round)
+    outputs = label_files(folder, "feedback")
+    leaves = batches_of(outputs[0])
+    return Stage("label", folder, config, inputs, outputs, round, leaves=leaves)
 
 # %% ../nbs/57_loop.ipynb #69fc38f1
 def is_direct(cfg: LoopConfig) -> bool:
@@ -276,8 +285,8 @@ def labeller_stage(
         inputs += [one.model for one in read_models(models)]
         inputs += units
     config = labelling(cfg, name, **more)
-    module = stage_module("label")
-    return Stage(name, folder, config, inputs, files, round, module, keeps=keeps)
+    module, leaves = stage_module("label"), batches_of(files[0])
+    return Stage(name, folder, config, inputs, files, round, module, leaves, keeps)
 
 # %% ../nbs/57_loop.ipynb #2c411337
 def answers_of_start(folder: Path) -> str | None:
@@ -394,10 +403,10 @@ def train_stage(
         inputs.append(previous)
     names = ("policy/FINAL", "policy/counts.json", "metrics.jsonl")
     outputs = [folder / name for name in names]
-    stage = Stage("train", folder, config, inputs, outputs, round)
     # checkpoints between two steps, if there are some, and what belongs to them
     steps = ("policy/step-*", "policy/attempts.jsonl", "policy/.last_step")
-    return replace(stage, leaves=(*steps, "metrics.jsonl"))
+    leaves = (*steps, "metrics.jsonl")
+    return Stage("train", folder, config, inputs, outputs, round, leaves=leaves)
 
 # %% ../nbs/57_loop.ipynb #db8cdf90
 # answers of a check behind a training, and of a second one where the first is in doubt

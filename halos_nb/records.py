@@ -999,10 +999,11 @@ def go_on(
     **info: Any,  # what else to show
 ) -> None:
     "Begin behind what was done before, which does not count as fast."
-    self.done = self.before = done
+    self.done += done
+    self.before += done
     self.info = self.info | info
     if not self.path:
-        self.bar.update(done - self.bar.n)
+        self.bar.update(done)
     self.report()
 
 # %% ../nbs/00_records.ipynb #47749174

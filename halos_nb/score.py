@@ -6,8 +6,8 @@
 __all__ = ['reads_at_most', 'fitting', 'output_lengths', 'SampleTrees', 'sample_trees', 'split_batch', 'micro_batches', 'Head',
            'objectives', 'read_weight', 'read_weights', 'has_own_code', 'head_of_logits', 'head_of', 'head_at',
            'OwnScore', 'load_scorer', 'as_scorer', 'Scored', 'to_scored', 'weighted_logits', 'score_batch',
-           'score_batches', 'score_samples', 'Unit', 'unit_of', 'weighted_score', 'with_rewards',
-           'process_batch_with_reward_model']
+           'keep_scores', 'finished_scores', 'score_batches', 'score_samples', 'Unit', 'unit_of', 'weighted_score',
+           'with_rewards', 'process_batch_with_reward_model']
 
 # %% ../nbs/40_score.ipynb #548fafcd
 import math
@@ -16,17 +16,18 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from .records import Progress, as_turns
+from .records import Progress, append_jsonl, as_turns
 from .checkpoints import architecture, load_whole
 from .configs import Weighted, require_path
 from .trees import Tree, make_batch, pack_trees, split_tree, trees_from_samples
-from .processes import in_turns
+from .processes import finished, in_turns, shard
 from .layouts import choose_layout
 from halos_nb.models import (
     BranchScores,
@@ -342,6 +343,25 @@ def score_batch(
         scored.append((number, score))
     return scored
 
+# %% ../nbs/40_score.ipynb #546247db
+def keep_scores(file: Path, number: int, scored: list[tuple[int, float]]) -> None:
+    "Put down a batch that is scored; a score may be no number, so they are words."
+    words = [[i, repr(score)] for i, score in scored]
+    append_jsonl(file, dict(batch=number, scores=words))
+
+
+def finished_scores(
+    kept: Path | None,  # the output
+    accelerator: "Accelerator | None",
+) -> dict[int, list[tuple[int, float]]]:  # by batch: (number of the sample, score)
+    "What an attempt before this one has scored, on every process."
+    done = {}
+    for number, row in finished(kept).items() if kept else []:
+        done[number] = [(i, float(score)) for i, score in row["scores"]]
+    if accelerator and kept:
+        accelerator.wait_for_everyone()  # everybody has read before anybody writes
+    return done
+
 # %% ../nbs/40_score.ipynb #5c482c7e
 def score_batches(
     batches: list[list[Tree]],  # the same on every process
@@ -352,18 +372,28 @@ def score_batches(
     weights: tuple[float, ...],  # of each logit
     accelerator: "Accelerator | None" = None,  # share the work among its processes
     progress: Progress | None = None,  # the main process's
+    kept: Path | None = None,  # an output; finished batches stand beside it until it is there
 ) -> list[float]:  # per sample, on every process
     "The score of every sample; an error if one was not scored exactly once."
     table = torch.zeros(2, samples, dtype=torch.float64)  # scores; how often
     rank = accelerator.process_index if accelerator else 0
     world = accelerator.num_processes if accelerator else 1
-    for turn in in_turns(batches, rank, world):
-        own = turn.own or []
+    done = finished_scores(kept, accelerator)
+    for i, score in chain(*done.values()) if rank == 0 else []:
+        table[:, i] += torch.tensor([score, 1.0], dtype=torch.float64)
+    if progress and done:
+        progress.go_on(sum(map(len, done.values())))
+    left = [(number, batch) for number, batch in enumerate(batches) if number not in done]
+    for turn in in_turns(left, rank, world):
+        number, own = turn.own or (-1, [])
         scored = score_batch(own, reward_model, layout, pad_id, weights) if own else []
+        if kept and own:
+            keep_scores(shard(kept, rank), number, scored)
         for i, score in scored:
             table[:, i] += torch.tensor([score, 1.0], dtype=torch.float64)
         if progress:
-            progress.update(sum(len(t.index) for batch in turn.everyone for t in batch))
+            new = chain(*[batch for _, batch in turn.everyone])
+            progress.update(sum(len(tree.index) for tree in new))
     if accelerator:
         table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
     wrong = int((table[1] != 1).sum())
@@ -384,6 +414,7 @@ def score_samples(
     progress: Progress | None = None,  # the main process's
     head: Head | None = None,  # how the model is read (None: as its config says)
     batch_size: int | None = None,  # most samples in one forward pass
+    kept: Path | None = None,  # an output; what is scored stands beside it until it is there
 ) -> list[Scored]:  # one per sample, in order, on every process
     "Score every sample exactly once."
     counts = Counter() if counts is None else counts
@@ -401,7 +432,8 @@ def score_samples(
     weights = head.weights or (1.0,)
     with evaluating(model):
         scores = score_batches(
-            batches, len(samples), model, layout, pad_id, weights, accelerator, progress
+            *(batches, len(samples), model, layout, pad_id, weights),
+            *(accelerator, progress, kept),
         )
     return [to_scored(score, end_cut) for score, end_cut in zip(scores, truncated)]
 

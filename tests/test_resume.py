@@ -2,6 +2,7 @@
 stands there twice, and what belongs to another run is not taken.
 """
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -14,13 +15,15 @@ from test_trainers import LORA, scored_answer
 
 
 from halos_nb import tree_trainer
-from halos_nb.configs import TrainConfig
+from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig
 from halos_nb.failures import StageError
 from halos_nb.identity import Stage
 from halos_nb.ledger import Ledger
-from halos_nb.models import small_llama
-from halos_nb.records import file_hash, read_jsonl, write_records
+from halos_nb.label import main as label
+from halos_nb.models import load_reward_model, load_tokenizer, small_llama
+from halos_nb.records import as_turns, file_hash, read_jsonl, write_records
 from halos_nb.resume import STATE, step_folders
+from halos_nb.sample import main as sample
 from halos_nb.templates import byte_tokenizer
 from halos_nb.train import train
 from halos_nb.tree_trainer import TreeTrainer
@@ -324,3 +327,91 @@ def test_a_stage_that_was_killed_goes_on_and_another_finds_nothing(whole):
     shown = read_jsonl(run / "train.progress.jsonl")[-1]
     assert (shown["done"], shown["total"], shown["resumed_at"]) == (8, 8, 3)
     assert not stage.attempt.exists()
+
+
+# ---- sampling and labelling
+
+
+def killed_at(monkeypatch, where, call, go):
+    "Run, and be ended within the so-many-th call of a function."
+    calls = []
+    module, _, name = where.rpartition(".")
+    own = getattr(importlib.import_module(module), name)
+
+    def dying(*args, **kw):
+        calls.append(where)
+        if len(calls) == call:
+            raise Killed
+        return own(*args, **kw)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, dying)
+        with pytest.raises(Killed):
+            go()
+
+
+def without_times(counts):
+    return {k: v for k, v in counts.items() if k not in ("seconds", "resumed_samples")}
+
+
+@pytest.mark.parametrize("change", ["nothing", "temperature"])
+def test_sampling_goes_on_with_the_batches_that_are_left(whole, change, monkeypatch, capfd):
+    more = dict(num_samples_per_prompt=2, max_new_tokens=5, batch_size=4)
+    one, two = [
+        SampleConfig(
+            model=str(whole / "start"),
+            reference=str(whole / "start"),
+            datasets=[str(whole / "pairs.jsonl")],
+            output_file=str(whole / f"{name}.json"),
+            **more,
+        )
+        for name in ("one", "two")
+    ]
+    counts = sample(one)
+    killed_at(monkeypatch, "halos_nb.sample.sample_batch", 4, lambda: sample(two))
+    assert not (whole / "two.json").exists()
+    if change == "temperature":
+        one, two = (replace(cfg, temperature=0.7) for cfg in (one, two))
+        counts = sample(one)
+    capfd.readouterr()
+    told = sample(two)
+    said = capfd.readouterr().err
+    assert told.get("resumed_samples", 0) == (12 if change == "nothing" else 0)
+    assert without_times(told) == without_times(counts)
+    assert (whole / "two.json").read_bytes() == (whole / "one.json").read_bytes()
+    goes_on = "goes on with what was finished before"
+    assert (goes_on if change == "nothing" else "differs in temperature; starts anew") in said
+    assert not list(whole.glob(".two*"))
+
+
+def test_scoring_goes_on_with_the_batches_that_are_left(whole, monkeypatch, capfd):
+    model = load_reward_model(str(whole / "start"))
+    model.save_pretrained(whole / "rm")
+    load_tokenizer(str(whole / "start")).save_pretrained(whole / "rm")
+    samples = [
+        dict(prompt_id=f"p{i}", sample_id=k, prompt=f"Say {i}", output="Yes" + "!" * k)
+        for i in range(6)
+        for k in range(3)
+    ]
+    rows = [
+        row | dict(prompt=as_turns(row["prompt"], "user"), type="sample") for row in samples
+    ]
+    write_records(whole / "samples.json", rows)
+    one, two = [
+        LabelConfig(
+            samples_file=str(whole / "samples.json"),
+            output_file=str(whole / name / "feedback.json"),
+            reward_model_path=str(whole / "rm"),
+            feedback_type="scalar",
+            token_budget=60,
+        )
+        for name in ("one", "two")
+    ]
+    counts = label(one)
+    killed_at(monkeypatch, "halos_nb.score.score_batch", 3, lambda: label(two))
+    capfd.readouterr()
+    assert without_times(label(two)) == without_times(counts)
+    assert "goes on with what was finished before" in capfd.readouterr().err
+    for name in ("feedback.json", "feedback.labels.jsonl"):
+        assert (whole / "two" / name).read_bytes() == (whole / "one" / name).read_bytes()
+    assert not list((whole / "two").glob(".*"))
