@@ -11,7 +11,7 @@ __all__ = ['MANIFEST', 'ADVICE', 'SEALED', 'READ_BY_LOADERS', 'CHECKS', 'States'
            'Checked', 'check_here', 'check_together', 'refuse_adapter', 'is_classifier', 'architecture',
            'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few', 'need_all_weights', 'weights_file',
            'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class', 'load_whole_tokenizer', 'content', 'package_hash',
-           'made_of', 'difference', 'keep_finished', 'drop_finished']
+           'made_of', 'difference', 'is_vague', 'keep_finished', 'drop_finished']
 
 # %% ../nbs/15_checkpoints.ipynb #5f94d162
 import hashlib
@@ -590,6 +590,12 @@ def difference(was: dict, now: dict) -> str:
     fields = [name for name in new | old if old.get(name) != new.get(name)]
     others = [kind for kind in now if kind != "config" and was.get(kind) != now[kind]]
     return ", ".join(fields + others)
+
+
+def is_vague(made: dict[str, Any]) -> bool:
+    "Whether it has names of the hub whose revision is not known: they are not fetched yet."
+    found = [text for kind in made.values() if isinstance(kind, list) for text in kind]
+    return any(text.startswith("name ") and len(text.split()) == 2 for text in found)
 
 # %% ../nbs/15_checkpoints.ipynb #e8fb279e
 def keep_finished(

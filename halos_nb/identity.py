@@ -268,7 +268,7 @@ class Stage:
 
     @property
     def attempt(self) -> Path:
-        "The file that says what the last attempt was to make."
+        "The file with the identity of an attempt that has not ended well."
         return self.folder / f"{self.name}.attempt.json"
 
     def left(self) -> list[Path]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'OPEN_LEDGERS', 'PACKABLE', 'run_folder', 'looks_like_a_run', 'empty_run', 'RunBusy', 'lock_run', 'RunFolder',
-           'digest_of', 'Running', 'Ledger', 'asks_engine', 'to_clear', 'pack_outputs']
+           'Running', 'Ledger', 'asks_engine', 'pack_outputs']
 
 # %% ../nbs/56_ledger.ipynb #49403efc
 import hashlib
@@ -135,11 +135,6 @@ def event(self: RunFolder, event: str, **more: Any) -> None:
     append_jsonl(self.run_dir / "ledger.jsonl", row, sync=sync)
 
 # %% ../nbs/56_ledger.ipynb #57ad65a0
-def digest_of(identity: dict) -> str:
-    "One hash for a stage's identity."
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
 @patch
 def note(
     self: RunFolder,
@@ -149,13 +144,14 @@ def note(
     **more: Any,
 ) -> None:
     "Add a line about a stage to the journal."
+    digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
     names = [str(path) for path in stage.inputs]
     self.event(
         event,
         stage=stage.name,
         round=stage.round,
         folder=self.name(stage.folder),
-        identity=digest_of(now),
+        identity=digest,
         inputs=dict(zip(names, now["inputs"])),
         **more,
     )
@@ -268,17 +264,18 @@ def keep_engine(self: Ledger, config: Any, profile: Profile, folder: Path) -> No
     self.event("engine", why=why, log=f"{folder.name}/engine_server.log")
 
 # %% ../nbs/56_ledger.ipynb #fabbbabb
-def to_clear(stage: Stage, now: dict) -> list[Path]:
+@patch
+def to_clear(self: Ledger, stage: Stage, now: dict) -> list[Path]:
     "What an earlier attempt has left and this one must not find."
     left = stage.left()
     made = [path for path in stage.outputs if path not in stage.keeps]
     if not left:
         return made
     try:
-        goes_on = json.loads(stage.attempt.read_text())["identity"] == digest_of(now)
-    except (OSError, ValueError, KeyError):
-        goes_on = False
-    if goes_on:
+        was = json.loads(stage.attempt.read_text())
+    except (OSError, ValueError):
+        was = {}
+    if with_revisions(self, stage, was) == now:
         return [path for path in made if path not in left]
     return [*made, *left]
 
@@ -318,10 +315,10 @@ def begin(
     if self.on_start:
         self.on_start(stage)
     began = time.time()
-    job = self.job_for(stage, to_clear(stage, now))
+    job = self.job_for(stage, self.to_clear(stage, now))
     self.running = Running(stage, now, job, began)
     if stage.leaves:  # behind the clearing: what is there from now on is of this attempt
-        write_json(stage.attempt, dict(identity=digest_of(now)))
+        write_json(stage.attempt, now)
 
 # %% ../nbs/56_ledger.ipynb #32a9ea39
 @patch

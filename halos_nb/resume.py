@@ -12,6 +12,7 @@ __all__ = ['STATE', 'ASIDE', 'ATTEMPTS', 'LAST_STEP', 'run_made_of', 'step_of', 
 # %% ../nbs/25_resume.ipynb #f147dc0b
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -363,8 +364,10 @@ def last_step(run: Path) -> int:
 
 
 def note_step(run: Path, step: int) -> None:
-    "Put down that a step was made."
-    (run / LAST_STEP).write_text(f"{step}\n")
+    "Put down that a step was made, in one write."
+    file = os.open(run / LAST_STEP, os.O_CREAT | os.O_WRONLY, 0o644)
+    os.pwrite(file, f"{step:>12}\n".encode(), 0)
+    os.close(file)
 
 
 def keep_lines(metrics: Path, lines: int) -> int:

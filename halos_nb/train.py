@@ -15,6 +15,7 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from halos_nb.checkpoints import (
     architecture,
     check_together,
     is_classifier,
+    is_vague,
     load_whole_tokenizer,
     refuse_reward_model,
 )
@@ -569,6 +571,8 @@ def tell_world(folder: str, accelerator: "Accelerator") -> None:
 def begin_attempt(cfg: TrainConfig, resumed: Resumed) -> None:
     "The metrics cut back to where the run goes on, and this attempt put down."
     run, metrics = run_folder(cfg), metrics_path(cfg)
+    for half in run.glob("step-*.partial") if resumed.made else []:
+        shutil.rmtree(half)
     told = read_state(Path(resumed.found), 0) if resumed.found else dict(step=0, lines=0)
     if resumed.made:
         note_attempt(run, resumed.made, told["step"])
@@ -664,6 +668,9 @@ def make_attempt(cfg: TrainConfig) -> Attempt:
         tokenizer,
     )
     trainer.checkpoints = notes
+    if is_vague(resumed.made):  # by now all is fetched
+        made = run_made_of(cfg, [*checkpoints_of(cfg).values()])
+        resumed = resumed._replace(made=made)
     if resumed.made:
         trainer.add_callback(step_checkpoints(trainer, cfg, resumed))
     return Attempt(trainer, tokenizer, cfg, resumed)
