@@ -2301,6 +2301,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.sample.score_answers': ('sample.html#score_answers', 'halos_nb/sample.py'),
                                  'halos_nb.sample.score_drawn': ('sample.html#score_drawn', 'halos_nb/sample.py'),
                                  'halos_nb.sample.tells_its_own': ('sample.html#tells_its_own', 'halos_nb/sample.py'),
+                                 'halos_nb.sample.what_was_drawn': ('sample.html#what_was_drawn', 'halos_nb/sample.py'),
                                  'halos_nb.sample.with_drawn_counts': ('sample.html#with_drawn_counts', 'halos_nb/sample.py')},
             'halos_nb.score': { 'halos_nb.score.Head': ('score.html#head', 'halos_nb/score.py'),
                                 'halos_nb.score.OwnScore': ('score.html#ownscore', 'halos_nb/score.py'),

@@ -314,12 +314,12 @@ def computing_in(
 class SharedRound(NamedTuple):
     "One round: every process does one batch."
 
-    own: list | None  # this process's batch; None in a last round that has too few
-    everyone: list[list]  # the batches of the round, over all processes
+    own: Any  # this process's batch; None in a last round that has too few
+    everyone: list  # the batches of the round, over all processes
 
 
 def in_turns(
-    batches: list[list],  # the same list on every process
+    batches: list,  # the same on every process
     rank: int,  # the number of this process
     world: int,  # how many processes there are
 ) -> Iterator[SharedRound]:

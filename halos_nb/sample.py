@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DrawnSamples', 'ASIDE', 'Scorer', 'tells_its_own', 'make_scorers', 'score_answers', 'sample_batch', 'sample',
            'check_models', 'load_models', 'drawn_answers', 'have_told', 'score_drawn', 'with_drawn_counts',
-           'done_before', 'counts_of', 'sample_here', 'main']
+           'done_before', 'counts_of', 'what_was_drawn', 'sample_here', 'main']
 
 # %% ../nbs/35_sample.ipynb #807a7dd6
 import json
@@ -268,6 +268,15 @@ def counts_of(done: dict[int, dict]) -> Counter:
         counts.update(row["counts"])
     return counts
 
+
+def what_was_drawn(cfg: SampleConfig, counted: Counter, done: dict[int, dict]) -> dict:
+    "The counts of all processes and attempts, by name; what was slower where it was."
+    told = {name: counted[name] for name in count_names(cfg)}
+    told |= {name: counted[name] for name in SLOWER if counted[name]}
+    if done:
+        told["resumed_samples"] = sum(row["samples"] for row in done.values())
+    return told
+
 # %% ../nbs/35_sample.ipynb #b72c0fac
 def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     "Sample with transformers, on all processes that Accelerate started."
@@ -298,15 +307,9 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     own = sample_share(batches, rank, world, path, draw, done)
     # all shards are complete now
     counted: Counter = sum(gather_object([own]), counts_of(done))
-    told: dict = dict(planned) | {name: counted[name] for name in count_names(cfg)}
-    for name in SLOWER:
-        if counted[name]:
-            told[name] = counted[name]
-    told |= odd
+    told: dict = dict(planned) | what_was_drawn(cfg, counted, done) | odd
     if world > len(batches):
         told["idle_processes"] = world - len(batches)
-    if done:
-        told["resumed_samples"] = sum(len(row["records"]) for row in done.values())
     told["checkpoints"] = notes
     counts = with_drawn_counts(cfg, all_counts(cfg, data, examples, told))
     if accelerator.is_main_process:
