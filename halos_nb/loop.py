@@ -142,8 +142,8 @@ def draw_stage(cfg: LoopConfig, stage: Stage) -> Stage | None:
     inputs = [path for path in stage.inputs if str(path) in (config.model, *config.datasets)]
     drawn = Path(config.output_file)
     outputs = [drawn, drawn.with_suffix(".counts.json")]
-    made = dict(inputs=inputs, outputs=outputs, leaves=batches_of(drawn))
-    return replace(stage, name=name, config=config, **made)
+    own_stage = replace(stage, name=name, config=config, leaves=batches_of(drawn))
+    return replace(own_stage, inputs=inputs, outputs=outputs)
 
 
 def with_draw(cfg: LoopConfig, stage: Stage) -> list[Stage]:
