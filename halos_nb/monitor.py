@@ -528,6 +528,7 @@ class RunMonitor:
         self.rows: dict[str, tuple[dict, dict]] = {}
         self.summed: tuple = ()  # which finished stages they are of
         self.panel: Panel | None = None
+        self.shown: tuple = ()  # the panel, and how much was there when its curves were drawn
         self.stopping = False
         self.message = ""  # what the last stop could not do, or why a look failed
         self.closed = threading.Event()
@@ -634,8 +635,11 @@ def refresh(self: RunMonitor) -> RunState:
     if self.panel is None:
         return s
     working = s.state == "running" and s.row.get("total")
-    # what equals the value before is not sent
-    self.panel.curves = panels(self.metrics(), self.summary())
+    metrics, rounds = self.metrics(), self.summary()
+    shown = (id(self.panel), self.summed, sum(map(len, metrics.values())))
+    if self.shown != shown:  # what equals the value before is not sent
+        self.panel.curves = panels(metrics, rounds)
+        self.shown = shown
     self.panel.status = dict(
         state=s.state,
         text=s.details(),

@@ -123,6 +123,7 @@ def as_told(run):
     folders = [path for path in run.glob("*") if (path / "label.manifest.json").exists()]
     samples = {path.name: round_samples(path) for path in sorted(folders)}
     runs.ROWS.clear()
+    runs.ROWS_READ.clear()
     (run / runs.ROWS_KEPT).unlink(missing_ok=True)
     files = {name: path.name for name, path in feedback_files(run).items()}
     seconds_left_out = [row | dict(seconds=0) for row in run_summary(run)]
