@@ -53,7 +53,7 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=9
 
 def run(*command, check=True, **more):
     "A command's output."
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, **more)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, **more)
     assert not check or done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = os.environ["HALOS_NB_RUNS_DIR"]  # the playground in it is built once for all tests
 pytestmark = [
     pytest.mark.skipif(INSIDE not in os.environ, reason="make test-slurm runs these"),
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
 ]
 
 SETTINGS = """
@@ -348,7 +348,7 @@ def on_node(node, module):
 
 
 def test_stages_on_both_nodes(cluster, place, submit):
-    """The real loop, with a rank on each node: cancelled while it trains, nothing is left on
+    """The real loop, with a rank on each node: cancelled in the middle, nothing is left on
     either; submitted again, it ends in the bits of two processes on one machine.
     """
     world = build(Settings(runs_dir=RUNS))
@@ -368,7 +368,7 @@ def test_stages_on_both_nodes(cluster, place, submit):
     number = submit("--profile", "two", **asked)
     folder = place / "runs/nodes"
     both = [lambda n=n: on_node(n, "halos_nb.train") for n in ("n1", "n2")]
-    cluster.until(lambda: all(one() for one in both), 500, "a training on both nodes")
+    cluster.until(lambda: all(one() for one in both), 500, "stages on both nodes")
     run("scancel", str(number))
     cluster.wait(number, "CANCELLED")
     gone = cluster.until(
