@@ -268,7 +268,7 @@ class SlurmOptions:
     def __post_init__(self) -> None:
         refuse(slurm_problems(self))
 
-
+# %% ../nbs/03_settings.ipynb #421317e4
 def seconds_of(
     time: str,  # as sbatch takes it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s
 ) -> float:

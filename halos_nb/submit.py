@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import psutil
+from fastcore.basics import patch
 
 from . import configs
 from .records import atomic_write, write_json
@@ -187,7 +188,7 @@ def gpu_slots(gpus: Sequence[str], each: int) -> list[dict[str, str]]:
     shares = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
     return [dict(CUDA_VISIBLE_DEVICES=",".join(share)) for share in shares]
 
-
+# %% ../nbs/58_submit.ipynb #3174fd63
 def local_problems(p: Profile) -> Iterator[str]:
     "Why runs under this profile cannot be side by side on one machine."
     if p.num_machines > 1:
@@ -251,7 +252,7 @@ class Start(NamedTuple):
     name: str  # of its folder
     command: list[str]
 
-
+# %% ../nbs/58_submit.ipynb #35fce99b
 class Pool:
     "Runs under way, each in a slot of its own."
 
@@ -282,25 +283,27 @@ class Pool:
         self.running[slot] = job
         self.began[slot] = time.time()
 
-    def collect(self) -> list[str]:
-        "What is to be said of the runs that have ended since the last look."
-        told = []
-        for slot, job in list(self.running.items()):
-            code = job.poll()
-            if code is None:
-                continue
-            del self.running[slot]
-            self.done += 1
-            how = "done"
-            if code:
-                how = self.failed[job.stage] = why_it_failed(job, code)
-            told.append(f"{job.stage}: {how} ({clock(time.time() - self.began[slot])})")
-        return told
-
     def stop(self) -> None:
         "End all; when this returns, nothing of them is alive."
         for job in self.running.values():
             job.stop()
+
+# %% ../nbs/58_submit.ipynb #46c0cc28
+@patch
+def collect(self: Pool) -> list[str]:
+    "What is to be said of the runs that have ended since the last look."
+    told = []
+    for slot, job in list(self.running.items()):
+        code = job.poll()
+        if code is None:
+            continue
+        del self.running[slot]
+        self.done += 1
+        how = "done"
+        if code:
+            how = self.failed[job.stage] = why_it_failed(job, code)
+        told.append(f"{job.stage}: {how} ({clock(time.time() - self.began[slot])})")
+    return told
 
 # %% ../nbs/58_submit.ipynb #39317f39
 def pool_line(pool: Pool, total: int) -> str:
@@ -445,7 +448,7 @@ def exported(names: str) -> str:
         return listed[0]
     return ",".join(dict.fromkeys(["PATH", "HOME", *listed]))
 
-
+# %% ../nbs/58_submit.ipynb #28746dbe
 def job_options(
     job: Submission,
     profile: Profile,
