@@ -1813,6 +1813,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.plan.as_json': ('plan.html#as_json', 'halos_nb/plan.py'),
                                'halos_nb.plan.as_rehearsed': ('plan.html#as_rehearsed', 'halos_nb/plan.py'),
                                'halos_nb.plan.config_at': ('plan.html#config_at', 'halos_nb/plan.py'),
+                               'halos_nb.plan.deeper': ('plan.html#deeper', 'halos_nb/plan.py'),
                                'halos_nb.plan.drawing_needs': ('plan.html#drawing_needs', 'halos_nb/plan.py'),
                                'halos_nb.plan.engine_needs': ('plan.html#engine_needs', 'halos_nb/plan.py'),
                                'halos_nb.plan.fake_model': ('plan.html#fake_model', 'halos_nb/plan.py'),

@@ -85,7 +85,12 @@ license: other  # to be filled in
 ---
 """
 METHOD = ("method", "preset", "lr", "beta", "batch_size", "reference", "humanline")
-DATA = ("prompts", "heldout_prompts", "total_prompts", "num_samples_per_prompt")
+DATA: tuple[str, ...] = (
+    "prompts",
+    "heldout_prompts",
+    "total_prompts",
+    "num_samples_per_prompt",
+)
 DATA += ("feedback_type", "feedback_mode", "threshold", "unfinished", "temperature", "top_p")
 MODELS = ("sft_checkpoint", "reward_checkpoint", "precision", "seed", "train_options")
 
@@ -169,7 +174,12 @@ def model_card(run_dir: str | Path, **known: Any) -> Path:  # known: truth, best
     return path
 
 # %% ../nbs/71_handover.ipynb #d4339293
-SENT = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+SENT: tuple[str, ...] = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+)
 SENT += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 SENT += ("vocab*", "merges.txt", "*.model", "adapter/*")
 
@@ -204,9 +214,13 @@ def push(
     card = model_card(run_dir)
     hub = HfApi(token=token)
     url = str(hub.create_repo(repo_id, private=private, exist_ok=True))
-    sent = dict(repo_id=repo_id, commit_message=f"Run {Path(run_dir).name}")
-    hub.upload_folder(folder_path=final, allow_patterns=list(SENT), **sent)
-    hub.upload_file(path_or_fileobj=card, path_in_repo="README.md", **sent)
+    told = f"Run {Path(run_dir).name}"
+    hub.upload_folder(
+        repo_id=repo_id, folder_path=final, allow_patterns=list(SENT), commit_message=told
+    )
+    hub.upload_file(
+        repo_id=repo_id, path_or_fileobj=card, path_in_repo="README.md", commit_message=told
+    )
     return url
 
 # %% ../nbs/71_handover.ipynb #94163c93

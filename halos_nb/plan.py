@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'PROMPTS_AT_A_TIME', 'ROOM', 'ANSWERS_OF_NUMBERS', 'Configs',
            'Stages', 'UNPLANNED', 'KINDS', 'Live', 'Model', 'with_layers', 'meta_model', 'as_fake', 'fake_model',
            'Size', 'numbers', 'size_of', 'full_batch', 'KernelShaped', 'kernel_shaped', 'Pass', 'Held', 'Seen', 'apart',
-           'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed', 'head_bytes', 'rehearsed', 'Place',
+           'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed', 'head_bytes', 'deeper', 'rehearsed', 'Place',
            'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'gathered', 'longest', 'training_pass',
            'keeps_reference', 'training_needs', 'keys_and_values', 'drawing_needs', 'engine_needs', 'labelling_needs',
            'Plan', 'config_at', 'place_of', 'loop_stages', 'stages_of', 'needs_of', 'alternatives', 'what_to_change',
@@ -49,6 +49,7 @@ from halos_nb.configs import (
     SampleConfig,
     TrainConfig,
     make_config,
+    read_options,
 )
 from .settings import Profile, load_settings, parse_args
 from .trees import Tree, TreeBatch, make_batch
@@ -134,7 +135,8 @@ def meta_model(model: Model, layers: int | None = None) -> Any:
         if targets != "all-linear":
             targets = [name.strip() for name in cfg.lora_targets.split(",")]
         dropout = cfg.lora_dropout or 0.0
-        return add_lora(made, cfg.lora_r, cfg.lora_alpha, dropout, targets)
+        adapted = add_lora(made, cfg.lora_r, cfg.lora_alpha, dropout, targets)
+        return adapted.get_base_model()
 
 # %% ../nbs/27_plan.ipynb #2d8650e8
 def as_fake(made: torch.nn.Module) -> Any:
@@ -198,7 +200,7 @@ def full_batch(
     while left > 1:
         asked = min(prompt, left - 1)
         left -= asked
-        lengths = []
+        lengths: list[int] = []
         while left and len(lengths) < branches:
             lengths.append(min(answer, left))
             left -= lengths[-1]
@@ -261,7 +263,8 @@ class Seen(NamedTuple):
     "Bytes that the layers of a pass hold."
 
     forward: float  # when the last of them has been computed
-    peak: float
+    going: float  # at most on the way there; autocast keeps a copy of each weight so long
+    back: float  # at most on the way back
 
 # %% ../nbs/27_plan.ipynb #182f3159
 def apart(module: Any, args: Any, out: Tensor) -> Tensor:
@@ -301,12 +304,13 @@ def seen_in(model: Any, batch: TreeBatch, how: Pass) -> Seen:
     with own_strips(), live, torch.set_grad_enabled(how.learns):
         with computing_in(how.computing, "cpu"):
             states = hidden_states(model, batch, batch.predict)
-        forward = live.now
+        forward, going = live.now, live.peak
+        live.peak = live.now
         if how.learns:
             states.sum().backward()
     if hook:
         hook.remove()
-    return Seen(forward, live.peak)
+    return Seen(forward, going, live.peak)
 
 # %% ../nbs/27_plan.ipynb #ecf85cec
 FEW = 64  # tokens of the vocabulary that a rehearsal has
@@ -324,7 +328,7 @@ def as_rehearsed(model: Model, how: Pass, layers: int) -> Any:
     if how.checkpointing:
         quiet = dict(use_reentrant=False, preserve_rng_state=False)
         made.gradient_checkpointing_enable(quiet)
-    return made.train() if how.learns else made.eval()
+    return made.train() if how.learns else made.eval().requires_grad_(False)
 
 
 def head_bytes(model: Model, how: Pass, targets: int) -> float:
@@ -343,6 +347,13 @@ def head_bytes(model: Model, how: Pass, targets: int) -> float:
     return held
 
 # %% ../nbs/27_plan.ipynb #a468c9f9
+def deeper(found: list[Seen], depth: int, tried: list[int]) -> Seen:
+    "What more layers hold, each as much as the last of those that were tried."
+    first, last = found[0], found[-1]
+    more = depth - tried[-1]
+    return Seen(*[b + more * (b - a) for a, b in zip(first, last)])
+
+
 def rehearsed(model: Model, how: Pass) -> Held:
     "What a pass of this model holds beside weights and gradients."
     depth = text_config(model.config).num_hidden_layers
@@ -354,15 +365,12 @@ def rehearsed(model: Model, how: Pass) -> Held:
             made = as_rehearsed(model, how, layers)
             own = 0 if how.again or not how.learns else 4 * numbers(made, True)
             seen = seen_in(made, batch, how)
-        found.append(Seen(seen.forward, max(seen.peak - own, seen.forward)))
-    first, last = found[0], found[-1]
-    more = depth - tried[-1]
-    forward = last.forward + more * (last.forward - first.forward)
-    peak = last.peak + more * (last.peak - first.peak)
+        found.append(seen._replace(back=max(seen.back - own, seen.forward)))
+    forward, going, back = deeper(found, depth, tried)
     head = head_bytes(model, how, len(batch.predict))
     # the head is let go before the layers go backward
-    beyond = max(forward + head, peak) - forward
-    return Held(forward + max(beyond - head, 0), min(head, beyond))
+    most = max(forward + head, going, back)
+    return Held(max(most - head, forward), min(head, most - forward))
 
 # %% ../nbs/27_plan.ipynb #ccdc7e24
 GB = 2**30
@@ -761,7 +769,7 @@ def alternatives(cfg: Any, profile: Profile) -> Iterator[tuple[str, Any, Profile
     if "use_peft" in known and not cfg.use_peft and cfg.model == cfg.load_from:
         yield "use_peft=true (LoRA)", replace(cfg, use_peft=True), profile
     if isinstance(cfg, LoopConfig) and not cfg.training(load_from="-").use_peft:
-        options = dict(cfg.train_options) | dict(use_peft=True)
+        options = read_options(cfg.train_options) | dict(use_peft=True)
         changed = replace(cfg, train_options=options)
         yield "train_options='use_peft=true' (LoRA)", changed, profile
 
