@@ -252,9 +252,8 @@ def judge(tmp_path_factory):
 def test_a_loop_with_a_judge_is_killed_and_goes_on(world, judge, monkeypatch):
     "Sampled by an engine that stays, judged by a server, killed while it is judged."
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    judged = dict(
-        api_model="judge", judge_url=judge, label_options="temperature=1, max_tokens=48"
-    )
+    judged = dict(api_model="judge", judge_url=judge, reward_checkpoint="")
+    judged |= dict(label_options="temperature=1, max_tokens=48")
     name, run = "server-judged", world / "runs/server-judged"
     process = start(world, name, **judged)
     journal = run / "round-1/feedback.labels.jsonl"
