@@ -1399,6 +1399,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.loop.git': ('loop.html#git', 'halos_nb/loop.py'),
                                'halos_nb.loop.health_in': ('loop.html#health_in', 'halos_nb/loop.py'),
                                'halos_nb.loop.is_direct': ('loop.html#is_direct', 'halos_nb/loop.py'),
+                               'halos_nb.loop.is_small': ('loop.html#is_small', 'halos_nb/loop.py'),
                                'halos_nb.loop.label_files': ('loop.html#label_files', 'halos_nb/loop.py'),
                                'halos_nb.loop.label_stage': ('loop.html#label_stage', 'halos_nb/loop.py'),
                                'halos_nb.loop.labelled_by': ('loop.html#labelled_by', 'halos_nb/loop.py'),

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'ASKED_HOW', 'AuditMode', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'derive_seed', 'batches_of',
+           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'derive_seed', 'batches_of',
            'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units',
            'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
            'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'losses_of', 'win_rate', 'wins_text',
            'cost_text', 'sampler_line', 'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
            'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError',
            'Paid', 'paid_in', 'questions_in', 'tokens_of_question', 'dearest_question', 'prompts_of_rounds', 'estimate',
-           'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'what_it_needs', 'wrong_checks',
-           'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models', 'located', 'check_sampler', 'Scored',
-           'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'prompts_asked',
-           'check_costs', 'check_apart', 'run_rounds', 'main']
+           'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'is_small', 'what_it_needs',
+           'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models', 'located',
+           'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
+           'better', 'prompts_asked', 'check_costs', 'check_apart', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -927,14 +927,23 @@ def as_policy_or_reward(path: str) -> dict[str, str]:
     return {"reward_model_path" if is_reward else "model": path}
 
 # %% ../nbs/57_loop.ipynb #6434a78c
+SMALL = 200_000_000  # bytes of weights; what is below fits wherever Python does
+
+
+def is_small(model: Path) -> bool:
+    "Whether a checkpoint's weights are so few that nobody need plan for them."
+    files = [*model.glob("*.safetensors"), *model.glob("*.bin")]
+    return bool(files) and sum(file.stat().st_size for file in files) < SMALL
+
+
 def what_it_needs(
     run: Path,  # the run's folder, with its params.json
     cfg: LoopConfig,
     profile: Profile,
 ) -> str:
-    "What the run will need on its devices, in words; nothing where no model lies there."
+    "What the run will need on its devices, in words; nothing of a small model or of none."
     model = Path(cfg.sft_checkpoint)
-    if model.is_dir() and not (model / "config.json").is_file():
+    if is_small(model) or (model.is_dir() and not (model / "config.json").is_file()):
         return ""
     file = run / "plan.json"
     asked = json.loads(json.dumps(dict(parameters=asdict(cfg), profile=asdict(profile))))
