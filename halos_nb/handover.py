@@ -91,6 +91,7 @@ DATA: tuple[str, ...] = (
     "total_prompts",
     "num_samples_per_prompt",
 )
+DATA += ("labeller", "combine", "function", "api_model", "judge")
 DATA += ("feedback_type", "feedback_mode", "threshold", "unfinished", "temperature", "top_p")
 MODELS = ("sft_checkpoint", "reward_checkpoint", "precision", "seed", "train_options")
 

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ from halos_nb.configs import (
     SampleConfig,
     TrainConfig,
     make_config,
+    read_models,
     read_options,
 )
 from .settings import Profile, load_settings, parse_args
@@ -677,26 +679,31 @@ def loop_stages(cfg: LoopConfig, place: Callable[[str], Place], given: Configs) 
         policy = config_at(cfg.sft_checkpoint, given)
         return drawing_needs(policy, sampling, place("sample"), two_models=True)
 
-    def label() -> dict[str, Needs]:
-        if not cfg.reward_checkpoint:
-            return {}
+    def label(name: str, model: str) -> dict[str, Needs]:
         labelling = LabelConfig(
             samples_file="-",
             output_file="-",
-            reward_model_path=cfg.reward_checkpoint,
+            reward_model_path=model,
             max_length=cfg.max_length,
             token_budget=cfg.token_budget,
             precision=cfg.precision,
         )
-        reward = config_at(cfg.reward_checkpoint, given)
-        return labelling_needs(reward, labelling, place("label"))
+        reward = config_at(model, given)
+        return {name: labelling_needs(reward, labelling, place("label"))["label"]}
 
     def train() -> dict[str, Needs]:
         policy = config_at(cfg.sft_checkpoint, given)
         return training_needs(policy, training, place("train"), lengths, targets)
 
     yield "sample", sample
-    yield "label", label
+    models = [one.model for one in read_models(cfg.reward_checkpoint)]
+    if cfg.watch_reward:
+        models.append(cfg.watch_reward)
+    for number, model in enumerate(models, 1):  # one after the other
+        name = "label" if number == 1 else f"label {number}"
+        yield "label", partial(label, name, model)
+    if not models:
+        yield "label", dict
     yield "train", train
 
 # %% ../nbs/27_plan.ipynb #7871ff6d
