@@ -19,7 +19,7 @@ help:
 	@echo 'make test-alarm  runs that break, with real models of the playground: each must be stopped in its round (some minutes)'
 	@echo 'make test-hosts  a stage on two machines: two network namespaces of this one, made as root (3 minutes)'
 	@echo 'make test-long   1,000 pretended rounds and a file of a million prompts: what a round costs early and late (some minutes)'
-	@echo 'make test-resume trainings and samplings killed at random points, each must end in the same bits (10 minutes)'
+	@echo 'make test-resume trainings and samplings killed at random points, each must end in the same bits (half an hour)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'

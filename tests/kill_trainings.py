@@ -25,6 +25,7 @@ from halos_nb.identity import Stage
 from halos_nb.ledger import Ledger
 from halos_nb.loop import batches_of
 from halos_nb.models import small_llama
+from halos_nb.processes import finished
 from halos_nb.records import file_hash, prompt_id, read_jsonl, write_records
 from halos_nb.resume import ATTEMPTS, last_step
 from halos_nb.settings import Profile
@@ -40,11 +41,12 @@ CASES = {
     "dpo": (dict(loss="dpo"), 20, Profile()),
     "kto": (dict(loss="kto"), 4, Profile()),
     "grpo": (dict(loss="grpo", old_policy="pass", batch_size=4), 4, Profile()),
-    "ppo": (dict(loss="ppo", ppo_epochs=3, batch_size=6), 4, Profile()),
+    "ppo": (dict(loss="ppo", ppo_epochs=3, batch_size=8, epochs=2), 4, Profile()),
     "sft, dropout": (dict(loss="sft", dropout=0.1), 4, Profile()),
     "humanline": (dict(loss="dpo", **HUMANLINE), 4, Profile()),
     "humanline, lora": (dict(loss="dpo", **HUMANLINE, **LORA), 4, Profile()),
     "average": (dict(loss="dpo", reference="ema", ema_decay=0.9), 4, Profile()),
+    "reward model, lora": (dict(loss="bradley-terry", lora_dropout=0.1, **LORA), 4, Profile()),
     "dpo, two processes": (dict(loss="dpo"), 4, TWO),
 }
 
@@ -72,13 +74,8 @@ def make_start(home):
 def train_stage(home, run, more):
     "Sixty steps of a method, as the loop would ask for them."
     data = home / ("scores.json" if more["loss"] == "grpo" else "pairs.jsonl")
-    given = dict(batch_size=4, epochs=6, n_examples=240) | more
-    if more["loss"] == "grpo":
-        given |= dict(epochs=3)
-    if more["loss"] in ("kto", "ppo"):
-        given |= dict(epochs=3)
-    if more["loss"] == "ppo":
-        given |= dict(n_examples=120)
+    single = more["loss"] in ("kto", "grpo")  # 80 examples an epoch, and not 40
+    given = dict(batch_size=4, epochs=3 if single else 6) | more
     cfg = TrainConfig(
         model=str(home / "start"),
         train_datasets=[str(data)],
@@ -217,8 +214,7 @@ def check_sampling(home, profile, kills, rng):
         assert ledger.run(sample_stage(home, whole))
 
     def batches(attempt):
-        shards = cut.glob(".samples.json.shard*.jsonl")
-        return sum(file.read_bytes().count(b"\n") for file in shards)
+        return len(finished(cut / "samples.json"))
 
     targets = sorted(rng.randrange(1, 36) for _ in range(kills))
     far = until_it_ends(sample_stage(home, cut), profile, batches, targets, rng)

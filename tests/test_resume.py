@@ -110,18 +110,16 @@ def assert_same(home, one, two):
         assert path.is_dir() or file_hash(path) == file_hash(other), path
 
 
+# other methods, and more of them, are killed by `make test-resume`
 CASES = {
     "dpo": dict(loss="dpo", eval_every=2, log_every=4, test_datasets="pairs"),
-    "grpo": dict(loss="grpo", old_policy="pass", save_every=2),
-    "ppo": dict(loss="ppo", ppo_epochs=2, save_every=5, epochs=1, critic_lr=1e-2),
+    "ppo": dict(loss="ppo", ppo_epochs=2, save_every=5, epochs=1, old_policy="pass"),
     "dropout": dict(loss="sft", dropout=0.2, max_prompt_count=1),
-    "synced": dict(loss="dpo", humanline=True, sync_reference=2, log_epsilon_P=-0.1),
     "average": dict(loss="kto", reference="ema", ema_decay=0.8, n_examples=19),
-    "reward": dict(loss="bradley-terry", **LORA | dict(lora_dropout=0.2)),
     "lora": dict(loss="dpo", humanline=True, sync_reference=2, **LORA),
 }
 # the step within which it is ended, and where it goes on
-ENDED = {"dpo": (4, 3), "grpo": (3, 2), "ppo": (5, 4), "average": (6, 6)}
+ENDED = {"dpo": (4, 3), "ppo": (5, 4), "average": (6, 6)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,8 +182,10 @@ def test_it_is_ended_again_and_again(whole, monkeypatch):
     assert sorted(names) == ["FINAL", "counts.json", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", f"{STATE}/rank-0.safetensors"])
-@pytest.mark.parametrize("damage", [has_another_bit, Path.unlink])
+@pytest.mark.parametrize(
+    "name, damage",
+    [("model.safetensors", has_another_bit), (f"{STATE}/rank-0.safetensors", Path.unlink)],
+)
 def test_one_that_is_not_what_was_written_is_passed_over(
     whole, name, damage, monkeypatch, capfd
 ):
@@ -199,14 +199,10 @@ def test_one_that_is_not_what_was_written_is_passed_over(
     assert_same(whole, "whole", "run")
 
 
-@pytest.mark.parametrize("change", ["lr", "train", "models", "code"])
+@pytest.mark.parametrize("change", ["lr", "models", "code"])
 def test_what_belongs_to_another_run_is_not_taken(whole, change, monkeypatch, capfd):
     "It starts anew and says so, and leaves alone what it does not know."
     other = config(whole, lr=2e-2) if change == "lr" else config(whole)
-    if change == "train":
-        rows = (whole / "pairs.jsonl").read_text().replace("No.", "Never.")
-        (whole / "others.jsonl").write_text(rows)
-        other = replace(other, train_datasets=[str(whole / "others.jsonl")])
     if change == "models":
         shutil.copytree(whole / "start", whole / "changed")
         (whole / "changed/generation_config.json").write_text('{"max_length": 9}')
