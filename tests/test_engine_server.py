@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from halos_nb import ledger
 from halos_nb.configs import LoopConfig, SampleConfig
 from halos_nb.engine_client import EngineError
 from halos_nb.jobs import launch
-from halos_nb.loop import run_rounds
+from halos_nb.identity import stage_profile
+from halos_nb.loop import run_rounds, sample_stage, with_draw
 from halos_nb.models import load_tokenizer, small_llama
 from halos_nb.records import read_jsonl, read_records
 from halos_nb.sample import main
@@ -67,17 +69,18 @@ def play(tmp_path, profile, look=None, **more):
     return rounds
 
 
-def installed(folder):
-    "A folder of packages in which vLLM is said to be."
-    (folder / "vllm-0.0.dist-info").mkdir(parents=True, exist_ok=True)
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    "A folder of packages in which vLLM is said to be; one, so that stages share a server."
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "vllm-0.0.dist-info").mkdir()
     (folder / "vllm-0.0.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.0\n")
     return str(folder)
 
 
 @pytest.fixture
-def pretend(monkeypatch, tmp_path):
+def pretend(monkeypatch, tmp_path, packages):
     monkeypatch.setattr(ledger, "launch", pretended)
-    packages = installed(tmp_path / "packages")
     monkeypatch.syspath_prepend(packages)
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{os.environ['PYTHONPATH']}")
     return lambda *args, **more: play(tmp_path, *args, **more)
@@ -144,13 +147,14 @@ def test_an_engine_that_ended_by_itself_is_started_again(pretend, tmp_path):
 
 DRIVER = """
 import sys
+import time
 from pathlib import Path
 import test_engine_server as t
 t.ledger.launch = t.pretended
 def look(this):
     print(this.name, flush=True)
     if this.name == sys.argv[2]:
-        t.time.sleep(600)
+        time.sleep(600)
 t.play(Path(sys.argv[1]), t.STAYS, look)
 """
 
@@ -169,15 +173,11 @@ def test_a_killed_run_leaves_no_engine_and_goes_on(pretend, tmp_path):
     assert engines(run) == [FIRST] * 2 and not alive(run)
 
 
-ALONE = dict(num_processes=1)  # what pretends writes its files itself
-
-
 def test_samplings_own_python_draws_and_ours_scores(pretend, tmp_path):
     other = tmp_path / "python"
     other.write_text(f'#!/bin/sh\nSAMPLING=yes exec {sys.executable} "$@"\n')
     other.chmod(0o755)
-    stages = dict(sample=dict(python=str(other)), label=ALONE, train=ALONE)
-    profile = Profile(name="p", num_processes=2, stages=stages)
+    profile = Profile(name="p", stages=dict(sample=dict(python=str(other))))
     rounds = pretend(profile, total_prompts=10)
     for this in rounds:
         own = [
@@ -187,25 +187,34 @@ def test_samplings_own_python_draws_and_ours_scores(pretend, tmp_path):
         assert [c["sampling"] for c in own] == ["yes", None]
     params = json.loads((tmp_path / "runs/r/params.json").read_text())
     assert params["versions"]["vllm"] == "vllm 0.0"
-    assert {c["num_processes"] for c in told(rounds, "draw")} == {1}
-    assert {c["num_processes"] for c in told(rounds, "sample")} == {2}
     assert not (tmp_path / "runs/r/engine").exists()
 
 
 def test_a_teacher_answers_the_rounds_and_the_policy_itself_all_else(pretend, tmp_path):
     "A server of somebody else's keeps its weights, so what it says is not the policy's."
     teacher = dict(backend="openai", sampler_model="teacher", alarm="warn")
-    two = Profile(name="p", num_processes=2, stages=dict(label=ALONE, train=ALONE))
-    rounds = pretend(two, total_prompts=10, **teacher)
+    rounds = pretend(Profile(name="p"), total_prompts=10, **teacher)
     asked, answered = told(rounds, "sample")
     assert (asked["backend"], asked["model"], asked["reference"]) == ("openai", "teacher", None)
-    assert asked["num_processes"] == 1
     for own in (answered, told(rounds[:1], "check")[0]):
         assert (own["backend"], own["model"]) == ("transformers", str(rounds[0].policy))
     looks = [
         row for row in read_jsonl(tmp_path / "runs/r/ledger.jsonl") if row["event"] == "health"
     ]
     assert [(row["folder"], row["stage"]) for row in looks][0] == ("round-1", "check")
+
+
+def test_one_process_asks_vllm_and_all_score_what_it_drew(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    own = dict(sample=dict(python="vllm/python"))
+    profile = Profile(name="p", num_processes=8, cpu=False, stages=own)
+    cfg = LoopConfig(lr=1e-6, sft_checkpoint="sft", prompts="p", backend="vllm")
+    draw, score = with_draw(cfg, sample_stage(cfg, Path("r"), 1, "sft", 0, 8))
+    found = stage_profile(profile, draw)
+    assert (found.num_processes, found.python) == (1, "vllm/python")
+    assert found.devices == "0,1,2,3,4,5,6,7"  # an engine may lie on several
+    found = stage_profile(profile, score)
+    assert (found.num_processes, found.python, found.devices) == (8, "", "")
 
 
 def test_a_sampler_that_cannot_work_is_refused_before_anything_starts(tmp_path, monkeypatch):
