@@ -17,6 +17,7 @@ notebooks (JupyterLab, or papermill NOTEBOOK out.ipynb -p NAME VALUE)
   nbs/online_loop.ipynb         the online loop, round after round
   nbs/reward_model.ipynb        train, judge and use a reward model
   nbs/label_by_hand.ipynb       from samples to a trained step by your own judgement
+  nbs/label_round.ipynb         a person labels the round that an online loop waits with
   nbs/audit.ipynb               what models really see
   nbs/compare_runs.ipynb        runs side by side
   nbs/compare_methods.ipynb     every method, with several seeds if asked, in the playground
