@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ADVICE', 'SEALED', 'READ_BY_LOADERS', 'CHECKS', 'States', 'CHECKED', 'NO_MANIFEST', 'OTHER_HEADS',
-           'WEIGHTS', 'TOKENIZERS', 'WITHOUT_VOCABULARY', 'LIBRARIES', 'CheckpointError', 'checkpoint_files',
-           'describe', 'digest_of', 'seal', 'read_manifest', 'says_sealed', 'outside_damage', 'inside_damage',
-           'json_problem', 'tensors_problem', 'template_problem', 'shards_problem', 'empty_problem', 'problem_of_file',
+           'WEIGHTS', 'TOKENIZERS', 'WITHOUT_VOCABULARY', 'CheckpointError', 'checkpoint_files', 'describe',
+           'digest_of', 'seal', 'read_manifest', 'says_sealed', 'outside_damage', 'inside_damage', 'json_problem',
+           'tensors_problem', 'template_problem', 'shards_problem', 'empty_problem', 'problem_of_file',
            'visible_damage', 'FileState', 'states_of', 'remember', 'manifest_of', 'check_now', 'check_checkpoint_files',
            'Checked', 'check_here', 'check_together', 'refuse_adapter', 'is_classifier', 'architecture',
            'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few', 'need_all_weights', 'weights_file',
@@ -31,7 +31,7 @@ import orjson
 
 import halos_nb
 from .records import file_hash, shortened, write_json
-from .hub_sets import hub_revision
+from .hub_sets import LIBRARIES, hub_revision
 from .processes import cut_unfinished, drop_shards, shards_of
 
 if TYPE_CHECKING:
@@ -565,9 +565,6 @@ def package_hash() -> str:
     for file in sorted(Path(halos_nb.__file__).parent.glob("*.py")):
         digest.update(file.name.encode() + b"\n" + file.read_bytes())
     return digest.hexdigest()
-
-
-LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
 def made_of(
