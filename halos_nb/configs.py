@@ -16,13 +16,15 @@ __all__ = ['Config', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'B
            'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems',
            'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems', 'adapter_problems',
            'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
-           'is_person', 'labellers', 'compares', 'has_comparisons', 'labelling', 'who_problems', 'together_problems',
-           'comparison_problems', 'labelling_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling',
+           'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems', 'evaluator_problems',
+           'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions', 'EvaluationOptions',
            'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems',
            'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
            'training_config', 'sampling_config', 'CompareConfig', 'HandPairOptions', 'HandConfig',
-           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RewardConfig', 'AuditConfig',
-           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions',
+           'EvaluateConfig', 'named_files', 'evaluate_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig',
+           'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -1246,6 +1248,23 @@ def has_comparisons(c: LabellerLoopOptions) -> bool:
 # fields of LabelConfig that only a judge has
 JUDGE_FIELDS = {f.name for group in (JudgeOptions, BudgetOptions) for f in fields(group)}
 
+# %% ../nbs/02_configs.ipynb #501c430a
+def evaluators(c: "LoopConfig") -> list[str]:
+    "Who evaluates, the one that decides first; nobody where nothing is evaluated."
+    if not c.evaluate_every:
+        return []
+    if c.eval_labeller:
+        return split_names(c.eval_labeller)
+    who = ["function"] if c.eval_function else []
+    who += ["watch"] if c.watch_reward else []
+    who += [name for name in labellers(c) if not is_person(name)]
+    return list(dict.fromkeys(who))
+
+
+def asks_judge(c: "LoopConfig") -> bool:
+    "Whether a judge labels or evaluates."
+    return "judge" in [*labellers(c), *evaluators(c)]
+
 # %% ../nbs/02_configs.ipynb #bb1acb3d
 def labelling(
     c: LabellerLoopOptions,
@@ -1262,7 +1281,7 @@ def labelling(
     else:
         options = {k: v for k, v in options.items() if k not in JUDGE_FIELDS}
     if name == "function":
-        own = dict(function=c.function)
+        own = dict(function=more.pop("function", c.function))
     for option in options:
         if option in own or option in more:
             raise ValueError(f"label_options: {option} is set elsewhere")
@@ -1272,9 +1291,10 @@ def labelling(
         raise ValueError(f"labelling stage, {e}") from None
 
 # %% ../nbs/02_configs.ipynb #7cfe9803
-def who_problems(c: LabellerLoopOptions) -> Iterator[str]:
+def who_problems(c: "LoopConfig") -> Iterator[str]:
     "Who is named and not asked, or asked and not named."
     who = labellers(c)
+    evaluate = [name for name in evaluators(c) if name == "judge"]
     for name in who:
         if name not in ("rm", "function", "judge") and not PERSON.fullmatch(name):
             yield f"labeller: {name!r} is none of rm, function, judge and human:<name>"
@@ -1282,12 +1302,12 @@ def who_problems(c: LabellerLoopOptions) -> Iterator[str]:
         yield f"labeller: {c.labeller} names somebody twice"
     for name, field_name in (("function", "function"), ("judge", "api_model")):
         given = bool(getattr(c, field_name))
-        if given and name not in who:
+        if given and name not in [*who, *evaluate]:
             asked = ", ".join(who)
             yield f"{field_name}: given, and nobody asks it: labeller is {asked}; add {name}"
         if name in who and not given:
             yield f"{field_name}: labeller asks {name}; name it"
-    if "judge" not in who:
+    if not asks_judge(c):
         for name in ("judge_url", "input_price", "output_price", "max_cost", "max_requests"):
             if getattr(c, name):
                 yield f"{name}: only a judge has one; name it with api_model"
@@ -1327,7 +1347,7 @@ def comparison_problems(c: "LoopConfig") -> Iterator[str]:
     if not isinstance(c.unfinished, str):
         yield f"unfinished: {who} has no scores to take something off; keep or drop"
     scored = c.watch_reward or not all(compares(name, c) for name in labellers(c))
-    if c.keep == "best" and not scored:
+    if c.keep == "best" and not scored and not c.evaluate_every:
         yield f"keep: the best policy is known by scores, and {who} has none; watch_reward"
 
 
@@ -1347,12 +1367,42 @@ def labelling_problems(c: "LoopConfig") -> Iterator[str]:
             "reward model; add rm to it, or name the model in watch_reward"
         )
     options = read_options(c.label_options)
-    if unused := [k for k in options if k in JUDGE_FIELDS and "judge" not in labellers(c)]:
+    if unused := [k for k in options if k in JUDGE_FIELDS and not asks_judge(c)]:
         yield f"label_options: {unused[0]} is a judge's; name one with api_model"
     try:
         read_models(c.reward_checkpoint)
     except ValueError as e:
         yield f"reward_checkpoint: {e}"
+
+# %% ../nbs/02_configs.ipynb #3889de8c
+def evaluator_problems(c: "LoopConfig") -> Iterator[str]:
+    "An evaluator that is unknown, or that is not named in full."
+    who = evaluators(c)
+    known = ("rm", "watch", "function", "judge")
+    for name in who:
+        if name not in known and not PERSON.fullmatch(name):
+            yield f"eval_labeller: {name!r} is none of {', '.join(known)} and human:<name>"
+    if len(set(who)) < len(who):
+        yield f"eval_labeller: {c.eval_labeller} names somebody twice"
+    if "rm" in who and "rm" not in labellers(c):
+        yield "eval_labeller: rm labels nothing here; name a model in watch_reward, ask watch"
+    if c.eval_function and "function" not in who:
+        yield "eval_function: given, and nobody asks it; add function to eval_labeller"
+    needed = dict(watch=c.watch_reward, judge=c.api_model)
+    needed["function"] = c.eval_function or c.function
+    for name, given in needed.items():
+        if name in who and not given:
+            yield f"eval_labeller: it asks {name}, and there is none; name it"
+
+
+def evaluation_problems(c: "LoopConfig") -> Iterator[str]:
+    "What is wrong with the evaluation, each as 'field: why'."
+    if c.evaluate_every:
+        yield from evaluator_problems(c)
+        return
+    for f in fields(EvaluationOptions):
+        if getattr(c, f.name) != f.default:
+            yield f"{f.name}: nothing is evaluated; say how often in evaluate_every, as 1"
 
 # %% ../nbs/02_configs.ipynb #60cd60c2
 @dataclass(kw_only=True)
@@ -1394,6 +1444,32 @@ class SamplerOptions:
     # JSON object
     sampler_options: str | dict = ""
 
+# %% ../nbs/02_configs.ipynb #7a1f1951
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    "How good each policy is, on prompts that no round trains on."
+
+    # rounds from one evaluation to the next; the first and the last policy are evaluated too
+    # (0: none is)
+    evaluate_every: NonNegativeInt = 0
+    # the prompts, a data set name or file (empty: the heldout_prompts behind those that start
+    # and final answer)
+    eval_prompts: str = ""
+    eval_num_prompts: PositiveInt = 128  # how many of them, at most
+    eval_samples: PositiveInt = 4  # answers to each
+    # who evaluates: rm, watch (watch_reward), function, judge, human:<name>; the first decides
+    # which policy is best (empty: eval_function, watch_reward, then who labels, people apart)
+    eval_labeller: str = ""
+    # "module:name" of a function (prompt turns, output text) -> number that evaluates (empty:
+    # the one that labels)
+    eval_function: str = ""
+    # answers to compare with: a file of samples, or one that AlpacaEval reads (empty: none)
+    eval_against: str = ""
+    # answers of the first policy to each prompt, for its best-of-n curve (0: no curve)
+    best_of: NonNegativeInt = 0
+    # evaluations in a row without a new best, after which the run ends (0: it goes on)
+    patience: NonNegativeInt = 0
+
 # %% ../nbs/02_configs.ipynb #f4c65a1f
 @dataclass(kw_only=True)
 class RunTrackerOptions:
@@ -1406,6 +1482,7 @@ class RunTrackerOptions:
 # %% ../nbs/02_configs.ipynb #be11b0a8
 @checked
 class LoopConfig(
+    EvaluationOptions,
     LabellerLoopOptions,
     RunTrackerOptions,
     PaceOptions,
@@ -1531,6 +1608,7 @@ def loop_problems(c: LoopConfig) -> Iterator[str]:
             f"total_prompts, {c.total_prompts}"
         )
     yield from labelling_problems(c)
+    yield from evaluation_problems(c)
     forms = FEEDBACK_FORMS[c.method]
     if c.feedback_type not in forms:
         yield (
@@ -1800,6 +1878,84 @@ class RoundLabelConfig:
     guidelines: str = ""  # shown above the pairs
     # widget: somebody can press keys; static: nobody can
     mode: Literal["auto", "widget", "static"] = "auto"
+
+# %% ../nbs/02_configs.ipynb #c213de5c
+@dataclass(kw_only=True)
+class EvaluatedOptions:
+    "What is evaluated, and with what it is compared."
+
+    samples_file: Positional[str]  # JSON array of samples
+    # where the evaluation goes; what labellers say is kept beside it
+    output_file: Positional[str]
+    # others' answers to the same prompts, as name=FILE; samples, or what AlpacaEval reads
+    against: list[str] = field(default_factory=list)
+    # journals of labels: LABELLER=FILE of these answers, LABELLER@NAME=FILE of those against
+    # NAME, or of comparisons with them
+    labels: list[str] = field(default_factory=list)
+    # data sets that were trained on: their prompts are left out, and counted
+    seen: list[str] = field(default_factory=list)
+    best_of: NonNegativeInt = 0  # the best-of-n curve of these answers, up to n (0: none)
+    # a file for AlpacaEval, with the first answer to each prompt (None: none is written)
+    alpaca_file: str | None = None
+    # labeller: a reward model, or several with their weights, as "A*0.7, B*0.3"
+    reward_model_path: str | None = None
+    # labeller: "module:name" of a Python function (prompt turns, output text) -> number
+    function: str | None = None
+    # labeller: a judge behind an OpenAI-compatible server; key only from OPENAI_API_KEY
+    api_type: Literal["openai"] | None = None
+
+
+@checked
+class EvaluateConfig(BudgetOptions, JudgeOptions, ReadingOptions, EvaluatedOptions):
+    """What `halos_nb.evaluate` needs: answers in, win rates, scores, KL and length out.
+    Name labellers (reward_model_path, function, api_type), or journals in labels."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        refuse(evaluate_problems(self))
+
+# %% ../nbs/02_configs.ipynb #ce67ca1d
+def named_files(
+    given: list[str],  # each as name=FILE
+    what: str,  # the parameter, for the message
+) -> dict[str, str]:
+    "Files by their names; an error if one has none, or two have the same."
+    found: dict[str, str] = {}
+    for item in given:
+        name, sign, file = item.partition("=")
+        if not (sign and name and file) or name in found:
+            raise ValueError(f"{what}: {item!r} should be name=FILE, each name once")
+        found[name] = file
+    return found
+
+
+def evaluate_problems(c: EvaluateConfig) -> Iterator[str]:
+    "What is wrong with an EvaluateConfig as a whole, each as 'field: why'."
+    try:
+        against = named_files(c.against, "against")
+        labels = named_files(c.labels, "labels")
+    except ValueError as e:
+        yield str(e)
+        return
+    for name in labels:
+        _, sign, other = name.partition("@")
+        if sign and other not in against:
+            yield f"labels: {name} speaks of {other}, which is not among those against"
+    asked = [c.reward_model_path, c.function, c.api_type]
+    if not labels and not any(asked):
+        yield (
+            "labeller: name one or more of reward_model_path, function and api_type, or what "
+            "was said before in labels"
+        )
+    if (c.api_type is None) != (c.api_model is None):
+        yield "api_model: api_type and api_model go together"
+    if c.judge == "pairwise" and not c.api_type:
+        yield "judge: only an API judge compares two answers; name it with api_type"
 
 # %% ../nbs/02_configs.ipynb #836ce045
 @checked

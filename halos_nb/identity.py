@@ -387,6 +387,7 @@ def stage_profile(profile: Profile, stage: Stage) -> Profile:
 # %% ../nbs/55_identity.ipynb #260b6aab
 # stages that write the same bytes for any number of processes
 ANY_NUMBER = ("sample", "label", "check", "recheck", "draw", "check_draw", "recheck_draw")
+ANY_NUMBER += ("evaluate",)
 # fields of a sampling stage that belong to the machine: how much room an engine has, and how
 # many there are
 OF_THE_MACHINE = ("gpu_memory_utilization", "data_parallel_size")

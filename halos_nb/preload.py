@@ -318,7 +318,13 @@ def wait_for_turn(
 
 # %% ../nbs/51_preload.ipynb #55e66047
 LIBRARIES = ("torch", "transformers", "tyro", "halos_nb.models")
-STAGES = ("halos_nb.sample", "halos_nb.label", "halos_nb.train", "halos_nb.audit")
+STAGES = (
+    "halos_nb.sample",
+    "halos_nb.label",
+    "halos_nb.train",
+    "halos_nb.audit",
+    "halos_nb.evaluate",
+)
 STAGES_NEED = (*LIBRARIES, *STAGES)  # what a server imports
 
 

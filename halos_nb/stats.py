@@ -7,10 +7,11 @@ __all__ = ['UNKNOWN', 'MOST_GROUPS', 'Ends', 'WeightedEstimate', 'floats', 'fini
            'pair_margins', 'prompts_of', 'Interval', 'ratio', 'sign', 'share_interval', 'prompt_numbers',
            'prompt_groups', 'drawn_weights', 'percentile_interval', 'bootstrap', 'bootstrap_sums', 'mean_interval',
            'share_over_prompts', 'late_and_early', 'mean_over_runs', 'mean_gain', 'mean_share_of_way', 'share_of_way',
-           'centred', 'slope', 'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all', 'win_rate', 'coded',
-           'kappa_of', 'midranks', 'spearman_of', 'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa',
-           'spearman', 'krippendorff', 'Agreement', 'both_orders', 'confusion_of', 'agree', 'compare_labellers',
-           'CalibrationBin', 'Calibration', 'best_slope', 'calibration_bins', 'calibrate']
+           'centred', 'slope', 'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all', 'rate_interval',
+           'win_rate', 'logistic_fit', 'clustered_errors', 'length_controlled', 'best_of_n_weights', 'best_of_n_kl',
+           'best_of_n', 'coded', 'kappa_of', 'midranks', 'spearman_of', 'nominal_alpha', 'numeric_alpha', 'alpha_of',
+           'cohen_kappa', 'spearman', 'krippendorff', 'Agreement', 'both_orders', 'confusion_of', 'agree',
+           'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope', 'calibration_bins', 'calibrate']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -375,6 +376,17 @@ def win_rate_over_all(a: dict, b: dict, draws: int, rng: np.random.Generator) ->
     value = won.sum() / our_counts.sum() / their_counts.sum()
     return percentile_interval(value, replicates)
 
+# %% ../nbs/01_stats.ipynb #149bbdd5
+def rate_interval(
+    rates: Sequence[float],  # of each prompt, the share that was won
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:
+    "The mean of prompts' win rates; exact where all were won or lost, which draws cannot see."
+    if set(rates) in ({0.0}, {1.0}):
+        return share_interval(sum(rates), len(rates))
+    return mean_interval(rates, seed=seed, draws=draws)
+
 # %% ../nbs/01_stats.ipynb #153a2fa6
 def win_rate(
     rows: Sequence[dict],  # records with `prompt_id` and `reward`
@@ -388,10 +400,116 @@ def win_rate(
     shared = [prompt for prompt in a if prompt in b]
     if shared:
         rates = [beaten(a[p], b[p]).mean() / len(b[p]) for p in shared]
-        return mean_interval(rates, seed=seed, draws=draws)
+        return rate_interval(rates, seed, draws)
     if not a or not b:
         return UNKNOWN
     return win_rate_over_all(a, b, draws, np.random.default_rng(seed))
+
+# %% ../nbs/01_stats.ipynb #872f00e8
+def logistic_fit(
+    x: np.ndarray,  # (n, k)
+    y: np.ndarray,  # (n,) from 0 to 1
+) -> np.ndarray | None:  # (k,); None: the likelihood has no maximum
+    "Coefficients of a logistic regression without a constant, by maximum likelihood."
+    from scipy.special import expit
+
+    found = np.zeros(x.shape[1])
+    for _ in range(50):
+        p = expit(x @ found)
+        curvature = (x.T * (p * (1 - p))) @ x
+        if np.linalg.cond(curvature) > 1e12:
+            return None
+        step = np.linalg.solve(curvature, x.T @ (y - p))
+        found += step
+        if np.abs(step).max() < 1e-10:
+            return found
+    return None
+
+# %% ../nbs/01_stats.ipynb #18635ccd
+def clustered_errors(
+    x: np.ndarray,  # (n, k)
+    y: np.ndarray,  # (n,)
+    found: np.ndarray,  # (k,) of `logistic_fit`
+    number: np.ndarray,  # (n,) of each row's prompt, from 0
+) -> np.ndarray:  # (k,)
+    "Standard errors of the coefficients where rows of one prompt may be alike."
+    from scipy.special import expit
+
+    p = expit(x @ found)
+    inverse = np.linalg.inv((x.T * (p * (1 - p))) @ x)
+    rest = x * (y - p)[:, None]
+    sums = np.stack([np.bincount(number, column) for column in rest.T], axis=1)
+    prompts, rows = len(sums), len(y)
+    correction = prompts / (prompts - 1) * (rows - 1) / (rows - x.shape[1])
+    return np.sqrt(np.diag(correction * inverse @ (sums.T @ sums) @ inverse))
+
+# %% ../nbs/01_stats.ipynb #6cbe0a45
+def length_controlled(
+    won: Sequence[float],  # of each comparison: 1, 0, or 0.5 for a tie
+    longer: Sequence[float],  # by how many characters ours is longer
+    prompts: Sequence[Hashable],  # of each
+) -> Interval:
+    "The win rate at equal length (AlpacaEval 2's model, without its instructions' term)."
+    from scipy.special import expit
+    from scipy.stats import t
+
+    y, d = np.asarray(won, float), np.asarray(longer, float)
+    number = prompt_numbers(prompts)
+    count = number.max(initial=-1) + 1
+    if count < 3:
+        return UNKNOWN
+    columns = [np.ones(len(d))]
+    if d.std() > 0:
+        columns.append(np.tanh(d / d.std(ddof=1)))
+    x = np.stack(columns, axis=1)
+    found = logistic_fit(x, y)
+    if found is None:
+        return UNKNOWN
+    off = t.ppf(0.975, count - 1) * clustered_errors(x, y, found, number)[0]
+    low, value, high = expit(found[0] + np.array([-off, 0, off]))
+    return Interval(float(value), float(low), float(high))
+
+# %% ../nbs/01_stats.ipynb #df7ef466
+def best_of_n_weights(
+    scores: ArrayLike,  # (k,) of one prompt's answers
+    n: int,
+) -> np.ndarray:  # (k,) that add up to 1
+    "How likely each answer is the one with the highest score among n of them."
+    from scipy.special import comb
+
+    order, code = np.unique(np.asarray(scores), return_inverse=True)
+    k = len(code)
+    if not 1 <= n <= k:
+        raise ValueError(f"best_of_n: {n} of {k} answers cannot be drawn")
+    ranks = np.argsort(np.argsort(code, kind="stable"), kind="stable")
+    single = comb(ranks, n - 1) / comb(k, n)
+    shared = np.bincount(code, single, len(order)) / np.bincount(code, minlength=len(order))
+    return shared[code]
+
+
+def best_of_n_kl(n: int) -> float:
+    "An upper bound of the KL of best-of-n to the policy that it draws from, in nats."
+    return math.log(n) - (n - 1) / n
+
+# %% ../nbs/01_stats.ipynb #0db17ae0
+def best_of_n(
+    rows: Sequence[dict],  # answers with `prompt_id`, `reward`, and `key`
+    n: int,
+    key: str = "reward",  # what is asked of the answer that scores best
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:
+    "The expected value of the best-scored of n answers, with its interval over prompts."
+    groups: dict[Hashable, list[tuple[float, float]]] = {}
+    for prompt, score, value in zip(prompts_of(rows), floats(rows), floats(rows, key)):
+        if np.isfinite(score) and np.isfinite(value):
+            groups.setdefault(prompt, []).append((score, value))
+    means = []
+    for group in groups.values():
+        if len(group) >= n:
+            scores, values = np.array(group).T
+            means.append(float(best_of_n_weights(scores, n) @ values))
+    return mean_interval(means, seed=seed, draws=draws)
 
 # %% ../nbs/01_stats.ipynb #5125f355
 WeightedEstimate = Callable[[np.ndarray], float]  # weights of the items -> number

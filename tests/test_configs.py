@@ -82,6 +82,7 @@ ORDER = {
     "report_to tracker_dir eval_at_start num_processes",
     LoopConfig: "run_name lr total_prompts gradient_checkpointing backend sampler_options "
     "keep pack_after staleness staleness report_to report_to labeller dry_run "
+    "evaluate_every patience "
     "sft_checkpoint fresh",
 }
 
