@@ -428,7 +428,7 @@ def take_counts(files: list[Path]) -> tuple[Counter, dict[str, float]]:
     drawn: Counter = Counter()
     seconds: dict[str, float] = {}
     for file in files:
-        told = json.loads(file.read_text())
+        told = json.loads(file.read_bytes())
         drawn.update(told["counts"])
         for name, value in told["seconds"].items():  # they worked side by side
             seconds[name] = max(round(value, 9), seconds.get(name, 0.0))

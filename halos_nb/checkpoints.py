@@ -184,7 +184,7 @@ def template_problem(path: Path) -> str:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    text = path.read_text(errors="replace")
+    text = path.read_text("utf-8", "replace")
     if not text.strip():
         return "is an empty template"
     # transformers' own templates mark what an assistant says
@@ -602,7 +602,7 @@ def keep_finished(
     "Keep the finished batches of an output that was to be the same, and of no other."
     file = Path(path).with_name(f".{Path(path).name}.made_of.json")
     try:
-        was = json.loads(file.read_text())
+        was = json.loads(file.read_bytes())
     except (OSError, ValueError):
         was = {}
     differs = difference(was, now)

@@ -100,7 +100,7 @@ JOB = "engine_server"  # as the files beside the socket are called
 def exit_code(path: Path) -> int | None:
     "How the engine behind a socket has ended; None if it has not."
     try:
-        return json.loads((path.parent / f"{JOB}.status.json").read_text())["exit"]
+        return json.loads((path.parent / f"{JOB}.status.json").read_bytes())["exit"]
     except (OSError, ValueError):
         return None
 
@@ -111,7 +111,7 @@ def end_of(path: Path) -> str:
     if code is None:
         return ""
     log = path.parent / f"{JOB}.log"
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     last = "\n  ".join(line for line in lines[-8:] if line.strip())
     return f"; the engine has ended with {code}; {log} ends with:\n  {last}"
 

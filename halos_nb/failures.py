@@ -138,7 +138,7 @@ class StageError(RuntimeError):
     ) -> None:
         self.stage = stage
         self.log = Path(log)
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        text = self.log.read_text("utf-8", "replace") if self.log.exists() else ""
         self.rank, self.code = root_cause(text, code)
         self.host = host_of(text, self.rank)
         where = f"rank {self.rank}" + (f" on host {self.host}" if self.host else "")

@@ -192,7 +192,7 @@ def check_sealed(final: Path) -> None:
         raise ValueError(f"{final}: no {manifest.name} of its training; it is not a sealed one")
     [sealed] = [
         digest
-        for name, digest in json.loads(manifest.read_text())["outputs"].items()
+        for name, digest in json.loads(manifest.read_bytes())["outputs"].items()
         if name.endswith("FINAL")
     ]
     if file_hash(final) != sealed:

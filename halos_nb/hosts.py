@@ -36,7 +36,7 @@ def read_line() -> bytes:
 def take_environment(task: dict[str, Any]) -> None:
     "Have the environment of the task."
     for name in list(os.environ):
-        if name.startswith(tuple(task["left_out"])):
+        if f"{name}=".startswith(tuple(task["left_out"])):
             del os.environ[name]
     for name, value in task["inherited"].items():
         os.environ.setdefault(name, value)
@@ -52,7 +52,7 @@ def shared_problem(
     "What is said if this machine does not see the first one's files; empty if it does."
     late = time.monotonic() + patience
     while True:
-        found = file.read_text() if file.is_file() else None
+        found = file.read_text("utf-8") if file.is_file() else None
         if found == word:
             return ""
         if time.monotonic() > late:
@@ -77,7 +77,7 @@ def work_here() -> int:
         raise SystemExit(problem)
     take_environment(task)
     supervise(task["status"], lambda: spawn(*task["command"]))
-    code = json.loads(Path(task["status"]).read_text())["exit"]
+    code = json.loads(Path(task["status"]).read_bytes())["exit"]
     return code if code >= 0 else 128 - code
 
 # %% ../nbs/59_hosts.ipynb #38b04f75

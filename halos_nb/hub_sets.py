@@ -733,7 +733,7 @@ def cached_commits(repository: str) -> Iterator[tuple[int, str]]:
     for kind in ("models", "datasets"):
         ref = Path(constants.HF_HUB_CACHE) / f"{kind}--{flat}" / "refs" / "main"
         if ref.is_file():
-            yield ref.stat().st_mtime_ns, ref.read_text().strip()
+            yield ref.stat().st_mtime_ns, ref.read_text("utf-8").strip()
     home = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
     folder = Path(home) / repository.replace("/", "___").lower()
     for path in folder.glob("*/*/*"):
@@ -908,7 +908,7 @@ class PromptIndex:
     def find(self, made_of: list) -> Prompts | None:
         "The prompts, if they are of this."
         try:
-            note = json.loads(self.note.read_text())
+            note = json.loads(self.note.read_bytes())
             path = self.note.with_name(note["file"])
             if note["made_of"] != made_of or path.stat().st_size != note["bytes"]:
                 return None

@@ -75,7 +75,7 @@ def parsed(
     mtime_ns: int,  # when it was last changed, so that an edit is noticed
 ) -> tuple[str, set[str]]:
     "What a module says, comments and layout apart, and which of ours it imports."
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_bytes())
     return ast.dump(tree), our_modules(tree)
 
 # %% ../nbs/55_identity.ipynb #1f36cbb9
@@ -127,7 +127,7 @@ def source_near(folder: Path, parts: list[str]) -> Path | None:
 def near_imports(file: Path, folder: Path) -> set[Path]:
     "The sources in a folder that one of its sources imports, absolutely or relatively."
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_bytes())):
         names: list[list[str]] = []
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
@@ -168,9 +168,9 @@ def function_hash(
     while todo:
         source = todo.pop()
         try:
-            texts[str(source.relative_to(folder))] = ast.dump(ast.parse(source.read_text()))
+            texts[str(source.relative_to(folder))] = ast.dump(ast.parse(source.read_bytes()))
             todo |= near_imports(source, folder) - {folder / known for known in texts}
-        except (SyntaxError, UnicodeDecodeError):  # the stage will say it
+        except (SyntaxError, ValueError):  # the stage will say it
             texts[str(source.relative_to(folder))] = file_hash(source)
     lines = [f"{path} {texts[path]}\n" for path in sorted(texts)]
     return hashlib.sha256("".join([name, "\n", *lines]).encode()).hexdigest()
@@ -277,7 +277,7 @@ class Stage:
     def sealed(self) -> dict:
         "The manifest, or {}."
         try:
-            return json.loads(self.manifest.read_text())
+            return json.loads(self.manifest.read_bytes())
         except (OSError, ValueError):
             return {}
 

@@ -552,7 +552,7 @@ def refuse_other_judges(job: JudgeJob, rows: list[dict]) -> None:
     others = [r for r in rows if r.get("judge") != digest(identity)]
     if not others:
         return
-    was = json.loads(job.identity_file.read_text()) if job.identity_file.exists() else {}
+    was = json.loads(job.identity_file.read_bytes()) if job.identity_file.exists() else {}
     differs = []
     for name, value in identity.items():
         if name in was and was[name] != value:

@@ -631,7 +631,7 @@ def known_units(cfg: LabelConfig, models: list[Weighted], said: list[ModelSays])
     "Mean and standard deviation of each model: as another file has them, or these scores'."
     if not cfg.units_from:
         return [unit_of(one.scored, name) for one, (name, _) in zip(said, models)]
-    units = json.loads(Path(cfg.units_from).read_text()).get("units", {})
+    units = json.loads(Path(cfg.units_from).read_bytes()).get("units", {})
     missing = [name for name, _ in models if name not in units]
     if missing:
         raise ValueError(

@@ -93,7 +93,7 @@ def lock_run(run: Path) -> IO[bytes]:
     try:
         file = lock_file(path)
     except FileLocked:
-        owner = path.read_text() or "another process"
+        owner = path.read_text("utf-8") or "another process"
         raise RunBusy(
             f"{run}: {owner} is working on this run; stop it there, or choose another run_name"
         ) from None
@@ -272,7 +272,7 @@ def to_clear(self: Ledger, stage: Stage, now: dict) -> list[Path]:
     if not left:
         return made
     try:
-        was = json.loads(stage.attempt.read_text())
+        was = json.loads(stage.attempt.read_bytes())
     except (OSError, ValueError):
         was = {}
     if with_revisions(self, stage, was) == now:
@@ -461,7 +461,7 @@ PACKABLE = (
 
 def pack_outputs(run: Path, manifest_file: Path) -> list[str]:
     "Pack what a sealed stage has written; returns the names. What has changed since is left."
-    manifest = json.loads(manifest_file.read_text())
+    manifest = json.loads(manifest_file.read_bytes())
     packed = {}
     for name, digest in manifest["outputs"].items():
         path = run / name

@@ -619,7 +619,7 @@ def round_counts(
     counts = {}
     for stage, name in files.items():
         if (folder / name).exists():
-            counts[stage] = json.loads((folder / name).read_text())
+            counts[stage] = json.loads((folder / name).read_bytes())
     return counts
 
 # %% ../nbs/57_loop.ipynb #9c8bbece
@@ -628,7 +628,7 @@ def drawn_at(folder: Path) -> dict[str, float]:
     config = folder / "sample.config.json"
     if not config.exists():
         return {}
-    told = json.loads(config.read_text())
+    told = json.loads(config.read_bytes())
     return {name: told[name] for name in ("temperature", "top_p") if name in told}
 
 
@@ -648,7 +648,7 @@ def scores_in(
 def combined_how(folder: Path) -> str | None:
     "How the scores of a round's labellers were put together; None: there was one."
     config = folder / "label.config.json"
-    return json.loads(config.read_text()).get("combine") if config.exists() else None
+    return json.loads(config.read_bytes()).get("combine") if config.exists() else None
 
 
 # whose score a sample has where others compared
@@ -680,7 +680,7 @@ def round_samples(folder: Path) -> list[dict]:
 def git(*words: str) -> str:
     "What git says about the checkout that this code lies in."
     command = ["git", "-C", str(PACKAGE.parent), *words]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def revision() -> str | None:
@@ -885,7 +885,7 @@ def set_aside(ledger: Ledger, stage: Stage) -> str:
         asked = {name: getattr(stage.config, name, None) for name in ASKED_HOW}
         now = dict(inputs=[ledger.hash(path) for path in stage.inputs], asked=asked)
         mark = path.with_suffix(".of.json")
-        was = json.loads(mark.read_text()) if mark.exists() else now
+        was = json.loads(mark.read_bytes()) if mark.exists() else now
         if path.exists() and was != now:
             number = len(list(path.parent.glob(f"{path.stem}.before-*")))
             old = path.with_name(f"{path.stem}.before-{number + 1}.jsonl")
@@ -922,7 +922,7 @@ def audit_stage(
 def as_policy_or_reward(path: str) -> dict[str, str]:
     "A model under the name of its kind in AuditConfig, by what its folder's config says."
     config = Path(path) / "config.json"
-    kinds = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    kinds = json.loads(config.read_bytes()).get("architectures") if config.is_file() else None
     is_reward = "SequenceClassification" in str(kinds)
     return {"reward_model_path" if is_reward else "model": path}
 
@@ -948,7 +948,7 @@ def what_it_needs(
     file = run / "plan.json"
     asked = json.loads(json.dumps(dict(parameters=asdict(cfg), profile=asdict(profile))))
     asked["parameters"].pop("fresh")
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_bytes()) if file.is_file() else {}
     if known.get("asked") != asked:
         here = Profile(name="plan", threads=profile.threads)
         prepare(here)  # stages to come are copies of the same process
@@ -957,7 +957,7 @@ def what_it_needs(
             launch_job("plan", config, here, run / "plan", clear=[file]).wait(show=False)
         except StageError as e:
             return f"memory: not planned: {e}"
-        known = json.loads(file.read_text()) | dict(asked=asked)
+        known = json.loads(file.read_bytes()) | dict(asked=asked)
         write_json(file, known)
     return f"memory: {known['line']}"
 
@@ -978,7 +978,7 @@ def audited(
     if mode == "skip":
         return None
     ledger.run(stage, "audit", then.name if then else "", then=then)
-    report = json.loads(stage.outputs[0].read_text())
+    report = json.loads(stage.outputs[0].read_bytes())
     wrong = wrong_checks(report)
     if wrong and mode == "run":
         lines = "\n  ".join(wrong)

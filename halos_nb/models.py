@@ -507,7 +507,7 @@ def name_end(
     file = Path(folder) / "generation_config.json"
     if not file.is_file():  # a reward model, or an adapter
         return
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_bytes())
     own = config.get("eos_token_id")
     known = own if isinstance(own, list) else [own]
     missing = [i for i in end_ids(tokenizer) if i not in known]

@@ -120,7 +120,7 @@ def log_tail(path: Path, n: int = 20) -> list[str]:
 def read_if_there(path: Path) -> dict:
     "The object in a JSON file; {} if there is none that can be read."
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -129,7 +129,7 @@ def is_active(run: str | Path) -> bool:
     "Whether a process works on this run, even if none of its stages is running right now."
     run = Path(run).absolute()
     try:
-        text = (run / ".lock").read_text()
+        text = (run / ".lock").read_text("utf-8")
     except OSError:
         return False
     owner = re.fullmatch(r"process (\d+) on (.+)", text)
@@ -158,7 +158,7 @@ def supervisors(run: str | Path) -> dict[int, Path]:
     for file in Path(run).resolve().glob("**/*.status.json.pid"):
         log = file.with_name(file.name.replace(".status.json.pid", ".log"))
         with suppress(OSError, ValueError):
-            pid = int(file.read_text())
+            pid = int(file.read_text("utf-8"))
             if is_locked(log) and writes_to(pid, log):
                 found[pid] = file.with_suffix("")
     return found
@@ -174,7 +174,8 @@ def cannot_stop(run: Path, found: dict[int, Path]) -> str:
     "What is told when patience ends; found: supervisors that are still there."
     if found:
         return f"told to stop, but still there: {found}"
-    return f"no stage to stop, but the run is held by {(run / '.lock').read_text()}"
+    owner = (run / ".lock").read_text("utf-8")
+    return f"no stage to stop, but the run is held by {owner}"
 
 # %% ../nbs/66_monitor.ipynb #99d12416
 def stop_run(

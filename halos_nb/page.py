@@ -356,7 +356,7 @@ def state_and_rounds(state: RunState, run: Run) -> list[Part]:
 def audit_part(run: Path) -> Part:
     "What the run's audit found; None if nobody looked."
     file = run / "audit.json"
-    return audit_report(json.loads(file.read_text())) if file.exists() else None
+    return audit_report(json.loads(file.read_bytes())) if file.exists() else None
 
 # %% ../nbs/69_page.ipynb #757a21e7
 def health_part(run: Path) -> Part:

@@ -392,7 +392,7 @@ def gpu_memory() -> float | None:
     "Bytes of the smallest GPU here; None where there is none."
     asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout
+        said = subprocess.run(asked, capture_output=True, encoding="utf-8", timeout=20).stdout
         return min(float(line) * 2**20 for line in said.splitlines())
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
@@ -401,7 +401,7 @@ def gpu_memory() -> float | None:
 def machine_memory() -> float:
     "Bytes of this machine, or of the group of processes that we are held in."
     limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text().strip() if limit.is_file() else ""
+    said = limit.read_text("utf-8").strip() if limit.is_file() else ""
     total = float(psutil.virtual_memory().total)
     return min(total, float(said)) if said.isdigit() else total
 
@@ -833,7 +833,7 @@ def profile_in(said: dict) -> dict:
 
 def read_config(file: Path) -> tuple[Any, dict]:
     "The config in a file, and the profile that stands beside it, if one does."
-    said = json.loads(file.read_text())
+    said = json.loads(file.read_bytes())
     given = said.get("parameters", said)
     for name, cls in KINDS.items():
         if name in given:

@@ -292,7 +292,7 @@ def check_base(adapter: str | Path, model: str) -> None:
     file = Path(adapter) / BASE
     if not file.exists():
         return  # of before, when it was not written down
-    base = json.loads(file.read_text())
+    base = json.loads(file.read_bytes())
     if base["identity"] != base_identity(model):
         raise CheckpointError(
             f"{adapter}: this adapter was trained on {base['model']}, whose weights are not "

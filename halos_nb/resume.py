@@ -85,7 +85,7 @@ def step_folders(
 def read_made_of(folder: Path) -> dict[str, Any]:
     "What the run of an intermediate checkpoint was made of; nothing if it does not say."
     try:
-        return json.loads((folder / STATE / "made_of.json").read_text())
+        return json.loads((folder / STATE / "made_of.json").read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -360,7 +360,7 @@ LAST_STEP = ".last_step"  # beside it: the last step that was made
 def last_step(run: Path) -> int:
     "The last step that an attempt has made; 0 if nobody knows."
     file = run / LAST_STEP
-    return int(file.read_text() or 0) if file.exists() else 0
+    return int(file.read_text("utf-8") or 0) if file.exists() else 0
 
 
 def note_step(run: Path, step: int) -> None:

@@ -139,7 +139,7 @@ def sampled_by_older(folder: Path) -> str:
     number = folder.name.removeprefix("round-")
     if not number.isdigit() or not config.exists():
         return ""
-    told = json.loads(config.read_text())
+    told = json.loads(config.read_bytes())
     made = re.search(r"round-(\d+)/policy/FINAL$", told.get("model", ""))
     if made and int(made[1]) < int(number) - 1:
         return f"round {made[1]}"
@@ -306,7 +306,7 @@ def with_truth(samples: list[dict], truth: Truth) -> list[dict]:
 def read_params(folder: Path) -> dict:
     "A run's params.json; a ValueError that says what is wrong with it."
     try:
-        return json.loads((folder / "params.json").read_text())
+        return json.loads((folder / "params.json").read_bytes())
     except FileNotFoundError:
         raise ValueError("no params.json: not a run of the loop") from None
     except ValueError as e:

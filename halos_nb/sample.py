@@ -238,7 +238,7 @@ def with_drawn_counts(cfg: SampleConfig, counts: dict) -> dict:
     if not cfg.drawn:
         return counts
     path = Path(cfg.drawn)
-    drawn = json.loads(path.with_name(f"{path.stem}.counts.json").read_text())
+    drawn = json.loads(path.with_name(f"{path.stem}.counts.json").read_bytes())
     seconds = dict(sampler_seconds=drawn.pop("seconds"))
     return counts | drawn | seconds | dict(checkpoints=counts["checkpoints"])
 

@@ -132,7 +132,7 @@ def render(
 # %% ../nbs/60_show.ipynb #093888b9
 def static_text(name: str) -> str:  # a file of halos_nb/static, such as "monitor.js"
     "A script or style sheet of `halos_nb/static`."
-    return (resources.files("halos_nb") / "static" / name).read_text()
+    return (resources.files("halos_nb") / "static" / name).read_text("utf-8")
 
 # %% ../nbs/60_show.ipynb #2b117970
 class Shown(NamedTuple):

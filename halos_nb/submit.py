@@ -64,7 +64,7 @@ def literal_values(
 def read_driver(notebook: str | Path) -> Driver:
     "What a notebook takes; an error if it does not say so."
     notebook = Path(notebook)
-    cells = json.loads(notebook.read_text())["cells"]
+    cells = json.loads(notebook.read_bytes())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     tagged = [c for c in code if "parameters" in c["metadata"].get("tags", [])]
     text = "\n".join("".join(cell["source"]) for cell in code)
@@ -180,7 +180,7 @@ def visible_gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.split()
 
 
 def gpu_slots(gpus: Sequence[str], each: int) -> list[dict[str, str]]:
@@ -549,7 +549,10 @@ def hand_over(job: Submission) -> str:  # the job's number
     "Give the script to the scheduler."
     env, _ = sbatch_environment()
     done = subprocess.run(
-        ["sbatch", "--parsable", str(job.script)], env=env, capture_output=True, text=True
+        ["sbatch", "--parsable", str(job.script)],
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise ValueError(f"sbatch refused {job.script}: {done.stderr.strip()}")

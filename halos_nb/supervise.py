@@ -82,7 +82,7 @@ def adopt_orphans() -> None:
 
 def replace_file(path: str, text: str) -> None:
     "Write a small file in one step (`records.atomic_write` needs imports that take time)."
-    with open(f"{path}.tmp", "w") as f:
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(f"{path}.tmp", path)
 

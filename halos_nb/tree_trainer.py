@@ -140,7 +140,7 @@ def read_counters(checkpoint: str | Path | None) -> Counters:
     file = Path(checkpoint) / "counters.json"
     if not file.exists():
         return Counters()
-    saved = json.loads(file.read_text())
+    saved = json.loads(file.read_bytes())
     return Counters(**{f.name: saved[f.name] for f in fields(Counters)})
 
 # %% ../nbs/22_tree_trainer.ipynb #02c5689d
@@ -762,7 +762,7 @@ def read_shares(optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder
     "Give an optimiser, shared out or not, the moments of a folder."
     import torch.distributed.checkpoint as dcp
 
-    groups = json.loads((folder / "groups.json").read_text())["groups"]
+    groups = json.loads((folder / "groups.json").read_bytes())["groups"]
     saved = [name for group in groups for name in group["params"]]
     check_groups(optimizer, [len(group["params"]) for group in groups])
     if sorted(saved) != sorted(names_in_order(optimizer, model)):

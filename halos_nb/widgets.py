@@ -352,7 +352,7 @@ def open_round(
     for config in reversed(found):
         done = config.with_name(config.name.replace(".config.", ".manifest."))
         if not done.exists():
-            return make_config(PeopleConfig, **json.loads(config.read_text()))
+            return make_config(PeopleConfig, **json.loads(config.read_bytes()))
     return None
 
 
