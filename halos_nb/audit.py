@@ -55,7 +55,13 @@ from halos_nb.records import (
     read_records,
     write_json,
 )
-from .configs import AuditConfig, SampleConfig, TrainConfig, require_path
+from halos_nb.configs import (
+    AuditConfig,
+    SampleConfig,
+    TrainConfig,
+    refuse_own_inputs,
+    require_path,
+)
 from .settings import parse_args
 from .data import Dataset, Example, get_sampled_data
 from .hub_sets import DATASETS, load_data
@@ -1369,6 +1375,9 @@ def check_shared(cfg: AuditConfig) -> dict[str, str]:
 
 def main(cfg: AuditConfig) -> dict:
     "Audit as the config says; print the report, and write it where it is wanted."
+    models = [cfg.model, cfg.reward_model_path, cfg.reference, cfg.from_checkpoint]
+    reads = dict(datasets=cfg.datasets, samples=[cfg.samples], model=models)
+    refuse_own_inputs(reads, dict(json=[cfg.json] if cfg.json else []))
     with alone() as first:
         report = audit(cfg) if first else dict(checks=[], examples=[])
     if cfg.model and asks_for_sharding():

@@ -36,7 +36,7 @@ from halos_nb.show import (
 )
 from .figures import styled, end_to_end, hover, thin
 from .rewards import frontier as reward_frontier, run_line
-from .runs import Run, Truth, read_runs
+from .runs import Run, Truth, read_runs, refuse_run_file
 
 # %% ../nbs/68_compare.ipynb #de506a39
 def flatten(nested: dict, prefix: str = "") -> dict:
@@ -311,6 +311,7 @@ def csv_cell(value: object) -> object:
 @patch
 def to_csv(self: RunComparer, path: str | Path, only_differences: bool = False) -> Path:
     "Write the table, every parameter unless only differences are asked for."
+    refuse_run_file(path, [run.folder for run in self.runs], ".csv")
     rows = self.rows(only_differences)
     names = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()

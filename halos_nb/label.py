@@ -12,7 +12,7 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units', 'together',
            'label_by_reward_model', 'label_by_function', 'judge_job', 'label_by_judge', 'keys_of_row',
            'check_can_compare', 'scored_by', 'scores_from_labels', 'label_from_journal', 'dry_run', 'timed',
-           'label_in_one_process', 'main']
+           'label_in_one_process', 'check_outputs', 'main']
 
 # %% ../nbs/43_label.ipynb #51f9daca
 import copy
@@ -34,11 +34,18 @@ from halos_nb.records import (
     RecordError,
     atomic_write,
     check_record,
+    put_aside,
     read_jsonl,
     write_json,
     write_records,
 )
-from .configs import LabelConfig, Weighted, read_models
+from halos_nb.configs import (
+    LabelConfig,
+    Weighted,
+    read_models,
+    refuse_own_inputs,
+    split_names,
+)
 from .settings import parse_args
 
 from halos_nb.feedback import (
@@ -453,6 +460,7 @@ def nothing_to_learn(
     got: Labelled,
     cfg: LabelConfig,
     counts: dict,  # where everything went
+    before: Path | None = None,  # feedback that was there, set aside
 ) -> ValueError:
     "The error that says why there is no record."
     names = ("prompts", "singles", "ties", "no_contrast", "one_order", "unscored")
@@ -462,6 +470,8 @@ def nothing_to_learn(
         f"{Path(cfg.output_file)}: nothing to learn from: {why} ({meant}; the labels are kept "
         f"in {companion_file(cfg.output_file, 'labels.jsonl')}"
     )
+    if before:
+        said += f"; the feedback that was there is {before.name} now"
     if got.scored is not None and cfg.feedback_type == "pairwise":
         said += "".join(f"\n  {line}" for line in other_thresholds(data, got.scored, cfg))
     return ValueError(said)
@@ -499,7 +509,7 @@ def what_was_made(
 def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
     "Labels, counts and feedback, in this order; returns all counts."
     out = Path(cfg.output_file)
-    out.unlink(missing_ok=True)  # made of other labels
+    before = put_aside(out) if out.is_file() else None  # made of other labels
     if got.rows is not None:
         write_labels(companion_file(out, "labels.jsonl"), got.rows)
     if got.scored is not None and not isinstance(cfg.unfinished, str):
@@ -512,8 +522,10 @@ def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
     write_json(companion_file(out, "counts.json"), counts)
     all_tied = cfg.second_samples_path and counts["equal"] == len(data.pairs or [])
     if not feedback and not all_tied:  # two files that are equally good are a result
-        raise nothing_to_learn(data, got, cfg, counts)
+        raise nothing_to_learn(data, got, cfg, counts, before)
     write_records(out, feedback)
+    if before:
+        before.unlink()
     print(what_was_made(out, counts))
     return counts
 
@@ -831,6 +843,27 @@ def label_in_one_process(data: LabelInput, cfg: LabelConfig) -> Labelled:
         return label_by_function(data, cfg)
     return label_from_journal(data, cfg)
 
+# %% ../nbs/43_label.ipynb #78e71a31
+def check_outputs(cfg: LabelConfig) -> None:
+    "An error if a file that is read would be written."
+    journals = split_names(cfg.from_labels or [])
+    models = read_models(cfg.reward_model_path or "")
+    labels = companion_file(cfg.output_file, "labels.jsonl")
+    reads = dict(
+        samples_file=[cfg.samples_file],
+        second_samples_path=[cfg.second_samples_path],
+        reward_model_path=[one.model for one in models],
+        units_from=[cfg.units_from],
+        from_labels=journals,
+    )
+    refuse_own_inputs(
+        reads,
+        dict(output_file=[cfg.output_file, companion_file(cfg.output_file, "counts.json")]),
+    )
+    if len(journals) == 1:  # it may be converted where it is
+        del reads["from_labels"]
+    refuse_own_inputs(reads, dict(output_file=[labels]))
+
 # %% ../nbs/43_label.ipynb #930bb531
 def main(
     cfg: LabelConfig,
@@ -840,6 +873,7 @@ def main(
     data = read_label_input(cfg)
     asked = only_finished(data, cfg)
     make_feedback([], cfg)  # a threshold that does not fit stops here
+    check_outputs(cfg)
     if cfg.dry_run:
         return dry_run(asked, cfg)
     if cfg.reward_model_path or cfg.function:

@@ -30,6 +30,7 @@ from halos_nb.records import (
     unpack_file,
     write_json,
 )
+from .configs import name_problem
 from .settings import Profile, Settings
 from .jobs import Job, launch, lock_log, prepare, remove
 from halos_nb.identity import (
@@ -47,8 +48,8 @@ def run_folder(
     name: str,  # one plain folder name
 ) -> Path:
     "Where a run lives."
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"run_name: should be a plain folder name, got {name!r}")
+    if problem := name_problem(name):
+        raise ValueError(f"run_name: {problem}, got {name!r}")
     return Path(settings.runs_dir).absolute() / name
 
 

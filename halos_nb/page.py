@@ -51,7 +51,7 @@ from halos_nb.rewards import (
     win_rates,
 )
 from .loop import MEASURED, round_counts
-from .runs import Run, Truth, health_rows, read_run, with_truth
+from .runs import Run, Truth, health_rows, read_run, refuse_run_file, with_truth
 from .monitor import RunState, look
 from .compare import parameters, same_prompt
 
@@ -379,6 +379,8 @@ def report(
         run = read_run(run_dir, truth, best)
     except ValueError as e:
         raise ValueError(f"report: {run_dir}: {e}") from None
+    path = Path(path or run.folder / "report.html")
+    refuse_run_file(path, [run.folder], ".html")
     rounds = samples_by_round(run, truth)
     feedback = feedback_by_round(run)
     metrics = {title: rows for title, rows in run.metrics().items() if rows}
@@ -393,7 +395,6 @@ def report(
         "Parameters": [parameters_table(run)],
         "Ledger": [ledger_table(run.folder)],
     }
-    path = Path(path or run.folder / "report.html")
     with atomic_write(path) as f:
         f.write(page_html(f"Run {run.name}", sections))
     return path

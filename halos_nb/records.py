@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FIELDS', 'UNPACK', 'ONLY_ZEROS', 'FRACTION',
-           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn',
-           'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback',
-           'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of',
-           'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts',
-           'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'packed_beside',
-           'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy',
-           'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault', 'fault_in', 'usable_json',
-           'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records',
-           'read_records', 'sync_folder', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json',
-           'FileLocked', 'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl',
-           'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'TEMPORARY', 'A_DAY', 'zero_or_one', 'text_or_integer', 'encodable',
+           'Record', 'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback',
+           'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name',
+           'problem_of', 'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json',
+           'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd',
+           'packed_beside', 'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of',
+           'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
+           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
+           'check_type', 'check_records', 'read_records', 'sync_folder', 'this_place', 'temporary', 'is_alive',
+           'is_left_over', 'clean_left_over', 'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records',
+           'write_json', 'FileLocked', 'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl',
+           'read_jsonl', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -27,11 +28,13 @@ import math
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Annotated, Any, Literal, NamedTuple, Self, TextIO
@@ -744,6 +747,76 @@ def sync_folder(path: Path) -> None:
     finally:
         os.close(descriptor)
 
+# %% ../nbs/00_records.ipynb #7bee463e
+@cache
+def this_place() -> str:
+    "Where a process id means something: this machine, and its name space of processes."
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def temporary(path: Path) -> Path:
+    "A hidden name beside a file, of this process's own."
+    mark = f"{this_place()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name[:60]}.{mark}.tmp")
+
+
+TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{8}\.tmp")
+
+
+def is_alive(pid: int) -> bool:
+    "Whether a process of this machine lives."
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+# %% ../nbs/00_records.ipynb #d01cd473
+A_DAY = 86_400  # seconds
+
+
+def is_left_over(path: Path) -> bool:
+    "Whether a file is surely the temporary one of a writer that is dead."
+    found = TEMPORARY.fullmatch(path.name)
+    if not found or path.is_symlink() or not path.is_file():
+        return False
+    place, pid = found.groups()
+    if pid is None:
+        return time.time() - path.stat().st_mtime > A_DAY
+    return place == this_place() and not is_alive(int(pid))
+
+
+def clean_left_over(folder: Path) -> list[str]:
+    "Remove the temporary files of dead writers, below a folder too; returns their names."
+    gone = []
+    for where, _, names in os.walk(folder):
+        for path in [Path(where, name) for name in names if name.endswith(".tmp")]:
+            with suppress(OSError):  # somebody else was faster, or it may only be read
+                if is_left_over(path):
+                    path.unlink()
+                    gone.append(path.name)
+    return gone
+
+# %% ../nbs/00_records.ipynb #a748ebc1
+def put_aside(
+    path: Path,
+    word: str = "before",  # why, on one word: `samples.before-1.json`
+) -> Path:
+    "Rename a file or folder to a name of its own beside it; returns that."
+    number = 1
+    while True:
+        aside = path.with_name(f"{path.stem}.{word}-{number}{path.suffix}")
+        if not os.path.lexists(aside):
+            path.rename(aside)
+            return aside
+        number += 1
+
 # %% ../nbs/00_records.ipynb #f4ed51c6
 @contextmanager
 def atomic_write(
@@ -752,7 +825,7 @@ def atomic_write(
     "A text file that has its name when the block ends well, and otherwise does not exist."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temp = temporary(path)
     try:
         with open(temp, "x", encoding="utf-8", newline="") as f:
             yield f
@@ -897,7 +970,7 @@ def pack_file(path: str | Path) -> Path:
     "Pack a file with gzip, beside it; whole or not at all. The file itself stays."
     path = Path(path)
     beside = packed_beside(path)
-    temp = beside.with_name(f".{beside.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temp = temporary(beside)
     try:
         with open(path, "rb") as given, open(temp, "xb") as raw:
             with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:

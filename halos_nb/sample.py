@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DrawnSamples', 'ASIDE', 'Scorer', 'tells_its_own', 'make_scorers', 'score_answers', 'sample_batch', 'sample',
            'check_models', 'load_models', 'drawn_answers', 'have_told', 'score_drawn', 'with_drawn_counts',
-           'done_before', 'counts_of', 'what_was_drawn', 'sample_here', 'main']
+           'done_before', 'counts_of', 'what_was_drawn', 'sample_here', 'check_outputs', 'main']
 
 # %% ../nbs/35_sample.ipynb #807a7dd6
 import json
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import set_seed
 
 from .records import as_turns, prompt_id, read_records
-from .configs import SampleConfig, make_config, require_path
+from .configs import SampleConfig, make_config, refuse_own_inputs, require_path
 from .settings import parse_args
 from .data import Example
 from .templates import tell_template, tokenizer_hash
@@ -318,9 +318,24 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     accelerator.wait_for_everyone()
     return counts
 
+# %% ../nbs/35_sample.ipynb #6d4f6321
+def check_outputs(cfg: SampleConfig) -> None:
+    "An error if a file that is read would be written."
+    out = Path(cfg.output_file)
+    beside = [out.with_name(f"{out.stem}.{kind}.json") for kind in ("counts", "samples")]
+    drawn = Path(cfg.drawn) if cfg.drawn else None
+    reads = dict(
+        datasets=cfg.datasets,
+        drawn=[drawn, drawn and drawn.with_name(f"{drawn.stem}.counts.json")],
+        model=[cfg.model],
+        reference=[cfg.reference],
+    )
+    refuse_own_inputs(reads, dict(output_file=[out, *beside]))
+
 # %% ../nbs/35_sample.ipynb #d667f277
 def main(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     "Sample as the config says."
+    check_outputs(cfg)
     if cfg.backend == "transformers":
         return sample_here(cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -9,8 +9,8 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
            'make_loaders', 'set_layout', 'LazyReference', 'planned_passes', 'reference_path', 'reference_maker',
            'fill_reference_logps', 'is_asked_first', 'prepare_reference', 'metrics_path', 'Resumed', 'run_folder',
            'look_back', 'tell_world', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared', 'Attempt',
-           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'write_scores', 'train',
-           'main']
+           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'write_scores',
+           'check_outputs', 'train', 'main']
 
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from .records import Progress, atomic_write, write_json
-from .configs import COMPARING, TrainConfig, require_path
+from .configs import COMPARING, TrainConfig, refuse_own_inputs, require_path
 from .settings import parse_args
 from .hub_sets import load_data
 from .templates import check_template, template_notes
@@ -723,9 +723,25 @@ def write_scores(path: Path, scores: list[PairScore]) -> None:
             line = dict(index=number, chosen=chosen, rejected=rejected)
             file.write(json.dumps(line) + "\n")
 
+# %% ../nbs/26_train.ipynb #26bf897a
+def check_outputs(cfg: TrainConfig) -> None:
+    "An error if something that is read would be written."
+    folder = run_folder(cfg)
+    names = ("FINAL", "counts.json", "eval_scores.jsonl")
+    reads = dict(
+        train_datasets=cfg.train_datasets,
+        test_datasets=cfg.test_datasets,
+        model=[cfg.model],
+        load_from=[cfg.load_from],
+        from_checkpoint=[cfg.from_checkpoint],
+    )
+    writes = dict(exp_name=[folder / name for name in names])
+    refuse_own_inputs(reads, writes | dict(metrics_file=[metrics_path(cfg)]))
+
 # %% ../nbs/26_train.ipynb #d1498f1e
 def train(cfg: TrainConfig) -> TrainResult:
     "Train as the config says; returns where everything is."
+    check_outputs(cfg)
     folder, metrics = run_folder(cfg), metrics_path(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     metrics.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,185 @@
+"""What is sealed stays, and what is written is never what is read: names that become folders,
+outputs that are inputs, whose a run's folder is, and what becomes of a run whose parameters
+have changed.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from halos_nb import audit, label, sample, train
+from halos_nb.configs import (
+    AuditConfig,
+    CompareConfig,
+    HandConfig,
+    LabelConfig,
+    LoopConfig,
+    PeopleConfig,
+    RewardConfig,
+    RoundLabelConfig,
+    SampleConfig,
+    TrainConfig,
+    make_config,
+)
+from halos_nb.records import write_records
+
+# ---- names
+
+WRONG_NAMES = ("", ".", "..", "../x", "a/b", "/x", "a\\b", ".hidden", " x", "x\n", "x\0y")
+WRONG_NAMES += ("x\ty", "x" * 151, "\N{GREEK SMALL LETTER ALPHA}" * 76, "\ud800")
+
+
+@pytest.mark.parametrize("name", WRONG_NAMES)
+def test_a_name_that_leads_elsewhere_is_refused(name):
+    for cls in (LoopConfig, CompareConfig, HandConfig, RoundLabelConfig, RewardConfig):
+        with pytest.raises(ValueError, match="run_name: "):
+            make_config(cls, run_name=name)
+    with pytest.raises(ValueError, match="exp_name: "):
+        make_config(TrainConfig, loss="sft", model="m", exp_name=name)
+    with pytest.raises(ValueError, match="exp_name: "):
+        make_config(RewardConfig, exp_name=name)
+
+
+def test_names_that_are_taken_are_refused():
+    for name in ("playground", "playground-12", "models"):
+        with pytest.raises(ValueError, match=f"run_name: {name} is the name of a folder"):
+            make_config(LoopConfig, run_name=name)
+    for name in ("start", "audit", "ledger.jsonl", "submit"):
+        with pytest.raises(ValueError, match=f"exp_name: {name} is a name that the run"):
+            make_config(RewardConfig, exp_name=name)
+
+
+@pytest.mark.parametrize("name", ["../ada", "a/b", "x" * 81, "", "a\nb"])
+def test_who_labels_is_part_of_a_files_name(name):
+    given = dict(samples_file="s", output_file="o", session_file="j")
+    for cls, more in ((HandConfig, {}), (PeopleConfig, given), (LoopConfig, {})):
+        with pytest.raises(ValueError, match="labeller: "):
+            make_config(cls, labeller=f"human:{name}", **more)
+
+
+# ---- outputs that are inputs
+
+
+def some_samples(path, n=4):
+    "Two prompts' answers, of n words and fewer."
+    rows = []
+    for i in range(2):
+        for k in range(n):
+            turns = [dict(role="user", content=f"{i}?")]
+            row = dict(
+                prompt_id=f"p{i}", sample_id=k, prompt=turns, output="word " * k + "end."
+            )
+            rows.append(row | dict(type="sample"))
+    write_records(path, rows)
+    return path
+
+
+def words(prompt, output):
+    return len(output.split())
+
+
+def nothing(prompt, output):
+    return 0
+
+
+@pytest.fixture
+def by_words(tmp_path, monkeypatch):
+    "`by_words(output_file, **more)`: samples in the current folder labelled by their length."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(tmp_path)
+    some_samples(tmp_path / "s.json")
+
+    def labelled(out, function="words", **more):
+        given = dict(samples_file="s.json", output_file=str(out))
+        if "from_labels" not in more:
+            more["function"] = f"{Path(__file__).stem}:{function}"
+        return label.main(LabelConfig(**given | more, feedback_type="pairwise"))
+
+    return labelled
+
+
+def another_name(of, kind, folder):
+    "Another spelling of a file, or another name for it."
+    if kind == "plain":
+        return str(of)
+    if kind == "relative":
+        return os.path.relpath(of, folder)
+    if kind == "spelt":
+        return f"{of.parent}/./../{of.parent.name}/{of.name}"
+    other = folder / f"other-{kind}{of.suffix}"
+    (other.symlink_to if kind == "symlink" else other.hardlink_to)(of)
+    return str(other)
+
+
+KINDS = ("plain", "relative", "spelt", "symlink", "hard link")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labelling_never_replaces_what_it_reads(by_words, tmp_path, kind):
+    "`label s.json s.json` removed its samples."
+    given = tmp_path / "s.json"
+    before = given.read_bytes()
+    out = another_name(given, kind, tmp_path)
+    with pytest.raises(ValueError, match="output_file: would write .* over samples_file"):
+        by_words(out)
+    assert given.read_bytes() == before
+    # nor by what stands beside the output
+    journal = some_samples(tmp_path / "f.labels.jsonl")
+    with pytest.raises(ValueError, match="over second_samples_path"):
+        by_words(tmp_path / "f.json", second_samples_path=str(journal))
+
+
+def test_labelling_never_replaces_a_journal_that_it_converts(by_words, tmp_path):
+    by_words("f.json")
+    journal = tmp_path / "f.labels.jsonl"
+    said = journal.read_bytes()
+    with pytest.raises(ValueError, match="over from_labels"):
+        by_words(journal, from_labels=str(journal))
+    assert by_words("f.json", from_labels=str(journal))["records"] == 2
+    assert journal.read_bytes() == said
+
+
+def test_an_empty_result_keeps_what_was_there(by_words, tmp_path):
+    counts = by_words("f.json")
+    before = (tmp_path / "f.json").read_bytes()
+    assert counts["records"] == 2
+    with pytest.raises(ValueError, match=r"feedback that was there is f\.before-1\.json"):
+        by_words("f.json", function="nothing")
+    assert (tmp_path / "f.before-1.json").read_bytes() == before
+    assert not (tmp_path / "f.json").exists()  # it would have been made of other labels
+    by_words("f.json")
+    by_words("f.json")
+    assert sorted(p.name for p in tmp_path.glob("f.*json")) == [
+        "f.before-1.json",
+        "f.counts.json",
+        "f.json",
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_stage_writes_over_what_it_reads(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    data = some_samples(tmp_path / "d.json")
+    out = another_name(data, kind, tmp_path)
+    sampling = SampleConfig(model="m", datasets=[str(data)], output_file=out)
+    training = dict(loss="sft", model="m", cache_dir=str(tmp_path), exp_name="x")
+    looking = AuditConfig(model="m", samples=str(data), json=out)
+    with pytest.raises(ValueError, match="output_file: would write .* over datasets"):
+        sample.main(sampling)
+    with pytest.raises(ValueError, match="metrics_file: would write .* over train_datasets"):
+        train.main(TrainConfig(**training, train_datasets=[str(data)], metrics_file=out))
+    with pytest.raises(ValueError, match="json: would write .* over samples"):
+        audit.main(looking)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []  # nothing was begun
+
+
+def test_a_training_never_replaces_what_it_starts_from(tmp_path):
+    final = tmp_path / "x/FINAL"
+    final.mkdir(parents=True)
+    (final / "weights").write_text("1")
+    given = dict(loss="sft", cache_dir=str(tmp_path), exp_name="x", train_datasets=["d"])
+    for more in (dict(model=str(final)), dict(model="m", from_checkpoint=str(final))):
+        with pytest.raises(ValueError, match="exp_name: would write"):
+            train.main(TrainConfig(**given, **more))
+    assert (final / "weights").read_text() == "1"
