@@ -16,9 +16,9 @@ __all__ = ['Config', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName', 'OF_A_CHE
            'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions',
            'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
            'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
-           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
-           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
-           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
+           'reward_problems', 'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions',
+           'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators',
+           'asks_judge', 'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
            'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
            'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset',
            'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems', 'own_form',
@@ -736,6 +736,11 @@ class LossOptions:
     # bradley-terry, use_margin: the median difference of the data counts as 1, or every
     # difference as the labeller's number says
     margin_unit: Literal["median", "score"] = "median"
+    # bradley-terry: the share of labels that may be wrong; no pair is claimed more surely
+    label_smoothing: NonNegativeFloat = 0.0
+    # bradley-terry: what the lengths of two answers tell of the label is not learnt again: its
+    # log-odds, fitted to the pairs, stand beside the scores while they are trained
+    debias_length: bool = False
     # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
     centring: NonNegativeFloat = 0.0
 
@@ -1038,6 +1043,18 @@ def dropout_problems(c: TrainConfig) -> Iterator[str]:
                 f"dropped at random; leave it out, or give 0, not {share}"
             )
 
+# %% ../nbs/02_configs.ipynb #fda3ea15
+def reward_problems(c: TrainConfig) -> Iterator[str]:
+    "What a reward model cannot be trained with, and what only a reward model has."
+    if c.label_smoothing >= 0.5:
+        yield (
+            f"label_smoothing: with {c.label_smoothing} of the labels wrong nothing can be "
+            "learnt; it is below 0.5"
+        )
+    for name in ("label_smoothing", "debias_length"):
+        if getattr(c, name) and c.loss != "bradley-terry":
+            yield f"{name}: only a reward model (bradley-terry) is trained so, not {c.loss}"
+
 # %% ../nbs/02_configs.ipynb #6f05c34a
 def adapter_problems(c: TrainConfig) -> Iterator[str]:
     "What LoRA cannot have."
@@ -1069,6 +1086,7 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
             f"epsilon: with {c.epsilon} of the labels wrong nothing can be learnt; "
             "it is below 0.5"
         )
+    yield from reward_problems(c)
     if c.use_peft:
         yield from adapter_problems(c)
     if c.max_prompt_length >= c.max_length:
@@ -2064,6 +2082,11 @@ class RewardConfig:
     # model of yours needs one)
     lr: PositiveFloat | None = None
     epochs: PositiveInt = 1  # passes over the pairs
+    use_margin: bool = False  # scores must differ by more where the labeller's did
+    # the share of labels that may be wrong; no pair is claimed more surely
+    label_smoothing: NonNegativeFloat = 0.0
+    # what the lengths of two answers tell of the label is not learnt again
+    debias_length: bool = False
     batch_size: PositiveInt = 16  # pairs per optimiser step
     token_budget: PositiveInt = 4096  # tokens in one forward pass
     # keep each layer's input only, compute the layer again in the backward pass: less memory, a
@@ -2080,6 +2103,8 @@ class RewardConfig:
     # (warn), or is not looked for (skip)
     audit: Literal["run", "warn", "skip"] = "run"
     seed: int = 0  # decides the order of training and fresh weights
+    # how many reward models: seeds `seed`, `seed` + 1, ...; the others are {exp_name}-s{seed}
+    seeds: PositiveInt = 1
     fresh: bool = False  # start this run again from nothing
 
     def __post_init__(self) -> None:

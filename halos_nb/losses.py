@@ -616,16 +616,22 @@ def bradley_terry_loss(
     rejected_logits: Tensor,  # (B, 2)
     margin: Tensor | None = None,  # (B,) by how much chosen should win
     centring: float = 0.0,  # weight of the squared sum of the two scores
+    label_smoothing: float = 0.0,  # share of labels that may be wrong
+    known: Tensor | None = None,  # (B,) log-odds for chosen that a shortcut tells already
 ) -> RewardLoss:
     "Negative log-likelihood of the preferences (Stiennon et al. 2020, sec. 3.4)."
     same_shape(chosen=chosen_logits, rejected=rejected_logits)
     chosen = upcast(chosen_logits)[:, 1]
     rejected = upcast(rejected_logits)[:, 1]
-    same_shape(scores=chosen, margin=margin)
+    same_shape(scores=chosen, margin=margin, known=known)
     difference = chosen - rejected
     if margin is not None:
         difference = difference - upcast(margin)
-    losses = -F.logsigmoid(difference)  # -log s(r_c - r_r - m)
+    if known is not None:
+        difference = difference + upcast(known)
+    losses = -F.logsigmoid(difference)  # -log s(r_c - r_r - m + b)
+    if label_smoothing:  # -(1 - e) log s(d) - e log s(-d) = -log s(d) + e d
+        losses = losses + label_smoothing * difference
     if centring:
         losses = losses + centring * (chosen + rejected) ** 2
     return RewardLoss(losses, chosen.detach(), rejected.detach())

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'MOST_GROUPS', 'Ends', 'WeightedEstimate', 'floats', 'finite_values', 'is_whole', 'drawn_logp', 'kl_terms',
            'pair_margins', 'prompts_of', 'Interval', 'ratio', 'sign', 'share_interval', 'prompt_numbers',
-           'prompt_groups', 'drawn_weights', 'percentile_interval', 'bootstrap', 'bootstrap_sums', 'mean_interval',
-           'share_over_prompts', 'late_and_early', 'mean_over_runs', 'mean_gain', 'mean_share_of_way', 'share_of_way',
-           'centred', 'slope', 'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all', 'rate_interval',
-           'win_rate', 'logistic_fit', 'clustered_errors', 'length_controlled', 'best_of_n_weights', 'best_of_n_kl',
-           'best_of_n', 'coded', 'kappa_of', 'midranks', 'spearman_of', 'nominal_alpha', 'numeric_alpha', 'alpha_of',
-           'cohen_kappa', 'spearman', 'krippendorff', 'Agreement', 'both_orders', 'confusion_of', 'agree',
-           'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope', 'calibration_bins', 'calibrate']
+           'prompt_groups', 'drawn_weights', 'outer_share', 'percentile_interval', 'bootstrap', 'bootstrap_sums',
+           'mean_interval', 'effective_trials', 'share_over_prompts', 'late_and_early', 'mean_over_runs', 'mean_gain',
+           'mean_share_of_way', 'share_of_way', 'centred', 'slope', 'scores_by_prompt', 'beaten', 'grouped_scores',
+           'win_rate_over_all', 'rate_interval', 'win_rate', 'logistic_fit', 'clustered_errors', 'length_controlled',
+           'best_of_n_weights', 'best_of_n_kl', 'best_of_n', 'coded', 'kappa_of', 'midranks', 'spearman_of',
+           'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman', 'krippendorff', 'Agreement',
+           'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope',
+           'calibration_bins', 'error_by_chance', 'calibrate', 'mean_difference', 'hits_of', 'WithoutLength',
+           'slope_through_zero', 'without_length']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -99,7 +101,7 @@ def sign(x: float) -> int:
     return (x > 0) - (x < 0)
 
 # %% ../nbs/01_stats.ipynb #7fe136e0
-def share_interval(k: float, n: int) -> Interval:  # k of n; a tie may count half
+def share_interval(k: float, n: float) -> Interval:  # k of n; a tie may count half
     "The share of k in n independent trials, with its Clopper-Pearson interval."
     from scipy.special import betaincinv
 
@@ -138,15 +140,27 @@ def drawn_weights(
     return np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
 
 # %% ../nbs/01_stats.ipynb #43cdee22
+def outer_share(prompts: int) -> float:
+    "The share of replicates that lies beyond each end of the interval, of so many prompts."
+    from scipy.stats import norm, t
+
+    if prompts < 2:
+        return 0.025
+    reach = math.sqrt(prompts / (prompts - 1)) * t.ppf(0.975, prompts - 1)
+    return float(norm.sf(reach))
+
+
 def percentile_interval(
     value: float | np.floating,  # the estimate
     replicates: np.ndarray,  # what other draws gave; those not finite are left out
+    prompts: float = math.inf,  # how many were drawn each time
 ) -> Interval:
-    "The estimate and the middle 95% of its replicates."
+    "The estimate and the middle of its replicates."
     finite = replicates[np.isfinite(replicates)]
     if len(finite) == 0:
         return Interval(float(value), math.nan, math.nan)
-    low, high = np.quantile(finite, [0.025, 0.975])
+    outside = 0.025 if math.isinf(prompts) else outer_share(int(prompts))
+    low, high = np.quantile(finite, [outside, 1 - outside])
     return Interval(float(value), float(low), float(high))
 
 # %% ../nbs/01_stats.ipynb #72838006
@@ -164,7 +178,7 @@ def bootstrap(
     n = number.max() + 1
     weights = drawn_weights(n, draws if n > 1 else 0, rng)
     replicates = [estimate(w[number]) for w in weights]
-    return percentile_interval(estimate(np.ones(len(number))), np.array(replicates))
+    return percentile_interval(estimate(np.ones(len(number))), np.array(replicates), n)
 
 # %% ../nbs/01_stats.ipynb #890a5b44
 def bootstrap_sums(
@@ -184,7 +198,7 @@ def bootstrap_sums(
     weights = drawn_weights(len(sums), draws if len(sums) > 1 else 0, rng)
     with np.errstate(divide="ignore", invalid="ignore"):
         replicates = estimate(*(weights @ sums).T)
-        return percentile_interval(estimate(*sums.sum(0)), replicates)
+        return percentile_interval(estimate(*sums.sum(0)), replicates, len(sums))
 
 # %% ../nbs/01_stats.ipynb #193763cc
 def mean_interval(
@@ -205,19 +219,38 @@ def mean_interval(
     return bootstrap_sums(mean, [kept, np.ones(len(kept))], numbers[finite], seed, draws)
 
 # %% ../nbs/01_stats.ipynb #9598860f
+def effective_trials(
+    hits: np.ndarray,  # 1 or 0; a tie may count half
+    numbers: np.ndarray,  # of each one's prompt
+) -> float:
+    "How many independent trials know a share as well as these items do."
+    from scipy.stats import t
+
+    n, prompts = len(hits), numbers.max() + 1
+    share = hits.mean()
+    of_prompt = np.bincount(numbers, hits - share)
+    variance = prompts / (prompts - 1) * (of_prompt**2).sum() / n**2
+    if variance == 0:
+        return float(prompts)
+    wider = t.ppf(0.975, n - 1) / t.ppf(0.975, prompts - 1)
+    return float(min(n, share * (1 - share) / variance * wider**2))
+
+
 def share_over_prompts(
     hits: Sequence[float],  # 1 or 0; a tie may count half
     prompts: Sequence[Hashable],  # of each
-    seed: int = 0,
-    draws: int = 1000,
 ) -> Interval:
-    "The share of hits; exact where the bootstrap is blind or not needed."
-    n = len(set(prompts))
+    "The share of hits, with Clopper and Pearson's interval of its effective trials."
+    numbers = prompt_numbers(prompts)
+    n = int(numbers.max(initial=-1)) + 1
     if len(hits) == n:
         return share_interval(sum(hits), n)
-    if len(set(hits)) == 1 and hits[0] in (0, 1):
-        return share_interval(n * hits[0], n)
-    return mean_interval(hits, prompts, seed, draws)
+    x = np.asarray(hits, float)
+    if n == 1 and 0 < x.mean() < 1:  # one prompt says nothing of others
+        return Interval(float(x.mean()), math.nan, math.nan)
+    trials = effective_trials(x, numbers) if n > 1 else 1.0
+    _, low, high = share_interval(x.mean() * trials, trials)
+    return Interval(float(x.mean()), low, high)
 
 # %% ../nbs/01_stats.ipynb #5a1e0f02
 def late_and_early(
@@ -374,7 +407,7 @@ def win_rate_over_all(a: dict, b: dict, draws: int, rng: np.random.Generator) ->
     comparisons = (our_weights @ our_counts) * (their_weights @ their_counts)
     replicates = ((our_weights @ won) * their_weights).sum(1) / comparisons
     value = won.sum() / our_counts.sum() / their_counts.sum()
-    return percentile_interval(value, replicates)
+    return percentile_interval(value, replicates, min(len(ours), len(theirs)))
 
 # %% ../nbs/01_stats.ipynb #149bbdd5
 def rate_interval(
@@ -693,7 +726,7 @@ def agree(
         second=second,
         items=len(pairs),
         prompts=len(set(prompts)),
-        rate=share_over_prompts(equal, prompts, seed, draws),
+        rate=share_over_prompts(equal, prompts),
         kappa=interval(kappa),
         alpha=interval(alpha),
         rho=interval(rho),
@@ -725,7 +758,9 @@ class Calibration(NamedTuple):
     left_out: int  # pairs without margin
     brier: Interval  # 0.25: no better than a coin
     log_loss: Interval  # nats; 0.693: no better than a coin
+    too_sure: Interval  # mean claim less the share that came true; below 0: too modest
     error: float  # mean distance between claimed and right over bins, by their pairs
+    chance: Interval  # what that distance is if all claims are true, by chance alone
     slope: float  # what the margins should be multiplied by; infinite if all claims come true
     bins: list[CalibrationBin]
 
@@ -754,17 +789,29 @@ def calibration_bins(
     right: np.ndarray,  # 1, 0 or, for a tie, 0.5
     prompts: np.ndarray,  # of each pair
     bins: int,
-    seed: int,
-    draws: int,
 ) -> list[CalibrationBin]:
     "At most `bins` bins of equally many pairs, at least 10 in each."
     if len(claimed) == 0:
         return []
     found = []
     for part in np.array_split(np.arange(len(claimed)), max(1, min(bins, len(claimed) // 10))):
-        share = share_over_prompts(right[part].tolist(), prompts[part].tolist(), seed, draws)
+        share = share_over_prompts(right[part].tolist(), prompts[part].tolist())
         found.append(CalibrationBin(float(claimed[part].mean()), share, len(part)))
     return found
+
+
+def error_by_chance(
+    bins: Sequence[CalibrationBin], seed: int = 0, draws: int = 1000
+) -> Interval:
+    "The error of claims that are all true: its mean, and the middle 95% of it."
+    if not bins:
+        return UNKNOWN
+    rng = np.random.default_rng(seed)
+    pairs = np.array([b.pairs for b in bins])
+    claimed = np.array([b.claimed for b in bins])
+    came_true = rng.binomial(pairs, claimed, size=(draws, len(bins))) / pairs
+    errors = np.abs(came_true - claimed) @ pairs / pairs.sum()
+    return percentile_interval(errors.mean(), errors)
 
 # %% ../nbs/01_stats.ipynb #a31b5820
 def calibrate(
@@ -784,14 +831,68 @@ def calibrate(
     right = (1 + np.sign(m)) / 2
     squared = right * (1 - claimed) ** 2 + (1 - right) * claimed**2
     surprise = np.logaddexp(0, -m)
-    found = calibration_bins(claimed, right, numbers, bins, seed, draws)
+    found = calibration_bins(claimed, right, numbers, bins)
     distances = [b.pairs * abs(b.claimed - b.right.value) for b in found]
     return Calibration(
         pairs=len(m),
         left_out=len(pairs) - len(m),
         brier=mean_interval(squared, numbers, seed, draws),
         log_loss=mean_interval(surprise, numbers, seed, draws),
+        too_sure=mean_interval(claimed - right, numbers, seed, draws),
         error=ratio(sum(distances), len(m)),
+        chance=error_by_chance(found, seed, draws),
         slope=best_slope(m),
         bins=found,
+    )
+
+# %% ../nbs/01_stats.ipynb #2f46094e
+def mean_difference(
+    a: Sequence[float],  # one number for each item
+    b: Sequence[float],  # another for the same items
+    prompts: Iterable[Hashable],  # of each item
+    seed: int = 0,
+    draws: int = 1000,
+) -> Interval:
+    "Mean of a less that of b, item by item, with its bootstrap interval over prompts."
+    difference = np.asarray(a, float) - np.asarray(b, float)
+    return mean_interval(difference, prompts, seed, draws)
+
+
+def hits_of(margins: Sequence[float]) -> np.ndarray:
+    "1 where the preferred answer has the higher score, 1/2 where both are equal, else 0."
+    return (1 + np.sign(np.asarray(margins, float))) / 2
+
+# %% ../nbs/01_stats.ipynb #2ef7364a
+class WithoutLength(NamedTuple):
+    "What margins say beside length."
+
+    slope: Interval  # of the margin, for one unit of difference in length
+    share: Interval  # of pairs whose margin is above 0 when that is taken out
+
+
+def slope_through_zero(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
+    "Slope of y on x under weights, without a constant; NaN where x is always 0."
+    return ratio(w @ (x * y), w @ (x * x))
+
+
+def without_length(
+    margins: Sequence[float],  # of the preferred answer over the other
+    longer: Sequence[float],  # by how much the preferred answer is longer, in any unit
+    prompts: Sequence[Hashable],  # of each pair
+    seed: int = 0,
+    draws: int = 1000,
+) -> WithoutLength:
+    "The margins' slope on length, and how often they are right when it is taken out."
+    m, d = np.asarray(margins, float), np.asarray(longer, float)
+
+    def per_unit(w: np.ndarray) -> float:
+        return slope_through_zero(d, m, w)
+
+    def right(w: np.ndarray) -> float:
+        slope = per_unit(w)
+        left = m - d * slope if math.isfinite(slope) else m
+        return ratio(w @ hits_of(left), w.sum())
+
+    return WithoutLength(
+        bootstrap(per_unit, prompts, seed, draws), bootstrap(right, prompts, seed, draws)
     )

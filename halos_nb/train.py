@@ -9,12 +9,13 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
            'make_loaders', 'set_layout', 'LazyReference', 'planned_passes', 'reference_path', 'reference_maker',
            'fill_reference_logps', 'is_asked_first', 'prepare_reference', 'metrics_path', 'Resumed', 'run_folder',
            'look_back', 'tell_world', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared', 'Attempt',
-           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'write_scores',
-           'check_outputs', 'train', 'main']
+           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'words_in', 'source_of',
+           'told_of_pair', 'write_scores', 'check_outputs', 'train', 'main']
 
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from collections import Counter
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from .records import Progress, atomic_write, write_json
+from .records import Progress, as_text, atomic_write, write_json
 from .configs import COMPARING, TrainConfig, refuse_own_inputs, require_path
 from .settings import parse_args
+from .data import Example
 from .hub_sets import load_data
 from .templates import check_template, template_notes
 from .trees import Tree, TreeBatch, Work
@@ -715,13 +717,42 @@ def run_counts(trainer: TreeTrainer) -> dict[str, Any]:
     counts |= trainer.notes
     return counts
 
+# %% ../nbs/26_train.ipynb #7531b108
+def words_in(turns: list[dict]) -> int:
+    "Words of a text, as they stand between spaces."
+    return len(as_text(turns).split())
 
-def write_scores(path: Path, scores: list[PairScore]) -> None:
-    "One line per held-out pair: its number, chosen and rejected score."
+
+def source_of(example: Example) -> str:
+    "The named set an example is of; of feedback, the file that it was read from."
+    name = example.dataset_name
+    if name and not name.endswith("_feedback"):
+        return name
+    return Path(example.where.rpartition(", ")[0]).name or name
+
+
+def told_of_pair(loader: TreeDataLoader, number: int) -> dict:
+    "Whose pair it is, and how long its sides are."
+    item = loader.items[number]
+    example = loader.examples[item.prompt]
+    chosen, rejected = map(words_in, loader.outputs(item))
+    margin = item.facts.get("margin", [math.nan])[0]
+    return dict(
+        prompt_id=example.prompt_id,
+        dataset=source_of(example),
+        prompt_words=words_in(example.prompt),
+        chosen_words=chosen,
+        rejected_words=rejected,
+        labelled_margin=margin if math.isfinite(margin) else None,
+    )
+
+
+def write_scores(path: Path, scores: list[PairScore], loader: TreeDataLoader) -> None:
+    "One line per held-out pair: both scores, and what is known of it."
     with atomic_write(path) as file:
         for number, chosen, rejected in scores:
             line = dict(index=number, chosen=chosen, rejected=rejected)
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | told_of_pair(loader, number)) + "\n")
 
 # %% ../nbs/26_train.ipynb #26bf897a
 def check_outputs(cfg: TrainConfig) -> None:
@@ -762,7 +793,8 @@ def train(cfg: TrainConfig) -> TrainResult:
     if main:
         write_json(folder / "counts.json", counts)
     if main and evaluation and trainer.pair_scores:
-        write_scores(folder / "eval_scores.jsonl", trainer.pair_scores)
+        scored = folder / "eval_scores.jsonl"
+        write_scores(scored, trainer.pair_scores, trainer.eval_loader)
     model = trainer.save_final(folder / "FINAL", tokenizer)
     if main and resumed.made:
         end_attempts(cfg, resumed)

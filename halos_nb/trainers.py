@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TwoLogps', 'FourLogps', 'TRAINERS', 'SFTTrainer', 'ConditionalSFTTrainer', 'RAFTTrainer', 'Sides', 'sides',
            'PairedPreferenceTrainer', 'pair_metrics', 'DPOTrainer', 'CDPOTrainer', 'IPOTrainer', 'RPOTrainer',
-           'DPONormTrainer', 'SimPOTrainer', 'SLiCTrainer', 'BradleyTerryTrainer', 'median_margin',
-           'UnpairedPreferenceTrainer', 'kto_metrics', 'KTOTrainer', 'answer_margins', 'GRPOTrainer', 'normaliser',
-           'Rollout', 'EpisodeBatch', 'with_rollout', 'reward_at_last_token', 'label_rewards', 'episode_rewards',
-           'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer', 'value_weights']
+           'DPONormTrainer', 'SimPOTrainer', 'SLiCTrainer', 'BradleyTerryTrainer', 'median_margin', 'length_ratio',
+           'odds_of_length', 'UnpairedPreferenceTrainer', 'kto_metrics', 'KTOTrainer', 'answer_margins', 'GRPOTrainer',
+           'normaliser', 'Rollout', 'EpisodeBatch', 'with_rollout', 'reward_at_last_token', 'label_rewards',
+           'episode_rewards', 'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer', 'value_weights']
 
 # %% ../nbs/24_trainers.ipynb #6acba4ba
 import math
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -32,6 +33,7 @@ from halos_nb.loaders import (
     TreeDataLoader,
     UnpairedPreferenceDataLoader,
 )
+from .stats import best_slope
 from halos_nb.losses import (
     GroupLoss,
     Importance,
@@ -225,13 +227,17 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
     loader_options = dict(whole=True)
     margin_unit = "score"  # what a margin of 1 is: the data's median, or the labeller's 1
     margin = 1.0  # that many of the labeller's points
+    length_odds = 0.0  # log-odds of a pair's label for each log-ratio of lengths
     options = ("margin_unit",)
 
     def begin(self) -> None:
-        "Before the first step: the unit of the margins known, and noted."
+        "Before the first step: the unit of margins and the odds of length known, and noted."
         if self.config.use_margin and self.margin_unit == "median":
             self.margin = median_margin(self.loader.trees)
             self.notes["margin_unit"] = self.margin
+        if self.config.debias_length:
+            self.length_odds = odds_of_length(self.loader.trees)
+            self.notes["length_odds"] = self.length_odds
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> Sides:
         "Logits of (chosen, rejected), each (B, 2)."
@@ -244,12 +250,19 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         policy_rejected_logits: Tensor,  # (B, 2)
     ) -> RewardLoss:
         "(losses, chosen_scores, rejected_scores), each (B,)."
-        margin = None
+        margin = known = None
         if self.config.use_margin:
             margin = sides(batch.fact("margin"), batch).chosen / self.margin
-        centring = self.config.centring
+        if self.config.debias_length:
+            ratios = [length_ratio(tree) for tree in batch.trees]
+            known = self.length_odds * policy_chosen_logits.new_tensor(ratios)
         return bradley_terry_loss(
-            policy_chosen_logits, policy_rejected_logits, margin, centring
+            policy_chosen_logits,
+            policy_rejected_logits,
+            margin,
+            self.config.centring,
+            self.config.label_smoothing,
+            known,
         )
 
     def get_batch_metrics(
@@ -265,6 +278,28 @@ def median_margin(trees: list[Tree]) -> float:
     known = [abs(tree.facts["margin"][0]) for tree in trees if "margin" in tree.facts]
     known = [margin for margin in known if not math.isnan(margin)]
     return (statistics.median(known) if known else 0.0) or 1.0
+
+# %% ../nbs/24_trainers.ipynb #dce6b2da
+def length_ratio(tree: Tree) -> float:
+    "How much longer the chosen answer of a pair is: log of the ratio of tokens."
+    lengths = {}
+    for meaning, ids, skip in zip(tree.meanings, tree.branches, tree.skip):
+        lengths[meaning] = max(1, len(ids) - skip)
+    return math.log(lengths["chosen"] / lengths["rejected"])
+
+
+def odds_of_length(trees: list[Tree]) -> float:
+    "Log-odds that the longer answer is chosen, for each log-ratio of lengths."
+    odds = best_slope(np.array([length_ratio(tree) for tree in trees]))
+    if not math.isfinite(odds):
+        always = "the longer" if odds > 0 else "the shorter"
+        none = "both answers are equally long"
+        told = none if math.isnan(odds) else f"{always} answer always wins"
+        raise ValueError(
+            f"debias_length: in all {len(trees)} pairs {told}, so nothing is left that "
+            "length does not tell; train without"
+        )
+    return odds
 
 # %% ../nbs/24_trainers.ipynb #bea44121
 class UnpairedPreferenceTrainer(TreeTrainer):
