@@ -1,7 +1,9 @@
 "What replies mean: numbers, winners, and nothing that is not stated."
 
+import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -34,6 +36,37 @@ def test_thoughts_name_no_winner():
             "<think>Winner: A",
         )
     ] == ["B", "B", None]
+
+
+CASES = json.loads((Path(__file__).parent / "data/judge_replies.json").read_text())
+SHARED = Path(__file__).resolve().parents[2] / "shared/cases/judge_replies.json"
+
+
+def read_score(reply):
+    "The number from 0 to 10 that a judge has given."
+    value = read_number(reply).value
+    return value if value is None or 0 <= value <= 10 else None
+
+
+@pytest.mark.parametrize("read, kind", [(read_score, "scores"), (read_winner, "winners")])
+def test_replies_of_every_kind(read, kind):
+    "400 replies: read as they are meant, or unread with a reason."
+    (cases,) = [list(rows.items()) for name, rows in CASES.items() if name.startswith(kind)]
+    if SHARED.exists():
+        cases += [
+            c
+            for name, rows in json.loads(SHARED.read_text()).items()
+            if name[0] == kind[0]
+            for c in rows
+        ]
+    wrong = {}
+    for reply, meant in cases:
+        said = read(reply)
+        value = said if read is read_score else said.value
+        if value != meant:
+            wrong[reply] = (meant, value)
+    assert not wrong
+    assert all(read_number(reply).reason or read_winner(reply).reason for reply, _ in cases)
 
 
 numbers = st.decimals(-20, 20, places=2, allow_nan=False).map(lambda d: f"{d:f}")
