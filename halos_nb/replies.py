@@ -8,13 +8,13 @@ __all__ = ['THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'B
            'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'SIGN', 'BEHIND', 'SCORE', 'FINAL',
            'START', 'BEGINS', 'GIVES', 'CONCLUDES', 'FILLERS', 'BETWEEN', 'SAYS', 'ELSEWHERE', 'LABEL', 'LABELS',
            'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'BARE', 'SCALE', 'TIE',
-           'KINDS', 'ANSWER', 'CHOICE', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BRACKETS', 'ORDERS', 'BETTER',
-           'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread', 'without_thoughts', 'plain_text', 'to_float',
-           'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'is_negated', 'is_elsewhere', 'announced_value',
-           'values_behind', 'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values',
-           'no_key_twice', 'json_objects', 'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated',
-           'taken_back', 'statements', 'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice',
-           'announced_winners', 'marked_winners', 'stated_winners', 'read_winner']
+           'KINDS', 'ANSWER', 'CHOICE', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BRACKETS', 'TAGGED_WINNER', 'ORDERS',
+           'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread', 'without_thoughts', 'plain_text',
+           'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'is_negated', 'is_elsewhere',
+           'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
+           'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'json_objects', 'is_number', 'fields_named',
+           'value_in_json', 'json_values', 'Stated', 'taken_back', 'statements', 'other_scale', 'agreed', 'read_number',
+           'chosen', 'whole_choice', 'announced_winners', 'marked_winners', 'stated_winners', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -117,7 +117,7 @@ REASON = r"(?:\s*,)?\s+(?:because|since|given\s+that)\b[^\d\n]*?"
 REMARK = r"\s*\([^()\n\d]*\)|[ \t]*[,:][ \t]+[^\d\n.!;]+|[ \t]+[-–—]+[ \t]+[^\d\n.!;]+"
 NO_NUMBER = r"(?!\s*[~≈<>±]?\s*[+-]?\.?\d)"
 STOP = rf"[.!;]{CLOSE}(?:\s*\Z|[ \t]*\n|[ \t]+{NO_NUMBER})"
-ENDING = rf"{CLOSE}[ \t]*(?:\Z|\n|{STOP})"
+ENDING = rf"{CLOSE}[ \t]*(?:\Z|\n|:\s*\Z|{STOP})"
 CLOSED = re.compile(rf"{CLOSE}(?:{REASON}|(?P<remark>{REMARK}))?{ENDING}", re.I)
 
 
@@ -282,13 +282,13 @@ def value_of_last_sentence(text: str) -> list[Value | None]:
     return values
 
 # %% ../nbs/41_replies.ipynb #4383089d
-TAGGED = rf"<((?:final[\s_-]?)?{SCORE})>(?P<inside>.*?)</\1>"
+TAGGED = rf"<((?:final[\s_-]?)?{SCORE})>(?P<inside>[^<>]{{0,200}})</\1>"
 BRACKETED = rf"\[\[(?P<inside>[^\[\]\n]*)\]\]{ENDS}\Z"
 
 
 def tagged_values(text: str) -> list[Value | None]:
     "What stands between <score> and </score>, or in [[ ]] at the end."
-    found = [*re.finditer(TAGGED, text, re.I | re.S), *find_all(BRACKETED, text)]
+    found = [*find_all(TAGGED, text), *find_all(BRACKETED, text)]
     return [whole_value(m["inside"]) for m in found]
 
 # %% ../nbs/41_replies.ipynb #ff7bdc2f
@@ -498,8 +498,17 @@ def announced_winners(text: str) -> list[str | None]:
     return winners
 
 # %% ../nbs/41_replies.ipynb #6bbf6ca1
-BRACKETS = r"\[\[\s*(?P<inside>[^\[\]\n]*?)\s*\]\]"
-ORDERS = {"A>B": "A", "A>>B": "A", "B<A": "A", "B<<A": "A", "A=B": "tie", "B=A": "tie", "C": "tie"}
+BRACKETS = r"\[\[(?P<inside>[^\[\]\n]{0,40})\]\]"
+TAGGED_WINNER = r"<(winner|verdict)>(?P<inside>[^<>]{0,40})</\1>"
+ORDERS = {
+    "A>B": "A",
+    "A>>B": "A",
+    "B<A": "A",
+    "B<<A": "A",
+    "A=B": "tie",
+    "B=A": "tie",
+    "C": "tie",
+}
 ORDERS |= {"B>A": "B", "B>>A": "B", "A<B": "B", "A<<B": "B"}
 
 
@@ -509,7 +518,7 @@ def marked_winners(text: str) -> list[str | None]:
     for found in re.finditer(BRACKETS, text):
         inside = found["inside"].replace(" ", "")
         winners.append(ORDERS.get(inside) or whole_choice(found["inside"]))
-    for found in re.finditer(r"<(winner|verdict)>(?P<inside>.*?)</\1>", text, re.I | re.S):
+    for found in find_all(TAGGED_WINNER, text):
         winners.append(whole_choice(found["inside"]))
     broken = text.startswith("{")
     for thing in json_objects(text):
