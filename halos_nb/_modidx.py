@@ -2229,6 +2229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.replies.is_number': ('replies.html#is_number', 'halos_nb/replies.py'),
                                   'halos_nb.replies.json_objects': ('replies.html#json_objects', 'halos_nb/replies.py'),
                                   'halos_nb.replies.json_values': ('replies.html#json_values', 'halos_nb/replies.py'),
+                                  'halos_nb.replies.last_sentence': ('replies.html#last_sentence', 'halos_nb/replies.py'),
                                   'halos_nb.replies.marked_winners': ('replies.html#marked_winners', 'halos_nb/replies.py'),
                                   'halos_nb.replies.no_key_twice': ('replies.html#no_key_twice', 'halos_nb/replies.py'),
                                   'halos_nb.replies.number_alone': ('replies.html#number_alone', 'halos_nb/replies.py'),

@@ -10,8 +10,8 @@ __all__ = ['THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'B
            'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'BARE', 'SCALE', 'TIE',
            'KINDS', 'ANSWER', 'CHOICE', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BRACKETS', 'TAGGED_WINNER', 'ORDERS',
            'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread', 'without_thoughts', 'plain_text',
-           'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'is_negated', 'is_elsewhere',
-           'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
+           'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated',
+           'is_elsewhere', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
            'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'json_objects', 'is_number', 'fields_named',
            'value_in_json', 'json_values', 'Stated', 'taken_back', 'statements', 'other_scale', 'agreed', 'read_number',
            'chosen', 'whole_choice', 'announced_winners', 'marked_winners', 'stated_winners', 'read_winner']
@@ -191,15 +191,20 @@ ELSEWHERE = (
 )
 
 
+def last_sentence(before: str) -> str:
+    "The sentence that a place is in, up to there."
+    return re.split(r"[.!?;\n]", before[-400:])[-1]
+
+
 def is_negated(before: str) -> bool:
     "Whether the sentence that these words begin says not."
-    sentence = re.split(r"[.!?;\n]", before)[-1]
+    sentence = last_sentence(before)
     return bool(re.search(r"\b(?:not|never|cannot)\b|n['’]t\b", sentence, re.I))
 
 
 def is_elsewhere(before: str) -> bool:
     "Whether the sentence that these words begin speaks of another case than this."
-    sentence = re.split(r"[.!?;\n]", before)[-1]
+    sentence = last_sentence(before)
     return bool(re.search(rf"\b(?:{ELSEWHERE})\b", sentence, re.I))
 
 # %% ../nbs/41_replies.ipynb #a92efdf4
@@ -245,7 +250,8 @@ FIRST_OF_RANGE = re.compile(r"\d\s*(?:[-–—~…,&]|\.\.+|to|or|and)\s*$", re.
 
 def value_out_of(found: re.Match) -> Value | None:
     "What 8/10 says where it stands; None if that is not clear."
-    text, before = found.string, found.string[: found.start()]
+    text = found.string
+    before = text[max(0, found.start() - 400) : found.start()]
     label = LABEL.search(before)
     if label and not LABELS.fullmatch(label[1].strip()):
         return None
@@ -283,7 +289,7 @@ def value_of_last_sentence(text: str) -> list[Value | None]:
 
 # %% ../nbs/41_replies.ipynb #4383089d
 TAGGED = rf"<((?:final[\s_-]?)?{SCORE})>(?P<inside>[^<>]{{0,200}})</\1>"
-BRACKETED = rf"\[\[(?P<inside>[^\[\]\n]*)\]\]{ENDS}\Z"
+BRACKETED = rf"\[\[(?P<inside>[^\[\]\n]{{0,200}})\]\]{ENDS}\Z"
 
 
 def tagged_values(text: str) -> list[Value | None]:
@@ -411,7 +417,7 @@ def statements(
 # %% ../nbs/41_replies.ipynb #15a2efc3
 SCALE = (
     rf"\bscale\s+(?:of|from|is)?\s*(?:{NUMBER}\s*(?:-|–|—|to|through)\s*)?(?P<n>{NUMBER})"
-    rf"|(?P<m>{NUMBER})[\s-]point\s+scale"
+    rf"|(?<![\d.,])(?P<m>{NUMBER})[\s-]point\s+scale"
 )
 
 
@@ -487,11 +493,16 @@ def whole_choice(text: Any) -> str | None:
 def announced_winners(text: str) -> list[str | None]:
     "The winner behind each place where one is announced; None if it is not clear."
     winners: list[str | None] = []
+    text = re.sub(BRACKETS, "", text)  # these are read elsewhere
     for place in re.finditer(VERDICT, text):
         found = re.compile(CHOICE).match(text, place.end())
         before = text[: place.start()]
         clear = found and is_closed(text, found.end(), OTHERS)
-        if is_negated(before) or is_elsewhere(before) or re.search(r"\bno\s+$", before, re.I):
+        if (
+            is_negated(before)
+            or is_elsewhere(before)
+            or re.search(r"\bno\s+$", before[-20:], re.I)
+        ):
             clear = False
         if found or place["sep"] in (":", "="):
             winners.append(chosen(found) if found and clear else None)
