@@ -416,7 +416,7 @@ def statements(
 
 # %% ../nbs/41_replies.ipynb #15a2efc3
 SCALE = (
-    rf"\bscale\s+(?:of|from|is)?\s*(?:{NUMBER}\s*(?:-|–|—|to|through)\s*)?(?P<n>{NUMBER})"
+    rf"\bscale\s+(?:is\s+)?(?:of\s+|from\s+)?(?:{NUMBER}\s*(?:-|–|—|to|through)\s*)?(?P<n>{NUMBER})"
     rf"|(?<![\d.,])(?P<m>{NUMBER})[\s-]point\s+scale"
 )
 
