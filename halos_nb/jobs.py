@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SRUN', 'ASK_PYTHON', 'SAID', 'stage_module', 'stage_kind', 'hosts_of', 'on_hosts', 'meeting_point',
-           'accelerate_options', 'launcher', 'command', 'inherited', 'promised', 'device_variables', 'environment',
-           'ask_python', 'check_launch', 'say_set_aside', 'lock_log', 'remove', 'Job', 'JobLine', 'supervised',
-           'start_process', 'launch', 'server_environment', 'prepare']
+           'accelerate_options', 'launcher', 'command', 'inherited', 'promised', 'device_variables',
+           'network_variables', 'environment', 'Listener', 'listeners', 'ask_python', 'check_launch', 'say_set_aside',
+           'lock_log', 'remove', 'Job', 'JobLine', 'supervised', 'start_process', 'launch', 'server_environment',
+           'prepare']
 
 # %% ../nbs/54_jobs.ipynb #cd75cde6
 import json
@@ -18,11 +19,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+import psutil
 from fastcore.basics import patch
 
 import halos_nb
@@ -37,6 +40,7 @@ from halos_nb.settings import (
     is_left_out,
     set_aside,
 )
+from .supervise import read_ranks
 from .preload import ForkedProcess, expect_jobs, fork, shared
 from .failures import StageError
 from .progress import StatusLine, describe, last_line
@@ -170,6 +174,13 @@ def device_variables(profile: Profile) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": first}
     return {}
 
+
+def network_variables(profile: Profile) -> dict[str, str]:
+    "At which address ranks of one machine listen: where no other machine reaches them."
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return dict.fromkeys(names, loopback) if profile.num_machines == 1 else {}
+
 # %% ../nbs/54_jobs.ipynb #eecd1929
 def environment(
     profile: Profile,
@@ -180,19 +191,45 @@ def environment(
         "OMP_NUM_THREADS": str(profile.threads),
         "ACCELERATE_MIXED_PRECISION": "no",
         "HALOS_NB_PROGRESS": str(progress),
+        "HALOS_NB_RANKS": str(progress).replace(".progress.jsonl", ".ranks"),
         "HALOS_NB_TIMEOUT_MINUTES": str(profile.timeout_minutes),
         "HALOS_NB_PROMISED": json.dumps(promised(profile)),
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",  # texts and paths are UTF-8, whatever the locale
         "PYTHONFAULTHANDLER": "1",
     }
-    decided |= profile.env | device_variables(profile)
+    decided |= network_variables(profile) | profile.env | device_variables(profile)
     if profile.accelerate_config and profile.forks and profile.num_processes > 1:
         decided["HALOS_NB_ACCELERATE"] = json.dumps(accelerate_options(profile))
     if profile.num_machines > 1:
         decided["HALOS_NB_LEFT_OUT"] = ",".join(LEFT_OUT)
         decided["HALOS_NB_DECIDED"] = ",".join(decided)
     return inherited() | decided
+
+# %% ../nbs/54_jobs.ipynb #adc5e5c0
+class Listener(NamedTuple):
+    "A socket of a job at which others may call."
+
+    process: str  # rank 0, or the name of a process that is no rank
+    pid: int
+    address: str
+    port: int
+
+
+def listeners(
+    processes: Iterable[psutil.Process],
+    ranks: dict[int, int],  # pid -> rank
+) -> list[Listener]:
+    "Who of these listens, and where."
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            rank = ranks.get(process.pid)
+            name = process.name() if rank is None else f"rank {rank}"
+            for socket in process.net_connections("tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    found.append(Listener(name, process.pid, *socket.laddr))
+    return found
 
 # %% ../nbs/54_jobs.ipynb #988a5c19
 ASK_PYTHON = """
@@ -329,6 +366,18 @@ def poll(self: Job) -> int | None:
 
 # %% ../nbs/54_jobs.ipynb #e28fda19
 @patch
+def listening(self: Job) -> list[Listener]:
+    "Its sockets at which others may call, on this machine."
+    said = read_ranks(str(self.file("ranks")))
+    ranks = {row["pid"]: rank for rank, row in said.items()}
+    try:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return listeners(below, ranks)
+
+
+@patch
 def stop(self: Job) -> None:
     "End it; when this returns, nothing of it is alive."
     if self.process.stdin:
@@ -447,7 +496,13 @@ def launch(
     job = Job(stage, Path(folder).resolve())
     job.folder.mkdir(parents=True, exist_ok=True)
     with lock_log(job.file("log")) as log:
-        for kind in ("config.json", "status.json", "status.json.pid", "progress.jsonl"):
+        for kind in (
+            "config.json",
+            "status.json",
+            "status.json.pid",
+            "progress.jsonl",
+            "ranks",
+        ):
             remove(job.file(kind))
         if cfg is not None:
             job.give_config(cfg, profile, clear)

@@ -3,6 +3,7 @@
 A failure here says which function of ours relies on what a new version has moved.
 """
 
+import os
 import inspect
 import json
 from pathlib import Path
@@ -625,6 +626,36 @@ def test_what_accelerate_launch_sets_can_be_asked_for():
     found = accelerate_variables(options)
     assert found["ACCELERATE_USE_FSDP"] == "true" and found["FSDP_VERSION"] == "2"
     assert found["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+
+
+# ---- torch's store and groups, for halos_nb.processes
+
+
+def test_torch_meets_at_the_socket_that_it_is_given(tmp_path):
+    "The store that was made first is the one that it asks for later: processes.meet_here."
+    import socket
+    from datetime import timedelta
+
+    from ranks import run_ranks
+
+    from halos_nb.processes import MEETING_SOCKET, collectives_begun, meet_here
+
+    made = socket.create_server(("127.0.0.1", 0))
+
+    def meet():
+        import torch.distributed as dist
+
+        os.environ["MASTER_PORT"] = str(made.getsockname()[1])
+        if os.environ["RANK"] == "0":
+            os.environ[MEETING_SOCKET] = str(made.detach())
+        meet_here(timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        before = collectives_begun()
+        dist.barrier()
+        assert collectives_begun() == before + 1, "torch counts collectives in another way"
+
+    run_ranks(2, meet, tmp_path, env={"GLOO_SOCKET_IFNAME": "lo"})
+    made.close()
 
 
 # ---- papermill's command line, for halos_nb.submit

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from halos_nb.configs import SampleConfig
 from halos_nb.failures import StageError
 from halos_nb.identity import RunFiles, Stage, identity, versions
 from halos_nb.jobs import ask_python, check_launch, launch, prepare
-from halos_nb.preload import LAUNCHER_SAYS, ForkedProcess
+from halos_nb.preload import LAUNCHER_SAYS, SERVERS, ForkedProcess
 from halos_nb.settings import Profile
 
 pytestmark = [
@@ -157,6 +158,48 @@ def test_failure_is_raised_with_its_cause(n, mode, says, code, launcher, tmp_pat
     says_ours = LAUNCHER_SAYS in job.file("log").read_text()
     assert says_ours == (n == 2 and launcher == "fork")
     assert not alive(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def copies():
+    "A profile of two ranks that are copies of a server; they wait six seconds for each other."
+    two = Profile(name="cpu2", num_processes=2, timeout_minutes=0.1)
+    prepare(two)
+    assert SERVERS[0].is_ready(120)
+    yield two
+    SERVERS.pop().close()
+
+
+@pytest.mark.parametrize(
+    "mode, why, where",
+    [
+        ("stop", "it was stopped by a signal (SIGSTOP or the like)", "in end_badly"),
+        ("grab", "it runs, and none of its threads gets Python's lock", "Current thread"),
+        ("hang", "has not come to where rank 0 waited 6 s for it", "in hang"),
+        ("leave", "exit code 0 before its work was done", ""),
+    ],
+)
+def test_a_rank_that_others_wait_for_is_named(mode, why, where, copies, tmp_path):
+    "Not the one that waited in vain, and in time; with where it was."
+    job = start(mode, tmp_path, copies)
+    with pytest.raises(StageError) as raised:
+        job.wait(show=False)
+    error = raised.value
+    assert error.rank == 1
+    assert why in str(error).splitlines()[0]
+    assert where in error.traceback
+    assert "Timed out" not in job.file("log").read_text()  # nobody else has given up before
+    assert not alive(tmp_path)
+
+
+def test_who_listens_is_told_and_is_nobody_but_loopback(copies, tmp_path):
+    job = start("hang", tmp_path, replace(copies, timeout_minutes=10))
+    until((tmp_path / "out").exists, 60, "both ranks running")
+    found = job.listening()
+    job.stop()
+    assert {listener.process for listener in found} == {"rank 0", "rank 1"}
+    assert {listener.address for listener in found} == {"127.0.0.1"}
+    assert job.listening() == []
 
 
 def test_secrets_are_in_no_file_and_no_argument_list(tmp_path, monkeypatch):

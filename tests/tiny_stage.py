@@ -1,5 +1,6 @@
 "A stage for the tests of jobs and the ledger; `model` of its config says what it does."
 
+import ctypes
 import json
 import os
 import signal
@@ -31,6 +32,9 @@ def hang(out):
     time.sleep(600)
 
 
+ENDS = ("quiet", "leave", "stop", "grab")
+
+
 def end_badly(mode, out):
     "What the last rank does instead of its work."
     if mode == "raise":
@@ -41,6 +45,13 @@ def end_badly(mode, out):
         os.kill(os.getpid(), signal.SIGSEGV)
     if mode == "quiet":
         os._exit(7)
+    if mode == "leave":
+        os._exit(0)
+    if mode == "stop":
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mode == "grab":
+        ctypes.PyDLL(None).sleep(600)  # holds Python's lock
     if mode == "hang":
         hang(out)
 
@@ -48,9 +59,10 @@ def end_badly(mode, out):
 def in_a_group(mode, cfg, out):
     "Join the other processes; the last of them does what `mode` says."
     import torch
-    from accelerate import Accelerator
 
-    a = Accelerator()
+    from halos_nb.processes import end_process, start_processes
+
+    a = start_processes()
     total = int(a.gather(torch.tensor([a.process_index + 1])).sum())
     if int(os.environ.get("RANK", 0)) == a.num_processes - 1:
         end_badly(mode, out)
@@ -58,9 +70,7 @@ def in_a_group(mode, cfg, out):
         progress(5, 0.02)
         found = [total, a.num_processes, cfg["num_processes"], str(a.device)]
         out.write_text(json.dumps([*found, os.environ["OMP_NUM_THREADS"]]))
-    a.wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)
+    end_process()
 
 
 def tell_variables(out):
@@ -98,7 +108,7 @@ def main():
     out = Path(cfg["output_file"])
     if mode == "early":
         raise RuntimeError("broken before joining")
-    if mode in ("gather", "raise", "hang", "die", "segfault", "quiet"):
+    if mode in ("gather", "raise", "hang", "die", "segfault", *ENDS):
         in_a_group(mode, cfg, out)
     if mode == "variables":
         tell_variables(out)
