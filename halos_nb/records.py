@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FIELDS', 'UNPACK', 'ONLY_ZEROS', 'FRACTION',
-           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'TEMPORARY', 'A_DAY', 'zero_or_one', 'text_or_integer', 'encodable',
-           'Record', 'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback',
-           'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name',
-           'problem_of', 'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json',
-           'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd',
-           'packed_beside', 'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of',
-           'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
-           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
-           'check_type', 'check_records', 'read_records', 'sync_folder', 'this_place', 'temporary', 'is_alive',
-           'is_left_over', 'clean_left_over', 'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records',
-           'write_json', 'FileLocked', 'take_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl',
-           'read_jsonl', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'TEMPORARY', 'A_DAY', 'NO_LOCKS',
+           'LOCKS_MISSING', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each',
+           'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label',
+           'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of', 'check_record', 'Drawn', 'drawn_of',
+           'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns',
+           'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'packed_beside', 'on_disk', 'files_like', 'file_bytes',
+           'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
+           'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
+           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records', 'DiskFull',
+           'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'sync_folder', 'this_place',
+           'temporary', 'is_alive', 'is_left_over', 'clean_left_over', 'put_aside', 'atomic_write',
+           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
+           'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'pack_file',
+           'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -738,6 +741,86 @@ def read_records(
     "The checked records of a file, all of one type."
     return check_records(read_rows(path), path, type)
 
+# %% ../nbs/00_records.ipynb #dcab2b03
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# how libraries say it that keep the number to themselves
+NO_ROOM_WORDS = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|os error (?:28|122|27)"
+    "|PytorchStreamWriter failed writing|error writing archive|unexpected pos \\d+ vs"
+)
+
+
+class DiskFull(OSError):
+    "There is no room on a disk; the message says where, and how much there is."
+
+
+def says_no_room(error: BaseException | None) -> bool:
+    "Whether an error, or one that led to it, is about a full disk."
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        if NO_ROOM_WORDS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+# %% ../nbs/00_records.ipynb #9180800f
+class Room(NamedTuple):
+    "What a disk has."
+
+    folder: Path  # the folder that was asked about, or the nearest one that is there
+    free: int  # bytes
+    total: int  # bytes
+    files: bool = True  # whether another file may be made
+
+    def __str__(self) -> str:
+        more = "" if self.files else ", and no file more may be made (inodes)"
+        free, total = size_text(self.free), size_text(self.total)
+        return f"{free} free of {total} on the disk of {self.folder}{more}"
+
+
+def room_at(path: str | Path) -> Room:
+    "The room on the disk where a file or folder is, or will be."
+    folder = Path(path).absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    told = os.statvfs(folder)
+    none_left = bool(told.f_files) and not told.f_favail
+    free, total = (told.f_frsize * blocks for blocks in (told.f_bavail, told.f_blocks))
+    return Room(folder, free, total, files=not none_left)
+
+
+def size_text(n: float) -> str:
+    "A number of bytes, for a reader."
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+# %% ../nbs/00_records.ipynb #b3540588
+def no_room(path: str | Path) -> DiskFull:
+    "The error for a file that a disk, or a quota, has no room for."
+    return DiskFull(
+        errno.ENOSPC,
+        f"no room on the disk for {path}: {room_at(path)}. Make room, or raise the quota, and "
+        "start it again: what was finished is on disk and is not done again",
+    )
+
+
+@contextmanager
+def telling_full_disk(path: str | Path) -> Iterator[None]:
+    "An error of the block that is about a full disk becomes one that says which."
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if says_no_room(error):
+            raise no_room(path) from error
+        raise
+
 # %% ../nbs/00_records.ipynb #d56405a0
 def sync_folder(path: Path) -> None:
     "Force the names in a folder to disk."
@@ -824,17 +907,18 @@ def atomic_write(
 ) -> Iterator[TextIO]:
     "A text file that has its name when the block ends well, and otherwise does not exist."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temp = temporary(path)
-    try:
-        with open(temp, "x", encoding="utf-8", newline="") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with telling_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temp, "x", encoding="utf-8", newline="") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 # %% ../nbs/00_records.ipynb #8d284ca4
 class StreamingJSONWriter:
@@ -895,13 +979,45 @@ class FileLocked(RuntimeError):
     "Another process holds the lock of this file."
 
 # %% ../nbs/00_records.ipynb #b8f3b825
+NO_LOCKS = "HALOS_NB_NO_LOCKS"  # variable that goes on without, where there are none
+LOCKS_MISSING = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class NoLocks(OSError):
+    "A file system keeps no locks."
+
+
+def lock(file: IO, kind: int) -> None:
+    "flock; NoLocks where the file system has none, nothing where the user goes on without."
+    try:
+        fcntl.flock(file, kind)
+    except OSError as e:
+        if e.errno not in LOCKS_MISSING:
+            raise
+        if os.environ.get(NO_LOCKS) == "1":
+            return
+        raise NoLocks(
+            e.errno,
+            f"{file.name}: the file system of {Path(file.name).absolute().parent} keeps no "
+            f"locks ({e.strerror}), as a network disk may, so nothing would keep two programs "
+            "from writing here at once. Have runs_dir on a disk with locks (NFS: mounted with "
+            "vers=4, or local_lock=flock for one machine; Lustre: flock), or, if nothing else "
+            f"writes here, export {NO_LOCKS}=1 to go on without",
+        ) from None
+
+
 def take_lock(file: IO, kind: int = fcntl.LOCK_EX) -> bool:
     "Whether the lock of an open file could be had at once."
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        lock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def wait_for_lock(file: IO) -> None:
+    "Return when the lock of an open file is ours."
+    lock(file, fcntl.LOCK_EX)
 
 # %% ../nbs/00_records.ipynb #f0042ab2
 def is_locked(path: str | Path) -> bool:
@@ -919,13 +1035,17 @@ def lock_file(
     patience: float = 0,  # seconds to wait for others to be done
 ) -> IO[bytes]:
     "A file opened to append, locked while it is open; FileLocked if others have the lock."
-    file = open(path, "ab+")
+    with telling_full_disk(path):
+        file = open(path, "ab+")
     late = time.monotonic() + patience
-    while not take_lock(file):
-        if time.monotonic() > late:
-            file.close()
-            raise FileLocked(busy or f"{path}: another process has locked this file")
-        time.sleep(0.05)
+    try:
+        while not take_lock(file):
+            if time.monotonic() > late:
+                raise FileLocked(busy or f"{path}: another process has locked this file")
+            time.sleep(0.05)
+    except BaseException:
+        file.close()
+        raise
     return file
 
 # %% ../nbs/00_records.ipynb #148d103c
@@ -946,12 +1066,12 @@ def append_jsonl(
     "Add one line; it is there whole, or not at all."
     options = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
     line = dump_json(row, options) + b"\n"
-    with open(path, "ab+", buffering=0) as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        size = cut_torn_line(f)
+    with telling_full_disk(path), open(path, "ab+", buffering=0) as f:
+        wait_for_lock(f)
+        before = cut_torn_line(f)
         if f.write(line) != len(line):
-            f.truncate(size)
-            raise OSError(f"{path}: no room for another line; is the disk full?")
+            f.truncate(before)
+            raise no_room(path)
         if sync:
             os.fsync(f.fileno())
 
@@ -971,15 +1091,16 @@ def pack_file(path: str | Path) -> Path:
     path = Path(path)
     beside = packed_beside(path)
     temp = temporary(beside)
-    try:
-        with open(path, "rb") as given, open(temp, "xb") as raw:
-            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
-                shutil.copyfileobj(given, out, 2**20)
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temp, beside)
-    finally:
-        temp.unlink(missing_ok=True)
+    with telling_full_disk(beside):
+        try:
+            with open(path, "rb") as given, open(temp, "xb") as raw:
+                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
+                    shutil.copyfileobj(given, out, 2**20)
+                raw.flush()
+                os.fsync(raw.fileno())
+            os.replace(temp, beside)
+        finally:
+            temp.unlink(missing_ok=True)
     return beside
 
 
