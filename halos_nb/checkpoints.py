@@ -6,17 +6,19 @@
 __all__ = ['MANIFEST', 'ADVICE', 'SEALED', 'READ_BY_LOADERS', 'CHECKS', 'States', 'CHECKED', 'NO_MANIFEST', 'OTHER_HEADS',
            'WEIGHTS', 'TOKENIZERS', 'WITHOUT_VOCABULARY', 'CheckpointError', 'checkpoint_files', 'describe',
            'digest_of', 'seal', 'read_manifest', 'says_sealed', 'outside_damage', 'inside_damage', 'json_problem',
-           'tensors_problem', 'template_problem', 'shards_problem', 'empty_problem', 'problem_of_file',
-           'visible_damage', 'FileState', 'states_of', 'remember', 'manifest_of', 'check_now', 'check_checkpoint_files',
-           'Checked', 'check_here', 'check_together', 'refuse_adapter', 'is_classifier', 'architecture',
-           'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few', 'need_all_weights', 'weights_file',
-           'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class', 'load_whole_tokenizer', 'content', 'package_hash',
-           'made_of', 'difference', 'is_vague', 'keep_finished', 'drop_finished']
+           'tensors_problem', 'tensors_header', 'count_parameters', 'template_problem', 'shards_problem',
+           'empty_problem', 'problem_of_file', 'visible_damage', 'FileState', 'states_of', 'remember', 'manifest_of',
+           'check_now', 'check_checkpoint_files', 'Checked', 'check_here', 'check_together', 'refuse_adapter',
+           'is_classifier', 'architecture', 'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few',
+           'need_all_weights', 'weights_file', 'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class',
+           'load_whole_tokenizer', 'content', 'package_hash', 'made_of', 'difference', 'is_vague', 'keep_finished',
+           'drop_finished']
 
 # %% ../nbs/15_checkpoints.ipynb #5f94d162
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -176,6 +178,23 @@ def tensors_problem(path: Path) -> str:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             return f"has a header that cannot be read ({e})"
     return "" if size == needed else f"has {size} bytes where its header says {needed}"
+
+
+def tensors_header(path: Path) -> dict[str, dict]:
+    "What a safetensors file says of its tensors; nothing if it cannot be read."
+    try:
+        with open(path, "rb") as f:
+            header = orjson.loads(f.read(int.from_bytes(f.read(8), "little")))
+    except (OSError, ValueError, MemoryError, OverflowError):
+        return {}
+    return {name: told for name, told in header.items() if name != "__metadata__"}
+
+
+def count_parameters(folder: str | Path) -> int:
+    "How many numbers the weights in a folder are; 0 if they are not there."
+    files = Path(folder).glob("*.safetensors")
+    tensors = [told for file in files for told in tensors_header(file).values()]
+    return sum(math.prod(told.get("shape", [])) for told in tensors)
 
 # %% ../nbs/15_checkpoints.ipynb #045f2e0e
 def template_problem(path: Path) -> str:

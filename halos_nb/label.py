@@ -12,7 +12,7 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units', 'together',
            'label_by_reward_model', 'label_by_function', 'judge_job', 'label_by_judge', 'keys_of_row',
            'check_can_compare', 'scored_by', 'scores_from_labels', 'label_from_journal', 'dry_run', 'timed',
-           'label_in_one_process', 'check_outputs', 'main']
+           'label_in_one_process', 'check_outputs', 'require_room_for', 'main']
 
 # %% ../nbs/43_label.ipynb #51f9daca
 import copy
@@ -34,8 +34,10 @@ from halos_nb.records import (
     RecordError,
     atomic_write,
     check_record,
+    on_disk,
     put_aside,
     read_jsonl,
+    require_room,
     write_json,
     write_records,
 )
@@ -864,6 +866,13 @@ def check_outputs(cfg: LabelConfig) -> None:
         del reads["from_labels"]
     refuse_own_inputs(reads, dict(output_file=[labels]))
 
+# %% ../nbs/43_label.ipynb #f459161b
+def require_room_for(cfg: LabelConfig) -> None:
+    "An error if the disk has not the room for labels and feedback."
+    samples = on_disk(cfg.samples_file)
+    size = samples.stat().st_size if samples.is_file() else 0
+    require_room(Path(cfg.output_file).parent, {"labels and feedback": 2 * size})
+
 # %% ../nbs/43_label.ipynb #930bb531
 def main(
     cfg: LabelConfig,
@@ -876,6 +885,7 @@ def main(
     check_outputs(cfg)
     if cfg.dry_run:
         return dry_run(asked, cfg)
+    require_room_for(cfg)
     if cfg.reward_model_path or cfg.function:
         check_paid_labels_kept(companion_file(cfg.output_file, "labels.jsonl"))
     if not cfg.reward_model_path:

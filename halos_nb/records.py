@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FIELDS', 'UNPACK', 'ONLY_ZEROS', 'FRACTION',
-           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'TEMPORARY', 'A_DAY', 'NO_LOCKS',
-           'LOCKS_MISSING', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each',
+           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY',
+           'NO_LOCKS', 'LOCKS_MISSING', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each',
            'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label',
            'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of', 'check_record', 'Drawn', 'drawn_of',
            'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns',
@@ -13,11 +13,11 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FI
            'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
            'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
            'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records', 'DiskFull',
-           'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'sync_folder', 'this_place',
-           'temporary', 'is_alive', 'is_left_over', 'clean_left_over', 'put_aside', 'atomic_write',
-           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
-           'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'pack_file',
-           'unpack_file', 'file_hash', 'Progress']
+           'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'require_room',
+           'sync_folder', 'this_place', 'temporary', 'is_alive', 'is_left_over', 'clean_left_over', 'put_aside',
+           'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock',
+           'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl',
+           'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -820,6 +820,27 @@ def telling_full_disk(path: str | Path) -> Iterator[None]:
         if says_no_room(error):
             raise no_room(path) from error
         raise
+
+# %% ../nbs/00_records.ipynb #5377765f
+NO_ROOM_CHECK = "HALOS_NB_NO_ROOM_CHECK"  # variable that starts a stage all the same
+
+
+def require_room(
+    folder: str | Path,
+    parts: Mapping[str, float],  # what will be written there, in bytes, by its name
+) -> None:
+    "An error, before any work, if a disk has not the room for what will be written."
+    needed = sum(parts.values())
+    room = room_at(folder)
+    if os.environ.get(NO_ROOM_CHECK) == "1" or (needed <= room.free and room.files):
+        return
+    named = ", ".join(f"{name} {size_text(n)}" for name, n in parts.items())
+    raise DiskFull(
+        errno.ENOSPC,
+        f"no room on the disk for {folder}: about {size_text(needed)} will be written there "
+        f"({named}), and there is {room}. Make room, have runs_dir on another disk, or export "
+        f"{NO_ROOM_CHECK}=1 to start all the same",
+    )
 
 # %% ../nbs/00_records.ipynb #d56405a0
 def sync_folder(path: Path) -> None:

@@ -31,7 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .records import write_json
+from halos_nb.records import (
+    telling_full_disk,
+    write_json,
+)
 from .checkpoints import CheckpointError
 from halos_nb.models import (
     REFERENCE,
@@ -368,8 +371,12 @@ def write_cache(
     file = Path(folder) / f"{cache_key(model, precision)}-{content[:16]}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(tensors, partial, metadata=meta)
-    partial.replace(file)
+    try:
+        with telling_full_disk(file):
+            save_file(tensors, partial, metadata=meta)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
     return file
 
 # %% ../nbs/18_reference.ipynb #3ac8223d

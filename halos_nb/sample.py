@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DrawnSamples', 'ASIDE', 'Scorer', 'tells_its_own', 'make_scorers', 'score_answers', 'sample_batch', 'sample',
            'check_models', 'load_models', 'drawn_answers', 'have_told', 'score_drawn', 'with_drawn_counts',
-           'done_before', 'counts_of', 'what_was_drawn', 'sample_here', 'check_outputs', 'main']
+           'done_before', 'counts_of', 'what_was_drawn', 'sample_here', 'check_outputs', 'require_room_for', 'main']
 
 # %% ../nbs/35_sample.ipynb #807a7dd6
 import json
@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import set_seed
 
-from .records import as_turns, prompt_id, read_records
+from halos_nb.records import (
+    as_turns,
+    prompt_id,
+    read_records,
+    require_room,
+)
 from .configs import SampleConfig, make_config, refuse_own_inputs, require_path
 from .settings import parse_args
 from .data import Example
@@ -332,10 +337,18 @@ def check_outputs(cfg: SampleConfig) -> None:
     )
     refuse_own_inputs(reads, dict(output_file=[out, *beside]))
 
+# %% ../nbs/35_sample.ipynb #2fa6c7b9
+def require_room_for(cfg: SampleConfig) -> None:
+    "An error if the disk has not the room for the samples."
+    answers = (cfg.num_prompts or 1) * cfg.num_samples_per_prompt
+    samples = 2 * answers * (200 + 30 * cfg.max_new_tokens // 3)
+    require_room(Path(cfg.output_file).parent, dict(samples=samples))
+
 # %% ../nbs/35_sample.ipynb #d667f277
 def main(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     "Sample as the config says."
     check_outputs(cfg)
+    require_room_for(cfg)
     if cfg.backend == "transformers":
         return sample_here(cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -10,7 +10,7 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
            'fill_reference_logps', 'is_asked_first', 'prepare_reference', 'metrics_path', 'Resumed', 'run_folder',
            'look_back', 'tell_world', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared', 'Attempt',
            'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'words_in', 'source_of',
-           'told_of_pair', 'write_scores', 'check_outputs', 'train', 'main']
+           'told_of_pair', 'write_scores', 'check_outputs', 'require_room_for', 'train', 'main']
 
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
@@ -29,7 +29,13 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from .records import Progress, as_text, atomic_write, write_json
+from halos_nb.records import (
+    Progress,
+    as_text,
+    atomic_write,
+    require_room,
+    write_json,
+)
 from .configs import COMPARING, TrainConfig, refuse_own_inputs, require_path
 from .settings import parse_args
 from .data import Example
@@ -51,6 +57,7 @@ from halos_nb.checkpoints import (
     CheckpointError,
     architecture,
     check_together,
+    count_parameters,
     is_classifier,
     is_vague,
     load_whole_tokenizer,
@@ -769,10 +776,25 @@ def check_outputs(cfg: TrainConfig) -> None:
     writes = dict(exp_name=[folder / name for name in names])
     refuse_own_inputs(reads, writes | dict(metrics_file=[metrics_path(cfg)]))
 
+# %% ../nbs/26_train.ipynb #58e3e577
+def require_room_for(cfg: TrainConfig) -> None:
+    "An error if the disk has not the room for what a training writes."
+    weights = 4 * count_parameters(cfg.from_checkpoint or cfg.model)
+    moments = weights // 2 if cfg.optimizer == "adamw_8bit" else 2 * weights
+    if cfg.use_peft:
+        moments = weights // 50  # only the adapters have some
+    parts = dict(weights=weights, optimiser=moments)
+    if cfg.reference == "ema":
+        parts["reference"] = weights
+    if cfg.save_every and not step_folders(run_folder(cfg)):
+        parts["a checkpoint between steps"] = moments + (0 if cfg.use_peft else weights)
+    require_room(run_folder(cfg), parts)
+
 # %% ../nbs/26_train.ipynb #d1498f1e
 def train(cfg: TrainConfig) -> TrainResult:
     "Train as the config says; returns where everything is."
     check_outputs(cfg)
+    require_room_for(cfg)
     folder, metrics = run_folder(cfg), metrics_path(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     metrics.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .records import Progress, append_jsonl, write_json
+from halos_nb.records import (
+    Progress,
+    append_jsonl,
+    telling_full_disk,
+    write_json,
+)
 from .configs import TrainConfig
 from .templates import MISSING, template_was_missing
 from .trees import TreeBatch, make_batch, Work
@@ -1230,22 +1235,33 @@ def save_checkpoint(
     if main and partial.exists():
         shutil.rmtree(partial)
     self.accelerator.wait_for_everyone()
-    partial.mkdir(parents=True, exist_ok=True)
-    self.save_training_state(partial)
-    self.save_weights(partial, final)
-    if main:
-        self.save_progress(partial, tokenizer)
-    for write in [] if final else self.beside:
-        write(partial)
-    self.accelerator.wait_for_everyone()
-    if main:
-        seal(partial)
+    try:
+        with telling_full_disk(folder):
+            self.fill_checkpoint(partial, tokenizer, final)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if main and folder.exists():
         shutil.rmtree(folder)
     if main:
         partial.rename(folder)
     self.accelerator.wait_for_everyone()
     return folder
+
+
+@patch
+def fill_checkpoint(self: TreeTrainer, folder: Path, tokenizer: Any, final: bool) -> None:
+    "Write all that a checkpoint holds, and seal it."
+    folder.mkdir(parents=True, exist_ok=True)
+    self.save_training_state(folder)
+    self.save_weights(folder, final)
+    if self.is_world_process_zero():
+        self.save_progress(folder, tokenizer)
+    for write in [] if final else self.beside:
+        write(folder)
+    self.accelerator.wait_for_everyone()
+    if self.is_world_process_zero():
+        seal(folder)
 
 
 @patch
