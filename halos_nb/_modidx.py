@@ -653,6 +653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.failures.ending': ('failures.html#ending', 'halos_nb/failures.py'),
                                    'halos_nb.failures.excerpt': ('failures.html#excerpt', 'halos_nb/failures.py'),
                                    'halos_nb.failures.exit_codes': ('failures.html#exit_codes', 'halos_nb/failures.py'),
+                                   'halos_nb.failures.full_disk': ('failures.html#full_disk', 'halos_nb/failures.py'),
                                    'halos_nb.failures.hanging': ('failures.html#hanging', 'halos_nb/failures.py'),
                                    'halos_nb.failures.host_of': ('failures.html#host_of', 'halos_nb/failures.py'),
                                    'halos_nb.failures.last_traceback': ('failures.html#last_traceback', 'halos_nb/failures.py'),

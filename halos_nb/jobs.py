@@ -29,7 +29,7 @@ import psutil
 from fastcore.basics import patch
 
 import halos_nb
-from .records import atomic_write, lock_file
+from .records import atomic_write, lock_file, telling_full_disk
 from .configs import config_json
 from halos_nb.settings import (
     LEFT_OUT,
@@ -494,7 +494,8 @@ def launch(
     module = module or stage_module(stage)
     profile = profile.for_stage(stage_kind(stage, module))
     job = Job(stage, Path(folder).resolve())
-    job.folder.mkdir(parents=True, exist_ok=True)
+    with telling_full_disk(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
     with lock_log(job.file("log")) as log:
         for kind in (
             "config.json",

@@ -27,6 +27,7 @@ from halos_nb.records import (
     on_disk,
     pack_file,
     packed_beside,
+    telling_full_disk,
     unpack_file,
     write_json,
 )
@@ -98,9 +99,10 @@ def lock_run(run: Path) -> IO[bytes]:
         raise RunBusy(
             f"{run}: {owner} is working on this run; stop it there, or choose another run_name"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    file.flush()
+    with telling_full_disk(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
     return file
 
 # %% ../nbs/56_ledger.ipynb #df8c68fe
@@ -109,7 +111,8 @@ class RunFolder(RunFiles):
 
     def __init__(self, run: str | Path, profile: Profile, fresh: bool) -> None:
         super().__init__(run, profile)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with telling_full_disk(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.run_dir)
         OPEN_LEDGERS[self.run_dir] = self
         if fresh:

@@ -284,15 +284,19 @@ def supervise(
     child = start()
     if child == 0:
         return True
-    replace_file(f"{status}.pid", str(os.getpid()))
-    code = exit_code(child, parent, signals)
-    end_all()
+    try:
+        replace_file(f"{status}.pid", str(os.getpid()))
+        code = exit_code(child, parent, signals)
+    finally:
+        end_all()  # also where the disk is full
     if code == 0 and (folder := os.environ.get("HALOS_NB_RANKS")):
         shutil.rmtree(folder, ignore_errors=True)
     stopped = code is None
     report = {"exit": -signal.SIGTERM if stopped else code, "stopped": stopped}
-    replace_file(status, json.dumps(report))
-    os.unlink(f"{status}.pid")
+    try:
+        replace_file(status, json.dumps(report))
+    finally:
+        os.unlink(f"{status}.pid")
     return False
 
 # %% ../nbs/50_supervise.ipynb #92bd5c60
