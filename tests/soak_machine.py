@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,3 +80,120 @@ def results(run):
         for file in sorted(run.glob(f"*/{name}")):
             found[str(file.relative_to(run))] = file.read_bytes()
     return found
+
+
+# ---- a full disk
+
+
+@contextmanager
+def small_disk(folder, megabytes):
+    "A tmpfs of this size at a folder; as root."
+    folder.mkdir(parents=True, exist_ok=True)
+    size = f"size={megabytes}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def free(folder):
+    told = os.statvfs(folder)
+    return told.f_bavail * told.f_frsize
+
+
+def fill(folder, leave):
+    "A file that leaves so many bytes free."
+    with open(folder / "ballast", "ab") as file:
+        while (n := free(folder) - leave) > 0:
+            try:
+                file.write(b"\0" * min(n, 1 << 20))
+                file.flush()
+            except OSError:
+                break
+
+
+def used(run):
+    "How many files a run has, and their bytes: how far it is."
+    files = [path for path in run.rglob("*") if path.is_file()] if run.exists() else []
+    return sum(path.stat().st_size for path in files if path.exists())
+
+
+def fill_when(folder, run, bytes_there, done, leave):
+    "Fill the disk once the run is so far."
+    while not done.is_set():
+        try:
+            if used(run) >= bytes_there:
+                fill(folder, leave)
+                return
+        except OSError:
+            pass
+        time.sleep(0.003)
+
+
+def disk(points=20):
+    "The disk full at 20 points: half before a stage begins, half while one works."
+    base = Path(tempfile.mkdtemp())
+    given = make_world(base / "models")
+    began = time.monotonic()
+    code, said = run_loop(base, given, base / "undisturbed", ROOT)
+    assert code == 0, said[-2000:]
+    wanted = results(base / "undisturbed/r")
+    whole = used(base / "undisturbed/r")
+    print(f"undisturbed: {whole} bytes, {time.monotonic() - began:.0f} s")
+    table = []
+    with small_disk(base / "disk", 64) as small:
+        run = small / "runs/r"
+        for point in range(points):
+            at = whole * point // points
+            done = threading.Event()
+            checks = point % 2 == 0
+            words = (small, run, at, done, 0 if point % 4 else 20_000)
+            filler = threading.Thread(target=fill_when, args=words)
+            filler.start()
+            more = {} if checks else {"HALOS_NB_NO_ROOM_CHECK": "1"}
+            code, said = run_loop(base, given, small / "runs", ROOT, **more)
+            done.set()
+            filler.join()
+            full = (small / "ballast").exists()
+            (small / "ballast").unlink(missing_ok=True)
+            names = [line for line in said.splitlines() if "no room on the disk" in line]
+            half = [str(p.relative_to(small)) for p in small.rglob("*.partial")]
+            half += [str(p.relative_to(small)) for p in small.rglob("*.tmp")]
+            why = names[-1] if names else said.strip().splitlines()[-1]
+            table.append((point, at, full, code, bool(names), half, why))
+            print(*table[-1], sep=" | ", flush=True)
+        code, said = run_loop(base, given, small / "runs", ROOT)
+        same = results(run) == wanted
+        print(f"continued with room: exit code {code}, the same: {same}")
+        assert code == 0 and same, said[-2000:]
+    failed = [row for row in table if row[3]]
+    print(f"{len(failed)} of {points} failed, {sum(row[4] for row in failed)} name the disk")
+    assert all(row[4] and not row[5] for row in failed) and failed
+
+
+# ---- paths
+
+
+def paths():
+    "The loop in a folder with umlauts and spaces, from another folder, by either launcher."
+    base = Path(tempfile.mkdtemp()) / "Über uns & andere"
+    given = make_world(base / "Modelle")
+    ini = "[halos_nb]\nruns_dir = 'Läufe 1'\n[profile fork]\nnum_processes = 2\n"
+    ini += "[profile apart]\nnum_processes = 2\nlauncher = accelerate\n"
+    here = base / "ein Projekt"
+    here.mkdir()
+    (here / "settings.ini").write_text(ini, "utf-8")
+    for profile in ("fork", "apart"):
+        mine = given | dict(run_name=profile, profile=profile)
+        began = time.monotonic()
+        code, said = run_loop(base, mine, "", here)
+        assert code == 0, said[-3000:]
+        found = results(here / "Läufe 1" / profile)
+        print(f"{profile}: {len(found)} files, {time.monotonic() - began:.0f} s")
+    assert results(here / "Läufe 1/fork") == results(here / "Läufe 1/apart")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("paths", "disk"):
+        dict(disk=disk, paths=paths)[name]()
