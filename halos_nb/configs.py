@@ -1996,6 +1996,8 @@ class EvaluatedOptions:
     # data sets that were trained on: their prompts are left out, and counted
     seen: list[str] = field(default_factory=list)
     best_of: NonNegativeInt = 0  # the best-of-n curve of these answers, up to n (0: none)
+    # who decides how good they are (empty: the first of the labellers)
+    decides: str = ""
     # a file for AlpacaEval, with the first answer to each prompt (None: none is written)
     alpaca_file: str | None = None
     # labeller: a reward model, or several with their weights, as "A*0.7, B*0.3"
@@ -2048,7 +2050,7 @@ def evaluate_problems(c: EvaluateConfig) -> Iterator[str]:
         if sign and other not in against:
             yield f"labels: {name} speaks of {other}, which is not among those against"
     asked = [c.reward_model_path, c.function, c.api_type]
-    if not labels and not any(asked):
+    if not labels and not any(asked) and not c.decides:
         yield (
             "labeller: name one or more of reward_model_path, function and api_type, or what "
             "was said before in labels"

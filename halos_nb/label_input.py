@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SENTENCES', 'OF_THE_WORDS', 'check_field_names', 'other_fields', 'SeenSamples', 'read_samples',
-           'match_by_prompt', 'check_prompts', 'rename_second', 'trim_to_sentence', 'LabelInput', 'read_two_files',
-           'with_full_sentences', 'is_unfinished', 'count_unfinished', 'only_finished', 'read_label_input', 'by_words',
-           'pair_leftovers', 'differ', 'pair_up_samples', 'pairs_to_ask']
+           'from_alpaca', 'read_answers', 'match_by_prompt', 'check_prompts', 'rename_second', 'trim_to_sentence',
+           'LabelInput', 'read_two_files', 'with_full_sentences', 'is_unfinished', 'count_unfinished', 'only_finished',
+           'read_label_input', 'by_words', 'pair_leftovers', 'differ', 'pair_up_samples', 'pairs_to_ask']
 
 # %% ../nbs/08_label_input.ipynb #77a8b607
 import difflib
@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .records import DRAWN_FIELDS, RecordError, read_records, same_prompt
+from halos_nb.records import (
+    DRAWN_FIELDS,
+    RecordError,
+    prompt_id,
+    read_records,
+    read_rows,
+    same_prompt,
+)
 from .configs import LabelConfig
 from .feedback import sample_key
 
@@ -105,6 +112,38 @@ def read_samples(
             f"{path}: split: none of the {len(samples)} samples belongs to split {split!r}"
         )
     return kept
+
+# %% ../nbs/08_label_input.ipynb #3bbe35aa
+def from_alpaca(row: dict, number: int, path: str) -> dict:
+    "An answer as AlpacaEval has it, as a sample; number: its place, for the message."
+    for name in ("instruction", "output"):
+        if not isinstance(row.get(name), str):
+            raise RecordError(f"{path}, record {number}: field `{name}` should be a text")
+    prompt = [{"role": "user", "content": row["instruction"]}]
+    return dict(
+        prompt_id=prompt_id(prompt),
+        sample_id=number,
+        prompt=prompt,
+        output=row["output"],
+        generator=row.get("generator") or "unknown",
+        dataset=row.get("dataset") or "alpaca_eval",
+        split="test",
+        type="sample",
+    )
+
+
+def read_answers(path: str) -> list[dict]:
+    "A file of samples, or of answers as AlpacaEval reads them, as samples."
+    rows = read_rows(path)
+    first = rows[0] if rows and isinstance(rows[0], dict) else {}
+    if "prompt" in first:
+        return read_samples(path)
+    if "instruction" not in first:
+        raise RecordError(
+            f"{path}, record 1: has neither `prompt`, as a sample, nor `instruction`, as an "
+            "answer for AlpacaEval"
+        )
+    return [from_alpaca(row, number, path) for number, row in enumerate(rows, 1)]
 
 # %% ../nbs/08_label_input.ipynb #5b2d08bf
 def match_by_prompt(

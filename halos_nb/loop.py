@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'derive_seed', 'batches_of',
-           'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units',
-           'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
-           'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'losses_of', 'win_rate', 'wins_text',
-           'cost_text', 'sampler_line', 'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
-           'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError',
-           'Paid', 'paid_in', 'questions_in', 'tokens_of_question', 'dearest_question', 'prompts_of_rounds', 'estimate',
-           'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'is_small', 'what_it_needs',
-           'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models', 'located',
-           'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
-           'better', 'prompts_asked', 'check_costs', 'check_apart', 'run_rounds', 'main']
+           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'is_evaluation',
+           'derive_seed', 'batches_of', 'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form',
+           'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage',
+           'answers_of_start', 'people_stage', 'combining_stage', 'labelling_stages', 'train_stage', 'check_stage',
+           'eval_source', 'compared_with', 'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage',
+           'losses_of', 'win_rate', 'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line',
+           'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'round_samples', 'git',
+           'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
+           'tokens_of_question', 'dearest_question', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned',
+           'questions_of_evaluations', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
+           'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError',
+           'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop',
+           'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'prompts_asked',
+           'check_costs', 'check_apart', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -33,16 +36,20 @@ import orjson
 from fastcore.basics import patch
 
 from .verdicts import combine_labels
-from .records import file_bytes, on_disk, read_jsonl, write_json
+from .records import file_bytes, on_disk, read_jsonl, write_json, write_records
+from .label_input import read_answers
 from halos_nb.configs import (
     AuditConfig,
+    EvaluateConfig,
     FeedbackType,
     JudgeOptions,
     LabelConfig,
     LoopConfig,
     PeopleConfig,
     PlanConfig,
+    asks_judge,
     compares,
+    evaluators,
     is_person,
     labellers,
     labelling,
@@ -66,12 +73,24 @@ from .failures import StageError
 from .jobs import Job, check_launch, remove, stage_module
 from .jobs import launch as launch_job
 from .jobs import prepare
-from .identity import PACKAGE, Stage, code_hash, hub_revisions, versions
+from halos_nb.identity import (
+    PACKAGE,
+    Stage,
+    code_hash,
+    hub_revisions,
+    reason_to_run,
+    versions,
+)
 from .ledger import Ledger, run_folder
 
 # %% ../nbs/57_loop.ipynb #df761afc
 # beside the numbered rounds: the first and the last policy, asked and scored but not trained
 MEASURED = ("start", "final")
+
+
+def is_evaluation(folder: Path) -> bool:
+    "Whether a folder is one of the run's evaluations: evaluate-0, evaluate-2, ..."
+    return folder.name.startswith("evaluate-")
 
 
 def derive_seed(
@@ -97,10 +116,12 @@ def sample_stage(
     count: int,  # prompts of this round
     name: str = "sample",  # or one of CHECKS
     samples: int | None = None,  # of each prompt (None: the run's)
+    prompts: str = "",  # that are answered (empty: the round's)
 ) -> Stage:
     "Prompts to samples: drawn here, or what `draw_stage` has drawn scored here."
-    prompts = cfg.heldout_prompts if round in MEASURED else ""
-    prompts = prompts or cfg.prompts
+    if not prompts:
+        prompts = cfg.heldout_prompts if round in MEASURED else ""
+        prompts = prompts or cfg.prompts
     out = folder / ("samples.json" if name == "sample" else f"{name}.json")
     drawn = out.with_suffix(".drawn.json") if cfg.backend == "vllm" else None
     asked: dict[str, Any] = dict(
@@ -108,12 +129,12 @@ def sample_stage(
         num_prompts=count,
         num_skip=skip,
         output_file=str(out),
-        seed=derive_seed(cfg.seed, name, round),
+        seed=derive_seed(cfg.seed, name, "evaluate" if is_evaluation(folder) else round),
     )
     if samples:
         asked["num_samples_per_prompt"] = samples
     inputs: list[str | Path] = [prompts]
-    if cfg.backend == "openai" and name == "sample" and round not in MEASURED:
+    if cfg.backend == "openai" and name == "sample" and isinstance(round, int):
         config = cfg.sampling("openai", model=cfg.sampler_model, **asked)
     else:
         asked |= dict(model=str(policy), reference=cfg.sft_checkpoint)
@@ -195,6 +216,8 @@ def first_units(
     "Where several reward models' units are; nothing in the round that finds them."
     starts = cfg.heldout_prompts and cfg.label_measured != "no"
     first = folder.parent / ("start" if starts else "round-1")
+    if is_evaluation(folder):
+        first = folder.parent / "evaluate-0"
     several = len(read_models(cfg.reward_checkpoint)) > 1
     return [first / file] if several and folder != first else []
 
@@ -262,18 +285,24 @@ def labeller_stage(
     round: int | str,
     name: str,  # rm, function, judge; watch: the reward model that looks on
     cap: Cap = NO_CAP,
+    against: Path | None = None,  # samples to compare with (None: the first policy's in final)
+    called: str = "",  # the stage and its files (empty: as the labeller)
 ) -> Stage:
     "What one of several labellers says of the samples, or of pairs of them."
-    files = label_files(folder, name)
+    called = called or name
+    files = label_files(folder, called)
     more = dict(output_file=str(files[0])) | reading(cfg, folder, round)
     more |= dict(unfinished="drop" if cfg.unfinished == "drop" else "keep")
     inputs: list[str | Path] = [folder / "samples.json"]
     keeps: list[Path] = []
     if compares(name, cfg):
-        more |= dict(second_samples_path=answers_of_start(folder))
-        inputs += filter(None, [answers_of_start(folder)])
+        second = str(against) if against else answers_of_start(folder)
+        more |= dict(second_samples_path=second)
+        inputs += filter(None, [second])
     else:
         more |= dict(feedback_type="scalar")
+    if name == "function" and is_evaluation(folder):
+        more |= dict(function=cfg.eval_function or cfg.function)
     if name == "judge":
         keeps = [files[1]]
         more |= dict(max_cost=cap.cost, max_requests=cap.requests)
@@ -286,7 +315,7 @@ def labeller_stage(
         inputs += units
     config = labelling(cfg, name, **more)
     module, leaves = stage_module("label"), batches_of(files[0])
-    return Stage(name, folder, config, inputs, files, round, module, leaves, keeps)
+    return Stage(called, folder, config, inputs, files, round, module, leaves, keeps)
 
 # %% ../nbs/57_loop.ipynb #2c411337
 def answers_of_start(folder: Path) -> str | None:
@@ -300,9 +329,12 @@ def people_stage(
     round: int | str,
     name: str,  # human:<name>
     others: list[Path],  # other labellers' journals
+    against: Path | None = None,  # samples to compare with (None: the first policy's in final)
+    called: str = "",  # the stage and its files (empty: as the person)
 ) -> Stage:
     "What a person says of pairs."
-    file = name.replace(":", "-")
+    file = called or name.replace(":", "-")
+    second = str(against) if against else answers_of_start(folder)
     disputed = others if cfg.combine == "human-where-they-disagree" else []
     config = PeopleConfig(
         samples_file=str(folder / "samples.json"),
@@ -315,10 +347,10 @@ def people_stage(
         pending=cfg.pending,
         unfinished="drop" if cfg.unfinished == "drop" else "keep",
         seed=derive_seed(cfg.seed, "label", round),
-        second_samples_path=answers_of_start(folder),
+        second_samples_path=second,
     )
     inputs: list[str | Path] = [folder / "samples.json", *disputed]
-    inputs += filter(None, [answers_of_start(folder)])
+    inputs += filter(None, [second])
     outputs = label_files(folder, file)[1:]
     keeps = [Path(config.session_file)]
     module = stage_module("people")
@@ -426,6 +458,109 @@ def check_stage(
     prompts = min(count, CHECKS[name] // 2)
     samples = math.ceil(CHECKS[name] / prompts)
     return sample_stage(cfg, folder, round, policy, skip, prompts, name, samples)
+
+# %% ../nbs/57_loop.ipynb #c100c91b
+def eval_source(cfg: LoopConfig) -> tuple[str, int]:
+    "The prompts of an evaluation, and how many of them are passed over."
+    if cfg.eval_prompts:
+        return cfg.eval_prompts, 0
+    return cfg.heldout_prompts, cfg.prompts_per_round
+
+
+def compared_with(
+    cfg: LoopConfig,
+    run: Path,  # its folder
+    number: int,  # rounds that are done
+    before: int | None,  # at the last evaluation
+) -> dict[str, Path]:  # samples by name
+    "Whose answers this evaluation's are compared with."
+    found = {}
+    if number:
+        found["first"] = run / "evaluate-0/samples.json"
+    if before:
+        found["last"] = run / f"evaluate-{before}/samples.json"
+    if cfg.eval_against:
+        found["file"] = run / "evaluate-file/samples.json"
+    return found
+
+# %% ../nbs/57_loop.ipynb #50a65d53
+def evaluator_stages(
+    cfg: LoopConfig,
+    folder: Path,  # the evaluation's
+    name: str,  # of `evaluators`
+    against: dict[str, Path],  # samples by name
+    cap: Cap = NO_CAP,
+) -> dict[str, Stage]:  # by what its journal is called in EvaluateConfig
+    "What one evaluator is asked of one policy's answers."
+    round = folder.name
+    if not compares(name, cfg):
+        return {name: labeller_stage(cfg, folder, round, name, cap)}
+    stages = {}
+    for other, file in against.items():
+        called = f"{name.replace(':', '-')}@{other}"
+        if is_person(name):
+            stage = people_stage(cfg, folder, round, name, [], file, called)
+        else:
+            stage = labeller_stage(cfg, folder, round, name, cap, file, called)
+        stages[f"{name}@{other}"] = stage
+    return stages
+
+
+def journal_of(stage: Stage) -> Path:
+    "Where a labelling stage keeps what was said."
+    [journal] = [path for path in stage.outputs if path.name.endswith(".labels.jsonl")]
+    return journal
+
+# %% ../nbs/57_loop.ipynb #0454ed24
+def evaluation_stages(
+    cfg: LoopConfig,
+    run: Path,  # its folder
+    number: int,  # rounds that are done
+    policy: Path,  # that is evaluated
+    before: int | None = None,  # rounds that were done at the last evaluation
+    cap: Cap = NO_CAP,
+) -> list[Stage]:
+    "What is to be done to evaluate a policy; the last stage makes the evaluation."
+    folder = run / f"evaluate-{number}"
+    prompts, skip = eval_source(cfg)
+    count = cfg.eval_num_prompts
+    most = max(cfg.eval_samples, 0 if number else cfg.best_of)
+    where = (folder, folder.name, policy, skip, count)
+    stages = with_draw(cfg, sample_stage(cfg, *where, samples=most, prompts=prompts))
+    against = compared_with(cfg, run, number, before)
+    labels: dict[str, Path] = {}
+    for name in evaluators(cfg):
+        asked = evaluator_stages(cfg, folder, name, against, cap)
+        stages += asked.values()
+        labels |= {called: journal_of(stage) for called, stage in asked.items()}
+        for other, file in {} if compares(name, cfg) else against.items():
+            labels[f"{name}@{other}"] = file.with_name(f"{name}.labels.jsonl")
+            if other == "file" and not number:  # it is labelled once
+                stages.append(labeller_stage(cfg, file.parent, "evaluate-file", name, cap))
+    return [*stages, estimating_stage(cfg, folder, against, labels)]
+
+# %% ../nbs/57_loop.ipynb #7e46b749
+def estimating_stage(
+    cfg: LoopConfig,
+    folder: Path,  # the evaluation's
+    against: dict[str, Path],  # samples by name
+    labels: dict[str, Path],  # journals by name
+) -> Stage:
+    "What was said of answers to win rates, scores, KL and length."
+    config = EvaluateConfig(
+        samples_file=str(folder / "samples.json"),
+        output_file=str(folder / "evaluation.json"),
+        against=[f"{name}={file}" for name, file in against.items()],
+        labels=[f"{name}={file}" for name, file in labels.items()],
+        seen=[cfg.prompts],
+        best_of=cfg.best_of if folder.name == "evaluate-0" else 0,
+        decides=evaluators(cfg)[0],
+        seed=cfg.seed,
+    )
+    inputs: list[str | Path] = [folder / "samples.json", *against.values()]
+    inputs += [*labels.values(), cfg.prompts]
+    outputs = [folder / "evaluation.json"]
+    return Stage("evaluate", folder, config, inputs, outputs, folder.name)
 
 # %% ../nbs/57_loop.ipynb #09ab6a81
 EXPECTED_COUNTS = (
@@ -539,6 +674,32 @@ def sampler_line(counted: dict) -> str:
     told = [f"{w} {counted[k]:.2f} s" for k, w in ENGINE_TIMES.items() if k in counted]
     return f"vLLM: {', '.join(told)}" if told else ""
 
+# %% ../nbs/57_loop.ipynb #81155528
+def estimate_text(three: list[float | None]) -> str:
+    "Value, low and high as an evaluation has them, for a person."
+    if three[0] is None:
+        return "unknown"
+    if None in three:
+        return f"{three[0]:.3g}"
+    return f"{Interval(*cast(list[float], three)):.3g}"
+
+
+def evaluation_line(
+    name: str,  # evaluate-2
+    found: dict,  # of evaluation.json
+) -> str:
+    "An evaluation on one line."
+    seen = found["seen_prompts"]
+    left = f" ({seen} more were trained on, left out)" if seen else ""
+    parts = [f"{name}: {found['answers']} answers to {found['prompts']} prompts{left}"]
+    for labeller, row in found["labellers"].items():
+        if row["score"]:
+            parts.append(f"score by {labeller} {estimate_text(row['score'])}")
+        for other, one in row["against"].items():
+            rate = estimate_text(one["win_rate"])
+            parts.append(f"wins against {other} by {labeller} {rate}")
+    return "; ".join([*parts, f"KL {estimate_text(found['kl'])}"])
+
 # %% ../nbs/57_loop.ipynb #e667b27a
 @dataclass
 class Round:
@@ -556,6 +717,7 @@ class Round:
     health: str = ""  # what its policy's own answers say of it, on one line
     sampled_by: str = ""  # which policy gave its samples, where that is not the newest
     labelled_by: str = ""  # who labelled it, where that is not one reward model alone
+    evaluated: str = ""  # how good its policy is on held-out prompts, on a line or two
 
     @property
     def samples_file(self) -> Path:
@@ -595,6 +757,8 @@ class Round:
             lines.append(f"against the first policy: {wins_text(labelled)}")
         if self.health:
             lines.append(f"health{' after it' if self.number else ''}: {self.health}")
+        if self.evaluated:
+            lines.append(self.evaluated)
         return "\n".join([*lines, *filter(None, [self.note])])
 
 # %% ../nbs/57_loop.ipynb #5c21e48c
@@ -788,7 +952,7 @@ def paid_in(
     "What the journals of a round's judge say, those that were set aside with them."
     asked = 0
     cost = 0.0
-    for journal in sorted(folder.glob("judge.labels*.jsonl")):
+    for journal in sorted(folder.glob("judge*.labels*.jsonl")):
         for row in read_jsonl(journal):
             if row["time"] is not None:
                 asked += 1
@@ -834,6 +998,41 @@ def prompts_of_rounds(cfg: LoopConfig) -> dict[int | str, int]:
         planned[number] = min(step, cfg.total_prompts - step * (number - 1))
     return planned | {"final": step}
 
+# %% ../nbs/57_loop.ipynb #7923a4ce
+def folders_in_order(cfg: LoopConfig) -> list[str]:
+    "What a run asks, in order: start, evaluate-0, round-1, evaluate-1, ..., final."
+    names = []
+    for round in prompts_of_rounds(cfg):
+        if cfg.evaluate_every and round == 1:
+            names += ["evaluate-file", "evaluate-0"]
+        names.append(round if isinstance(round, str) else f"round-{round}")
+        if cfg.evaluate_every and isinstance(round, int):
+            names.append(f"evaluate-{round}")
+    return names
+
+
+def evaluations_planned(cfg: LoopConfig) -> list[int]:
+    "After how many rounds each evaluation is, if prompts do not run out."
+    last = math.ceil(cfg.total_prompts / cfg.prompts_per_round)
+    return sorted({*range(0, last, cfg.evaluate_every), last}) if cfg.evaluate_every else []
+
+
+def questions_of_evaluations(cfg: LoopConfig) -> dict[str, int]:  # by folder
+    "How many questions a judge that evaluates is asked, at most."
+    if "judge" not in evaluators(cfg):
+        return {}
+    found = {}
+    last = None
+    for number in evaluations_planned(cfg):
+        answers = max(cfg.eval_samples, 0 if number else cfg.best_of)
+        others = len(compared_with(cfg, Path(), number, last))
+        each = 2 * others if compares("judge", cfg) else 1
+        found[f"evaluate-{number}"] = each * cfg.eval_num_prompts * answers
+        last = number
+    if cfg.eval_against and not compares("judge", cfg):
+        found["evaluate-file"] = len(read_answers(cfg.eval_against))
+    return found
+
 # %% ../nbs/57_loop.ipynb #029e9822
 def estimate(
     cfg: LoopConfig,
@@ -856,7 +1055,10 @@ def estimate(
                 pairs = prompts * (cast(int, cfg.num_samples_per_prompt) // 2)
                 shown = min(pairs, cfg.num_pairs or pairs)
                 found.people[person] = found.people.get(person, 0) + shown
-    if "judge" not in labellers(cfg):
+    for name, questions in questions_of_evaluations(cfg).items():
+        if not (run / name / "evaluate.manifest.json").exists():
+            to_ask[name] = max(0, questions - paid_in(run / name).asked)
+    if not asks_judge(cfg):
         return found
     paid = [paid_in(folder, dearest or 0.0) for folder in sorted(run.glob("*/"))]
     found.judge, found.questions = cfg.api_model, to_ask
@@ -1059,6 +1261,20 @@ def located_models(cfg: LoopConfig) -> str:
     return ", ".join(parts)
 
 
+def located_evaluation(cfg: LoopConfig) -> dict[str, str]:
+    "The files of the evaluation with their paths made absolute; an error if none has prompts."
+    if not cfg.evaluate_every:
+        return {}
+    if not (cfg.eval_prompts or cfg.heldout_prompts):
+        raise ValueError(
+            "eval_prompts: an evaluation needs prompts that no round trains on; name a file or "
+            "a data set, or heldout_prompts, of which it takes those behind the first "
+            f"{cfg.prompts_per_round} (prompts_per_round)"
+        )
+    names = [name for name in ("eval_prompts", "eval_against") if getattr(cfg, name)]
+    return {name: absolute(getattr(cfg, name), name) for name in names}
+
+
 def located(cfg: LoopConfig) -> LoopConfig:
     "The config with its paths made absolute; an error if one is empty."
     heldout = cfg.heldout_prompts
@@ -1069,6 +1285,7 @@ def located(cfg: LoopConfig) -> LoopConfig:
         watch_reward=absolute(cfg.watch_reward, "watch_reward") if cfg.watch_reward else "",
         prompts=absolute(cfg.prompts, "prompts"),
         heldout_prompts=absolute(heldout, "heldout_prompts") if heldout else "",
+        **located_evaluation(cfg),
     )
 
 # %% ../nbs/57_loop.ipynb #6705a7d9
@@ -1099,11 +1316,12 @@ class Scored(NamedTuple):
     policy: Path
     by: str  # whose training made it: start, round-1, ...
     answers: str  # where they were given: round-2, final, ...
-    score: Interval  # mean, its 95% interval over prompts
+    score: Interval  # its 95% interval over prompts
+    what: str = "mean score"  # what the number is
 
     def __str__(self) -> str:
         made = "the first policy" if self.by == "start" else f"the policy of {self.by}"
-        return f"{made} (mean score {self.score:.3g} of its answers in {self.answers})"
+        return f"{made} ({self.what} {self.score:.3g} of its answers in {self.answers})"
 
 # %% ../nbs/57_loop.ipynb #d2befa47
 @dataclass
@@ -1125,6 +1343,9 @@ class Loop:
     held: list[Round] = field(default_factory=list)  # whose policies may be on disk
     best: Scored | None = None  # of the policies that were scored and are on disk
     gone: Scored | None = None  # the best of those that are not on disk any more
+    last_evaluated: int | None = None  # rounds that were done at the last evaluation
+    waited: int = 0  # evaluations since there was a new best
+    started: str = ""  # the evaluation of the first policy, on one line
 
     @property
     def rounds(self) -> int:
@@ -1151,8 +1372,9 @@ def cap_of(self: Loop, round: int | str) -> Cap:
     cfg = self.cfg
     if cfg.max_cost is None and cfg.max_requests is None:
         return Cap()
-    names = list(prompts_of_rounds(cfg))
-    before = [self.folder(name) for name in names[: names.index(round)]]
+    names = folders_in_order(cfg)
+    here = self.folder(round).name
+    before = [self.folder(name) for name in names[: names.index(here)]]
     paid = [paid_in(folder, dearest_question(cfg) or 0.0) for folder in before]
     cost = cfg.max_cost and round_up(cfg.max_cost - sum(one.cost for one in paid))
     requests = cfg.max_requests and cfg.max_requests - sum(one.asked for one in paid)
@@ -1164,8 +1386,9 @@ def cap_of(self: Loop, round: int | str) -> Cap:
 def beyond_cap(self: Loop, stages: list[Stage]) -> str:
     "Why the round of these stages might go beyond the run's cap, in words."
     folder = stages[0].folder
-    asks = any(stage.name == "judge" for stage in stages)
-    if not asks or (folder / "judge.manifest.json").exists():
+    asks = any(stage.name.partition("@")[0] == "judge" for stage in stages)
+    sealed = "evaluate" if is_evaluation(folder) else "judge"
+    if not asks or (folder / f"{sealed}.manifest.json").exists():
         return ""
     found = estimate(self.cfg, self.ledger.run_dir)
     only = {folder.name: found.questions.get(folder.name, 0)}
@@ -1426,6 +1649,8 @@ def better(a: Scored | None, b: Scored) -> Scored:
 @patch
 def add_score(self: Loop, folder: str, now: Health) -> None:
     "Remember how the newest policy's answers score, where they do."
+    if self.cfg.evaluate_every:  # it says which is best
+        return
     if folder == "start" or now.score is None:  # round 1 asks the first policy more
         return
     off = 1.96 * now.errors.get("score", math.inf)
@@ -1470,11 +1695,13 @@ def tidy(self: Loop) -> None:
 def best_told(self: Loop) -> dict:
     "What params.json says of the best policy; nothing where nobody asked which it is."
     best = self.best
-    if self.cfg.keep != "best" or not best:
+    if not best or not (self.cfg.keep == "best" or self.cfg.evaluate_every):
         return {}
     place = os.path.relpath(best.policy, self.ledger.run_dir)
-    how = f"mean score of its own answers in {best.answers}, 95% interval over prompts"
+    how = f"{best.what} of its own answers in {best.answers}, 95% interval over prompts"
     told = dict(policy=place, by=best.by, measured=how, words=str(best))
+    if not best.policy.exists():
+        told["words"] += "; it is not on disk any more (keep=best keeps it)"
     if self.gone and better(best, self.gone) is self.gone:
         told["words"] += f"; better was {self.gone}, which was removed before"
     return dict(best=told | best.score._asdict())
@@ -1582,12 +1809,106 @@ def train_round(self: Loop, number: int, stages: list[Stage]) -> Round:
     self.held.append(this)
     return self.with_health(this)
 
+# %% ../nbs/57_loop.ipynb #5c994706
+@patch
+def ended_early(self: Loop) -> bool:
+    "Whether no evaluation has been better for so long that the run ends."
+    return bool(self.cfg.patience) and self.waited >= self.cfg.patience
+
+
+@patch
+def add_evaluation(
+    self: Loop,
+    number: int,  # rounds that are done
+    policy: Path,
+    found: dict,  # of evaluation.json
+) -> None:
+    "Remember how good a policy is, and for how long none has been better."
+    decides = found["decides"]
+    value = [math.nan if x is None else x for x in decides["value"]]
+    by = f"round-{number}" if number else "start"
+    new = Scored(policy, by, f"evaluate-{number}", Interval(*value), decides["what"])
+    known = [one for one in (self.best, self.gone) if one]
+    is_best = all(new.score.value > one.score.value for one in known)
+    self.waited = 0 if is_best else self.waited + 1
+    if policy.exists():
+        self.best = better(self.best, new)
+    else:
+        self.gone = better(self.gone, new)
+
+# %% ../nbs/57_loop.ipynb #9c3db91a
+@patch
+def can_evaluate(self: Loop, number: int, policy: Path, stages: list[Stage]) -> bool:
+    "Whether the policy is there, or its answers are; else it is told, and nothing is redone."
+    first = stages[0]
+    if policy.exists() or not reason_to_run(self.ledger, first, self.ledger.look(first)):
+        return True
+    self.told.setdefault(f"round-{number}", []).append(
+        f"not evaluated: {policy} is not on disk any more; keep=all keeps every policy"
+    )
+    return False
+
+
+@patch
+def evaluate(
+    self: Loop,
+    number: int,  # rounds that are done
+    policy: Path,
+) -> str:  # the evaluation on one line; empty: it could not be
+    "Have a policy answer, the evaluators label, and see how good it is."
+    run = self.ledger.run_dir
+    cap = self.cap_of(f"evaluate-{number}")
+    stages = evaluation_stages(self.cfg, run, number, policy, self.last_evaluated, cap)
+    if not self.can_evaluate(number, policy, stages):
+        return ""
+    if why := self.beyond_cap(stages):
+        raise CostError(why)
+    moved = []
+    for i, stage in enumerate(stages):
+        after = stages[i + 1].name if stage is not stages[-1] else ""
+        moved += filter(None, [set_aside(self.ledger, stage)])
+        self.ledger.run(stage, f"evaluation after round {number} · {stage.name}", after)
+    found = json.loads(stages[-1].outputs[0].read_text())
+    self.last_evaluated = number
+    self.add_evaluation(number, policy, found)
+    return "; ".join([evaluation_line(f"evaluate-{number}", found), *moved])
+
+# %% ../nbs/57_loop.ipynb #c214d810
+@patch
+def evaluate_first(self: Loop) -> None:
+    "Evaluate the first policy, and have the file that is compared with read."
+    if self.cfg.eval_against:
+        file = self.ledger.run_dir / "evaluate-file/samples.json"
+        write_records(file, read_answers(self.cfg.eval_against))
+    self.started = self.evaluate(0, Path(self.cfg.sft_checkpoint))
+
+
+@patch
+def evaluate_round(self: Loop, this: Round) -> None:
+    "Evaluate the policy of a round, if it is its turn, and say if the run ends for it."
+    every = self.cfg.evaluate_every
+    number = len(self.done)
+    if not every or (number % every and not self.is_over()):
+        return
+    lines = [self.started if number == every else "", self.evaluate(number, this.policy)]
+    this.evaluated = "\n".join(filter(None, lines))
+    told = [line for line in self.told.get(this.name, []) if line not in this.note]
+    if self.ended_early():
+        best = self.best or self.gone
+        told.append(
+            f"stopped early: {self.waited} evaluations (patience) without a better policy than "
+            f"{best}"
+        )
+    this.note = "\n".join(filter(None, [this.note, *told]))
+
 # %% ../nbs/57_loop.ipynb #f94c1a13
 @patch
 def is_over(self: Loop) -> bool:
     "Whether the last round was the last."
     if not self.done:
         return False
+    if self.ended_early():
+        return True
     return len(self.done) == self.rounds or not self.done[-1].counts["sample"]["prompts_left"]
 
 # %% ../nbs/57_loop.ipynb #6efb0a4a
@@ -1702,8 +2023,11 @@ def play(
         found = audited(ledger, look, cfg.audit, then=stages[0])
         if found and on_audit:
             on_audit(found)
+    if cfg.evaluate_every:
+        self.evaluate_first()
     while not self.is_over():
         this = self.train_round(len(self.done) + 1, stages)
+        self.evaluate_round(this)
         stages = self.next_stages()
         beyond = self.beyond_cap(stages)
         if not beyond:
