@@ -271,9 +271,12 @@ def time_left(
     before = ["draw"] if "draw" in seen else []
     checks = [stage for stage in ("check_draw", "check") if stage in seen]
     done = {}
+    evaluating = 0.0  # seconds, of what comes between rounds
     for event in events:
         of_a_round = event["stage"] in [*before, *STAGES, *checks]
-        if of_a_round and event["event"] in ("finished", "skipped"):
+        if event["folder"].startswith("evaluate-"):
+            evaluating += event.get("seconds", 0)
+        elif of_a_round and event["event"] in ("finished", "skipped"):
             done[event["folder"], event["stage"]] = event["seconds"]
     measured = [*before, "sample", "label"]
     plan = [*before, *STAGES, *checks] * rounds + measured
@@ -286,7 +289,9 @@ def time_left(
     now = stage_left(usual.get(ahead[0]), row, spent)
     if now is None or not set(ahead[1:]) <= set(usual):
         return None
-    return now + sum(usual[stage] for stage in ahead[1:])
+    trained = sum(stage == "train" for _, stage in done)
+    evaluating *= (rounds - trained) / max(trained, 1)
+    return now + sum(usual[stage] for stage in ahead[1:]) + evaluating
 
 # %% ../nbs/66_monitor.ipynb #ad9c0fe9
 @dataclass

@@ -7,7 +7,7 @@ __all__ = ['Part', 'Rounds', 'SCORE_NAME', 'MOST_EVENTS', 'data_block', 'figure_
            'shown_rounds', 'rounds_left_out', 'samples_by_round', 'feedback_by_round', 'truth_margins', 'truth_figures',
            'feedback_figures', 'figure_sections', 'truncate', 'truncate_texts', 'fold', 'searchable',
            'feedback_gallery', 'repeated_prompts', 'text_sections', 'plain_value', 'parameters_table', 'counts_table',
-           'utc', 'ledger_table', 'state_and_rounds', 'audit_part', 'health_part', 'report']
+           'utc', 'ledger_table', 'state_and_rounds', 'audit_part', 'health_part', 'evaluation_parts', 'report']
 
 # %% ../nbs/69_page.ipynb #a2b47309
 import json
@@ -41,8 +41,10 @@ from halos_nb.figures import (
     training_curves,
 )
 from halos_nb.rewards import (
+    best_of_n_figure,
     calibration_curve,
     chosen_rejected_all,
+    evaluation_figure,
     kl_curve,
     length_and_reward,
     reward_against_kl,
@@ -51,7 +53,16 @@ from halos_nb.rewards import (
     win_rates,
 )
 from .loop import MEASURED, round_counts
-from .runs import Run, Truth, health_rows, read_run, refuse_run_file, with_truth
+from halos_nb.runs import (
+    Run,
+    Truth,
+    evaluation_rows,
+    evaluations,
+    health_rows,
+    read_run,
+    refuse_run_file,
+    with_truth,
+)
 from .monitor import RunState, look
 from .compare import parameters, same_prompt
 
@@ -366,6 +377,26 @@ def health_part(run: Path) -> Part:
     title = "Each policy's own answers, KL and entropy in nats per token"
     return summary_table(rows, shares, title) if rows else None
 
+# %% ../nbs/69_page.ipynb #0e33890c
+def evaluation_parts(run: Run, truth: Truth | None) -> list[Part]:
+    "How good the run's policies were on held-out prompts; nothing if nobody evaluated them."
+    found = evaluations(run.folder)
+    if not found:
+        return []
+    by = run.params.get("best", {}).get("by", "")
+    rows = evaluation_rows(run.folder, truth, by)
+    formats = {name: ".1%" for row in rows for name in row if name.startswith("won")}
+    names = [name for name in rows[-1] if not name.startswith("best")]
+    formats |= {name: ".3g" for name in names if name not in formats}
+    title = "On prompts that no round trains on, 95% intervals over prompts"
+    number = int(by.removeprefix("round-")) if by.startswith("round-") else 0
+    told = [f"Decided by {found[max(found)]['decides']['what']}"]
+    if seen := max(one.get("seen_prompts", 0) for one in found.values()):
+        told.append(f"{seen} prompts that were trained on are left out")
+    table = summary_table(rows, formats, title)
+    figure = evaluation_figure(found, number if by else None)
+    return ["; ".join(told), table, figure, best_of_n_figure(found)]
+
 # %% ../nbs/69_page.ipynb #fa1ff509
 def report(
     run_dir: str | Path,  # the run's folder
@@ -387,6 +418,7 @@ def report(
     unit = run.params.get("reward", SCORE_NAME)
     sections: dict[str, list] = {
         "Rounds": state_and_rounds(look(run.folder), run),
+        "Evaluation": evaluation_parts(run, truth),
         "Health": [health_part(run.folder)],
         "What the models see": [audit_part(run.folder)],
         **figure_sections(rounds, feedback, metrics, best, unit),

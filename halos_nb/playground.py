@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED', 'STATEMENTS', 'COURTEOUS', 'RUDE', 'EVASIVE',
-           'SAID', 'BEST', 'WEIGHTS', 'RUDENESS', 'FAULTS', 'OPENINGS', 'MEASURES', 'COMMON', 'SFT', 'REWARD', 'LORA',
-           'SWEEP', 'SHARED', 'read_facts', 'questions', 'prompts', 'split_questions', 'claims_by_sentence',
-           'question_in', 'question_of', 'asked', 'split_sentences', 'all_true', 'readable_share', 'count_known',
-           'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside', 'plan_answer',
-           'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data', 'shared_questions', 'Playground',
-           'world_texts', 'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate',
-           'build', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'models_of_playground',
+           'SAID', 'BEST', 'WEIGHTS', 'RUDENESS', 'FAULTS', 'OPENINGS', 'MEASURES', 'COMMON', 'SFT', 'REWARD',
+           'TRUE_REWARD', 'LORA', 'SWEEP', 'SHARED', 'read_facts', 'questions', 'prompts', 'split_questions',
+           'claims_by_sentence', 'question_in', 'question_of', 'asked', 'split_sentences', 'all_true', 'readable_share',
+           'count_known', 'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside',
+           'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data', 'shared_questions',
+           'Playground', 'world_texts', 'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger',
+           'locate', 'build', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'models_of_playground',
            'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
@@ -572,13 +572,19 @@ def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
         return cfg
     world = build(settings, seed=cfg.world_seed)
     heldout = "" if cfg.prompts else str(world.heldout)
+    by_truth = cfg.evaluate_every and not (cfg.prompts or cfg.eval_labeller or cfg.eval_prompts)
     return replace(
         cfg,
+        eval_function=cfg.eval_function or (TRUE_REWARD if by_truth else ""),
         sft_checkpoint=cfg.sft_checkpoint or str(world.policy),
         reward_checkpoint=cfg.reward_checkpoint or asks_model * str(world.reward_model),
         prompts=cfg.prompts or str(world.prompts),
         heldout_prompts=cfg.heldout_prompts or heldout,
     )
+
+
+# who evaluates here, where nobody else is named: the truth, which no run is trained on
+TRUE_REWARD = "halos_nb.playground:true_reward"
 
 
 def refuse_world_seed(seed: int) -> None:

@@ -7,7 +7,9 @@ __all__ = ['KINDS', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'round_means',
            'drawn_from', 'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'calibration_points',
            'calibration_curve', 'chosen_rejected', 'chosen_rejected_all', 'win_rate_points', 'win_rates', 'word_count',
            'length_table', 'at_equal_length', 'length_points', 'score_line', 'length_and_reward', 'priced_rewards',
-           'reward_against_kl', 'run_line', 'faint', 'frontier', 'agreement_points', 'agreement_figure']
+           'reward_against_kl', 'evaluation_panels', 'evaluation_line', 'evaluation_figure', 'is_even',
+           'best_of_n_lines', 'trained_line', 'best_of_n_figure', 'run_line', 'faint', 'frontier', 'agreement_points',
+           'agreement_figure']
 
 # %% ../nbs/62_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -491,6 +493,148 @@ def reward_against_kl(
         left_out(lost, "samples without log-probabilities"),
     ]
     return styled(fig, title, notes, 260 + 160 * len(panels))
+
+# %% ../nbs/62_rewards.ipynb #26bea66b
+def evaluation_panels(
+    found: dict[int, dict],  # rounds that were done -> evaluation
+) -> dict[str, dict[str, list]]:  # panel -> line -> value, low, high of each evaluation
+    "What evaluations show, by panel."
+    panels: dict[str, dict[str, list]] = {}
+    empty = [None] * 3
+    names = dict.fromkeys(name for one in found.values() for name in one["labellers"])
+    for name in names:
+        rows = [one["labellers"].get(name) or {} for one in found.values()]
+        if any(row.get("score") for row in rows):
+            scores = [row.get("score") or empty for row in rows]
+            panels[f"score by {name}"] = {name: scores}
+        met = [row.get("against", {}).get("first") or {} for row in rows]
+        if any(met):
+            wins = panels.setdefault("won against the first policy", {})
+            wins[name] = [one.get("win_rate", empty) for one in met]
+            even = [one.get("length_controlled", empty) for one in met]
+            wins[f"{name}, at equal length"] = even
+    panels["KL to the reference"] = {"KL": [one["kl"] for one in found.values()]}
+    lengths = [one["characters"] for one in found.values()]
+    return panels | {"characters": {"characters": lengths}}
+
+# %% ../nbs/62_rewards.ipynb #b7760368
+def evaluation_line(
+    numbers: list[int],  # rounds that were done
+    estimates: list,  # value, low, high of each
+    name: str,
+    color: str,
+) -> go.Scatter:
+    "Estimates over rounds, with their intervals; hollow where they are at equal length."
+    shown = band(estimates)
+    even = name.endswith("at equal length")
+    known = hover(f"<b>{escape(name)}</b>", "after round %{x}: %{y:.4g}")
+    return go.Scatter(
+        x=numbers,
+        y=shown.value,
+        error_y=shown.bars(),
+        name=escape(name),
+        mode="lines+markers",
+        line=dict(color=color, width=2, dash="dot" if even else "solid"),
+        marker_symbol="circle-open" if even else "circle",
+        hovertemplate=known,
+    )
+
+# %% ../nbs/62_rewards.ipynb #fe09a021
+def evaluation_figure(
+    found: dict[int, dict],  # rounds that were done -> evaluation, as of `runs.evaluations`
+    best: int | None = None,  # after which round the best policy was (None: not marked)
+    title: str = "Evaluation on prompts that no round trains on",
+) -> go.Figure:
+    "Scores, win rates, KL and length of a run's policies, a panel each."
+    panels = evaluation_panels(found)
+    rows = -(-len(panels) // 2)
+    gap = 0.28 / rows
+    fig = make_subplots(rows, 2, subplot_titles=list(panels), vertical_spacing=gap)
+    labellers = list(dict.fromkeys(name for one in found.values() for name in one["labellers"]))
+    for i, (panel, lines) in enumerate(panels.items()):
+        place = dict(row=i // 2 + 1, col=i % 2 + 1)
+        for name, estimates in lines.items():
+            owner = name.partition(",")[0]
+            known = owner in labellers
+            color = SERIES[labellers.index(owner) % len(SERIES)] if known else DISTANCE
+            fig.add_trace(evaluation_line(list(found), estimates, name, color), **place)
+        if panel.startswith("won"):
+            fig.add_hline(0.5, line=dict(color=EDGE, width=1, dash="dot"), **place)
+            fig.update_yaxes(tickformat=".0%", **place)
+        if best is not None:
+            fig.add_vline(best, line=dict(color=CHOSEN, width=1.5, dash="dash"), **place)
+    fig.update_xaxes(tickvals=list(found), title_text="after round")
+    prompts = sorted({one["prompts"] for one in found.values()})
+    notes = [
+        f"{' or '.join(map(str, prompts))} prompts, 95% intervals over prompts",
+        f"dashed: the best policy, after round {best}" if best is not None else "",
+        "hollow: at equal length" if any(map(is_even, panels.values())) else "",
+    ]
+    return styled(fig, title, notes, 150 + 270 * rows)
+
+
+def is_even(lines: dict) -> bool:
+    "Whether a panel has lines at equal length."
+    return any(name.endswith("at equal length") for name in lines)
+
+# %% ../nbs/62_rewards.ipynb #5dcce61d
+def best_of_n_lines(curves: dict[str, list[dict]], opinion: str) -> list[go.Scatter]:
+    "What one evaluator thinks of best-of-n, a line for each that picks."
+    lines = []
+    for i, (chooser, curve) in enumerate(curves.items()):
+        shown = band([point[opinion] for point in curve])
+        known = hover(f"<b>best of %{{text}} by {escape(chooser)}</b>", "%{y:.4g}")
+        line = go.Scatter(
+            x=[point["kl_bound"] for point in curve],
+            y=shown.value,
+            error_y=shown.bars(),
+            name=f"best of n by {escape(chooser)}",
+            mode="lines+markers",
+            line=dict(color=SERIES[i % len(SERIES)], dash="dash"),
+            text=[point["n"] for point in curve],
+            hovertemplate=known,
+        )
+        lines.append(line)
+    return lines
+
+
+def trained_line(found: dict[int, dict], opinion: str) -> go.Scatter:
+    "What one evaluator thinks of the trained policies, over their KL."
+    rows = [(one["kl"], one["labellers"][opinion]["score"]) for one in found.values()]
+    shown = band([score for _, score in rows])
+    return go.Scatter(
+        x=[kl[0] for kl, _ in rows],
+        y=shown.value,
+        error_y=shown.bars(),
+        name="training",
+        mode="lines+markers+text",
+        line=dict(color=INK),
+        text=[str(number) for number in found],
+        textposition="top center",
+        hovertemplate=hover("<b>after round %{text}</b>", "KL %{x:.3g}", "%{y:.4g}"),
+    )
+
+# %% ../nbs/62_rewards.ipynb #801d6737
+def best_of_n_figure(
+    found: dict[int, dict],  # rounds that were done -> evaluation; 0 has the curves
+    title: str = "Best of n beside training",
+) -> go.Figure | None:  # None: nobody drew a curve
+    "What each evaluator thinks of best-of-n and of training, over the KL they cost."
+    curves = found.get(0, {}).get("best_of_n")
+    if not curves:
+        return None
+    opinions = list(curves)
+    fig = make_subplots(1, len(opinions), subplot_titles=[f"score by {o}" for o in opinions])
+    for col, opinion in enumerate(opinions, 1):
+        lines = [*best_of_n_lines(curves, opinion), trained_line(found, opinion)]
+        for line in lines:
+            fig.add_trace(line.update(showlegend=col == 1), 1, col)
+    fig.update_xaxes(title_text="KL to the first policy (nats)")
+    notes = [
+        "KL of best-of-n: at most so much, log n - (n-1)/n; of training: estimated",
+        "95% intervals over prompts; numbers: after which round",
+    ]
+    return styled(fig, title, notes, 460, margin_t=130, showlegend=True)
 
 # %% ../nbs/62_rewards.ipynb #181858a6
 def run_line(i: int) -> dict:

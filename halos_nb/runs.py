@@ -6,9 +6,9 @@
 __all__ = ['ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROWS', 'ROWS_READ', 'MEASURES', 'Truth', 'DAMAGED', 'kl_estimate', 'step_sizes',
            'mean_over_steps', 'round_metrics', 'labelling_columns', 'summary_row', 'sampled_by_older', 'row_code',
            'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'is_finished', 'run_summary',
-           'health_rows', 'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack',
-           'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of',
-           'over_seeds', 'mean_rounds']
+           'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'Run', 'with_truth',
+           'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds',
+           'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -36,7 +36,9 @@ from halos_nb.stats import (
     floats,
     kl_terms,
     mean_gain,
+    mean_interval,
     mean_share_of_way,
+    prompts_of,
     share_of_way,
 )
 from .verdicts import mean_or_none
@@ -263,6 +265,59 @@ def health_rows(run: str | Path) -> list[dict]:
         else:
             row |= {name: event[name] for name in MEASURES}
     return list(rows.values())
+
+# %% ../nbs/63_runs.ipynb #cb86e86f
+def as_interval(three: Sequence[float | None] | None) -> Interval | None:
+    "An estimate of an evaluation; None where there is none."
+    if not three or three[0] is None:
+        return None
+    return Interval(*[math.nan if x is None else x for x in three])
+
+
+def evaluations(run: str | Path) -> dict[int, dict]:
+    "The evaluations of a run's newest session, by how many rounds were done."
+    run = Path(run)
+    found = {}
+    for folder, stages in stage_seconds(last_session(read_jsonl(run / "ledger.jsonl"))).items():
+        file = run / folder / "evaluation.json"
+        if "evaluate" in stages and file.exists():
+            found[int(folder.removeprefix("evaluate-"))] = json.loads(file.read_text())
+    return dict(sorted(found.items()))
+
+# %% ../nbs/63_runs.ipynb #d9d2cb09
+def evaluation_row(number: int, found: dict) -> dict:
+    "One evaluation in numbers."
+    row: dict = {"after round": number, "prompts": found["prompts"]}
+    for labeller, one in found["labellers"].items():
+        if one["score"]:
+            row[f"score by {labeller}"] = as_interval(one["score"])
+    for labeller, one in found["labellers"].items():
+        for other, met in one["against"].items():
+            won = f"won against {other} by {labeller}"
+            row[won] = as_interval(met["win_rate"])
+            row[f"{won}, at equal length"] = as_interval(met["length_controlled"])
+    row["KL"] = as_interval(found["kl"])
+    row["characters"] = as_interval(found["characters"])
+    return row
+
+
+def evaluation_rows(
+    run: str | Path,  # its folder
+    truth: Callable[[list[dict], str], float] | None = None,  # where it can be computed
+    best: str = "",  # the best policy's round, as params.json has it
+) -> list[dict]:
+    "A run's evaluations as a table."
+    rows = []
+    for number, found in evaluations(run).items():
+        row = evaluation_row(number, found)
+        if truth:
+            samples = round_samples(Path(run) / f"evaluate-{number}")
+            true = floats(with_truth(samples, truth), "true_reward")
+            row["true reward"] = mean_interval(true, prompts_of(samples))
+        if best:
+            row["best"] = "best" if best == (f"round-{number}" if number else "start") else ""
+        rows.append(row)
+    return rows
 
 # %% ../nbs/63_runs.ipynb #7c0ac499
 # a function that computes the true reward: (the prompt's turns, the output's text) -> number
