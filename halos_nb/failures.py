@@ -39,7 +39,7 @@ def early_leavers(
     "Ranks that ended well and early, which the report of `accelerate launch` does not list."
     reported = exit_codes(text)
     told_to_stop = re.findall(r"Sending process (\d+) closing signal", text)
-    if not ENDED_ELASTIC.search(text) or ranks is None:
+    if ranks is None or ranks_of_hosts(text) or not ENDED_ELASTIC.search(text):
         return {}
     at_work = read_ranks(str(ranks))
     pids = {rank: str(said["pid"]) for rank, said in at_work.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFUSED', 'LOAD_ONCE', 'HEARTBEATS', 'TELL_STACKS', 'HEARTS', 'LONGER', 'MEETING_SOCKET', 'STORES', 'CLOSES', 'is_on',
            'asks_for_sharding', 'is_sharded', 'check_sharding', 'begin_sharding', 'collectives_begun', 'stack_of',
-           'is_waiting', 'heartbeat', 'Heart', 'begin_heartbeat', 'end_heartbeat', 'broken_promises', 'meet_here',
+           'waits_for_others', 'heartbeat', 'Heart', 'begin_heartbeat', 'end_heartbeat', 'broken_promises', 'meet_here',
            'start_processes', 'layers_of', 'set_sharding', 'in_float32', 'in_shares', 'is_shared_out', 'own_part',
            'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole', 'check_shares', 'share_out',
            'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in', 'SharedRound', 'in_turns', 'shard',
@@ -110,10 +110,12 @@ def stack_of(thread: int) -> list[traceback.FrameSummary]:
     return list(reversed(traceback.StackSummary.extract(traceback.walk_stack(frame))))
 
 
-def is_waiting(stack: list[traceback.FrameSummary]) -> bool:
-    "Whether a rank is where it may wait for others: in torch's collectives, or in backward."
-    where = (f"{os.sep}torch{os.sep}distributed{os.sep}", "_engine_run_backward")
-    return any(where[0] in frame.filename or frame.name == where[1] for frame in stack)
+def waits_for_others(stack: list[traceback.FrameSummary]) -> str:
+    "surely: in a collective; perhaps: in a backward pass; else empty."
+    place = f"{os.sep}torch{os.sep}distributed{os.sep}"
+    if any(place in frame.filename for frame in stack):
+        return "surely"
+    return "perhaps" if any(frame.name == "_engine_run_backward" for frame in stack) else ""
 
 # %% ../nbs/13_processes.ipynb #5eb6827f
 def heartbeat(number: int, thread: int) -> dict[str, Any]:
@@ -122,14 +124,14 @@ def heartbeat(number: int, thread: int) -> dict[str, Any]:
 
     stack = stack_of(thread)
     joined = dist.is_available() and dist.is_initialized()
-    with_gpus = joined and dist.get_backend() == "nccl"  # waits wherever it reads a result
+    with_gpus = joined and dist.get_backend() == "nccl"  # may wait wherever it reads a result
     return {
         "beat": number,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "collectives": collectives_begun() if joined else 0,
-        "waits": with_gpus or is_waiting(stack),
+        "waits": waits_for_others(stack) or ("perhaps" if with_gpus else ""),
         "stack": traceback.format_list(stack)[-12:],
     }
 
@@ -144,11 +146,11 @@ class Heart(threading.Thread):
         self.over = threading.Event()
         self.beats = 0
 
-    def beat(self, **more: Any) -> None:
+    def beat(self) -> None:
         "Write it now."
         self.beats += 1
         main = threading.main_thread().ident or 0
-        text = json.dumps(heartbeat(self.beats, main) | more)
+        text = json.dumps(heartbeat(self.beats, main))
         part = self.file.with_suffix(".tmp")
         with suppress(OSError):  # a full disk is for the stage to tell
             part.write_text(text)
@@ -181,7 +183,7 @@ def end_heartbeat() -> None:
     for heart in HEARTS:
         heart.over.set()
         heart.join()
-        heart.beat(done=True)
+        heart.file.unlink(missing_ok=True)
     HEARTS.clear()
 
 # %% ../nbs/13_processes.ipynb #eaf28ac5

@@ -88,7 +88,7 @@ class Seen:
     moved: float  # when it last began, or stopped, to wait
 
 
-def state_of(said: dict[str, Any]) -> tuple[int, bool]:
+def state_of(said: dict[str, Any]) -> tuple[int, str]:
     "What stands still in a rank that waits or hangs."
     return said["collectives"], said["waits"]
 
@@ -102,8 +102,6 @@ def look_at(seen: dict[int, Seen], found: dict[int, dict[str, Any]], now: float)
         if state_of(said) != state_of(before.said):
             before.moved = now
         before.said = said
-    for rank in seen.keys() - found.keys():  # it has done its work
-        del seen[rank]
 
 # %% ../nbs/50_supervise.ipynb #fc26ea76
 def who_hangs(
@@ -122,7 +120,8 @@ def who_hangs(
     missing = [rank for rank in range(everyone) if rank not in seen]
     most = max(s.said["collectives"] for s in waits.values())
     behind = [r for r, s in seen.items() if s.said["collectives"] < most]
-    busy = [r for r, s in seen.items() if not s.said["waits"]]
+    surely = [r for r, s in waits.items() if s.said["waits"] == "surely"]
+    busy = [r for r, s in seen.items() if surely and s.said["waits"] != "surely"]
     names = ", ".join(str(r) for r, s in waits.items() if s.said["collectives"] == most)
     many = "ranks" if "," in names else "rank"
     why = f"has not come to where {many} {names} waited {patience:.0f} s for it"
@@ -162,9 +161,7 @@ def read_ranks(folder: str) -> dict[int, dict[str, Any]]:
         return found
     for file in glob.glob(f"{glob.escape(folder)}/*.json"):
         with suppress(OSError, ValueError), open(file) as f:
-            said = json.load(f)
-            if not said.get("done"):
-                found[int(os.path.basename(file)[:-5])] = said
+            found[int(os.path.basename(file)[:-5])] = json.load(f)
     return found
 
 
@@ -192,7 +189,7 @@ class RankWatch:
     def __init__(self) -> None:
         self.folder = os.environ.get("HALOS_NB_RANKS", "")
         self.patience = 60 * float(os.environ.get("HALOS_NB_TIMEOUT_MINUTES", 10))
-        self.every = min(1.0, self.patience / 10)  # seconds between two looks
+        self.every = min(2.0, self.patience / 10)  # seconds between two looks
         self.seen: dict[int, Seen] = {}
         self.looked = time.monotonic()
 
@@ -209,6 +206,9 @@ class RankWatch:
             return False
         self.looked = now
         look_at(self.seen, read_ranks(self.folder), now)
+        for rank in list(self.seen):
+            if not os.path.exists(f"{self.folder}/{rank}.json"):  # it has done its work
+                del self.seen[rank]
         hangs = who_hangs(self.seen, now, self.patience)
         late = who_hangs(self.seen, now, self.patience + 4)  # nobody else has said it
         told = [r for r in hangs if r in late or r not in self.seen or self.is_ours(r)]
