@@ -7,7 +7,7 @@ __all__ = ['FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'PROMPTS_AT_A_TI
            'Stages', 'UNPLANNED', 'KINDS', 'Live', 'Model', 'with_layers', 'meta_model', 'as_fake', 'fake_model',
            'Size', 'numbers', 'size_of', 'full_batch', 'KernelShaped', 'kernel_shaped', 'Pass', 'Held', 'Seen', 'apart',
            'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed', 'head_bytes', 'deeper', 'rehearsed', 'Place',
-           'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'gathered', 'longest', 'training_pass',
+           'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'longest', 'training_pass', 'arrived', 'in_shares',
            'keeps_reference', 'training_needs', 'keys_and_values', 'drawing_needs', 'engine_needs', 'labelling_needs',
            'Plan', 'config_at', 'place_of', 'loop_stages', 'stages_of', 'needs_of', 'alternatives', 'what_to_change',
            'plan', 'profile_in', 'read_config', 'as_json', 'main', 'CalledRoom']
@@ -252,6 +252,7 @@ class Pass(NamedTuple):
     checkpointing: bool = False
     alone: bool = True  # one process: its vocabulary's gradients are added up in place
     again: bool = True  # gradients of an earlier micro-batch are there
+    arrives: bool = False  # weights come from their shards, in what is computed in
 
 
 class Held(NamedTuple):
@@ -270,8 +271,9 @@ class Seen(NamedTuple):
 
 # %% ../nbs/27_plan.ipynb #182f3159
 def apart(module: Any, args: Any, out: Tensor) -> Tensor:
-    "An embedding's rows, whose gradient goes nowhere."
-    return out.detach().requires_grad_()
+    "An embedding's rows in float32, whose gradient goes nowhere."
+    rows = out.detach().float()
+    return rows.requires_grad_() if torch.is_grad_enabled() else rows
 
 
 def gradients_of_before(model: Any) -> list[Tensor]:
@@ -299,9 +301,7 @@ def seen_in(model: Any, batch: TreeBatch, how: Pass) -> Seen:
     known = list(model.parameters())
     if how.learns and how.again:
         known += gradients_of_before(model)
-    hook = None
-    if how.learns:
-        hook = model.get_input_embeddings().register_forward_hook(apart)
+    hook = model.get_input_embeddings().register_forward_hook(apart)
     live = Live(known)
     with own_strips(), live, torch.set_grad_enabled(how.learns):
         with computing_in(how.computing, "cpu"):
@@ -310,8 +310,7 @@ def seen_in(model: Any, batch: TreeBatch, how: Pass) -> Seen:
         live.peak = live.now
         if how.learns:
             states.sum().backward()
-    if hook:
-        hook.remove()
+    hook.remove()
     return Seen(forward, going, live.peak)
 
 # %% ../nbs/27_plan.ipynb #ecf85cec
@@ -324,7 +323,8 @@ def as_rehearsed(model: Model, how: Pass, layers: int) -> Any:
     text_config(config).vocab_size = FEW
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text_config(config), name, None)
-    made = fake_model(model._replace(config=config), layers)
+    dtype = how.computing if how.arrives else model.dtype
+    made = fake_model(model._replace(config=config, dtype=dtype), layers)
     if how.device == "cuda":
         text_config(made.config)._attn_implementation = "kernel_shaped"
     if how.checkpointing:
@@ -360,12 +360,13 @@ def rehearsed(model: Model, how: Pass) -> Held:
     "What a pass of this model holds beside weights and gradients."
     depth = text_config(model.config).num_hidden_layers
     tried = [1, 2] if depth > 2 else [depth]
+    itemsize = getattr(torch, how.computing if how.arrives else model.dtype).itemsize
     batch = full_batch(how.tokens, how.prompt, how.answer, how.branches)
     found = []
     for layers in tried:
         with FakeTensorMode(allow_non_fake_inputs=True):
             made = as_rehearsed(model, how, layers)
-            own = 0 if how.again or not how.learns else 4 * numbers(made, True)
+            own = 0 if how.again or not how.learns else itemsize * numbers(made, True)
             seen = seen_in(made, batch, how)
         found.append(seen._replace(back=max(seen.back - own, seen.forward)))
     forward, going, back = deeper(found, depth, tried)
@@ -452,17 +453,6 @@ BRANCHES = dict(sft=1, csft=1, raft=1, ppo=1)  # of a tree; all others: pairs
 OPTIMISER = {"adamw": 8, "adamw_8bit": 2}  # bytes of the two moments of a number
 
 
-def gathered(size: Size, shards: int, trained: bool) -> float:
-    "Bytes of what is put together from shards at a time."
-    # the embedding and the head stay while a pass lasts; a layer goes and the next one comes
-    if shards == 1:
-        return 0
-    weights = size.root + 2 * size.layer
-    # their gradients, whole and in the buffer from which they are handed out
-    gradients = size.root + 2 * size.layer if trained else 0
-    return 4.0 * (weights + gradients)
-
-
 def longest(cfg: TrainConfig) -> Lengths:
     "What a training config lets through."
     answer = cfg.max_length - cfg.max_prompt_length
@@ -485,9 +475,30 @@ def training_pass(cfg: TrainConfig, place: Place, lengths: Lengths) -> Pass:
         checkpointing=cfg.gradient_checkpointing,
         alone=place.processes == 1,
         again=step > tokens,
+        arrives=place.shards > 1,
     )
 
 # %% ../nbs/27_plan.ipynb #59060314
+def arrived(size: Size, precision: str) -> float:
+    "Bytes of weights that are whole at a time: what is in no layer, a layer and the next."
+    return float(getattr(torch, precision).itemsize * (size.root + 2 * size.layer))
+
+
+def in_shares(passing: Needs, size: Size, cfg: TrainConfig, how: Pass) -> list[Needs]:
+    "The two moments at which training needs most where weights are shared out."
+    itemsize = getattr(torch, cfg.precision).itemsize
+    whole = arrived(size, cfg.precision)
+    if cfg.use_peft:
+        return [replace(passing, gathered=whole)]
+    # a gradient is whole, and once more in the float32 buffer that is handed out
+    doubled = itemsize + 4.0
+    back = replace(passing, gathered=whole + doubled * size.layer)
+    if not how.again:
+        back.gradients = 0  # shares of them come as the activations go
+    end = replace(passing, gathered=doubled * size.root, activations=0, logits=0)
+    return [back, end]
+
+# %% ../nbs/27_plan.ipynb #980622fd
 def keeps_reference(cfg: TrainConfig, targets: int) -> bool:
     "Whether the reference stays in memory while the policy trains."
     if cfg.loss not in COMPARING or cfg.use_peft:
@@ -518,19 +529,24 @@ def training_needs(
         found["train: asking the reference"] = Needs(
             weights=whole,
             reference=whole,
-            gathered=gathered(size, place.shards, False),
+            gathered=arrived(size, cfg.precision) if place.shards > 1 else 0,
             activations=asked.activations,
             logits=asked.logits,
         )
-    found["train"] = Needs(
+    learnt = Needs(
         weights=whole,
-        gathered=gathered(size, place.shards, not cfg.use_peft),
         gradients=4 * trained,
         optimiser=OPTIMISER[getattr(cfg, "optimizer", "adamw")] * trained,
         reference=whole if kept else 0,
-        activations=held.activations,
-        logits=held.logits,
     )
+    passing = replace(learnt, activations=held.activations, logits=held.logits)
+    if place.shards > 1:
+        moments = in_shares(passing, size, cfg, how)
+        found["train"] = max(moments, key=lambda moment: moment.total)
+        return found
+    found["train"] = passing
+    if cfg.use_peft and place.device == "cpu":
+        found["train: adding the adapters"] = replace(learnt, weights=2 * whole)
     return found
 
 # %% ../nbs/27_plan.ipynb #624982a7

@@ -83,9 +83,12 @@ def begin_sharding(
     check_sharding()
     os.environ["ACCELERATE_USE_FSDP"] = "true"  # as Accelerate spells it
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    # `accelerate launch` reads use_cpu in its file, and does not hand it on beside FSDP
+    if cpu or not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     # Relies on: AcceleratorState makes FSDP of the type MULTI_GPU, not of MULTI_CPU, and asks
     # nothing about the device.
-    stay = bool(cpu) or is_on("ACCELERATE_USE_CPU")
+    stay = is_on("ACCELERATE_USE_CPU")
     state = PartialState(cpu=stay, timeout=timeout)
     if state.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
