@@ -8,7 +8,7 @@ __all__ = ['THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'B
            'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'SIGN', 'BEHIND', 'SCORE', 'FINAL',
            'START', 'BEGINS', 'GIVES', 'CONCLUDES', 'FILLERS', 'BETWEEN', 'SAYS', 'ELSEWHERE', 'LABEL', 'LABELS',
            'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'BARE', 'SCALE', 'TIE',
-           'KINDS', 'ANSWER', 'CHOICE', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BRACKETS', 'TAGGED_WINNER', 'ORDERS',
+           'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'TAGGED_WINNER', 'ORDERS',
            'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread', 'without_thoughts', 'plain_text',
            'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated',
            'is_elsewhere', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
@@ -465,6 +465,7 @@ TIE = r"(?i:an?\s+)?(?P<tie>(?i:tie|tied|draw)\b)(?i:\s+between\s+(?:answers?\s+
 KINDS = r"(?i:answer|response|assistant|model|option|output|completion|candidate)"
 ANSWER = rf"(?i:the\s+)?(?:{KINDS}[\s_]+{MARKS})?(?P<x>[AB])"
 CHOICE = rf"(?:{TIE}|{ANSWER})(?!\w)"
+BRACKETS = r"\[\[(?P<inside>[^\[\]\n]{0,40})\]\]"
 CALLED = (
     r"winner|verdict|(?:better|best|preferred)\s+(?:answer|response)|preference|choice|"
     r"decision|judge?ment"
@@ -509,7 +510,6 @@ def announced_winners(text: str) -> list[str | None]:
     return winners
 
 # %% ../nbs/41_replies.ipynb #6bbf6ca1
-BRACKETS = r"\[\[(?P<inside>[^\[\]\n]{0,40})\]\]"
 TAGGED_WINNER = r"<(winner|verdict)>(?P<inside>[^<>]{0,40})</\1>"
 ORDERS = {
     "A>B": "A",
