@@ -7,10 +7,10 @@ __all__ = ['ENGINE_SETTINGS', 'DrawerOf', 'DRAWING', 'sample_seed', 'JobSeeds', 
            'can_process_logps', 'engine_options', 'running_engine', 'EngineAnswer', 'sampling_params', 'engine_answer',
            'generate_with_engine', 'Drawer', 'own_engine', 'own_end_tokens', 'check_rows', 'visible_gpus', 'gpu_groups',
            'counts_file', 'seeds_of_batches', 'run_engine', 'sample_with_vllm', 'take_counts', 'Question', 'wishes',
-           'request_options', 'ids_hash', 'drawn_tokens', 'read_reply', 'error_text', 'refused_wishes', 'Wishes',
-           'ask_once', 'ask_first', 'ask_for_sample', 'ask_for_samples', 'settings_hash', 'question_key',
-           'AnswerJournal', 'ServerTokens', 'server_tokens', 'why_not_ours', 'questions_of', 'ask_missing',
-           'answered_record', 'answered_records', 'sample_with_server']
+           'request_options', 'ids_hash', 'drawn_tokens', 'read_reply', 'refused_wishes', 'Wishes', 'ask_once',
+           'ask_first', 'ask_for_sample', 'ask_for_samples', 'settings_hash', 'question_key', 'AnswerJournal',
+           'ServerTokens', 'server_tokens', 'why_not_ours', 'questions_of', 'ask_missing', 'answered_record',
+           'answered_records', 'sample_with_server']
 
 # %% ../nbs/33_backends.ipynb #26d00ac6
 import asyncio
@@ -42,13 +42,19 @@ from .models import load_tokenizer
 from .generate import Row, all_ends, plan
 from halos_nb.api import (
     ServerError,
+    about_address,
     answer_or_error,
     api_key,
     ask_all,
     connect,
+    IN_DATA,
+    error_text,
     excerpt,
+    how_it_ended,
     is_down,
     run_async,
+    said_in,
+    without_secrets,
 )
 from halos_nb.answers import (
     all_counts,
@@ -470,7 +476,8 @@ def request_options(
 ) -> dict:
     "What to send to the server for one sample."
     # OpenAI's newer models refuse the older name, which is known everywhere else
-    longest = "max_completion_tokens" if host == "api.openai.com" else "max_tokens"
+    newer = host == "api.openai.com" or "max_completion_tokens" in wanted
+    longest = "max_completion_tokens" if newer else "max_tokens"
     turns, riding = split_first_turn(question.row.example.prompt)
     options: dict = dict(model=cfg.model, messages=turns)
     options["temperature"] = cfg.temperature
@@ -483,7 +490,8 @@ def request_options(
     if riding.get("tools"):
         options["tools"] = riding["tools"]
         options["tool_choice"] = "none"
-    extra = {name: x for name, x in wanted.items() if name != "seed"}
+    named = ("seed", "max_completion_tokens")
+    extra = {name: x for name, x in wanted.items() if name not in named}
     if riding.get("documents"):
         extra["documents"] = riding["documents"]
     if cfg.template_options:
@@ -520,33 +528,28 @@ def read_reply(
     choices = getattr(reply, "choices", None)
     if not choices:
         return dict(reason="no choices", detail=excerpt(reply))
-    text = choices[0].message.content
-    end = choices[0].finish_reason
-    if end not in ("stop", "length"):
-        return dict(reason=f"finish_reason {end}", detail=excerpt(choices[0]))
-    if not isinstance(text, str):
+    said = said_in(choices[0].message)
+    ended = how_it_ended(choices[0].finish_reason)
+    if ended not in ("whole", "cut"):
+        return dict(reason=ended, detail=excerpt(choices[0]))
+    if said.text is None:
         return dict(reason="no text", detail=excerpt(choices[0]))
-    text.encode()  # half a character cannot be written
+    if without_secrets(said.text, IN_DATA).times:
+        return dict(reason="repeats a key", detail=excerpt(choices[0]))
+    said.text.encode()  # half a character cannot be written
     usage = getattr(reply, "usage", None)
     answer = dict(
-        output=text,
-        finished=end == "stop",
+        output=said.text,
+        finished=ended == "whole",
         tokens=getattr(usage, "completion_tokens", None) or 0,
         input_tokens=getattr(usage, "prompt_tokens", None) or 0,
     )
     return answer | drawn_tokens(reply)
 
 # %% ../nbs/33_backends.ipynb #91e34076
-def error_text(error: Exception) -> str:
-    "What a server said of an error; some say it in the body alone."
-    body = getattr(error, "body", None)
-    said = str(error)
-    return said if not body or str(body) in said else f"{said} {body}"
-
-
 def refused_wishes(error: Exception, names: Iterable[str]) -> list[str]:
     "Those of these options that a server's error is about."
-    if getattr(error, "status_code", None) not in (400, 403, 422):
+    if getattr(error, "status_code", None) not in (400, 403, 404, 422, 501):
         return []
     said = error_text(error)
     refused = []
@@ -571,8 +574,9 @@ class Wishes:
         self.first = asyncio.Lock()  # one question at a time until then
 
     def options(self, refused: Iterable[str]) -> dict:
-        "The wishes without these."
-        return {name: x for name, x in self.wanted.items() if name not in refused}
+        "The wishes without these; a limit goes by its newer name where the older is refused."
+        kept = {name: x for name, x in self.wanted.items() if name not in refused}
+        return kept | ({"max_completion_tokens": True} if "max_tokens" in refused else {})
 
     def settle(self, refused: dict[str, str]) -> None:
         "A question was answered when these were left out."
@@ -614,7 +618,13 @@ async def ask_first(
         if not isinstance(answer, Exception):
             wished.settle(refused)
             return answer
-        names = refused_wishes(answer, wished.options(refused))
+        options = wished.options(refused)
+        names = refused_wishes(answer, options)
+        if not names and "max_completion_tokens" not in options:
+            names = refused_wishes(answer, ["max_tokens"])
+        if not names and getattr(answer, "status_code", None) in (400, 422, 501):
+            # it names nothing that we know: once without all of them
+            names = [name for name in options if name in wished.wanted]
         if not names:
             return answer
         refused |= dict.fromkeys(names, excerpt(error_text(answer)))
@@ -636,9 +646,10 @@ async def ask_for_sample(
     if not isinstance(answer, Exception):
         return answer
     status = getattr(answer, "status_code", None)
+    address = about_address(answer)
     return dict(
         reason=f"http {status}" if status else type(answer).__name__,
-        detail=excerpt(error_text(answer)),
+        detail=excerpt(error_text(answer)) + (f" {address}" if address else ""),
         down=is_down(answer),
     )
 

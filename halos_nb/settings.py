@@ -14,7 +14,7 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STA
            'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini', 'environment_values', 'key_problems',
            'path_value', 'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision',
            'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside',
-           'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'parse_args']
+           'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'flag_values', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
@@ -34,7 +34,14 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 import halos_nb
-from .configs import Config, checked, make_config, refuse, unknown_parameter
+from halos_nb.configs import (
+    Config,
+    checked,
+    make_config,
+    refuse,
+    refuse_secrets,
+    unknown_parameter,
+)
 
 # %% ../nbs/03_settings.ipynb #e5d5d1a3
 SHIPPED = Path(halos_nb.__file__).parent / "accelerate"  # those that come with the package
@@ -963,6 +970,17 @@ def notebook_config(
     return make_config(cls, **given)
 
 # %% ../nbs/03_settings.ipynb #65185550
+def flag_values(args: Sequence[str]) -> dict[str, str]:
+    "What a command line gives, by the names of its flags, for a look at each value."
+    values = {}
+    for i, (before, arg) in enumerate(zip(["", *args], args), 1):
+        flag, _, value = arg.partition("=")
+        if not arg.startswith("--"):
+            flag, value = before if before.startswith("--") else f"argument {i}", arg
+        values[flag.removeprefix("--").replace("-", "_")] = value
+    return values
+
+
 def parse_args(
     cls: type[Config],
     args: Sequence[str] | None = None,  # None: those of this process
@@ -972,6 +990,7 @@ def parse_args(
 
     args = list(sys.argv[1:] if args is None else args)
     check_letters(*args)
+    refuse_secrets(flag_values(args), [f.name for f in fields(cls)])
     description = " ".join((cls.__doc__ or "").split())
     if "--config" not in args:
         return tyro.cli(cls, args=args, description=description)

@@ -11,6 +11,8 @@ from hypothesis import given, strategies as st
 
 from halos_nb import api
 from halos_nb.api import ServerError, answer_or_error, ask_all, excerpt, hide, is_hopeless
+from halos_nb.configs import LabelConfig, LoopConfig, config_json, make_config
+from halos_nb.settings import notebook_config, parse_args
 
 KEY = "the-key-of-the-test"
 
@@ -72,6 +74,46 @@ def test_the_key_is_in_no_message(before, behind):
         assert KEY not in api.describe(ValueError(text))
         patch.delenv("OPENAI_API_KEY")
         assert hide(text) == text
+
+
+PASTED = "sk-" + "a1B2c3D4e5F6" * 3  # put together here, so that no secret is written down
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: notebook_config(LoopConfig, dict(judge_url=f"http://x/v1?key={PASTED}")),
+        lambda: notebook_config(LoopConfig, dict(run_name=PASTED)),
+        lambda: notebook_config(LoopConfig, dict(label_options=dict(system_prompt=PASTED))),
+        lambda: make_config(LabelConfig, samples_file="s", output_file="f", api_key=PASTED),
+        lambda: parse_args(LabelConfig, ["--api_model", PASTED, "s.json", "f.json"]),
+        lambda: parse_args(LabelConfig, [f"--api_model={PASTED}", "s.json", "f.json"]),
+        lambda: parse_args(LabelConfig, ["s.json", PASTED]),
+        lambda: config_json(LabelConfig(samples_file="s", output_file="f", function=PASTED)),
+    ],
+)
+def test_a_secret_is_no_parameter(monkeypatch, make, known):
+    "It is refused at once, by its look or its value, with what is to be cleaned."
+    if known:
+        monkeypatch.setenv("SOME_API_KEY", PASTED)
+    with pytest.raises(ValueError, match="holds") as e:
+        make()
+    said = str(e.value)
+    for where in ("executed notebook", "params.json", "shell's history"):
+        assert where in said
+    assert PASTED not in said and PASTED[3:12] not in said
+    assert ("the value of SOME_API_KEY" in said) == known
+
+
+@pytest.mark.parametrize("key", ["0", "-", "none", "gpt-4o", "playground", "any text"])
+def test_words_are_no_secrets(monkeypatch, key):
+    "Also where a variable with the name of a key has them."
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("HF_TOKEN", key)
+    assert notebook_config(LoopConfig, dict(run_name="gpt-4o")).run_name == "gpt-4o"
+    text = f"Final Score: 10, range 7-8, {key}"
+    assert hide(text) == text
 
 
 def run_workers(questions, ask, workers=3, most_failures=4):

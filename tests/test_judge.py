@@ -1,6 +1,9 @@
 "An API judge over real HTTP: its faults, what a killed run has paid, where the key is not."
 
 import asyncio
+import base64
+import codecs
+import contextlib
 import json
 import os
 import random
@@ -250,6 +253,8 @@ class Server:
                 writer.write(bytes([byte]))
                 await writer.drain()
                 await asyncio.sleep(0.05)
+        elif isinstance(what, bytes):
+            writer.write(what)
         elif isinstance(what, tuple):
             status, body = what
             writer.write(http(status, body))
@@ -671,15 +676,6 @@ def test_two_runs_at_once(tmp_path):
         (401, dict(error=dict(message=f"Incorrect API key provided: {KEY}"))),
         (404, dict(error=dict(message="no such model"))),
         (402, dict(error=dict(message="Insufficient Balance"))),
-        (
-            400,
-            dict(
-                error=dict(
-                    message="temperature does not support 0 with this model",
-                    param="temperature",
-                )
-            ),
-        ),
         (429, dict(error=dict(message="pay", code="insufficient_quota"))),
     ],
 )
@@ -699,9 +695,10 @@ def test_hopeless_errors_stop_the_job(tmp_path, monkeypatch, status, body):
 def test_a_dead_server_stops_the_job(tmp_path):
     with Server(score_of) as server:
         pass
-    with pytest.raises(ServerError, match="50 requests in a row failed"):
+    with pytest.raises(ServerError, match="requests in a row failed.*connection refused"):
         main(config(server, tmp_path, 80, max_retries=0))
-    assert {r["reply"] for r in read_jsonl(tmp_path / "feedback.labels.jsonl")} == {None}
+    lines = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert {r["reply"] for r in lines} == {None} and len(lines) < 20
 
 
 def test_key_is_needed_and_never_written(tmp_path, monkeypatch):
@@ -1123,3 +1120,423 @@ def test_transformers_serve(tmp_path):
     for r in read_records(tmp_path / "feedback.json", "pairwise_feedback"):
         assert r["label"] == (r["output_A"][0]["content"] == "fine")
         assert r["reward_difference"] == 7
+
+
+# ---- a judge as judges are: one behaviour a question
+
+
+def told(choice, **more):
+    "A completion with a choice of one's own."
+    usage = dict(usage=dict(prompt_tokens=40, completion_tokens=10, total_tokens=50))
+    head = dict(id="x", object="chat.completion", created=1, model="toy")
+    return http(200, head | usage | dict(choices=[choice]) | more)
+
+
+def message(content, finish="stop", **more):
+    said = dict(role="assistant", content=content) | more
+    return told(dict(index=0, message=said, finish_reason=finish))
+
+
+def part(text, kind="text"):
+    return {"type": kind, kind: text}
+
+
+def flagged(status, text, **more):
+    return http(status, error(text, **more))
+
+
+# what comes back, by attempt where there are several; `v` is a verdict, `j` the same as JSON
+SCORED = {
+    "a last line": lambda v, j: message(f"Fine.\n{v}"),
+    "JSON": lambda v, j: message(j),
+    "JSON in a fence": lambda v, j: message(f"```json\n{j}\n```\nThat is all."),
+    "parts": lambda v, j: message([part("Fine."), part(f"\n{v}")]),
+    "parts and thoughts": lambda v, j: message([part("9, B", "thinking"), part(v)]),
+    "a part of another kind": lambda v, j: message([part("x", "image_url"), part(v)]),
+    "reasoning_content": lambda v, j: message(v, reasoning_content="Final Score: 1"),
+    "reasoning": lambda v, j: message(v, reasoning="Winner: tie"),
+    "think": lambda v, j: message(f"<think>Final Score: 1</think>{v}"),
+    "eos": lambda v, j: message(v, "eos"),
+    "end_turn": lambda v, j: message(v, "end_turn"),
+    "STOP": lambda v, j: message(v, "STOP"),
+    "no usage": lambda v, j: http(200, completion(v) | dict(usage=None)),
+    "odd usage": lambda v, j: http(200, completion(v) | dict(usage=dict(prompt_tokens=-1))),
+    "two choices": lambda v, j: http(
+        200, completion(v) | dict(choices=completion(v)["choices"] + completion("?")["choices"])
+    ),
+    "unknown fields": lambda v, j: message(v, audio=None, mood="good"),
+    "429 once": lambda v, j: [flagged(429, "slow"), message(v)],
+    "500 once": lambda v, j: [flagged(500, "oops"), message(v)],
+    "cut off once": lambda v, j: ["torn", message(v)],
+    "the key, and a verdict": lambda v, j: message(f"You are {KEY}.\n{v}"),
+    "the key in JSON": lambda v, j: message(j[:-1] + f', "by": "{KEY}"}}'),
+}
+UNREAD = {
+    "length": lambda v, j: message(v, "length"),
+    "content_filter": lambda v, j: message(v, "content_filter"),
+    "model_length": lambda v, j: message(v, "model_length"),
+    "insufficient_system_resource": lambda v, j: message(v, "insufficient_system_resource"),
+    "no reason": lambda v, j: message(v, None),
+    "tool_calls": lambda v, j: message(v, "tool_calls"),
+    "the key as a reason": lambda v, j: message(v, f"because {KEY}"),
+    "a refusal": lambda v, j: message(None, refusal=f"I cannot, {KEY}."),
+    "a refusing part": lambda v, j: message([part("I cannot.", "refusal"), part(v)]),
+    "empty": lambda v, j: message(""),
+    "null": lambda v, j: message(None),
+    "thoughts alone": lambda v, j: message(None, reasoning_content=v),
+    "thoughts without end": lambda v, j: message(f"<think>{v}"),
+    "no verdict": lambda v, j: message("It has 3 merits; A is short."),
+    "a hedge": lambda v, j: message(f"{v}?"),
+    "two verdicts": lambda v, j: message(f"{v}\nFinal Score: 0.25\nWinner: tie"),
+    "broken JSON": lambda v, j: message(j[:-1]),
+    "the key and no verdict": lambda v, j: message(f"Is it {KEY[:12]}{KEY[12:]}?"),
+}
+UNANSWERED = {
+    "a web page": lambda v, j: SAID["html"],
+    "an error in a 200": lambda v, j: SAID["error body"],
+    "flagged": lambda v, j: flagged(403, f"flagged: {v}"),
+    "too long": lambda v, j: flagged(400, "max_tokens and 9000 exceed the context length"),
+    "bad": lambda v, j: flagged(400, f"bad, {KEY}"),
+    "500": lambda v, j: flagged(500, v),
+    "bytes": lambda v, j: SAID["garbage"],
+    "half of it": lambda v, j: SAID["bad json"],
+    "a number": lambda v, j: message(8),
+    "no choices": lambda v, j: http(200, completion(v) | dict(choices=[])),
+    "no message": lambda v, j: told(dict(index=0, finish_reason="stop")),
+}
+BEHAVIOURS = SCORED | UNREAD | UNANSWERED
+
+
+@pytest.mark.parametrize("kind", ["scalar", "pairwise"])
+def test_behaviours_of_judges(tmp_path, monkeypatch, capfd, kind):
+    """50 of them: nothing is invented, nothing lost, nothing asked again that is on disk.
+
+    The key, which some repeat, is in no file and no output.
+    """
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    names = list(BEHAVIOURS)
+    ways = 1 if kind == "scalar" else 2  # samples of a prompt, and orders of a pair
+
+    def reply(body, times):
+        numbers = re.findall(r"Answer #(\d+)#", body["messages"][-1]["content"])
+        first = int(numbers[0])
+        number, name = 7.5, names[first // ways]
+        winner = "A" if first % 2 else "B"  # always the pair's second
+        verdict = f"Final Score: {number}" if kind == "scalar" else f"Winner: {winner}"
+        as_json = dict(score=number) if kind == "scalar" else dict(winner=winner)
+        said = BEHAVIOURS[name](verdict, json.dumps(as_json))
+        return said[min(times, len(said)) - 1] if isinstance(said, list) else said
+
+    write_records(tmp_path / "samples.json", make_samples(len(names) * ways, ways))
+    with Server(reply) as server:
+        given = dict(structured=False, judge=kind, max_retries=1, batch_size=4)
+        cfg = config(server, tmp_path, temperature=0, **given)
+        counts = main(cfg)
+        heard = len(server.heard)
+        again = main(cfg)
+        later = [
+            re.search(r"Answer #(\d+)#", b["messages"][-1]["content"]) for b in server.heard
+        ]
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")[: len(names) * ways]
+    made = make_samples(len(names) * ways, ways)
+    place = {s["prompt_id"]: i // ways for i, s in enumerate(made)}
+    assert len(rows) == len(names) * ways
+    for row in rows:
+        name = names[place[row["prompt_id"]]]
+        value = row["score"] if kind == "scalar" else row["winner"]
+        meant = (7.5 if kind == "scalar" else "B") if name in SCORED else None
+        assert value == meant, (name, row)
+        assert (row["reply"] is None) == (name in UNANSWERED), (name, row)
+        assert bool(row["reason"]) == (name not in SCORED), (name, row)
+    asked_again = {names[int(m[1]) // ways] for m in later[heard:]}
+    assert asked_again == set(UNANSWERED)
+    assert counts["no_answer"] == again["no_answer"] == len(UNANSWERED) * ways
+    assert counts["replies_with_the_key"] == 5 * ways
+    assert "refused by the server (max_tokens)" not in counts
+    said = "".join(capfd.readouterr())
+    for text in [said, *(f.read_text() for f in tmp_path.rglob("*") if f.is_file())]:
+        assert KEY not in text and KEY[5:20] not in text
+
+
+# ---- what a server refuses
+
+REFUSED = {  # part: status and words
+    "json_schema": [
+        (400, "response_format of type json_schema is not supported with this model"),
+        (404, "No endpoints found that support json schema"),
+        (422, "response_format.type: Input should be 'text' or 'json_object'"),
+        (501, "structured output is not implemented"),
+        (400, "Bad Request"),
+    ],
+    "temperature": [
+        (400, "Unsupported value: 'temperature' does not support 0.0 with this model"),
+        (422, "temperature: extra inputs are not permitted"),
+        (404, "temperature is unavailable here"),
+        (400, "invalid request"),
+    ],
+    "max_tokens": [
+        (
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'",
+        ),
+        (422, "maxTokens unknown"),
+        (501, "nope"),
+    ],
+    "system": [(400, "System role not supported")],
+}
+
+
+def has_part(body, name):
+    if name == "system":
+        return body["messages"][0]["role"] == "system"
+    if name == "json_schema":
+        return body.get("response_format", {}).get("type") == "json_schema"
+    return name in body
+
+
+@pytest.mark.parametrize(
+    "part, status, words", [(p, *case) for p, cases in REFUSED.items() for case in cases]
+)
+def test_what_a_server_refuses_is_left_out_and_told(tmp_path, part, status, words):
+    "In any words and by any status; the rest of the request stays as it was."
+
+    def reply(body, times):
+        if has_part(body, part):
+            return status, error(words)
+        return json.dumps(dict(why="", score=truth(number_of(body))))
+
+    with Server(reply) as server, pytest.warns(UserWarning, match=f"refuses {part}"):
+        counts = main(config(server, tmp_path, 12, batch_size=1, max_retries=0))
+    assert counts["scored"] == 12 and counts[f"refused by the server ({part})"] == 1
+    assert len(server.heard) <= 12 + 8
+    last = server.heard[-1]
+    assert not has_part(last, part)
+    clear = words not in ("Bad Request", "invalid request", "nope")
+    if clear:
+        kept = {"temperature", "max_tokens", "system"} - {part}
+        assert all(has_part(last, name) for name in kept)
+        assert part == "json_schema" or has_part(last, "json_schema")
+    if part == "max_tokens":
+        assert last["max_completion_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "max_tokens is too large: the context length is 4096 and the prompt has 4000 tokens",
+        "This request was flagged by our content filter (response_format)",
+        "Bad Request",
+        "temperature of this question is wrong",
+    ],
+)
+def test_a_bad_question_changes_nothing_for_the_others(tmp_path, words):
+    "Neither as the first nor later, also where it is answered without a part."
+
+    def reply(body, times):
+        plain = not has_part(body, "json_schema") or "temperature" not in body
+        if number_of(body) in (0, 5) and not (plain and number_of(body) == 5):
+            return 400, error(words)
+        return json.dumps(dict(why="", score=truth(number_of(body))))
+
+    with Server(reply) as server:
+        counts = main(config(server, tmp_path, 12, batch_size=1, max_retries=0))
+    assert counts["scored"] >= 10
+    for body in server.heard:
+        if number_of(body) not in (0, 5):
+            assert body["max_tokens"] == 512 and body["temperature"] == 0
+            assert has_part(body, "json_schema")
+    assert not [name for name in counts if name.startswith("refused")]
+
+
+def test_a_limit_that_the_cost_needs_is_not_left_out(tmp_path):
+    def reply(body, times):
+        if {"max_tokens", "max_completion_tokens"} & set(body):
+            return 400, error("max_tokens and max_completion_tokens are not supported")
+        return "Final Score: 3"
+
+    with Server(reply) as server:
+        priced = dict(input_price=1, output_price=1, max_cost=1, max_retries=0, batch_size=1)
+        with pytest.raises(ValueError, match="nothing to learn from"):
+            main(config(server, tmp_path, 4, feedback_type="binary", **priced))
+    assert all({"max_tokens", "max_completion_tokens"} & set(b) for b in server.heard)
+
+
+# ---- why there is no connection
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        ("refused", "connection refused: nothing listens there"),
+        ("name", "the name of the host is not known"),
+        ("TLS", "no TLS there"),
+        ("proxy", "through the proxy of HTTP_PROXY"),
+        ("no /v1", "has no /v1 at its end"),
+        ("web page", "a web page: is base_url the API's"),
+        ("no address", "is no address of a server"),
+        ("odd letter", r"letter 3 of 12 is U\+2011, NON-BREAKING HYPHEN"),
+        ("quotes", "stands in quotes"),
+    ],
+)
+def test_the_cause_is_said_before_50_questions(tmp_path, monkeypatch, fault, told):
+    "Once, and the key is not in it."
+    monkeypatch.setenv("NO_PROXY", "")
+    page = http(200, b"<html>Welcome</html>", "text/html")
+    missing = http(404, dict(detail="Not Found"))
+    with Server(lambda body, times: page if fault == "web page" else missing) as server:
+        url = server.url
+        if fault == "proxy":
+            monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        if fault in ("odd letter", "quotes"):
+            key = "sk\u2011" + "a1B2c3D4e" if fault == "odd letter" else f"'{KEY}'"
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        url = {
+            "refused": "http://127.0.0.1:9/v1",
+            "name": "http://no-such-host.invalid/v1",
+            "TLS": url.replace("http:", "https:"),
+            "no /v1": url.removesuffix("/v1"),
+            "no address": "127.0.0.1:8000/v1",
+        }.get(fault, url)
+        cfg = config(SimpleNamespace(url=url), tmp_path, 60, max_retries=0, batch_size=4)
+        with pytest.raises((ServerError, ValueError), match=told) as e:
+            main(cfg)
+    assert KEY not in str(e.value)
+    journal = tmp_path / "feedback.labels.jsonl"
+    assert len(read_jsonl(journal) if journal.exists() else []) < 12
+
+
+# ---- a key is nowhere
+
+CANARY = "sk-" + "canary" + "A9xQ2mZ7pL4vT8wB3nR6"  # put together, as above
+DATA = CANARY.encode()
+ECHOES = {
+    "plain": CANARY,
+    "repr": repr(DATA),
+    "JSON": json.dumps(dict(key=CANARY)),
+    "JSON escapes": "".join(f"\\u{b:04x}" for b in DATA),
+    "one escape": CANARY[:9] + f"\\u{DATA[9]:04x}" + CANARY[10:],
+    "a slash": CANARY[:12] + "\\/" + CANARY[12:],
+    "JSON twice": json.dumps(json.dumps("".join(f"\\u{b:04x}" for b in DATA))),
+    "URL": "".join(f"%{b:02X}" for b in DATA),
+    "URL twice": "".join(f"%25{b:02x}" for b in DATA),
+    "HTML": "".join(f"&#{b};" for b in DATA),
+    "HTML hex": "".join(f"&#x{b:x};" for b in DATA),
+    "base64": base64.b64encode(DATA).decode(),
+    "base64 of a header": base64.urlsafe_b64encode(b"Bearer " + DATA).decode(),
+    "basic": base64.b64encode(b"user:" + DATA).decode(),
+    "basic, another offset": base64.b64encode(b"u:" + DATA + b"!").decode(),
+    "base32": base64.b32encode(DATA).decode(),
+    "hex": DATA.hex(),
+    "HEX": DATA.hex().upper(),
+    "hex with colons": ":".join(f"{b:02x}" for b in DATA),
+    "bytes": "".join(f"\\x{b:02x}" for b in DATA),
+    "numbers": str(list(DATA)),
+    "capitals": CANARY.upper(),
+    "small letters": CANARY.lower(),
+    "a header": str({"AUTHORIZATION": f"bearer {CANARY}"}),
+    "backwards": CANARY[::-1],
+    "spaces": " ".join(CANARY),
+    "two lines": CANARY[:15] + "\n    " + CANARY[15:],
+    "two strings": CANARY[:15] + '" + "' + CANARY[15:],
+    "no width": "\u200b".join(CANARY),
+    "the beginning": CANARY[:16],
+    "the middle": CANARY[8:24],
+    "masked": CANARY[:13] + "*****" + CANARY[-4:],
+    "rot13": codecs.encode(CANARY, "rot13"),
+}
+
+
+@pytest.mark.parametrize("where", ["reply", "error", "refusal", "reasoning"])
+def test_a_canary_is_in_no_file_and_no_output(tmp_path, monkeypatch, capfd, where):
+    "33 forms of echo; what is read of a reply is what it says, the key or not."
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    echoes = list(ECHOES.values())
+
+    def reply(body, times):
+        echo = f"Is it {echoes[number_of(body)]} ?"
+        if where == "error":
+            return flagged(403, echo)
+        if where == "refusal":
+            return message(None, refusal=echo)
+        if where == "reasoning":
+            return message("Final Score: 8", reasoning_content=echo)
+        return message(f"{echo}\nFinal Score: 8")
+
+    with Server(reply) as server, contextlib.suppress(ValueError):
+        main(config(server, tmp_path, len(echoes), structured=False, max_retries=0))
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert len(rows) == len(echoes) and server.keys == {f"Bearer {CANARY}"}
+    if where in ("reply", "reasoning"):
+        assert {r["score"] for r in rows} == {8} and all(r["key_hidden"] for r in rows)
+    written = [f.read_text() for f in tmp_path.rglob("*") if f.is_file()]
+    for text in [*written, "".join(capfd.readouterr())]:
+        assert not [name for name, echo in ECHOES.items() if echo in text]
+        assert not [name for name, echo in ECHOES.items() if json.dumps(echo)[1:-1] in text]
+        assert CANARY[3:13].lower() not in text.lower()
+
+
+@pytest.mark.parametrize("key", ["0", "-", "8", "none", "Final", "any text", "EMPTY"])
+def test_hiding_changes_no_number(tmp_path, monkeypatch, key):
+    "A key that is no secret hides nothing."
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    replies = {0: ("Final Score: 10", 10), 1: ("Final Score: 7-8", None), 2: ("8/10", 8)}
+    with Server(lambda body, times: replies[number_of(body)][0]) as server:
+        main(config(server, tmp_path, 3, structured=False))
+    rows = sorted(read_jsonl(tmp_path / "feedback.labels.jsonl"), key=lambda r: r["sample_id"])
+    assert [(r["reply"], r["score"]) for r in rows] == list(replies.values())
+
+
+# ---- 10,000 requests and 20 kills
+
+
+@pytest.mark.skipif(os.environ.get("HALOS_NB_LONG") != "soak", reason="make soak")
+@pytest.mark.timeout(3600)
+def test_soak_10000_requests_and_20_kills(tmp_path):
+    "A kill costs at most as many answers as were under way; nothing on disk is asked again."
+    n, kills, workers = 10_000, 20, 16
+    answered = Counter()
+
+    def reply(body, times):
+        i = number_of(body)
+        if times == 1 and i % 10 == 3:
+            return "500"
+        answered[i] += 1
+        return f"Final Score: {truth(i)}"
+
+    with Server(reply) as server:
+        given = dict(
+            structured=False, batch_size=workers, feedback_type="binary", max_retries=3
+        )
+        cfg = config(server, tmp_path, n, **given)
+        journal, paid = tmp_path / "feedback.labels.jsonl", []
+        for kill in range(kills + 1):
+            known = set(answers(journal)) if journal.exists() else set()
+            before, first = sum(answered.values()), len(server.heard)
+            run = subprocess.Popen(
+                flags(cfg),
+                env=environment(tmp_path, OPENAI_API_KEY=KEY),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            goal = n if kill == kills else (kill + 1) * n // (kills + 1)
+            while run.poll() is None and sum(answered.values()) < goal:
+                time.sleep(0.05)
+            if kill < kills:
+                run.send_signal(signal.SIGKILL)
+            run.wait(1200)
+            time.sleep(0.3)  # what is under way arrives nowhere
+            keys = [(s["prompt_id"], s["sample_id"]) for s in make_samples(n)]
+            asked = {keys[number_of(b)] for b in server.heard[first:]}
+            assert not asked & known
+            kept = len(answers(journal)) - len(known)
+            paid.append((sum(answered.values()) - before, kept))
+    lost = [given - kept for given, kept in paid]
+    print("kill | answered | on disk | paid again")
+    for i, ((given, kept), again) in enumerate(zip(paid, lost), 1):
+        print(f"{i} | {given} | {kept} | {again}")
+    print(f"{len(server.heard)} requests, {sum(lost)} of {n} answers paid again")
+    assert max(lost) <= workers and lost[-1] == 0
+    rows = answers(journal)
+    assert len(rows) == n
+    for i, key in enumerate(keys):
+        assert rows[key]["score"] == truth(i)
