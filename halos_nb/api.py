@@ -291,6 +291,8 @@ def about_address(error: BaseException) -> str:
 def check_address(base_url: str | None) -> None:
     "A ValueError if this is no address of a server."
     parts = urlsplit(base_url or "https://api.openai.com/v1")
+    if parts.username or parts.password:
+        raise ValueError("base_url: no user or password in it; the key is OPENAI_API_KEY")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
             f"base_url: {hide(str(base_url))!r} is no address of a server; one begins with "
@@ -369,6 +371,8 @@ def text_of(content: Any) -> str | None:
 
 def said_in(message: Any) -> Said:
     "What a message says, thinks and refuses; a TypeError if it is none."
+    if message is None:
+        raise TypeError("there is no message")
     content = field_of(message, "content")
     parts = content if isinstance(content, list | tuple) else []
     refusals = [field_of(message, "refusal"), *(field_of(p, "refusal") for p in parts)]
@@ -459,7 +463,8 @@ FIRST = 5  # questions; where all fail in the same way, the server is not there
 
 def is_one_fault(said: list[str]) -> bool:
     "Whether failures are one and the same, and about more than their questions."
-    return len(set(said)) == 1 and not re.search(r"Error code: 4(?!29)\d\d", said[0])
+    of_questions = re.search(r"Error code: 4(?!29)\d\d(?!.*has no /v1)", said[0], re.S)
+    return len(set(said)) == 1 and not of_questions
 
 
 async def ask_all(

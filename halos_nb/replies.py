@@ -12,9 +12,10 @@ __all__ = ['THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'B
            'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread', 'without_thoughts', 'plain_text',
            'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated',
            'is_elsewhere', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
-           'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'json_objects', 'is_number', 'fields_named',
-           'value_in_json', 'json_values', 'Stated', 'taken_back', 'statements', 'other_scale', 'agreed', 'read_number',
-           'chosen', 'whole_choice', 'announced_winners', 'marked_winners', 'stated_winners', 'read_winner']
+           'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'Found', 'json_objects', 'without_objects',
+           'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated', 'taken_back', 'statements',
+           'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice', 'announced_winners', 'marked_winners',
+           'stated_winners', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -308,10 +309,18 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict:
 DECODER = json.JSONDecoder(object_pairs_hook=no_key_twice)
 
 
+class Found(NamedTuple):
+    "What a brace in a text begins."
+
+    object: dict | None  # None: no JSON object
+    start: int
+    end: int
+
+
 def json_objects(
     text: str,
     most: int = 50,  # braces that are tried
-) -> Iterator[dict | None]:  # None: a brace that begins no object
+) -> Iterator[Found]:
     "The JSON objects in a text, one after the other."
     at = text.find("{")
     for _ in range(most):
@@ -319,11 +328,21 @@ def json_objects(
             return
         try:
             found, end = DECODER.raw_decode(text, at)
-            yield found
+            yield Found(found, at, end)
         except (ValueError, RecursionError):
             end = at + 1
-            yield None
+            yield Found(None, at, end)
         at = text.find("{", end)
+
+
+def without_objects(text: str) -> str:
+    "The words around the JSON objects of a text."
+    words, end = [], 0
+    for found in json_objects(text):
+        if found.object is not None:
+            words.append(text[end : found.start])
+            end = found.end
+    return "".join([*words, text[end:]])
 
 # %% ../nbs/41_replies.ipynb #88471733
 def is_number(x: Any) -> bool:
@@ -362,7 +381,7 @@ def json_values(text: str, scale: float) -> list[Value | None]:
     "The scores of the JSON objects in a text."
     values: list[Value | None] = []
     broken = text.startswith("{")
-    for found in json_objects(text):
+    for found, *_ in json_objects(text):
         named = fields_named(found, SCORES) if found else []
         values += [value_in_json(found or {}, x, scale) for x in named]
         broken = broken and found is None
@@ -402,10 +421,11 @@ def statements(
 ) -> Stated:
     "The strongest kind of statement that the text has."
     marked = json_values(text, scale) + tagged_values(text)
-    if marked or (final := values_behind(FINAL, text, scale)):
-        final = values_behind(FINAL, text, scale)
+    words = without_objects(text)
+    final = values_behind(FINAL, words, scale)
+    if marked or final:
         kind = "Final Score" if final else "JSON or tag"
-        return Stated(kind, marked + final + taken_back(text, FINAL))
+        return Stated(kind, marked + final + taken_back(words, FINAL))
     if alone := number_alone(text):
         return Stated("bare number", alone)
     if found := values_behind(BEGINS, text, scale):
@@ -494,7 +514,7 @@ def whole_choice(text: Any) -> str | None:
 def announced_winners(text: str) -> list[str | None]:
     "The winner behind each place where one is announced; None if it is not clear."
     winners: list[str | None] = []
-    text = re.sub(BRACKETS, "", text)  # these are read elsewhere
+    text = re.sub(BRACKETS, "", without_objects(text))  # these are read elsewhere
     for place in re.finditer(VERDICT, text):
         found = re.compile(CHOICE).match(text, place.end())
         before = text[: place.start()]
@@ -532,7 +552,7 @@ def marked_winners(text: str) -> list[str | None]:
     for found in find_all(TAGGED_WINNER, text):
         winners.append(whole_choice(found["inside"]))
     broken = text.startswith("{")
-    for thing in json_objects(text):
+    for thing, *_ in json_objects(text):
         winners += map(whole_choice, fields_named(thing or {}, "winner verdict"))
         broken = broken and thing is None
     is_told = broken or re.search(r"[{,]\s*[\"']?winner[\"']?\s*:", text, re.I)

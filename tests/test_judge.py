@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import openai
@@ -22,7 +23,7 @@ import pytest
 
 import golden
 from halos_nb import api, judge
-from halos_nb.configs import LabelConfig
+from halos_nb.configs import LabelConfig, config_json
 from halos_nb.replies import read_number
 from halos_nb.api import ServerError
 from halos_nb.judge import Judge, interpret, process_samples_with_api
@@ -707,7 +708,7 @@ def test_key_is_needed_and_never_written(tmp_path, monkeypatch):
     # as `export OPENAI_API_KEY=$(cat file)` would never give, but a file read would
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
     with Server(
-        lambda body, times: "mumble" if number_of(body) else f"Final Score: 7 {KEY}"
+        lambda body, times: "mumble" if number_of(body) else f"Final Score: 7\n{KEY}"
     ) as server:
         main(config(server, tmp_path, 3, feedback_type="binary"))
     assert server.keys == {f"Bearer {KEY}"}
@@ -1503,29 +1504,29 @@ def test_soak_10000_requests_and_20_kills(tmp_path):
         answered[i] += 1
         return f"Final Score: {truth(i)}"
 
-    with Server(reply) as server:
-        given = dict(
-            structured=False, batch_size=workers, feedback_type="binary", max_retries=3
-        )
-        cfg = config(server, tmp_path, n, **given)
-        journal, paid = tmp_path / "feedback.labels.jsonl", []
+    with Server(reply) as server, open(tmp_path / "log", "w") as log:
+        given = tmp_path / "config.json"
+        options = dict(structured=False, batch_size=workers, max_retries=3)
+        given.write_text(config_json(config(server, tmp_path, n, **options)))
+        keys = [(s["prompt_id"], s["sample_id"]) for s in make_samples(n)]
+        journal = tmp_path / "feedback.labels.jsonl"
+        paid = []
         for kill in range(kills + 1):
             known = set(answers(journal)) if journal.exists() else set()
             before, first = sum(answered.values()), len(server.heard)
             run = subprocess.Popen(
-                flags(cfg),
+                [sys.executable, str(Path(__file__).with_name("ask_judge.py")), str(given)],
                 env=environment(tmp_path, OPENAI_API_KEY=KEY),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
             goal = n if kill == kills else (kill + 1) * n // (kills + 1)
             while run.poll() is None and sum(answered.values()) < goal:
                 time.sleep(0.05)
             if kill < kills:
                 run.send_signal(signal.SIGKILL)
-            run.wait(1200)
+            assert run.wait(1200) == (-signal.SIGKILL if kill < kills else 0)
             time.sleep(0.3)  # what is under way arrives nowhere
-            keys = [(s["prompt_id"], s["sample_id"]) for s in make_samples(n)]
             asked = {keys[number_of(b)] for b in server.heard[first:]}
             assert not asked & known
             kept = len(answers(journal)) - len(known)
