@@ -535,7 +535,7 @@ def read_answer(
     usage = getattr(answer, "usage", None)
     row: dict = dict(
         reply=writable(said.text or ""),
-        finish=getattr(choice, "finish_reason", None),
+        finish=str(getattr(choice, "finish_reason", None)),
         input_tokens=count_in(usage, "prompt_tokens"),
         output_tokens=count_in(usage, "completion_tokens"),
     )
