@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'Rounds', 'SCORE_NAME', 'MOST_EVENTS', 'data_block', 'figure_html', 'part_html', 'page_html', 'round_titles',
            'shown_rounds', 'rounds_left_out', 'samples_by_round', 'feedback_by_round', 'truth_margins', 'truth_figures',
-           'feedback_figures', 'figure_sections', 'truncate', 'truncate_texts', 'fold', 'searchable',
+           'watched_figures', 'feedback_figures', 'figure_sections', 'truncate', 'truncate_texts', 'fold', 'searchable',
            'feedback_gallery', 'repeated_prompts', 'text_sections', 'plain_value', 'parameters_table', 'counts_table',
            'utc', 'ledger_table', 'state_and_rounds', 'audit_part', 'health_part', 'evaluation_parts', 'report']
 
@@ -47,6 +47,7 @@ from halos_nb.rewards import (
     evaluation_figure,
     kl_curve,
     length_and_reward,
+    own_pairs_right,
     reward_against_kl,
     reward_scatter,
     reward_vs_true,
@@ -183,7 +184,21 @@ def truth_figures(rounds: Rounds, best: float | None) -> list[go.Figure]:
         return []
     question = "Does the truly better answer score higher, as often as the margin says?"
     calibration = calibration_curve(truth_margins(samples), title=question)
-    return [reward_vs_true(rounds, best), reward_scatter(samples), calibration]
+    return [
+        reward_vs_true(rounds, best),
+        own_pairs_right(rounds),
+        reward_scatter(samples),
+        calibration,
+    ]
+
+
+def watched_figures(rounds: Rounds) -> list[go.Figure]:
+    "How often the score orders two answers as the reward model does that looks on."
+    samples = [sample for rows in rounds.values() for sample in rows]
+    if not any("watch" in sample for sample in samples):
+        return []
+    title = "The reward model beside the one that looks on"
+    return [own_pairs_right(rounds, "watch", title=title)]
 
 # %% ../nbs/69_page.ipynb #8607eeeb
 SCORE_NAME = "reward model score"  # what `reward` is where a run does not say it
@@ -219,7 +234,7 @@ def figure_sections(
         "Length": [length_and_reward(rounds)],
         "Training": [training_curves(metrics)] if metrics else [],
         "KL to the reference": [kl_curve(rounds), reward_against_kl(rounds, best)],
-        "Score and truth": [*truth_figures(rounds, best)],
+        "Score and truth": [*truth_figures(rounds, best), *watched_figures(rounds)],
     }
 
 # %% ../nbs/69_page.ipynb #4600f2a6

@@ -49,6 +49,14 @@ class ScoredPairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def as_records(self) -> list[dict]:
+        "As pairwise records of scores, such as a calibration takes."
+        found = []
+        for row in self.rows:
+            sides = dict(reward_A=row["chosen"], reward_B=row["rejected"], label=1)
+            found.append(dict(prompt_id=row["prompt_id"]) | sides)
+        return found
+
     def key(self) -> list[tuple]:
         "What makes two files of scores files of the same pairs."
         names = ("prompt_id", "index", "chosen_words", "rejected_words")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'round_means', 'Band', 'band', 'mean_trace', 'draw_best',
-           'drawn_from', 'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'calibration_points',
-           'calibration_curve', 'chosen_rejected', 'chosen_rejected_all', 'win_rate_points', 'win_rates', 'word_count',
-           'length_table', 'at_equal_length', 'length_points', 'score_line', 'length_and_reward', 'priced_rewards',
-           'reward_against_kl', 'evaluation_panels', 'evaluation_line', 'evaluation_figure', 'is_even',
-           'best_of_n_lines', 'trained_line', 'best_of_n_figure', 'run_line', 'faint', 'frontier', 'agreement_points',
-           'agreement_figure']
+           'drawn_from', 'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter', 'own_pairs_right',
+           'calibration_points', 'calibration_curve', 'chosen_rejected', 'chosen_rejected_all', 'win_rate_points',
+           'win_rates', 'word_count', 'length_table', 'at_equal_length', 'length_points', 'score_line',
+           'length_and_reward', 'priced_rewards', 'reward_against_kl', 'evaluation_panels', 'evaluation_line',
+           'evaluation_figure', 'is_even', 'best_of_n_lines', 'trained_line', 'best_of_n_figure', 'run_line', 'faint',
+           'frontier', 'agreement_points', 'agreement_figure']
 
 # %% ../nbs/62_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from halos_nb.stats import (
     is_whole,
     kl_terms,
     mean_interval,
+    order_accuracy,
     prompts_of,
     slope,
     spearman,
@@ -226,6 +227,42 @@ def reward_scatter(
     ]
     axes = dict(xaxis_title_text="reward-model score", yaxis_title_text="true reward")
     return styled(fig, title, notes, 460, **axes)
+
+# %% ../nbs/62_rewards.ipynb #63259b7d
+def own_pairs_right(
+    rounds: dict[str, Sequence[dict]],  # samples with `reward`, `prompt_id` and `key`
+    key: str = "true_reward",  # the field that says which answer is better
+    held_out: float | None = None,  # the model's accuracy on other pairs
+    title: str = "Right on pairs of the policy's own answers",
+) -> go.Figure:
+    "How often the score puts the better of two answers to a prompt first, round by round."
+    found = [order_accuracy(rows, key) for rows in rounds.values()]
+    line = band([one.share for one in found])
+    counts = np.array([(one.pairs, one.prompts) for one in found]).reshape(-1, 2)
+    known = hover("right on %{y:.1%}", "%{customdata[0]:,} pairs of %{customdata[1]:,} prompts")
+    fig = go.Figure()
+    fig.add_scatter(
+        x=list(range(len(found))),
+        y=line.value,
+        error_y=line.bars(),
+        mode="lines+markers",
+        line=dict(color=SCORE, width=2.5),
+        customdata=counts,
+        hovertemplate=known,
+    )
+    fig.add_hline(0.5, line_dash="dot", line_color=EDGE)
+    if held_out is not None:
+        name = f"{held_out:.1%} of other, held-out pairs"
+        fig.add_hline(held_out, line_dash="dash", line_color=REFERENCE, annotation_text=name)
+    better = "truly better" if key == "true_reward" else f"better for {escape(key)}"
+    notes = [
+        f"share of pairs of a prompt whose {better} answer scores higher, equal scores half",
+        "95% intervals over prompts",
+        "dotted: a coin",
+    ]
+    axis = round_axis(rounds, counts[:, 0])
+    yaxis = dict(title_text="share of pairs", tickformat=".0%")
+    return styled(fig, title, notes, xaxis=axis, yaxis=yaxis)
 
 # %% ../nbs/62_rewards.ipynb #37113f55
 def calibration_points(bins: Sequence[CalibrationBin]) -> go.Scatter:

@@ -13,7 +13,7 @@ __all__ = ['UNKNOWN', 'MOST_GROUPS', 'Ends', 'WeightedEstimate', 'floats', 'fini
            'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman', 'krippendorff', 'Agreement',
            'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope',
            'calibration_bins', 'error_by_chance', 'calibrate', 'mean_difference', 'hits_of', 'WithoutLength',
-           'slope_through_zero', 'without_length']
+           'slope_through_zero', 'without_length', 'PairAccuracy', 'ordered_pairs', 'order_accuracy']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -896,3 +896,38 @@ def without_length(
     return WithoutLength(
         bootstrap(per_unit, prompts, seed, draws), bootstrap(right, prompts, seed, draws)
     )
+
+# %% ../nbs/01_stats.ipynb #c3c6d46d
+class PairAccuracy(NamedTuple):
+    "How often scores order two answers to a prompt as something else does."
+
+    share: Interval  # equal scores count half
+    pairs: int  # that the other tells apart
+    prompts: int  # that these belong to
+
+
+def ordered_pairs(
+    score: np.ndarray, truth: np.ndarray
+) -> np.ndarray:  # one a pair that the truth tells apart: 1, 1/2 or 0
+    "Whether the score orders the answers to one prompt as the truth does."
+    first, second = np.triu_indices(len(score), 1)
+    better = truth[first] - truth[second]
+    higher = score[first] - score[second]
+    known = np.isfinite(higher) & np.isfinite(better) & (better != 0)
+    return hits_of(higher[known] * np.sign(better[known]))
+
+
+def order_accuracy(
+    rows: Sequence[dict],  # answers with `prompt_id`
+    key: str = "true_reward",  # the field that says which is better
+    score: str = "reward",  # the field that is judged by it
+) -> PairAccuracy:
+    "How often the score puts the better of two answers to a prompt first."
+    number = prompt_numbers(prompts_of(rows))
+    scores, truth = floats(rows, score), floats(rows, key)
+    order = np.argsort(number, kind="stable")
+    ends = np.cumsum(np.bincount(number, minlength=1))[:-1]
+    found = [ordered_pairs(scores[of], truth[of]) for of in np.split(order, ends)]
+    owners = np.repeat(np.arange(len(found)), [len(hits) for hits in found])
+    share = share_over_prompts(np.concatenate(found).tolist(), owners.tolist())
+    return PairAccuracy(share, len(owners), len(set(owners.tolist())))
