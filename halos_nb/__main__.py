@@ -9,6 +9,7 @@ commands (each: --help, or --config FILE)
   python -m halos_nb.sample     prompts in, samples out
   python -m halos_nb.label      samples in, feedback out: reward model, API judge, function
   python -m halos_nb.evaluate   answers in: win rates, scores, KL, length, best-of-n
+  python -m halos_nb.benchmarks RewardBench's pairs, AlpacaEval's rates, lm-eval-harness tasks
   python -m halos_nb.audit      what models really see: tokens, ends, log-probs, scores
   python -m halos_nb.plan       what each stage of a run will need: does it fit?
   accelerate launch -m ...      the same in several processes

@@ -24,10 +24,11 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'NAMES_A_KEY', 'LO
            'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
            'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset',
            'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems', 'own_form',
-           'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'CompareConfig', 'HandPairOptions',
-           'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions',
-           'EvaluateConfig', 'named_files', 'evaluate_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig',
-           'SubmitConfig', 'PlanConfig', 'config_json']
+           'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds', 'seed_problems',
+           'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
+           'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems',
+           'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
+           'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -1913,6 +1914,35 @@ def sampling_config(loop: LoopConfig, backend: Backend, **more: Any) -> SampleCo
     own |= dict(backend=backend) | more
     return stage_config(SampleConfig, "sampling", own, "sampler_options", options)
 
+# %% ../nbs/02_configs.ipynb #07a747f9
+def read_seeds(given: int | list[int] | str) -> int | list[int]:
+    "How many seeds, or which ones; a text has them set apart by commas."
+    if not isinstance(given, str):
+        return given
+    try:
+        found = [int(text) for text in split_names(given)]
+    except ValueError:
+        raise ValueError(f"seeds: should be a number or 0, 1, 2, got {given!r}") from None
+    return found[0] if len(found) == 1 and "," not in given else found
+
+
+def seed_problems(c: "CompareConfig") -> Iterator[str]:
+    "What is wrong with the seeds of a comparison."
+    if isinstance(c.seeds, int) and c.seeds < 1:
+        yield f"seeds: {c.seeds} of them are no run"
+    if isinstance(c.seeds, list):
+        if not c.seeds or len(set(c.seeds)) < len(c.seeds):
+            yield f"seeds: name each once, and at least one; got {c.seeds}"
+        if c.seed:
+            yield f"seed: {c.seed} says nothing beside seeds={c.seeds}; leave it out"
+
+
+def seeds_of(c: "CompareConfig") -> list[int]:
+    "The seeds of a comparison, in order."
+    if isinstance(c.seeds, list):
+        return c.seeds
+    return list(range(c.seed, c.seed + cast(int, c.seeds)))
+
 # %% ../nbs/02_configs.ipynb #27f6ba1a
 @checked
 class CompareConfig:
@@ -1936,13 +1966,17 @@ class CompareConfig:
     alarm: Literal["stop", "warn", "skip"] = "stop"
     world_seed: NonNegativeInt = 0  # which playground
     seed: int = 0  # of each method's first run
-    seeds: PositiveInt = 1  # how many runs of each method: seeds `seed`, `seed` + 1, ...
+    # runs of each method: how many, with seeds `seed`, `seed` + 1, ..., or which seeds, as
+    # "0, 1, 2" or a list
+    seeds: PositiveInt | list[int] | str = 1
     # runs at once, each on GPUs of its own; on a CPU, on num_processes * threads cores
     slots: PositiveInt = 1
     fresh: bool = False  # start all runs again from nothing
 
     def __post_init__(self) -> None:
         self.methods = split_names(self.methods)
+        self.seeds = read_seeds(self.seeds)
+        refuse(seed_problems(self))
 
 # %% ../nbs/02_configs.ipynb #e801b080
 @dataclass(kw_only=True)
@@ -2152,6 +2186,57 @@ def evaluate_problems(c: EvaluateConfig) -> Iterator[str]:
         yield "api_model: api_type and api_model go together"
     if c.judge == "pairwise" and not c.api_type:
         yield "judge: only an API judge compares two answers; name it with api_type"
+
+# %% ../nbs/02_configs.ipynb #2f25af30
+@checked
+class BenchmarkConfig:
+    """What `halos_nb.benchmarks` needs: models, and other tools' files.
+    Name one or more of rewardbench, tasks and alpaca_annotations."""
+
+    output_file: Positional[str]  # where the numbers go
+    # pairs in RewardBench's published form: prompt, chosen, rejected, subset, id
+    rewardbench: str = ""
+    # rewardbench: a reward model, or several with their weights, as "A*0.7, B*0.3"
+    reward_model_path: str = ""
+    # rewardbench: "module:name" of a function (prompt turns, output text) -> number instead
+    function: str = ""
+    # names of lm-evaluation-harness's tasks, comma-separated or a list
+    tasks: list[str] | str = ""
+    task_folder: str = ""  # tasks: a folder with task files of your own, looked at too
+    model: str = ""  # tasks: the policy, a checkpoint folder or hub name
+    num_fewshot: NonNegativeInt | None = None  # tasks: examples shown first (None: the task's)
+    limit: PositiveInt | None = None  # tasks: questions of each, for a try (None: all)
+    # tasks: ask in the policy's chat template
+    chat_template: bool = True
+    # annotations.json that AlpacaEval wrote: its win rates, raw and length-controlled
+    alpaca_annotations: str = ""
+    # alpaca_annotations: AlpacaEval's model of length
+    alpaca_glm: Literal["length_controlled_v1", "length_controlled_minimal"] = (
+        "length_controlled_v1"
+    )
+    max_length: PositiveInt = 1024  # rewardbench: longest prompt + answer, in tokens
+    token_budget: PositiveInt = 4096  # rewardbench: tokens in one forward pass
+    batch_size: PositiveInt = 16  # most rows in one forward pass
+    template_options: str = ""  # rewardbench: options of the reward model's chat template
+    precision: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks = split_names(self.tasks)
+        refuse(benchmark_problems(self))
+
+
+def benchmark_problems(c: BenchmarkConfig) -> Iterator[str]:
+    "What is wrong with a BenchmarkConfig as a whole, each as 'field: why'."
+    if not (c.rewardbench or c.tasks or c.alpaca_annotations):
+        yield "rewardbench: nothing is asked; name rewardbench, tasks or alpaca_annotations"
+    if bool(c.rewardbench) != (bool(c.reward_model_path) + bool(c.function) == 1):
+        yield "reward_model_path: rewardbench judges one, a reward model or a function"
+    if bool(c.tasks) != bool(c.model):
+        yield "model: tasks are for a policy; name both, or neither"
 
 # %% ../nbs/02_configs.ipynb #836ce045
 OF_A_RUN = ("start", "audit", "submit", "engine", "plan", "trackers")  # its own folders

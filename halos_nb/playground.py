@@ -34,6 +34,7 @@ from halos_nb.configs import (
     labellers,
     read_models,
     require_path,
+    seeds_of,
 )
 from .settings import Profile, Settings, load_settings
 from .ledger import Ledger, RunBusy, Stage, run_folder
@@ -658,13 +659,14 @@ def sweep_configs(
         if name not in SWEEP:
             raise ValueError(f"methods: {name!r} is not one of {', '.join(SWEEP)}")
     shared = {name: getattr(cfg, name) for name in SHARED}
+    seeds = seeds_of(cfg)
     runs = {}
     for name in cfg.methods or SWEEP:
         run_name = f"{cfg.run_name}-{name.replace(' + ', '-').lower()}"
-        run = LoopConfig(run_name=run_name, seed=cfg.seed, **shared, **SWEEP[name])
-        runs[name, cfg.seed] = into_playground(run, settings)
+        run = LoopConfig(run_name=run_name, seed=seeds[0], **shared, **SWEEP[name])
+        runs[name, seeds[0]] = into_playground(run, settings)
     first = list(runs.items())
-    for seed in range(cfg.seed + 1, cfg.seed + cfg.seeds):
+    for seed in seeds[1:]:
         for (name, _), run in first:  # the world is the same
             runs[name, seed] = replace(run, run_name=f"{run.run_name}-s{seed}", seed=seed)
     return runs

@@ -9,7 +9,8 @@ __all__ = ['AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROWS', 'ROWS_READ', 
            'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'is_finished', 'run_summary',
            'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'Run', 'with_truth',
            'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds',
-           'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'mean_rounds']
+           'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'paired_differences',
+           'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -40,6 +41,7 @@ from halos_nb.stats import (
     kl_terms,
     mean_gain,
     mean_interval,
+    mean_over_seeds,
     mean_share_of_way,
     order_accuracy,
     prompts_of,
@@ -594,6 +596,8 @@ def gains_of(ends: Ends, asked: int) -> dict:
         "gain": gain if ends else None,
         "smallest gain": min(values, default=None),
         "largest gain": max(values, default=None),
+        "spread of gains": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "gain over seeds": mean_over_seeds(values) if len(values) > 1 else None,
         "above the start": above_start(gain, gains, asked),
     }
 
@@ -615,6 +619,33 @@ def over_seeds(found: Seeds, truth: Truth, best: float) -> dict:
     row |= means("RM score at start", "RM score", "KL", "seconds")
     row[STOPPED_BY_ALARM] = found.share(found.stopped)
     return row | dict(failed=found.share(found.failed), runs=runs)
+
+# %% ../nbs/63_runs.ipynb #bc9137cf
+def paired_differences(
+    found: dict[str, Seeds],  # by method
+    truth: Truth,
+    against: str = "",  # the method that the others are held against (empty: the first)
+) -> list[dict]:
+    "How much better each method's last policy is than one method's, over shared seeds."
+    against = against or next(iter(found))
+    theirs = found[against].ended
+    rows = []
+    for name, of_method in found.items():
+        if name == against:
+            continue
+        ends = []
+        for seed in [seed for seed in of_method.ended if seed in theirs]:
+            both = (of_method.ended[seed], theirs[seed])
+            ours, other = [with_truth(run.samples("final"), truth) for run in both]
+            ends.append((ours, other))
+        each = [mean_gain([one]).value for one in ends]
+        row: dict = dict(method=name, against=against)
+        row["shared seeds"] = f"{len(ends)} of {of_method.asked}"
+        row["difference, over prompts"] = mean_gain(ends) if ends else None
+        row["over seeds"] = mean_over_seeds(each) if len(each) > 1 else None
+        row["better in"] = f"{sum(one > 0 for one in each)} of {len(each)}"
+        rows.append(row)
+    return rows
 
 # %% ../nbs/63_runs.ipynb #db5cc9cb
 def mean_rounds(runs: Sequence[Run]) -> list[dict]:

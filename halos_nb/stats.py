@@ -6,14 +6,15 @@
 __all__ = ['UNKNOWN', 'MOST_GROUPS', 'Ends', 'WeightedEstimate', 'floats', 'finite_values', 'is_whole', 'drawn_logp', 'kl_terms',
            'pair_margins', 'prompts_of', 'Interval', 'ratio', 'sign', 'share_interval', 'prompt_numbers',
            'prompt_groups', 'drawn_weights', 'outer_share', 'percentile_interval', 'bootstrap', 'bootstrap_sums',
-           'mean_interval', 'effective_trials', 'share_over_prompts', 'late_and_early', 'mean_over_runs', 'mean_gain',
-           'mean_share_of_way', 'share_of_way', 'centred', 'slope', 'scores_by_prompt', 'beaten', 'grouped_scores',
-           'win_rate_over_all', 'rate_interval', 'win_rate', 'logistic_fit', 'clustered_errors', 'length_controlled',
-           'best_of_n_weights', 'best_of_n_kl', 'best_of_n', 'coded', 'kappa_of', 'midranks', 'spearman_of',
-           'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman', 'krippendorff', 'Agreement',
-           'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope',
-           'calibration_bins', 'error_by_chance', 'calibrate', 'mean_difference', 'hits_of', 'WithoutLength',
-           'slope_through_zero', 'without_length', 'PairAccuracy', 'ordered_pairs', 'order_accuracy']
+           'mean_interval', 'mean_over_seeds', 'effective_trials', 'share_over_prompts', 'late_and_early',
+           'mean_over_runs', 'mean_gain', 'mean_share_of_way', 'share_of_way', 'centred', 'slope', 'scores_by_prompt',
+           'beaten', 'grouped_scores', 'win_rate_over_all', 'rate_interval', 'win_rate', 'logistic_fit',
+           'clustered_errors', 'length_controlled', 'best_of_n_weights', 'best_of_n_kl', 'best_of_n', 'coded',
+           'kappa_of', 'midranks', 'spearman_of', 'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa',
+           'spearman', 'krippendorff', 'Agreement', 'both_orders', 'confusion_of', 'agree', 'compare_labellers',
+           'CalibrationBin', 'Calibration', 'best_slope', 'calibration_bins', 'error_by_chance', 'calibrate',
+           'mean_difference', 'hits_of', 'WithoutLength', 'slope_through_zero', 'without_length', 'PairAccuracy',
+           'ordered_pairs', 'order_accuracy']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -217,6 +218,20 @@ def mean_interval(
         return total / n
 
     return bootstrap_sums(mean, [kept, np.ones(len(kept))], numbers[finite], seed, draws)
+
+# %% ../nbs/01_stats.ipynb #5048b051
+def mean_over_seeds(
+    values: Sequence[float],  # of independent runs, one each
+) -> Interval:
+    "Mean of runs with its Student's t interval, which one run has not."
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return Interval(values[0], math.nan, math.nan) if n else UNKNOWN
+    mean, error = float(np.mean(values)), np.std(values, ddof=1) / math.sqrt(n)
+    off = float(t.ppf(0.975, n - 1) * error)
+    return Interval(mean, mean - off, mean + off)
 
 # %% ../nbs/01_stats.ipynb #9598860f
 def effective_trials(
