@@ -20,7 +20,7 @@ help:
 	@echo 'make test-hosts  a stage on two machines: two network namespaces of this one, made as root (3 minutes)'
 	@echo 'make test-long   1,000 pretended rounds and a file of a million prompts: what a round costs early and late (some minutes)'
 	@echo 'make test-resume trainings and samplings killed at random points, each must end in the same bits (half an hour)'
-	@echo 'make soak        what breaks from outside, for longer: 10,000 questions of a judge and 20 kills (some minutes)'
+	@echo 'make soak        what breaks from outside, for longer: 10,000 questions of a judge and 20 kills; a full disk at twenty points (as root); paths with umlauts (half an hour)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
@@ -119,6 +119,7 @@ soak: export OMP_NUM_THREADS := 1
 soak: export HALOS_NB_LONG := soak
 soak: setup
 	@pytest -v -s --timeout 3600 -k soak tests/test_judge.py
+	@python tests/soak_machine.py
 
 # The same environment as the bench's.
 test-trl: export OMP_NUM_THREADS := 1

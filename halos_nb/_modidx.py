@@ -2222,6 +2222,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.records.sync_folder': ('records.html#sync_folder', 'halos_nb/records.py'),
                                   'halos_nb.records.take_lock': ('records.html#take_lock', 'halos_nb/records.py'),
                                   'halos_nb.records.telling_full_disk': ('records.html#telling_full_disk', 'halos_nb/records.py'),
+                                  'halos_nb.records.telling_read_only': ('records.html#telling_read_only', 'halos_nb/records.py'),
                                   'halos_nb.records.temporary': ('records.html#temporary', 'halos_nb/records.py'),
                                   'halos_nb.records.text_fault': ('records.html#text_fault', 'halos_nb/records.py'),
                                   'halos_nb.records.text_or_integer': ('records.html#text_or_integer', 'halos_nb/records.py'),

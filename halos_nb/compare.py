@@ -20,7 +20,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
 
-from .records import atomic_write
+from halos_nb.records import (
+    atomic_write,
+    telling_read_only,
+)
 from .stats import Interval, floats
 from halos_nb.show import (
     Answer,
@@ -319,7 +322,7 @@ def to_csv(self: RunComparer, path: str | Path, only_differences: bool = False) 
     writer.writeheader()
     for row in rows:
         writer.writerow({name: csv_cell(value) for name, value in row.items()})
-    with atomic_write(path) as f:
+    with telling_read_only(path, "give the table another place (csv)"), atomic_write(path) as f:
         f.write(text.getvalue())
     return Path(path)
 

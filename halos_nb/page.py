@@ -21,7 +21,12 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from .records import atomic_write, file_bytes, read_jsonl
+from halos_nb.records import (
+    atomic_write,
+    file_bytes,
+    read_jsonl,
+    telling_read_only,
+)
 from halos_nb.show import (
     DARK,
     Shown,
@@ -442,6 +447,7 @@ def report(
         "Parameters": [parameters_table(run)],
         "Ledger": [ledger_table(run.folder)],
     }
-    with atomic_write(path) as f:
+    elsewhere = 'give the page another place: report(run, path="report.html")'
+    with telling_read_only(path, elsewhere), atomic_write(path) as f:
         f.write(page_html(f"Run {run.name}", sections))
     return path

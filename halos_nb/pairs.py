@@ -38,6 +38,7 @@ from halos_nb.records import (
     read_jsonl,
     read_records,
     read_rows,
+    telling_read_only,
     write_records,
 )
 from .stats import floats, pair_margins
@@ -536,7 +537,9 @@ def flag_pair(pairs: Pairs, i: int, on: bool = True) -> None:
         on=on,
         time=time.time(),
     )
-    append_jsonl(pairs.folder / "flags.jsonl", event, sync=True)
+    file = pairs.folder / "flags.jsonl"
+    with telling_read_only(file, "copy the run's folder to keep flags with it"):
+        append_jsonl(file, event, sync=True)
     set_flag(pairs, i, on)
 
 # %% ../nbs/65_pairs.ipynb #e376469d

@@ -14,10 +14,10 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FI
            'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
            'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records', 'DiskFull',
            'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'require_room',
-           'sync_folder', 'this_place', 'temporary', 'is_alive', 'is_left_over', 'clean_left_over', 'put_aside',
-           'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock',
-           'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl',
-           'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'is_alive', 'is_left_over', 'clean_left_over',
+           'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks',
+           'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl',
+           'read_jsonl', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -841,6 +841,21 @@ def require_room(
         f"({named}), and there is {room}. Make room, have runs_dir on another disk, or export "
         f"{NO_ROOM_CHECK}=1 to start all the same",
     )
+
+# %% ../nbs/00_records.ipynb #c37e1c36
+@contextmanager
+def telling_read_only(
+    path: str | Path,  # that the block writes
+    instead: str,  # what to do, as a command to the reader
+) -> Iterator[None]:
+    "An error of the block about a place that may only be read becomes one that says so."
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        place = Path(path).absolute().parent
+        raise OSError(error.errno, f"{path}: {place} may only be read; {instead}") from None
 
 # %% ../nbs/00_records.ipynb #d56405a0
 def sync_folder(path: Path) -> None:

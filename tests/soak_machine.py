@@ -14,7 +14,10 @@ from pathlib import Path
 
 import torch
 
+from halos_nb.configs import LoopConfig
+from halos_nb.loop import run_rounds
 from halos_nb.models import load_reward_model, small_llama
+from halos_nb.settings import Settings
 from halos_nb.templates import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,45 +134,59 @@ def fill_when(folder, run, bytes_there, done, leave):
         time.sleep(0.003)
 
 
+def rounds_here(given, runs, check):
+    "The loop in this process, whose server stays: what it raised, in words."
+    os.environ["HALOS_NB_NO_ROOM_CHECK"] = "" if check else "1"
+    try:
+        for _ in run_rounds(LoopConfig(**given), Settings(runs_dir=str(runs)), watch=quiet):
+            pass
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def quiet(job, **shown):
+    "Wait for a job and show nothing."
+    job.wait(show=False)
+
+
+def fail_at(point, at, small, given):
+    "One point: the disk is filled once the run is so far; what came of it, for the table."
+    done = threading.Event()
+    words = (small, small / "runs/r", at, done, 0 if point % 4 else 20_000)
+    filler = threading.Thread(target=fill_when, args=words)
+    filler.start()
+    why = rounds_here(given, small / "runs", check=point % 2 == 0)
+    done.set()
+    filler.join()
+    full = (small / "ballast").exists()
+    (small / "ballast").unlink(missing_ok=True)
+    half = [*small.rglob("*.partial"), *small.rglob("*.tmp")]
+    row = dict(point=point, at=at, full=full, half=[path.name for path in half], why=why)
+    print(*row.values(), sep=" | ", flush=True)
+    return row
+
+
 def disk(points=20):
-    "The disk full at 20 points: half before a stage begins, half while one works."
+    "The disk full at so many points of a run, with and without the check before a stage."
     base = Path(tempfile.mkdtemp())
     given = make_world(base / "models")
     began = time.monotonic()
-    code, said = run_loop(base, given, base / "undisturbed", ROOT)
-    assert code == 0, said[-2000:]
+    assert not rounds_here(given, base / "undisturbed", check=True)
     wanted = results(base / "undisturbed/r")
     whole = used(base / "undisturbed/r")
-    print(f"undisturbed: {whole} bytes, {time.monotonic() - began:.0f} s")
-    table = []
+    print(f"undisturbed: {whole} bytes, {time.monotonic() - began:.0f} s", flush=True)
     with small_disk(base / "disk", 64) as small:
-        run = small / "runs/r"
-        for point in range(points):
-            at = whole * point // points
-            done = threading.Event()
-            checks = point % 2 == 0
-            words = (small, run, at, done, 0 if point % 4 else 20_000)
-            filler = threading.Thread(target=fill_when, args=words)
-            filler.start()
-            more = {} if checks else {"HALOS_NB_NO_ROOM_CHECK": "1"}
-            code, said = run_loop(base, given, small / "runs", ROOT, **more)
-            done.set()
-            filler.join()
-            full = (small / "ballast").exists()
-            (small / "ballast").unlink(missing_ok=True)
-            names = [line for line in said.splitlines() if "no room on the disk" in line]
-            half = [str(p.relative_to(small)) for p in small.rglob("*.partial")]
-            half += [str(p.relative_to(small)) for p in small.rglob("*.tmp")]
-            why = names[-1] if names else said.strip().splitlines()[-1]
-            table.append((point, at, full, code, bool(names), half, why))
-            print(*table[-1], sep=" | ", flush=True)
-        code, said = run_loop(base, given, small / "runs", ROOT)
-        same = results(run) == wanted
-        print(f"continued with room: exit code {code}, the same: {same}")
-        assert code == 0 and same, said[-2000:]
-    failed = [row for row in table if row[3]]
-    print(f"{len(failed)} of {points} failed, {sum(row[4] for row in failed)} name the disk")
-    assert all(row[4] and not row[5] for row in failed) and failed
+        ways = range(points)
+        table = [fail_at(i, whole * i // points, small, given) for i in ways]
+        why = rounds_here(given, small / "runs", check=True)
+        same = results(small / "runs/r") == wanted
+    print(f"continued with room: {why or 'to the end'}, the same: {same}")
+    failed = [row for row in table if row["why"]]
+    named = [row for row in failed if "no room on the disk" in row["why"]]
+    print(f"{len(failed)} of {points} failed, {len(named)} name the disk")
+    assert same and failed and named == failed
+    assert not any(row["half"] for row in failed)
 
 
 # ---- paths

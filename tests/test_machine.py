@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -13,8 +15,13 @@ import pytest
 from papermill.inspection import inspect_notebook
 
 from halos_nb import configs
+from halos_nb.compare import RunComparer
 from halos_nb.jobs import environment
+from halos_nb.monitor import RunMonitor
+from halos_nb.page import report
+from halos_nb.pairs import flag_pair, read_pairs
 from halos_nb.settings import Profile, notebook_config, set_aside
+from halos_nb.widgets import browse_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 # of this Python's file system too: ASCII, whatever is installed here
@@ -220,3 +227,41 @@ def test_what_papermill_and_a_startup_file_put_there_is_no_parameter(papermill):
 def test_a_number_for_a_text_is_told(papermill):
     said = papermill("-p", "run_name", "1e5")
     assert "run_name: should be a text, got 100000.0" in said and "-r run_name TEXT" in said
+
+
+# ---- a folder that may only be read
+
+
+@contextmanager
+def only_read(folder):
+    "Nothing can be written in a folder, not by root either."
+    if os.getuid():
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o555)
+        yield
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o755)
+        return
+    bound = subprocess.run(["mount", "--bind", folder, folder], capture_output=True)
+    if bound.returncode:
+        pytest.skip("root without mounts writes everywhere")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_finished_run_is_looked_at_where_nothing_can_be_written(tmp_path):
+    run = shutil.copytree(ROOT / "tests/data/2026-11/run", tmp_path / "runs/run", symlinks=True)
+    with only_read(tmp_path / "runs"):
+        with pytest.raises(OSError):
+            (run / "x").touch()
+        assert [this.name for this in RunComparer(tmp_path / "runs", mode="static").runs]
+        RunMonitor(run, mode="static").show()
+        assert browse_pairs(run, mode="static").parts
+        with pytest.raises(OSError, match="may only be read.*flags"):
+            flag_pair(read_pairs(run), 1)
+        with pytest.raises(OSError, match="report.*may only be read.*path="):
+            report(run)
+        assert "Ledger" in report(run, tmp_path / "report.html").read_text("utf-8")
