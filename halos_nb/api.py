@@ -241,10 +241,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def cause_of(error: BaseException) -> str:
     "Why there is no connection, in words; empty if the error is another."
-    import httpx
-
     for e in causes(error):
-        if isinstance(e, httpx.ProxyError):
+        name = type(e).__name__  # of httpx's, by name: it need not be imported for this
+        if name == "ProxyError":
             return f"the proxy refuses: {e}"
         if isinstance(e, ssl.SSLCertVerificationError):
             return (
@@ -260,7 +259,7 @@ def cause_of(error: BaseException) -> str:
             return (
                 "connection refused: nothing listens there; is it running, is the port right?"
             )
-        if isinstance(e, httpx.ConnectTimeout):
+        if name == "ConnectTimeout":
             return "nobody answers there: is the address right, is a firewall between?"
     return ""
 

@@ -6,16 +6,16 @@
 __all__ = ['THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'BOXED', 'WHOLE', 'DECIMALS', 'PART', 'EXPONENT',
            'NUMBER', 'PARTS', 'WORDS', 'CLOSE', 'POINTS', 'OF', 'OUT_OF', 'VALUE', 'HEDGES', 'REASON', 'REMARK',
            'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'SIGN', 'BEHIND', 'SCORE', 'FINAL',
-           'START', 'BEGINS', 'GIVES', 'CONCLUDES', 'FILLERS', 'BETWEEN', 'SAYS', 'ELSEWHERE', 'LABEL', 'LABELS',
-           'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'BARE', 'SCALE', 'TIE',
-           'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'TAGGED_WINNER', 'ORDERS',
-           'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread', 'without_thoughts', 'plain_text',
-           'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated',
-           'is_elsewhere', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
-           'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'Found', 'json_objects', 'without_objects',
-           'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated', 'taken_back', 'statements',
-           'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice', 'announced_winners', 'marked_winners',
-           'stated_winners', 'read_winner']
+           'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE', 'THIS', 'GETS', 'SO', 'SAYS',
+           'ELSEWHERE', 'LABELS', 'LEADS', 'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'SCORES', 'SCALES',
+           'REVISES', 'BARE', 'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT',
+           'OTHERS', 'TAGGED_WINNER', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'Reading', 'unread',
+           'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value',
+           'last_sentence', 'is_negated', 'is_elsewhere', 'announced_value', 'values_behind', 'value_out_of',
+           'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'Found',
+           'json_objects', 'without_objects', 'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated',
+           'taken_back', 'statements', 'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice',
+           'announced_winners', 'marked_winners', 'stated_winners', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -144,17 +144,22 @@ START = r"(?:^|(?<=[.!?;]\s))[\s*_#>`\"'-]*"  # of a line or a sentence
 BEGINS = rf"{START}(?:(?:my|the|overall|total)\s+)*{SCORE}{BEHIND}"
 
 # %% ../nbs/41_replies.ipynb #e6bf756c
-GIVES = (
-    r"rat(?:e|es|ed|ing)|giv(?:e|es|en|ing)|gets?|deserves?|award(?:s|ed)?|"
-    r"assign(?:s|ed)?|scor(?:e|es|ed)|graded?|says?"
-)
-CONCLUDES = r"so|thus|hence|therefore|overall|verdict|result"
 FILLERS = (
     r"this|it|that|the|a|an|my|is|as|at|of|with|would|be|"
-    r"answer|response|reply|output|score|rating"
+    r"answer|response|reply|output|score|rating|grade"
 )
 BETWEEN = r"[\s:,=*_]+"
-SAYS = rf"\b(?:{GIVES}|{CONCLUDES})\b(?:{BETWEEN}(?:{FILLERS})\b)*{BETWEEN}"
+WILL = r"(?:['’](?:d|ll)|\s+(?:would|will|must|shall|have\s+to))?"
+ADVERB = r"(?:\s+(?:therefore|thus|hence|overall|finally|still))?"
+I_GIVE = rf"\b(?:I|we){WILL}{ADVERB}\s+(?:rate|give|award|assign|grade|score|say)\b"
+THIS = r"\b(?:this|it|that|the\s+(?:answer|response|reply|output))"
+GETS = r"\s+(?:gets|deserves|earns|receives|merits|is\s+rated)\s+"
+SO = r"\b(?:so|thus|hence|therefore|overall|verdict)[*_\s]*[:=]"
+SAYS = (
+    rf"(?:{I_GIVE}(?:{BETWEEN}(?:{FILLERS})\b)*{BETWEEN}|{SO}[\s*_]*"
+    rf"|{THIS}{GETS}(?:an?\s+)(?:(?:score|rating|grade)\s+of\s+)?"
+    r"|\b(?:model|judge|grader)[\w-]*\s+says:\s*)"
+)
 
 # %% ../nbs/41_replies.ipynb #fd7a2d50
 class Value(NamedTuple):
@@ -241,34 +246,37 @@ def values_behind(
     return found
 
 # %% ../nbs/41_replies.ipynb #78abe6bf
-LABEL = re.compile(r"([A-Za-z][\w /-]{0,40}?)[*_`]*\s*[:=][\s*_`]*$")
-LABELS = re.compile(
-    rf"(?:.*\b)?(?:{SCORE}|overall|total|verdict|result|evaluation|assessment|judge?ment|so)",
+LABELS = (
+    rf"(?:{SCORE}|overall|total|verdict|evaluation|assessment|judge?ment)[\s*_`]*[:=][\s*_`]*"
+)
+LEADS = re.compile(
+    rf"(?:(?:\A|[.!?;]\s|\n)[\s*_`\"'(>-]*|\b{LABELS}|{SAYS}|\b(?:so|thus|hence|therefore)\W{{1,3}}"
+    rf"|{THIS}{GETS}(?:an?\s+)?|{THIS}(?:['’]s|\s+is)\s+an?\s+(?:\w+\s+)?)\Z",
     re.I,
 )
 FIRST_OF_RANGE = re.compile(r"\d\s*(?:[-–—~…,&]|\.\.+|to|or|and)\s*$", re.I)
 
 
-def value_out_of(found: re.Match) -> Value | None:
+def value_out_of(
+    found: re.Match,
+    before: str,  # what stands before it
+) -> Value | None:
     "What 8/10 says where it stands; None if that is not clear."
-    text = found.string
-    before = text[max(0, found.start() - 400) : found.start()]
-    label = LABEL.search(before)
-    if label and not LABELS.fullmatch(label[1].strip()):
-        return None
     clause = re.split(r"[,:]", before)[-1]
     if FIRST_OF_RANGE.search(before) or is_negated(clause) or is_elsewhere(before):
         return None
-    return value_of(found) if is_closed(text, found.end()) else None
+    return value_of(found) if is_closed(found.string, found.end()) else None
 
 
 def values_out_of(text: str, scale: float) -> list[Value | None]:
-    "Every 8/10 or `8 out of 10` of the right scale."
+    "Every 8/10 or `8 out of 10` of the right scale that is said of the answer."
     values = []
     for found in find_all(rf"(?<![\w.,/+-]){VALUE}", text):
         value = value_of(found)
-        if value and value.of == scale and found["by"].lower() != "of":
-            values.append(value_out_of(found))
+        before = text[max(0, found.start() - 400) : found.start()]
+        is_share = value and value.of == scale and found["by"].lower() != "of"
+        if is_share and (LEADS.search(before) or FIRST_OF_RANGE.search(before)):
+            values.append(value_out_of(found, before))
     return values
 
 # %% ../nbs/41_replies.ipynb #d7237cea

@@ -7,7 +7,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from halos_nb import api
 from halos_nb.api import ServerError, answer_or_error, ask_all, excerpt, hide, is_hopeless
@@ -64,6 +64,7 @@ def test_a_deadline_is_for_all_of_it():
     assert time.monotonic() - start < 2
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_the_key_is_in_no_message(before, behind):
     with pytest.MonkeyPatch.context() as patch:
