@@ -53,7 +53,7 @@ def api_key() -> str:
     "The key, or an empty text; a ValueError if it is none that can be sent."
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     for at, letter in enumerate(key, 1):
-        if not "!" <= letter <= "~":
+        if not " " <= letter <= "~":
             name = unicodedata.name(letter, "no printable letter")
             raise ValueError(
                 f"OPENAI_API_KEY: its letter {at} of {len(key)} is U+{ord(letter):04X}, "
