@@ -625,6 +625,7 @@ async def ask_first(
         if not names and getattr(answer, "status_code", None) in (400, 422, 501):
             # it names nothing that we know: once without all of them
             names = [name for name in options if name in wished.wanted]
+        names = [name for name in names if name not in refused]
         if not names:
             return answer
         refused |= dict.fromkeys(names, excerpt(error_text(answer)))
