@@ -325,11 +325,16 @@ def check_checkpoint_files(
         raise CheckpointError(f"{path}: is a file; name the folder of the checkpoint")
     if not folder.is_dir():
         return f"{path}: a name on the hub, whose client checks what it fetches"
-    states = states_of(folder)
-    known, note = CHECKED.get(str(folder.resolve()), (None, ""))
-    if known == states:
-        return note
-    note = check_now(folder)
+    try:
+        states = states_of(folder)
+        known, note = CHECKED.get(str(folder.resolve()), (None, ""))
+        if known == states:
+            return note
+        note = check_now(folder)
+    except OSError as e:
+        raise CheckpointError(
+            f"{e.filename or folder}: {e.strerror or e}; see that this user may read it"
+        ) from None
     remember(folder, states, note)
     return note
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults import has_another_bit
 from job_helpers import NEEDS_LINUX, ONE, quiet
-from test_checkpoints import has_another_bit
 from test_trainers import LORA, scored_answer
 
 
@@ -38,8 +38,12 @@ def progress_in_a_file(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("resume"))
+
+
+def make_home(home):
     "A tiny model, twelve pairs, six prompts with scored answers."
-    home, tok = tmp_path_factory.mktemp("resume"), byte_tokenizer()
+    tok = byte_tokenizer()
     model = small_llama(tok, hidden_size=16, layers=1, initializer_range=0.3)
     for part in (model, tok):
         part.save_pretrained(home / "start")
