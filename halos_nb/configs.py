@@ -14,21 +14,21 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'NAMES_A_KEY', 'LO
            'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
            'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
            'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
-           'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems',
-           'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions',
-           'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
-           'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
-           'reward_problems', 'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions',
-           'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators',
-           'asks_judge', 'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
-           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
-           'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset',
-           'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems', 'own_form',
-           'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds', 'seed_problems',
-           'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
-           'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems',
-           'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
-           'PlanConfig', 'config_json']
+           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
+           'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
+           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
+           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
+           'dropout_problems', 'reward_problems', 'adapter_problems', 'train_problems', 'read_options', 'Preset',
+           'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares',
+           'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
+           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
+           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings',
+           'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems',
+           'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds',
+           'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
+           'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files',
+           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig',
+           'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -485,6 +485,9 @@ class LabellerOptions:
     # labeller: a reward model, checkpoint folder or hub name; several with their weights, as
     # "A*0.7, B*0.3": each in standard deviations of its own scores
     reward_model_path: str | None = None
+    # several reward models: their weighted mean, the lowest of their scores (worst), or the
+    # mean less the standard deviation between them (mean-spread)
+    ensemble: Literal["mean", "worst", "mean-spread"] = "mean"
     # several reward models: the counts file that says what each one's mean and standard
     # deviation are, so that another file's scores have the same unit (None: these samples')
     units_from: str | None = None
@@ -683,6 +686,16 @@ def split_names(x: str | list[str]) -> list[str]:
     return [name.strip() for name in x.split(",") if name.strip()]
 
 # %% ../nbs/02_configs.ipynb #3d7b3e58
+def ensemble_problems(how: str, models: list[Weighted]) -> Iterator[str]:
+    "What an ensemble that is more careful than a mean cannot be made of."
+    if how == "mean":
+        return
+    if len(models) < 2:
+        yield f"ensemble: {how} is of several reward models; one has nobody to differ from"
+    if any(one.weight != 1 for one in models):
+        yield f"ensemble: {how} asks every reward model alike; leave the weights out"
+
+
 def several_models_problems(c: LabelConfig) -> Iterator[str]:
     "What is wrong with the reward models that are named."
     try:
@@ -692,6 +705,7 @@ def several_models_problems(c: LabelConfig) -> Iterator[str]:
         return
     if c.units_from and len(models) < 2:
         yield "units_from: only the scores of several reward models have a unit"
+    yield from ensemble_problems(c.ensemble, models)
 
 # %% ../nbs/02_configs.ipynb #875311d9
 LABELLERS = ("reward_model_path", "api_type", "function", "from_labels")
@@ -1563,9 +1577,11 @@ def labelling_problems(c: "LoopConfig") -> Iterator[str]:
     if unused := [k for k in options if k in JUDGE_FIELDS and not asks_judge(c)]:
         yield f"label_options: {unused[0]} is a judge's; name one with api_model"
     try:
-        read_models(c.reward_checkpoint)
+        models = read_models(c.reward_checkpoint)
     except ValueError as e:
         yield f"reward_checkpoint: {e}"
+        return
+    yield from ensemble_problems(c.ensemble, models)
 
 # %% ../nbs/02_configs.ipynb #3889de8c
 def evaluator_problems(c: "LoopConfig") -> Iterator[str]:
@@ -1690,6 +1706,9 @@ class LoopConfig(
     # reward model (empty: the playground's); several with their weights, as "A*0.7, B*0.3":
     # each in standard deviations of its scores in the first round
     reward_checkpoint: str = ""
+    # several reward models: their weighted mean, the lowest of their scores (worst), or the
+    # mean less the standard deviation between them (mean-spread)
+    ensemble: Literal["mean", "worst", "mean-spread"] = "mean"
     prompts: str = ""  # data set name or file with prompts (empty: the playground's)
     # prompts that no round trains on: the first and the last policy answer the first
     # prompts_per_round of them (empty: the playground's; with prompts of your own, the last

@@ -97,6 +97,7 @@ from halos_nb.score import (
     load_scorer,
     score_samples,
     unit_of,
+    spread_between,
     weighted_score,
     with_rewards,
 )
@@ -578,7 +579,7 @@ def check_prompts(tokenizer: Any, data: LabelInput, file: str) -> None:
 # fields of the config that are looked at by their contents, or change no score
 ASIDE = (
     *("samples_file", "second_samples_path", "output_file", "reward_model_path"),
-    *("units_from", "num_processes"),
+    *("units_from", "ensemble", "num_processes"),
 )
 
 
@@ -664,9 +665,10 @@ def together(
     scored = []
     rows = []
     for sample, *says in zip(data.samples, *[one.scored for one in said]):
-        scored.append(weighted_score(says, units, models))
+        scored.append(weighted_score(says, units, models, cfg.ensemble))
         row = label_row(sample, scored[-1], f"rm:{cfg.reward_model_path}")
-        rows.append(row | dict(scores={name: s.score for name, s in zip(names, says)}))
+        row["scores"] = {name: s.score for name, s in zip(names, says)}
+        rows.append(row | dict(spread=spread_between(says, units)))
     counts: Counter = Counter()
     for one in said:
         counts.update({k: v for k, v in one.counts.items() if isinstance(v, int)})

@@ -234,7 +234,7 @@ def label_stage(
     inputs: list[str | Path] = [folder / "samples.json"]
     if name == "rm":
         units = first_units(cfg, folder, "feedback.counts.json")
-        more |= dict(reward_model_path=cfg.reward_checkpoint)
+        more |= dict(reward_model_path=cfg.reward_checkpoint, ensemble=cfg.ensemble)
         more |= dict(units_from=str(units[0]) if units else None)
         inputs += [one.model for one in read_models(cfg.reward_checkpoint)]
         inputs += units
@@ -310,6 +310,7 @@ def labeller_stage(
         models = cfg.reward_checkpoint if name == "rm" else cfg.watch_reward
         units = first_units(cfg, folder, "rm.counts.json") if name == "rm" else []
         more |= dict(reward_model_path=models)
+        more |= dict(ensemble=cfg.ensemble) if name == "rm" else {}
         more |= dict(units_from=str(units[0]) if units else None)
         inputs += [one.model for one in read_models(models)]
         inputs += units

@@ -134,12 +134,11 @@ def margin_rows(pairs: ScoredPairs) -> list[dict]:
     "What the margins say beside length, and how true their claims are."
     left = without_length(pairs.margins, pairs.longer / 100, pairs.prompts)
     found = calibrate(pairs.margins.tolist(), pairs.prompts)
-    error = Interval(found.error, math.nan, math.nan)
     rows = [
         ("right, length regressed out", left.share, "0.5: nothing but length"),
         ("margin per 100 words longer", left.slope, "0: length plays no part"),
         ("too sure by", found.too_sure, "mean claim less share right"),
-        ("calibration error (ECE)", error, f"{len(found.bins)} bins"),
+        ("calibration error (ECE)", found.error, f"{len(found.bins)} bins"),
         ("the same by chance alone", found.chance, "if all claims were true"),
         ("Brier score", found.brier, "0.25: a coin"),
         ("log loss (nats)", found.log_loss, "0.693: a coin"),

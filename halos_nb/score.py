@@ -6,8 +6,8 @@
 __all__ = ['reads_at_most', 'fitting', 'output_lengths', 'SampleTrees', 'sample_trees', 'split_batch', 'micro_batches', 'Head',
            'objectives', 'read_weight', 'read_weights', 'has_own_code', 'head_of_logits', 'head_of', 'head_at',
            'OwnScore', 'load_scorer', 'as_scorer', 'Scored', 'to_scored', 'weighted_logits', 'score_batch',
-           'keep_scores', 'finished_scores', 'score_batches', 'score_samples', 'Unit', 'unit_of', 'weighted_score',
-           'with_rewards', 'process_batch_with_reward_model']
+           'keep_scores', 'finished_scores', 'score_batches', 'score_samples', 'Unit', 'unit_of', 'in_units',
+           'spread_between', 'weighted_score', 'with_rewards', 'process_batch_with_reward_model']
 
 # %% ../nbs/40_score.ipynb #548fafcd
 import math
@@ -459,20 +459,40 @@ def unit_of(
         )
     return Unit(statistics.fmean(known), deviation)
 
+# %% ../nbs/40_score.ipynb #e0396ec4
+def in_units(says: list["Scored"], units: list[Unit]) -> list[float | None]:
+    "What each model says of a sample, in its own unit; None where it does not score it."
+    found = []
+    for one, unit in zip(says, units, strict=True):
+        known = one.score is not None
+        found.append((one.score - unit.mean) / unit.deviation if known else None)
+    return found
+
+
+def spread_between(says: list["Scored"], units: list[Unit]) -> float | None:
+    "Standard deviation between the models in their own units; None if one has no score."
+    scores = [score for score in in_units(says, units) if score is not None]
+    return statistics.pstdev(scores) if len(scores) == len(says) else None
+
 
 def weighted_score(
     says: list["Scored"],  # of one sample, by each model
     units: list[Unit],  # of each model
     models: list[Weighted],
+    ensemble: str = "mean",  # or worst, or mean-spread, which ask all models alike
 ) -> "Scored":
-    "The mean of what the models say in their own units, under their weights."
+    "What the models say together, in their own units; a mean is taken under their weights."
     truncated = any(one.truncated for one in says)
-    total = 0.0
-    for one, unit, (model, weight) in zip(says, units, models):
+    for one, (model, _) in zip(says, models):
         if one.score is None:
             return Scored(None, f"{model}: {one.reason}", truncated)
-        total += weight * (one.score - unit.mean) / unit.deviation
-    return Scored(total / sum(abs(weight) for _, weight in models), "", truncated)
+    scores = [score for score in in_units(says, units) if score is not None]
+    if ensemble == "worst":
+        return Scored(min(scores), "", truncated)
+    total = sum(weight * score for score, (_, weight) in zip(scores, models))
+    mean = total / sum(abs(weight) for _, weight in models)
+    less = statistics.pstdev(scores) if ensemble == "mean-spread" else 0.0
+    return Scored(mean - less, "", truncated)
 
 # %% ../nbs/40_score.ipynb #4e3427a9
 def with_rewards(samples: list[dict], scored: list[Scored]) -> list[dict]:

@@ -140,3 +140,31 @@ def test_a_stored_config_is_the_same_again():
         config = make_config(LabelConfig, **files, **more)
         assert config.feedback_mode == mode
         assert make_config(LabelConfig, **asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "models, said",
+    [
+        ("a", "ensemble: worst is of several reward models"),
+        ("a*0.7, b", "ensemble: worst asks every reward model alike"),
+    ],
+)
+def test_an_ensemble_is_of_several_models_that_count_alike(models, said):
+    files = dict(samples_file="s", output_file="f", reward_model_path=models)
+    for cls, more in ((LabelConfig, files), (LoopConfig, dict(reward_checkpoint=models))):
+        with pytest.raises(ValueError, match=said):
+            make_config(cls, ensemble="worst", **more)
+    make_config(LabelConfig, ensemble="worst", **files | dict(reward_model_path="a, b"))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(label_smoothing=0.5), "label_smoothing: with 0.5 of the labels wrong"),
+        (dict(loss="dpo", debias_length=True), "debias_length: only a reward model"),
+        (dict(loss="dpo", label_smoothing=0.1), "label_smoothing: only a reward model"),
+    ],
+)
+def test_what_only_a_reward_model_has_is_refused_elsewhere(given, said):
+    with pytest.raises(ValueError, match=said):
+        make_config(TrainConfig, **dict(loss="bradley-terry", model="m") | given)

@@ -125,6 +125,7 @@ def bare(cls, model, reference, hyper):
     trainer.accelerator = ALONE
     trainer.args = SimpleNamespace(device=torch.device("cpu"))
     defaults = dict(humanline=False, use_margin=False, centring=0.0)
+    defaults |= dict(label_smoothing=0.0, debias_length=False)
     trainer.config = SimpleNamespace(**defaults | hyper)
     trainer.reference = lambda batch: reference(tree=batch).logps.detach()
     return trainer
@@ -347,6 +348,7 @@ VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
     "grpo-options": ("grpo", GRPO_OPTIONS),
     "dpo-ema": ("dpo", dict(reference="ema", ema_decay=0.5)),
     "bradley-terry-centred": ("bradley-terry", dict(centring=0.1)),
+    "bradley-terry-smooth": ("bradley-terry", dict(label_smoothing=0.1)),
 }
 
 
