@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from halos_nb.records import (
     FileLocked,
     append_jsonl,
+    clean_left_over,
     file_hash,
     lock_file,
     on_disk,
@@ -117,6 +118,7 @@ class RunFolder(RunFiles):
         OPEN_LEDGERS[self.run_dir] = self
         if fresh:
             empty_run(self.run_dir)
+        clean_left_over(self.run_dir)  # of writers that were killed
 
     def __enter__(self) -> Self:
         return self
