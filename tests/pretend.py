@@ -63,6 +63,7 @@ def sample(cfg):
             row |= dict(prompt=[dict(role="user", content=f"{i}?")])
             row |= dict(output=f"{'x' * (k % 8)} {cfg['seed']}")
             row |= dict(policy_logps=-3.0, reference_logps=-3.5)
+            row |= dict(trained=len(weights(cfg["model"]).split()) - 1)
             rows.append(row | breaking(cfg, i, k))
     out = Path(cfg["output_file"])
     out.write_text(json.dumps(rows))
@@ -87,8 +88,8 @@ def label(cfg):
     out.write_text(json.dumps(made))
     prompts = len({row["prompt_id"] for row in rows})
     counts = dict(samples=len(rows), unscored=0, prompts=prompts, ties=0, records=len(made))
-    out.with_name("feedback.counts.json").write_text(json.dumps(counts))
-    with open(out.with_name("feedback.labels.jsonl"), "w") as f:
+    out.with_suffix(".counts.json").write_text(json.dumps(counts))
+    with open(out.with_suffix(".labels.jsonl"), "w") as f:
         for row in rows:
             ids = dict(prompt_id=row["prompt_id"], sample_id=row["sample_id"])
             f.write(json.dumps(ids | dict(score=row["reward"])) + "\n")
@@ -127,12 +128,26 @@ def audit(cfg):
     Path(cfg["json"]).write_text(json.dumps(dict(checks=[check], examples=[example])))
 
 
+def evaluate(cfg):
+    "A policy is best after two rounds."
+    rows = json.loads(Path(cfg["samples_file"]).read_text())
+    value = 1 - abs(rows[0]["trained"] - 2) / 8
+    said = dict(score=[value, value - 0.1, value + 0.1], unscored=0, against={})
+    found = dict(prompts=len({row["prompt_id"] for row in rows}), answers=len(rows))
+    found |= dict(seen_prompts=0, kl=[0.5, 0.4, 0.6], characters=[9.0, 8.0, 10.0], cut=0)
+    found |= dict(labellers=dict(rm=said), best_of_n={})
+    found["decides"] = dict(by="rm", what="mean score by rm", value=said["score"])
+    Path(cfg["output_file"]).write_text(json.dumps(found))
+
+
 def do(cfg):
     "What the config is for."
     if "num_skip" in cfg:
         sample(cfg)
     elif "num_examples" in cfg:
         audit(cfg)
+    elif "decides" in cfg:
+        evaluate(cfg)
     elif "samples_file" in cfg:
         label(cfg)
     else:

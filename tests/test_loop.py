@@ -260,3 +260,64 @@ def test_a_wrong_check_stops_a_run_unless_it_is_only_told(pretend, tmp_path):
     # mended, it is looked at anew
     (tmp_path / "sft/wrong").unlink()
     assert len(pretend(audit="run", **few)) == 2
+
+
+@pytest.fixture
+def evaluated(pretend, tmp_path):
+    "Five rounds of a policy that is best after two, evaluated after each; how to run them."
+    (tmp_path / "heldout.json").write_text("[]")
+    more = dict(total_prompts=25, prompts_per_round=5, evaluate_every=1, eval_num_prompts=6)
+    more |= dict(heldout_prompts=str(tmp_path / "heldout.json"), keep="best")
+    return lambda **other: pretend(**more | other)
+
+
+def evaluations_run(tmp_path):
+    "Which stages of evaluations the run has started, in order."
+    events = read_jsonl(tmp_path / "runs/r/ledger.jsonl")
+    started = [event for event in events if event["event"] == "started"]
+    return [e["folder"] for e in started if e["folder"].startswith("evaluate-")]
+
+
+def test_the_best_policy_is_the_one_that_evaluations_say(evaluated, tmp_path):
+    rounds = evaluated()
+    assert [r.name for r in rounds][-2:] == ["round-5", "final"]
+    run = tmp_path / "runs/r"
+    best = params(tmp_path)["best"]
+    assert (best["by"], best["value"]) == ("round-2", 1.0)
+    assert best["measured"].startswith("mean score by rm of its own answers in evaluate-2")
+    assert (run / "best").resolve() == (run / "round-2/policy/FINAL").resolve()
+    assert (run / "policy").resolve() == (run / "round-5/policy/FINAL").resolve()
+    lines = rounds[1].evaluated.splitlines()  # the first policy's, and that of round 1
+    assert [line.partition(":")[0] for line in lines] == ["evaluate-0", "evaluate-1"]
+    asked = json.loads((run / "evaluate-3/sample.config.json").read_text())
+    first = json.loads((run / "evaluate-0/sample.config.json").read_text())
+    assert asked["seed"] == first["seed"]
+    assert (asked["num_skip"], asked["num_prompts"]) == (
+        5,
+        6,
+    )  # start and final have the first 5
+    # a second session finds all of it; with patience it ends two evaluations after the best
+    before = len(evaluations_run(tmp_path))
+    assert before == 6 * 3
+    again = evaluated(patience=2)
+    assert [r.name for r in again][1:] == ["round-1", "round-2", "round-3", "round-4", "final"]
+    assert len(evaluations_run(tmp_path)) == before
+    assert "stopped early: 2 evaluations (patience) without" in again[-2].note
+    assert "the policy of round-2 (mean score by rm 1 [0.9, 1.1]" in again[-2].note
+    assert params(tmp_path)["ended"].startswith("stopped early")
+    page = report(run).read_text()
+    assert "Evaluation on prompts that no round trains on" in page
+
+
+def test_a_policy_that_is_gone_is_not_trained_again_to_be_evaluated(evaluated, tmp_path):
+    evaluated(total_prompts=10, evaluate_every=0, eval_num_prompts=128, keep="last")
+    rounds = evaluated(total_prompts=10, keep="last")
+    assert "not evaluated: " in rounds[1].note and "keep=all" in rounds[1].note
+    assert rounds[2].evaluated.startswith("evaluate-2")
+    assert set(evaluations_run(tmp_path)) == {"evaluate-0", "evaluate-2"}
+    assert "not on disk" not in params(tmp_path)["best"]["words"]
+
+
+def test_an_evaluation_needs_prompts_of_its_own(pretend):
+    with pytest.raises(ValueError, match="eval_prompts: an evaluation needs prompts that no"):
+        pretend(evaluate_every=1)
