@@ -1727,6 +1727,10 @@ class LoopConfig(
     # (stop), is told (warn), or is not looked for (skip)
     alarm: Literal["stop", "warn", "skip"] = "stop"
     seed: int = 0  # decides samples, pairs and order of training
+    # sealed results of the run that would now be others, by parameters, libraries or code: ask
+    # (in JupyterLab; branch where nobody is there), branch (go on in a run beside, name-2, with
+    # what still stands), redo (make them again here) or stop
+    on_change: Literal["ask", "branch", "redo", "stop"] = "ask"
     fresh: bool = False  # start this run again from nothing instead of continuing it
 
     def __post_init__(self) -> None:
@@ -1990,6 +1994,10 @@ class CompareConfig:
     seeds: PositiveInt | list[int] | str = 1
     # runs at once, each on GPUs of its own; on a CPU, on num_processes * threads cores
     slots: PositiveInt = 1
+    # sealed results of the run that would now be others, by parameters, libraries or code: ask
+    # (in JupyterLab; branch where nobody is there), branch (go on in a run beside, name-2, with
+    # what still stands), redo (make them again here) or stop
+    on_change: Literal["ask", "branch", "redo", "stop"] = "ask"
     fresh: bool = False  # start all runs again from nothing
 
     def __post_init__(self) -> None:
@@ -2304,6 +2312,10 @@ class RewardConfig:
     seed: int = 0  # decides the order of training and fresh weights
     # how many reward models: seeds `seed`, `seed` + 1, ...; the others are {exp_name}-s{seed}
     seeds: PositiveInt = 1
+    # sealed results of the run that would now be others, by parameters, libraries or code: ask
+    # (in JupyterLab; branch where nobody is there), branch (go on in a run beside, name-2, with
+    # what still stands), redo (make them again here) or stop
+    on_change: Literal["ask", "branch", "redo", "stop"] = "ask"
     fresh: bool = False  # start this run again from nothing
 
     def __post_init__(self) -> None:

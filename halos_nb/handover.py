@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from .records import atomic_write, file_hash, read_records
 from .stats import Interval, kl_terms, mean_interval
 from .configs import LoopConfig
+from .identity import read_manifest
 from .loop import Round, losses_of, round_counts, round_samples
 from .show import escape, readable, spread
 from .figures import reward_distributions
@@ -190,12 +191,9 @@ def check_sealed(final: Path) -> None:
     manifest = final.parent.parent / "train.manifest.json"
     if not manifest.is_file():
         raise ValueError(f"{final}: no {manifest.name} of its training; it is not a sealed one")
-    [sealed] = [
-        digest
-        for name, digest in json.loads(manifest.read_bytes())["outputs"].items()
-        if name.endswith("FINAL")
-    ]
-    if file_hash(final) != sealed:
+    outputs = read_manifest(manifest).content.get("outputs", {})
+    sealed = [digest for name, digest in outputs.items() if name.endswith("FINAL")]
+    if [file_hash(final)] != sealed:
         raise ValueError(f"{final}: is not what its training wrote; it is not sent")
 
 

@@ -4,31 +4,37 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'is_evaluation',
-           'derive_seed', 'batches_of', 'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form',
-           'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage',
-           'answers_of_start', 'people_stage', 'combining_stage', 'labelling_stages', 'train_stage', 'check_stage',
-           'eval_source', 'compared_with', 'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage',
-           'losses_of', 'win_rate', 'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line',
-           'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'round_samples', 'git',
-           'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
-           'tokens_of_question', 'dearest_question', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned',
-           'questions_of_evaluations', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
-           'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError',
-           'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop',
-           'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'prompts_asked',
-           'check_costs', 'check_apart', 'run_rounds', 'main']
+           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'WAYS', 'NOT_OF_THE_RUN',
+           'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of', 'sample_stage', 'draw_stage', 'with_draw',
+           'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked', 'asked_in',
+           'Cap', 'labeller_stage', 'answers_of_start', 'people_stage', 'combining_stage', 'labelling_stages',
+           'train_stage', 'check_stage', 'eval_source', 'compared_with', 'evaluator_stages', 'journal_of',
+           'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate', 'wins_text', 'cost_text', 'sampler_line',
+           'estimate_text', 'evaluation_line', 'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
+           'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError',
+           'Paid', 'paid_in', 'questions_in', 'tokens_of_question', 'dearest_question', 'prompts_sealed',
+           'totals_before', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations',
+           'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'is_small',
+           'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models',
+           'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by',
+           'score_name', 'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'AsSealed',
+           'Outlook', 'stands_so_far', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person', 'branches_of',
+           'next_branch', 'is_busy_otherwise', 'branch', 'Settled', 'settle', 'choose_run', 'choose_folder',
+           'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -36,7 +42,15 @@ import orjson
 from fastcore.basics import patch
 
 from .verdicts import combine_labels
-from .records import file_bytes, on_disk, read_jsonl, write_json, write_records
+from halos_nb.records import (
+    file_bytes,
+    is_locked,
+    on_disk,
+    put_aside,
+    read_jsonl,
+    write_json,
+    write_records,
+)
 from .label_input import read_answers
 from halos_nb.configs import (
     AuditConfig,
@@ -75,13 +89,31 @@ from .jobs import launch as launch_job
 from .jobs import prepare
 from halos_nb.identity import (
     PACKAGE,
+    Difference,
+    RunFiles,
     Stage,
+    change,
     code_hash,
     hub_revisions,
+    identity,
+    read_manifest,
     reason_to_run,
     versions,
 )
-from .ledger import Ledger, run_folder
+from halos_nb.ledger import (
+    OPEN_LEDGERS,
+    Ledger,
+    RunChanged,
+    RunFolder,
+    check_owner,
+    claim,
+    read_journal,
+    read_object,
+    run_folder,
+    take_stage,
+    what_changed,
+)
+from .progress import clock, in_kernel
 
 # %% ../nbs/57_loop.ipynb #df761afc
 # beside the numbered rounds: the first and the last policy, asked and scored but not trained
@@ -990,20 +1022,45 @@ def dearest_question(cfg: LoopConfig) -> float | None:
     return (read * cfg.input_price + written * cfg.output_price) / 1e6
 
 # %% ../nbs/57_loop.ipynb #d05024b8
-def prompts_of_rounds(cfg: LoopConfig) -> dict[int | str, int]:
+def prompts_sealed(run: Path, number: int) -> int:
+    "How many prompts a round was asked that is sealed; 0 if none is."
+    sealed = read_manifest(run / f"round-{number}/sample.manifest.json").content
+    asked = sealed.get("identity", {}).get("config", {}).get("num_prompts")
+    return asked if isinstance(asked, int) else 0
+
+
+def totals_before(run: Path, step: int) -> set[int]:
+    "How many prompts sessions of a run were to have, with rounds of this size."
+    journal = run / "ledger.jsonl"
+    told = read_journal(journal).events if journal.is_file() else []
+    told.append(read_object(run / "params.json").get("parameters") or {})
+    return {t.get("total_prompts") for t in told if t.get("prompts_per_round") == step}
+
+
+def prompts_of_rounds(
+    cfg: LoopConfig,
+    run: Path | None = None,  # its folder, where the last round of a shorter run may be sealed
+) -> dict[int | str, int]:
     "How many prompts each round has, if they do not run out; in order."
     step = cfg.prompts_per_round
-    numbers = range(1, math.ceil(cfg.total_prompts / step) + 1)
+    ends = totals_before(run, step) if run else set()
     planned: dict[int | str, int] = {"start": step} if cfg.heldout_prompts else {}
-    for number in numbers:
-        planned[number] = min(step, cfg.total_prompts - step * (number - 1))
+    number = used = 0
+    while used < cfg.total_prompts:
+        number += 1
+        count = min(step, cfg.total_prompts - used)
+        sealed = prompts_sealed(run, number) if run else 0
+        if 0 < sealed < count and used + sealed in ends:
+            count = sealed
+        planned[number] = count
+        used += count
     return planned | {"final": step}
 
 # %% ../nbs/57_loop.ipynb #7923a4ce
-def folders_in_order(cfg: LoopConfig) -> list[str]:
+def folders_in_order(cfg: LoopConfig, run: Path | None = None) -> list[str]:
     "What a run asks, in order: start, evaluate-0, round-1, evaluate-1, ..., final."
     names = []
-    for round in prompts_of_rounds(cfg):
+    for round in prompts_of_rounds(cfg, run):
         if cfg.evaluate_every and round == 1:
             names += ["evaluate-file", "evaluate-0"]
         names.append(round if isinstance(round, str) else f"round-{round}")
@@ -1044,7 +1101,7 @@ def estimate(
     found = Estimate(max_cost=cfg.max_cost, max_requests=cfg.max_requests)
     people = [name for name in labellers(cfg) if is_person(name)]
     to_ask: dict[str, int] = {}
-    for round, prompts in prompts_of_rounds(cfg).items():
+    for round, prompts in prompts_of_rounds(cfg, run).items():
         name = round if isinstance(round, str) else f"round-{round}"
         done = (run / name / "judge.manifest.json").exists()
         questions = questions_in(cfg, round, prompts)
@@ -1150,7 +1207,8 @@ def what_it_needs(
         return ""
     file = run / "plan.json"
     asked = json.loads(json.dumps(dict(parameters=asdict(cfg), profile=asdict(profile))))
-    asked["parameters"].pop("fresh")
+    for name in ("fresh", "on_change"):
+        asked["parameters"].pop(name)
     known = json.loads(file.read_bytes()) if file.is_file() else {}
     if known.get("asked") != asked:
         here = Profile(name="plan", threads=profile.threads)
@@ -1351,7 +1409,12 @@ class Loop:
     @property
     def rounds(self) -> int:
         "How many rounds are planned."
-        return math.ceil(self.cfg.total_prompts / self.cfg.prompts_per_round)
+        return sum(isinstance(round, int) for round in self.planned)
+
+    @cached_property
+    def planned(self) -> dict[int | str, int]:
+        "How many prompts each round is to have."
+        return prompts_of_rounds(self.cfg, self.ledger.run_dir)
 
     def folder(self, round: int | str) -> Path:
         "Where a round's files are."
@@ -1373,7 +1436,7 @@ def cap_of(self: Loop, round: int | str) -> Cap:
     cfg = self.cfg
     if cfg.max_cost is None and cfg.max_requests is None:
         return Cap()
-    names = folders_in_order(cfg)
+    names = folders_in_order(cfg, self.ledger.run_dir)
     here = self.folder(round).name
     before = [self.folder(name) for name in names[: names.index(here)]]
     paid = [paid_in(folder, dearest_question(cfg) or 0.0) for folder in before]
@@ -1581,9 +1644,10 @@ def health_in(event: dict) -> Health:
 def remember(self: Loop) -> None:
     "Read what the journal tells of answers that were looked at."
     journal = self.ledger.run_dir / "ledger.jsonl"
-    for event in read_jsonl(journal) if journal.exists() else []:
+    for event in read_journal(journal).events if journal.exists() else []:
         if event["event"] == "health" and "seen" in event:
-            self.known[event["seen"]] = health_in(event)
+            with suppress(KeyError, TypeError, AttributeError):  # it is looked at anew
+                self.known[event["seen"]] = health_in(event)
 
 
 @patch
@@ -1756,7 +1820,7 @@ def run_ahead(self: Loop, number: int, stages: list[Stage], title: str) -> dict[
     used = self.used + sampled["prompts"]
     if number == self.rounds or not sampled["prompts_left"]:
         return ran
-    count = min(self.cfg.prompts_per_round, self.cfg.total_prompts - used)
+    count = self.planned[number + 1]
     following = self.stages(number + 1, train.outputs[0], used, count)
     for stage in following[:-1]:
         words = f"round {number + 1} · {stage.name}, while round {number} trains"
@@ -1914,20 +1978,62 @@ def is_over(self: Loop) -> bool:
 
 # %% ../nbs/57_loop.ipynb #6efb0a4a
 @patch
+def final_stages(
+    self: Loop,
+    policy: Path,  # the last one
+    used: int,  # prompts, by all rounds
+    sampled: dict,  # what the last round's sampling counted
+) -> list[Stage]:
+    "The last policy's answers: to the held-out prompts, or to the next ones."
+    step = self.cfg.prompts_per_round
+    if self.cfg.heldout_prompts:
+        return self.stages("final", policy, 0, step)
+    skip = used if sampled["prompts_left"] else used - sampled["prompts"]
+    return self.stages("final", policy, skip, step)
+
+
+@patch
 def next_stages(self: Loop) -> list[Stage]:
     "What comes after the rounds that are done."
-    step = self.cfg.prompts_per_round
-    count = min(step, self.cfg.total_prompts - self.used)
     if not self.done:
-        return self.stages(1, None, 0, count)
-    last = self.done[-1]
+        return self.stages(1, None, 0, self.planned[1])
+    last, number = self.done[-1], len(self.done) + 1
     if not self.is_over():
-        return self.stages(len(self.done) + 1, last.policy, self.used, count)
-    if self.cfg.heldout_prompts:
-        return self.stages("final", last.policy, 0, step)
-    sampled = last.counts["sample"]
-    skip = self.used if sampled["prompts_left"] else self.used - sampled["prompts"]
-    return self.stages("final", last.policy, skip, step)
+        return self.stages(number, last.policy, self.used, self.planned[number])
+    stages = self.final_stages(last.policy, self.used, last.counts["sample"])
+    self.set_aside_final(stages[0])
+    return stages
+
+# %% ../nbs/57_loop.ipynb #1329bffa
+def round_of(model: Any) -> str:
+    "Whose training made a policy, as round-3; empty: the path does not say."
+    made = re.search(r"(round-\d+)/policy/FINAL$", str(model))
+    return made[1] if made else ""
+
+
+@patch
+def other_final(self: Loop, stage: Stage) -> str:
+    "Of which round's policy the sealed `final` is, if not of that which this stage asks."
+    folder = self.folder("final")
+    was = round_of(read_object(folder / f"{stage.name}.config.json").get("model"))
+    return "" if was == round_of(stage.config.model) else was
+
+
+@patch
+def set_aside_final(self: Loop, stage: Stage) -> None:
+    "Have the `final` of a shorter or longer run beside this one's."
+    was, folder = self.other_final(stage), self.folder("final")
+    if not was or not folder.exists():
+        return
+    beside = self.folder(f"final-after-{was.removeprefix('round-')}")
+    if beside.exists():
+        put_aside(beside)
+    folder.rename(beside)
+    earlier = self.folder(f"final-after-{round_of(stage.config.model).removeprefix('round-')}")
+    if earlier.exists():
+        earlier.rename(folder)
+    why = f"final was of {was}'s policy; it is {beside.name} now"
+    self.ledger.event("set aside", folder="final", why=why)
 
 # %% ../nbs/57_loop.ipynb #5a1e0f11
 def prompts_asked(round: Round) -> set[str]:
@@ -2070,6 +2176,269 @@ def check_apart(profile: Profile) -> None:
                 f"beside the training's; set devices.{stage} and devices.train"
             )
 
+# %% ../nbs/57_loop.ipynb #6c4e6ce1
+class AsSealed(RunFiles):
+    "Takes each output of a sealed stage for what its manifest says."
+
+    def hash(self, path: str | Path) -> str:
+        maker = self.maker(path)
+        told = maker.sealed().get("outputs", {}).get(self.name(path)) if maker else None
+        return told or super().hash(path)
+
+
+@patch
+def stages_known(self: Loop) -> Iterator[Stage]:
+    "The run's stages in order, as far as what is sealed tells which they are."
+    if self.cfg.heldout_prompts:
+        yield from self.stages("start", None, 0, self.cfg.prompts_per_round)
+    if self.cfg.audit != "skip":
+        yield from self.first_looks()
+    policy, used = None, 0
+    for number in range(1, self.rounds + 1):
+        folder = self.folder(number)
+        yield from self.stages(number, policy, used, self.planned[number])
+        policy = folder / "policy/FINAL"
+        sampled = read_object(folder / COUNT_FILES["sample"])
+        if not {"prompts", "prompts_left"} <= set(sampled):
+            return  # it is not known which prompts come next
+        for name in CHECKS:
+            where = (self.cfg, folder, number, policy, used, sampled["prompts"], name)
+            if (folder / f"{name}.manifest.json").exists():
+                yield from with_draw(self.cfg, check_stage(*where))
+        used += sampled["prompts"]
+        if not sampled["prompts_left"]:
+            break
+    assert policy
+    stages = self.final_stages(policy, used, sampled)
+    if not self.other_final(stages[0]):
+        yield from stages
+
+# %% ../nbs/57_loop.ipynb #05f606f0
+@dataclass
+class Outlook:
+    "What becomes of a run's sealed stages under some parameters."
+
+    run: Path
+    standing: list[Stage] = field(default_factory=list)  # in their order, up to a change
+    changed: Stage | None = None  # the first that would be done again
+    why: list[Difference] = field(default_factory=list)
+
+    def redone(self) -> list[Path]:
+        "Manifests of what would be done again: all behind the change that is sealed."
+        standing = {stage.manifest for stage in self.standing}
+        places = ("", "round-*/", "final/", "start/")
+        found = [p for place in places for p in self.run.glob(f"{place}*.manifest.json")]
+
+        def in_order(path: Path) -> tuple:
+            folder = path.parent.name
+            return (folder == "final", folder != "start", len(folder), path)
+
+        return sorted(set(found) - standing, key=in_order)
+
+
+def stands_so_far(run: Path, files: AsSealed, stages: Iterable[Stage]) -> Outlook:
+    "Which sealed ones of these stages stand, one after the other, and which is the first not to."
+    found = Outlook(run)
+    for stage in stages:
+        files.makers |= {str(path.absolute()): stage for path in stage.outputs}
+        sealed, looks = stage.sealed(), stage.name.startswith("audit")
+        if not sealed and not looks:
+            break
+        now = identity(files, stage)
+        if looks:  # may be had again for nothing
+            stands = sealed and not change(sealed["identity"], now)
+            found.standing += [stage] if stands else []
+            continue
+        if why := what_changed(stage, now):
+            found.changed, found.why = stage, why
+            break
+        found.standing.append(stage)
+    return found
+
+
+def look_ahead(cfg: LoopConfig, run: Path, profile: Profile) -> Outlook:
+    "Which sealed stages of a loop's run stand under these parameters."
+    files = AsSealed(run, profile)
+    return stands_so_far(run, files, Loop(cfg, cast(Ledger, files)).stages_known())
+
+# %% ../nbs/57_loop.ipynb #61d00eaf
+def counted_by_folder(manifests: list[Path]) -> str:
+    "Sealed stages in words: round-1 train, check; round-2 sample, ..."
+    names: dict[str, list[str]] = {}
+    for path in manifests:
+        name = path.name.removesuffix(".manifest.json")
+        names.setdefault(path.parent.name, []).append(name)
+    parts = [f"{folder} {', '.join(stages)}" for folder, stages in names.items()]
+    more = f"; and {len(parts) - 6} more rounds" if len(parts) > 6 else ""
+    return "; ".join(parts[:6]) + more
+
+
+def change_text(found: Outlook) -> str:
+    "What has changed since a run's results were sealed, and what would be done again."
+    assert found.changed
+    redone = found.redone()
+    seconds = sum(read_manifest(path).content.get("seconds", 0) for path in redone)
+    where = f"{found.changed.folder.name} {found.changed.name}"
+    return (
+        f"{found.run.name}: what is sealed there was made otherwise, from {where} on:\n"
+        + "".join(f"  {one}\n" for one in found.why)
+        + f"would be done again: {len(redone)} sealed stages, {clock(max(0, seconds))} of work "
+        f"({counted_by_folder(redone)})\n"
+        f"would stand: {len(found.standing)} sealed stages"
+    )
+
+# %% ../nbs/57_loop.ipynb #694fab4a
+WAYS = ("branch", "redo", "stop")
+
+
+def ask_person(told: str) -> str:  # one of WAYS
+    "What somebody in JupyterLab wants; branch where nobody is there to be asked."
+    here = in_kernel() and "JPY_SESSION_NAME" in os.environ
+    if not here or os.environ.get("HALOS_NB_MODE") == "static":
+        return "branch"
+    print(told, flush=True)
+    for _ in range(3):
+        try:
+            said = input("branch (go on in a run beside), redo (make it again here) or stop? ")
+        except (EOFError, NotImplementedError, RuntimeError):  # no keyboard after all
+            return "branch"
+        words = [way for way in WAYS if said.strip() and way.startswith(said.strip().lower())]
+        if words:
+            return words[0]
+    return "stop"
+
+
+def branches_of(run: Path) -> list[Path]:
+    "The runs beside that were begun with what stands of this one, in order."
+    base = read_object(run / "run.json").get("branch_of", run.name)
+    found = []
+    for file in run.parent.glob("*/run.json"):
+        number = file.parent.name.removeprefix(f"{base}-")
+        if read_object(file).get("branch_of") == base and number.isdigit():
+            found.append((int(number), file.parent))
+    return [folder for _, folder in sorted(found) if folder != run]
+
+
+def next_branch(run: Path) -> Path:
+    "Where another run beside goes: the first name that is free."
+    base = read_object(run / "run.json").get("branch_of", run.name)
+    number = 2
+    while os.path.lexists(run.parent / f"{base}-{number}"):
+        number += 1
+    return run.parent / f"{base}-{number}"
+
+# %% ../nbs/57_loop.ipynb #875e3031
+NOT_OF_THE_RUN = ("run_name", "fresh", "on_change")  # say where and how, not what
+
+
+def is_busy_otherwise(run: Path, cfg: LoopConfig) -> bool:
+    "Whether another process works on a run with other parameters."
+    if run in OPEN_LEDGERS or not is_locked(run / ".lock"):
+        return False
+    was = read_object(run / "params.json").get("parameters") or {}
+    now = json.loads(json.dumps(asdict(cfg)))
+    return any(was.get(k) != v for k, v in now.items() if k not in NOT_OF_THE_RUN)
+
+
+def branch(found: Outlook, beside: Path, owner: str) -> None:
+    "Have what stands of a run in one beside, which goes on from there."
+    base = read_object(found.run / "run.json").get("branch_of", found.run.name)
+    beside.mkdir(parents=True, exist_ok=True)
+    why = [str(one) for one in found.why]
+    claim(beside, owner, branch_of=base, taken_from=found.run.name, why=why)
+    with RunFolder(beside, Profile(), fresh=False, owner=owner) as folder:
+        taken = []
+        for stage in found.standing:
+            if not (beside / stage.manifest.relative_to(found.run)).exists():
+                take_stage(stage, found.run, beside)
+                taken.append(stage.name)
+        if taken:
+            folder.event("branched", of=found.run.name, stages=len(taken), why="; ".join(why))
+
+# %% ../nbs/57_loop.ipynb #a3d36c32
+class Settled(NamedTuple):
+    "Where a run goes on."
+
+    run: Path  # its own folder, or that of one beside
+    redo: bool = False  # what has changed is done again there
+
+
+HOW_ELSE = (
+    "on_change=redo does it again there, on_change=stop stops here, fresh=True begins it again "
+    "from nothing"
+)
+
+
+def settle(
+    run: Path,
+    look: Callable[[Path], Outlook],  # at a run's folder
+    on_change: str,  # the parameter
+    owner: str,  # the driver
+    ask: Callable[[str], str] = ask_person,  # branch, redo or stop, where that is asked
+    busy: Callable[[Path], bool] = lambda run: False,  # with something else
+) -> Settled:
+    "Where a run goes on whose parameters may have changed; says why."
+    found = look(run)
+    if not found.changed:
+        return Settled(run, on_change == "redo")
+    told, beside = change_text(found), None
+    if on_change in ("ask", "branch"):
+        fitting = [one for one in branches_of(run) if not look(one).changed and not busy(one)]
+        beside = fitting[0] if fitting else None
+    way = ask(told) if on_change == "ask" and not beside else on_change
+    if way == "stop":
+        raise RunChanged(f"{told}\nnothing was started, as on_change=stop says")
+    if way == "redo":
+        print(f"{told}\n-> done again in {run}, as on_change=redo says")
+        return Settled(run, True)
+    how = "goes on in" if beside else "a run beside goes on with them:"
+    beside = beside or next_branch(run)
+    branch(found, beside, owner)
+    print(f"{told}\n-> {how} {beside}; {run} stays as it is. ({HOW_ELSE})")
+    return Settled(beside)
+
+# %% ../nbs/57_loop.ipynb #4902dfd4
+def choose_run(
+    cfg: LoopConfig,
+    settings: Settings,
+    ask: Callable[[str], str] = ask_person,  # branch, redo or stop, where that is asked
+) -> LoopConfig:
+    "The config with the run in which it goes on: its own, or one beside; says why."
+    run = run_folder(settings, cfg.run_name)
+    check_owner(run, "online_loop")
+    if cfg.fresh or cfg.dry_run or not (run / "ledger.jsonl").exists():
+        return cfg
+    profile = settings.get_profile(cfg.profile)
+    asked = located(cfg)
+    settled = settle(
+        run,
+        lambda run: look_ahead(asked, run, profile),
+        cfg.on_change,
+        "online_loop",
+        ask,
+        lambda run: is_busy_otherwise(run, cfg),
+    )
+    on_change = "redo" if settled.redo else cfg.on_change
+    return replace(cfg, run_name=settled.run.name, on_change=on_change)
+
+
+def choose_folder(
+    run: Path,
+    stages_in: Callable[[Path], list[Stage]],  # of the driver, in a run's folder
+    cfg: Any,  # with `on_change` and `fresh`
+    profile: Profile,
+    owner: str,  # the driver
+) -> Settled:
+    "As `choose_run`, for a driver that knows its stages."
+    check_owner(run, owner)
+    if cfg.fresh or not (run / "ledger.jsonl").exists():
+        return Settled(run)
+
+    def look(run: Path) -> Outlook:
+        return stands_so_far(run, AsSealed(run, profile), stages_in(run))
+
+    return settle(run, look, cfg.on_change, owner)
+
 # %% ../nbs/57_loop.ipynb #b5dbccf8
 def run_rounds(
     cfg: LoopConfig,  # the run's parameters, paths filled in
@@ -2086,10 +2455,12 @@ def run_rounds(
     known: dict[str, Any] = dict(versions=check_sampler(cfg, profile))
     if cfg.staleness:
         check_apart(profile)
-    cfg = located(cfg)
+    cfg = located(choose_run(cfg, settings))
     run = run_folder(settings, cfg.run_name)
-    with Ledger(run, profile, cfg.fresh, watch, on_start) as ledger:
-        ledger.event("run")
+    redo = cfg.on_change == "redo"
+    with Ledger(run, profile, cfg.fresh, watch, on_start, "online_loop", redo) as ledger:
+        size = dict(total_prompts=cfg.total_prompts, prompts_per_round=cfg.prompts_per_round)
+        ledger.event("run", **size)
         loop = Loop(cfg, ledger)
         known |= dict(profile=profile_record(profile), seeds=loop.seeds())
         known |= dict(reward=score_name(cfg), labelled_by=labelled_by(cfg, 1) or "rm")
@@ -2104,7 +2475,8 @@ def run_rounds(
             write_params(run, cfg, settings, **more, rounds=len(loop.done), ended=ended)
 
         if cfg.dry_run:
-            write("dry run: nothing was started")
+            if not (run / "params.json").exists():  # that of a run that was is not replaced
+                write("dry run: nothing was started")
             return
         write("running, or killed")
         if line := what_it_needs(run, cfg, profile):

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import anywidget
 import numpy as np
@@ -38,7 +38,7 @@ from .stats import floats
 from .failures import StageError
 from .progress import clock, describe, last_line
 from .jobs import Job
-from .ledger import OPEN_LEDGERS
+from .ledger import OPEN_LEDGERS, event_problem
 from .loop import STOPPED_BY_ALARM
 from halos_nb.show import (
     INK,
@@ -73,10 +73,18 @@ class Tail:
         "All rows up to now."
         for line in self.new_lines():
             try:
-                self.rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if self.is_row(row):
+                self.rows.append(row)
+            else:
                 self.bad += 1
         return self.rows
+
+    def is_row(self, row: Any) -> bool:
+        "Whether a line is one of such a journal."
+        return isinstance(row, dict)
 
     def new_lines(self) -> list[bytes]:
         "Whole lines that were written since the last look; empty ones are left out."
@@ -214,6 +222,10 @@ class Session(Tail):
     def restart(self, inode: int | None) -> None:
         super().restart(inode)
         self.scanned = 0  # rows that were looked at
+
+    def is_row(self, row: Any) -> bool:
+        "Whether a line is an event of a run."
+        return not event_problem(row)
 
     def read(self) -> list[dict]:
         "All events of the newest session up to now."
@@ -373,7 +385,7 @@ def fill_in_stage(
     if event["event"] == "started":
         s.state, s.note = started_state(job, active)
         s.row = last_line(job.file("progress.jsonl"))
-        s.spent = now - event["time"]
+        s.spent = max(0.0, now - event.get("time", now))  # a clock may be set back
     elif active:
         s.state = "running"
     elif params.get("ended") == "running, or killed":
@@ -391,8 +403,8 @@ def session_seconds(s: RunState, events: list[dict], now: float) -> float:
     if s.state == "running":
         end = now
     elif s.state == "finished":
-        end = events[-1]["time"]
-    return max(0.0, end - events[0]["time"])
+        end = events[-1].get("time", now)
+    return max(0.0, end - events[0].get("time", end))
 
 # %% ../nbs/66_monitor.ipynb #a38af36a
 def look(

@@ -24,7 +24,6 @@ from plotly.offline import get_plotlyjs
 from halos_nb.records import (
     atomic_write,
     file_bytes,
-    read_jsonl,
     telling_read_only,
 )
 from halos_nb.show import (
@@ -58,6 +57,7 @@ from halos_nb.rewards import (
     reward_vs_true,
     win_rates,
 )
+from .ledger import read_journal
 from .loop import MEASURED, round_counts
 from halos_nb.runs import (
     Run,
@@ -353,10 +353,10 @@ MOST_EVENTS = 2000  # that have a row on the page
 def ledger_table(run: Path) -> Shown:
     "The ledger: every stage of every session, when, how long, and why."
     rows = []
-    events = read_jsonl(run / "ledger.jsonl")
+    events, _, problems = read_journal(run / "ledger.jsonl")
     for event in events[-MOST_EVENTS:]:
         row = {
-            "time (UTC)": utc(event["time"]),
+            "time (UTC)": utc(event["time"]) if "time" in event else "",
             "event": event["event"],
             "where": f"{event.get('folder', '')} {event.get('stage', '')}".strip(),
             "seconds": event.get("seconds"),
@@ -366,6 +366,8 @@ def ledger_table(run: Path) -> Shown:
     title = f"{len(events)} events"
     if len(rows) < len(events):
         title = f"The last {len(rows)} of {title}; all are in ledger.jsonl"
+    if problems:
+        title += f"; {len(problems)} lines are damaged and left out"
     return summary_table(rows, {"seconds": ",.1f"}, title)
 
 # %% ../nbs/69_page.ipynb #ab937300

@@ -532,7 +532,7 @@ def open_ledger(world: Playground, patience: float) -> Ledger:
     late = time.monotonic() + patience
     while True:
         try:
-            return Ledger(world.folder, Profile(name="playground"))
+            return Ledger(world.folder, Profile(name="playground"), owner="playground")
         except RunBusy:
             if time.monotonic() > late:
                 raise
@@ -647,6 +647,7 @@ SHARED = (
     "audit",
     "alarm",
     "world_seed",
+    "on_change",
     "fresh",
 )
 

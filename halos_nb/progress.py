@@ -27,8 +27,9 @@ def last_line(path: Path) -> dict:
         with open(path, "rb") as f:
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - TAIL_BYTES))
-            return json.loads(f.read().split(b"\n")[-2])
-    except (OSError, IndexError, ValueError):
+            row = json.loads(f.read().split(b"\n")[-2])
+            return row if isinstance(row, dict) else {}
+    except (OSError, IndexError, ValueError, RecursionError):
         return {}
 
 # %% ../nbs/53_progress.ipynb #60b41378

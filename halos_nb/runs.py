@@ -31,6 +31,7 @@ from halos_nb.records import (
     file_hash,
     on_disk,
     read_jsonl,
+    shortened,
 )
 from halos_nb.stats import (
     Ends,
@@ -52,7 +53,7 @@ from halos_nb.stats import (
 from .verdicts import mean_or_none, pair_table
 from .settings import Profile
 from .identity import PACKAGE
-from .ledger import RunFolder
+from .ledger import RunFolder, read_events
 from halos_nb.loop import (
     CHECKS,
     MEASURED,
@@ -307,7 +308,7 @@ def run_summary(
     "One row per finished round of a run's newest session: see `summary_row`."
     run = Path(run).absolute()
     if events is None:
-        events = last_session(read_jsonl(run / "ledger.jsonl"))
+        events = last_session(read_events(run))
     rows = []
     for folder, seconds in stage_seconds(events).items():
         if is_finished(folder, list(seconds)):
@@ -322,16 +323,16 @@ MEASURES = ("answers", "kl", "cut", "unreadable", "entropy", "score")  # of a po
 def health_rows(run: str | Path) -> list[dict]:
     "What a run's newest session has seen of its policies' health, a row for each look."
     rows: dict[tuple[str, bool], dict] = {}
-    for event in last_session(read_jsonl(Path(run) / "ledger.jsonl")):
-        if event["event"] not in ("health", "alarm"):
+    for event in last_session(read_events(run)):
+        if event["event"] not in ("health", "alarm") or "folder" not in event:
             continue
-        is_check = event["stage"] in CHECKS
+        is_check = event.get("stage") in CHECKS
         words = f"{event['folder']}, after its training" if is_check else event["folder"]
         row = rows.setdefault((event["folder"], is_check), {"answers of": words})
         if event["event"] == "alarm":
-            row["alarm"] = event["why"]
+            row["alarm"] = event.get("why")
         else:
-            row |= {name: event[name] for name in MEASURES}
+            row |= {name: event.get(name) for name in MEASURES}
     return list(rows.values())
 
 # %% ../nbs/63_runs.ipynb #cb86e86f
@@ -429,11 +430,14 @@ def with_truth(samples: list[dict], truth: Truth) -> list[dict]:
 def read_params(folder: Path) -> dict:
     "A run's params.json; a ValueError that says what is wrong with it."
     try:
-        return json.loads((folder / "params.json").read_bytes())
+        found = json.loads((folder / "params.json").read_bytes())
     except FileNotFoundError:
         raise ValueError("no params.json: not a run of the loop") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"params.json cannot be read: {e}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("parameters", {}), dict):
+        raise ValueError(f"params.json holds no parameters but {shortened(found)}")
+    return found
 
 # %% ../nbs/63_runs.ipynb #828ca903
 # column of a round's row: of two of the policy's own answers to a prompt, does the truly better

@@ -45,7 +45,7 @@ from .settings import Profile, Settings, load_settings, parse_args
 from .failures import StageError, ending
 from .progress import StatusLine, amount, clock, last_line, printable
 from .jobs import Job, lock_log, remove, supervised
-from .ledger import run_folder
+from .ledger import event_problem, run_folder
 
 # %% ../nbs/58_submit.ipynb #538ecd24
 class Driver(NamedTuple):
@@ -237,7 +237,7 @@ def whereabouts(
 ) -> str:
     "Where a run is, in a few words."
     event = last_line(run / "ledger.jsonl")
-    if event.get("time", 0) < since or "folder" not in event:
+    if event_problem(event) or event.get("time", 0) < since or "folder" not in event:
         return "starting"
     stage = event.get("stage", "")
     if event["event"] != "started":
