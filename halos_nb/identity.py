@@ -568,10 +568,11 @@ def differences(was: dict, now: dict, stage: Stage) -> list[Difference]:
     old = {k: v for k, v in old.items() if k in new or k not in passed_over}
     found = []
     for one in differing(old, new):
-        place = getattr(stage.config, one.what, "")
-        is_path = "contents" in one.was and "contents" in one.now
-        what = f"{one.what} ({place if isinstance(place, str) else ', '.join(place)})"
-        found.append(one._replace(what=what) if is_path else one)
+        if "contents" in one.was and "contents" in one.now:
+            place = getattr(stage.config, one.what, "")
+            named = place if isinstance(place, str) else ", ".join(map(str, place))
+            one = one._replace(what=f"{one.what} ({named})")
+        found.append(one)
     if not found:
         for path, then, there in zip(stage.inputs, was.get("inputs", []), now["inputs"]):
             found += differing({str(path): then}, {str(path): there})

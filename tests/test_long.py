@@ -153,7 +153,8 @@ def test_what_a_stage_reads_is_unpacked_and_what_is_damaged_is_made_again(preten
     run = tmp_path / "runs/r"
     whole = (run / "round-1/feedback.json").read_bytes()
     pack(run, keep=1)
-    rounds = pretend(**THREE, beta=0.3)  # all trainings are others
+    again = dict(**THREE, beta=0.3, on_change="redo")
+    rounds = pretend(**again)  # all trainings are others
     assert rounds[0].skipped == ["sample", "label"]
     assert (run / "round-1/feedback.json").read_bytes() == whole
     assert not (run / "round-1/feedback.json.gz").exists()
@@ -162,7 +163,7 @@ def test_what_a_stage_reads_is_unpacked_and_what_is_damaged_is_made_again(preten
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is compressed, and cannot be unpacked"):
         round_samples(run / "round-1")
-    assert "sample" not in pretend(**THREE, beta=0.3)[0].skipped
+    assert "sample" not in pretend(**again)[0].skipped
     assert (run / "round-1/samples.json").exists() and not packed.exists()
 
 

@@ -191,7 +191,7 @@ def test_a_run_goes_on(old, monkeypatch):
     (old / "models/policy/weights").write_text("start")
     parameters = json.loads((old / "run/params.json").read_text())["parameters"]
     rounds = run_rounds(
-        LoopConfig(**parameters, audit="skip"),
+        LoopConfig(**parameters, audit="skip", on_change="redo"),
         Settings(runs_dir=str(old)),
         watch=lambda job, **shown: job.wait(show=False),
     )
