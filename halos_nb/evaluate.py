@@ -6,7 +6,7 @@
 __all__ = ['seen_prompts', 'only_unseen', 'Comparisons', 'characters', 'by_prompt', 'compare_scores', 'compare_looks', 'three',
            'win_row', 'Said', 'read_said', 'with_scores', 'scored_by', 'against_one', 'labeller_row', 'sizes_up_to',
            'best_of_curve', 'labeller_names', 'decision', 'evaluation', 'as_text_of', 'told', 'Task', 'tasks_of',
-           'label_config', 'ask_labellers', 'for_labellers', 'write_alpaca', 'main']
+           'label_config', 'ask_labellers', 'for_labellers', 'write_alpaca', 'check_outputs', 'main']
 
 # %% ../nbs/45_evaluate.ipynb #ab68f129
 import math
@@ -34,7 +34,13 @@ from halos_nb.stats import (
     prompts_of,
     rate_interval,
 )
-from .configs import EvaluateConfig, LabelConfig, make_config, named_files
+from halos_nb.configs import (
+    EvaluateConfig,
+    LabelConfig,
+    make_config,
+    named_files,
+    refuse_own_inputs,
+)
 from .settings import parse_args
 from .hub_sets import load_prompts
 from .feedback import sample_key
@@ -412,12 +418,25 @@ def write_alpaca(path: str, rows: list[dict]) -> int:
     write_json(Path(path), records)
     return len(records)
 
+# %% ../nbs/45_evaluate.ipynb #de153402
+def check_outputs(cfg: EvaluateConfig, against: dict[str, str]) -> None:
+    "An error if a file that is read would be written."
+    reads = dict(
+        samples_file=[cfg.samples_file],
+        against=against.values(),
+        labels=named_files(cfg.labels, "labels").values(),
+        seen=cfg.seen,
+    )
+    alpaca = [cfg.alpaca_file] if cfg.alpaca_file else []
+    refuse_own_inputs(reads, dict(output_file=[cfg.output_file], alpaca_file=alpaca))
+
 # %% ../nbs/45_evaluate.ipynb #f5207f65
 def main(
     cfg: EvaluateConfig,
 ) -> dict:  # the evaluation, as in its file; on the main process
     "Evaluate as the config says."
     given = named_files(cfg.against, "against")
+    check_outputs(cfg, given)
     files = for_labellers(cfg, given)
     rows = read_samples(cfg.samples_file, cfg.split)
     seen = seen_prompts(cfg.seen)

@@ -8,7 +8,6 @@ __all__ = ['SIGNS', 'OPEN', 'FRONT', 'METHOD', 'DATA', 'MODELS', 'ROUNDS', 'WHER
            'check_sealed', 'push', 'Told', 'told_of', 'track_round']
 
 # %% ../nbs/71_handover.ipynb #aab18e73
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence

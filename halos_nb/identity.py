@@ -550,6 +550,8 @@ def value_text(value: Any) -> str:
         return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, str) and OF_CONTENTS.fullmatch(value):
         return f"contents {value[:8]}"
+    if isinstance(value, str) and 0 < len(value) <= 60 and value.isprintable():
+        return value
     return shortened(value) if isinstance(value, str) else str(value)
 
 

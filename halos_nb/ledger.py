@@ -356,6 +356,7 @@ class Ledger(RunFolder):
         redo: bool = True,
     ) -> None:
         self.redo = redo
+        self.said_redo = False  # that something is done again
         self.watch = watch
         self.on_start = on_start
         self.running: Running | None = None  # started and not yet waited for
@@ -541,14 +542,18 @@ def what_changed(stage: Stage, now: dict) -> list[Difference]:
 @patch
 def check_change(self: Ledger, stage: Stage, now: dict) -> None:
     "An error if a sealed stage would be done again and that was not asked for."
-    if self.redo or stage.name.startswith("audit"):  # who only looks may look again
+    if stage.name.startswith("audit"):  # who only looks may look again
         return
-    if found := what_changed(stage, now):
+    found = what_changed(stage, now)
+    told = f"{self.name(stage.folder)} {stage.name}: {'; '.join(map(str, found))}"
+    if found and not self.redo:
         raise RunChanged(
-            f"{self.name(stage.folder)} {stage.name} is sealed in {self.run_dir}, and would be "
-            f"done again: {'; '.join(map(str, found))}. Nothing of it was touched; "
-            "on_change=redo does it again"
+            f"{self.run_dir}: sealed, and would be done again: {told}. Nothing of it was "
+            "touched; on_change=redo does it again"
         )
+    if found and not self.said_redo:  # what follows from it follows
+        print(f"{self.run_dir.name}: done again from {told}")
+        self.said_redo = True
 
 # %% ../nbs/56_ledger.ipynb #e71d4d2b
 @patch

@@ -19,7 +19,7 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by',
            'score_name', 'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'AsSealed',
            'Outlook', 'stands_so_far', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person', 'branches_of',
-           'next_branch', 'is_busy_otherwise', 'branch', 'Settled', 'settle', 'choose_run', 'choose_folder',
+           'next_branch', 'is_busy_otherwise', 'branch', 'Settled', 'fits', 'settle', 'choose_run', 'choose_folder',
            'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
@@ -2363,6 +2363,17 @@ class Settled(NamedTuple):
     redo: bool = False  # what has changed is done again there
 
 
+def fits(found: Outlook, beside: Path, look: Callable[[Path], Outlook]) -> bool:
+    "Whether a run beside was begun for the same change, or has sealed what has changed."
+    known = look(beside)
+    why = [str(one) for one in found.why]
+    begun_for_it = read_object(beside / "run.json").get("why") == why
+    assert found.changed
+    place = found.changed.manifest.relative_to(found.run)
+    sealed = [stage.manifest.relative_to(beside) for stage in known.standing]
+    return not known.changed and (begun_for_it or place in sealed)
+
+
 HOW_ELSE = (
     "on_change=redo does it again there, on_change=stop stops here, fresh=True begins it again "
     "from nothing"
@@ -2383,7 +2394,7 @@ def settle(
         return Settled(run, on_change == "redo")
     told, beside = change_text(found), None
     if on_change in ("ask", "branch"):
-        fitting = [one for one in branches_of(run) if not look(one).changed and not busy(one)]
+        fitting = [one for one in branches_of(run) if fits(found, one, look) and not busy(one)]
         beside = fitting[0] if fitting else None
     way = ask(told) if on_change == "ask" and not beside else on_change
     if way == "stop":
