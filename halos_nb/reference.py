@@ -430,8 +430,9 @@ def keys_of(
     first: dict[tuple[int, int], bytes] = {}  # of each branch, in its first pass
     for one in passes:
         whole = pass_hash(one, layout)
-        for tree, i in one.branches():
-            own = hashlib.sha256(whole + branch_hash(tree, i)).digest()
+        for place, (tree, i) in enumerate(one.branches()):
+            # the same text at two places may be rounded in two ways
+            own = hashlib.sha256(whole + place.to_bytes(8, "little")).digest()
             first.setdefault((id(tree), i), own)
     return [first[id(tree), i] for tree, i in branches]
 

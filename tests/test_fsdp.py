@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux fork
 
 WHOLE = SHARDED | dict(FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
 ONCE = WHOLE | dict(FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+del ONCE["ACCELERATE_USE_CPU"]  # as `accelerate launch` leaves it out beside FSDP
 CUT = dict(microbatch_size=1)  # so that two processes have 2 and 1 batches of three pairs
 ROWS = dict(layout="plain", gradient_checkpointing=True)
 
