@@ -2237,7 +2237,7 @@ class Outlook:
 
 
 def stands_so_far(run: Path, files: AsSealed, stages: Iterable[Stage]) -> Outlook:
-    "Which sealed ones of these stages stand, one after the other, and which is the first not to."
+    "Which of these sealed stages stand, one after the other, and the first that does not."
     found = Outlook(run)
     for stage in stages:
         files.makers |= {str(path.absolute()): stage for path in stage.outputs}

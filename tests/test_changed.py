@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.timeout(300), NEEDS_LINUX]
 
 ALL = ["sample", "label", "train"]
 
+
 class Home:
     "Models, prompts and runs of a folder, with stages that pretend."
 
