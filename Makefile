@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-plan test-trackers test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test soak test-plan test-trackers test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab gallery test-gallery bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,6 +32,8 @@ help:
 	@echo 'make test-fsdp   set up, then every method with its weights shared out over 2 and 4 processes (FSDP2 on a CPU), beside one (15 minutes)'
 	@echo 'make test-plan   set up, then planned memory beside measured, ten trainings of a model of 230M parameters (half an hour)'
 	@echo 'make test-trackers  set up, then the tests with real trackers, installed into build/trackers: TensorBoard, Trackio, W&B offline'
+	@echo 'make gallery     set up, then every notebook of nbs/gallery in full, three seeds each, with its picture (GALLERY=name: one; half an hour each)'
+	@echo 'make test-gallery  set up, then each of them in its short form (2 minutes; two of them are in make test)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
@@ -98,6 +100,22 @@ build/lowest.txt: pyproject.toml tests/bounds.py
 
 build/latest.txt: pyproject.toml
 	@mkdir -p build && : > $@
+
+# Each notebook with all its seeds and rounds; a run that is there stands. The pictures are those of docs/gallery.md.
+GALLERY ?= $(notdir $(basename $(wildcard nbs/gallery/*.ipynb)))
+
+gallery: setup
+	@mkdir -p runs/gallery docs/images
+	@for name in $(GALLERY); do \
+		echo "== nbs/gallery/$$name.ipynb -> runs/gallery/$$name.ipynb"; \
+		papermill nbs/gallery/$$name.ipynb runs/gallery/$$name.ipynb --no-progress-bar -p picture docs/images/$$name.png; \
+	done
+
+# The short forms of those that CI has no time for.
+test-gallery: export HALOS_NB_LONG := gallery
+test-gallery: export OMP_NUM_THREADS := 1
+test-gallery: setup
+	@pytest -v -s tests/test_gallery.py
 
 test-alarm: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/test-runs
 test-alarm: export OMP_NUM_THREADS := 1

@@ -27,8 +27,8 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'NAMES_A_KEY', 'LO
            'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds',
            'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
            'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files',
-           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'AuditConfig', 'RunsConfig',
-           'SubmitConfig', 'PlanConfig', 'config_json']
+           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig',
+           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -2331,6 +2331,19 @@ class RewardConfig:
         if self.lr is None and self.model:
             raise ValueError(f"lr: none suits every model; give one for {self.model}")
         self.lr = self.lr or 1e-3
+
+# %% ../nbs/02_configs.ipynb #95d06815
+@checked
+class GalleryConfig:
+    "What a notebook of the gallery needs: how many runs, and how long."
+
+    run_name: RunName = "gallery"  # runs are named {run_name}-{arm}-s{seed}
+    seeds: PositiveInt = 3  # runs of each arm: seeds 0, 1, ...
+    rounds: PositiveInt = 4  # of each run
+    prompts_per_round: PositiveInt = 60  # prompts of one round
+    num_samples_per_prompt: PositiveInt = 8  # samples drawn for each prompt
+    pairs: PositiveInt = 1000  # that a reward model of the notebook is trained on
+    picture: str = ""  # where the figure is written, as PNG (empty: nowhere)
 
 # %% ../nbs/02_configs.ipynb #a0d17c01
 @checked

@@ -22,7 +22,13 @@ import plotly.io as pio
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from .stats import finite_values, floats, pair_margins, share_interval
+from halos_nb.stats import (
+    finite_values,
+    floats,
+    pair_margins,
+    prompts_of,
+    share_over_prompts,
+)
 from halos_nb.show import (
     CAPTION,
     CHOSEN,
@@ -343,11 +349,14 @@ def margin_histogram(
     unit: str = "margin (score of chosen - score of rejected)",
 ) -> go.Figure:
     "Histogram of margins: share above 0 with its interval, and how many are nearly undecided."
-    margins, lost = finite_values(pair_margins(pairs))
+    margins = pair_margins(pairs)
+    known = np.isfinite(margins)
+    prompts = [prompt for prompt, is_known in zip(prompts_of(pairs), known) if is_known]
+    margins, lost = margins[known], (~known).sum()
     fig = go.Figure(margin_bars(margins))
     fig.add_vrect(-near, near, fillcolor=INK, opacity=0.12, line_width=0)
     fig.add_vline(0, line=dict(color=INK, width=1.5))
-    above = share_interval((margins > 0).sum(), len(margins))
+    above = share_over_prompts((margins > 0).tolist(), prompts)
     undecided = (np.abs(margins) < near).sum() / max(1, len(margins))
     ties = (margins == 0).sum()
     notes = [

@@ -8,8 +8,8 @@ __all__ = ['Table', 'SampleId', 'CHOICES', 'choose_pairs', 'most_uncertain', 'in
            'apply_event', 'choice_problem', 'undo_problem', 'event_problem', 'replay', 'texts_hash', 'read_session',
            'items_of_journal', 'check_samples_known', 'check_same_session', 'Session', 'winner_of', 'comparison_of',
            'comparisons', 'share_won', 'label_of', 'labels', 'feedback_of_labels', 'session_feedback', 'self_agreement',
-           'agreement_with', 'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions', 'open_questions',
-           'PairsOpen', 'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
+           'left_rate', 'agreement_with', 'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions',
+           'open_questions', 'PairsOpen', 'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
 
 # %% ../nbs/64_people.ipynb #646f0f3f
 import hashlib
@@ -42,7 +42,7 @@ from halos_nb.records import (
 )
 from .configs import LabelConfig, PeopleConfig
 from .settings import parse_args
-from .stats import Interval, agree, share_interval
+from .stats import Interval, agree, share_over_prompts
 from halos_nb.feedback import (
     by_key,
     convert_to_binary_feedback,
@@ -643,8 +643,19 @@ def self_agreement(session: Session) -> Interval:
         if row["winner"] is not None:
             pair = row["prompt_id"], row["sample_id_A"], row["sample_id_B"]
             looks.setdefault(pair, []).append(row["winner"])
-    twice = [winners for winners in looks.values() if len(winners) == 2]
-    return share_interval(sum(first == second for first, second in twice), len(twice))
+    twice = {pair: winners for pair, winners in looks.items() if len(winners) == 2}
+    alike = [first == second for first, second in twice.values()]
+    return share_over_prompts(alike, [prompt for prompt, *_ in twice])
+
+
+def left_rate(session: Session) -> Interval:
+    "How often the left answer was preferred, where one was."
+    lefts, prompts = [], []
+    for name, answer in session.state.choose.items():
+        if answer["value"] in ("left", "right"):
+            lefts.append(answer["value"] == "left")
+            prompts.append(session.by_name[name].prompt_id)
+    return share_over_prompts(lefts, prompts)
 
 # %% ../nbs/64_people.ipynb #c3e2a43d
 def agreement_with(session: Session, others: Table) -> list:
@@ -674,7 +685,7 @@ def session_report(
     keys = {c: counts[c] for c in CHOICES}
     quality = dict(
         undone=session.state.undone,
-        left_rate=share_interval(counts["left"], counts["left"] + counts["right"]),
+        left_rate=left_rate(session),
         self_agreement=self_agreement(session),
         median_seconds=seconds,
         seconds_left=None if seconds is None else seconds * left,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED', 'STATEMENTS', 'COURTEOUS', 'RUDE', 'EVASIVE',
-           'SAID', 'BEST', 'WEIGHTS', 'RUDENESS', 'FAULTS', 'OPENINGS', 'MEASURES', 'COMMON', 'SFT', 'REWARD',
+           'SAID', 'BEST', 'WEIGHTS', 'RUDENESS', 'FAULTS', 'OPENINGS', 'MEASURES', 'NOISE', 'COMMON', 'SFT', 'REWARD',
            'TRUE_REWARD', 'LORA', 'SWEEP', 'SHARED', 'read_facts', 'questions', 'prompts', 'split_questions',
            'claims_by_sentence', 'question_in', 'question_of', 'asked', 'split_sentences', 'all_true', 'readable_share',
            'count_known', 'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside',
            'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data', 'shared_questions',
-           'Playground', 'world_texts', 'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger',
-           'locate', 'build', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'models_of_playground',
-           'sweep_configs']
+           'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts', 'fresh_policy', 'outputs_of',
+           'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build', 'train_reward', 'into_playground',
+           'refuse_world_seed', 'pairs_of_playground', 'models_of_playground', 'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
@@ -411,6 +411,38 @@ def shared_questions(data: dict[str, list[dict]]) -> list[dict]:
         table.append(row)
     return table
 
+# %% ../nbs/70_playground.ipynb #de76629a
+NOISE = 0.4  # standard deviation of what a noisy labeller adds; the best answer gets 1
+
+
+def noisy_reward(prompt: list[dict], output: str | list[dict]) -> float:
+    "The true reward with noise, the same for the same prompt and words."
+    words = as_text(prompt[-1:]) + as_text(output)
+    noise = random.Random(f"noise {words}").gauss(0, NOISE)
+    return round(true_reward(prompt, output) + noise, 3)
+
+
+def other_label(pair: dict) -> dict:
+    "The pair, judged the other way round."
+    swapped = dict(reward_A=pair["reward_B"], reward_B=pair["reward_A"])
+    return pair | swapped | dict(label=1 - pair["label"])
+
+
+def prefer_longer(
+    pairs: list[dict],
+    share: float,  # of the pairs, of which the longer answer is taken without reading
+    seed: int = 0,
+) -> list[dict]:
+    "The pairs as somebody labels them who likes long answers."
+    rng = random.Random(f"longer {seed}")
+    found = []
+    for pair in pairs:
+        longer = len(as_text(pair["output_A"])) - len(as_text(pair["output_B"]))
+        unread = rng.random() < share and longer != 0
+        turned = unread and (longer > 0) != bool(pair["label"])
+        found.append(other_label(pair) if turned else pair)
+    return found
+
 # %% ../nbs/70_playground.ipynb #e3867285
 @dataclass
 class Playground:
@@ -512,18 +544,24 @@ def policy_stage(world: Playground) -> Stage:
     return Stage("train", folder, cfg, [start, world.sft], outputs_of(folder))
 
 # %% ../nbs/70_playground.ipynb #6a167469
-def reward_stage(world: Playground) -> Stage:
-    "The training that makes the world's reward model."
+def reward_stage(
+    world: Playground,
+    name: str = "reward",
+    pairs: Path | None = None,  # to learn from (None: the world's)
+    **options: Any,  # fields of TrainConfig, where they are not those of REWARD
+) -> Stage:
+    "The training that makes a reward model of the world."
+    pairs = pairs or world.pairs_train
+    chosen = REWARD | dict(exp_name=name, seed=world.seed) | options
     cfg = TrainConfig(
         model=str(world.policy),
-        train_datasets=[str(world.pairs_train)],
+        train_datasets=[str(pairs)],
         test_datasets=[str(world.pairs_test)],
         cache_dir=str(world.folder),
-        seed=world.seed,
-        **REWARD,
+        **chosen,
     )
-    folder = world.folder / "reward"
-    inputs: list[str | Path] = [world.policy, world.pairs_train, world.pairs_test]
+    folder = world.folder / name
+    inputs: list[str | Path] = [world.policy, pairs, world.pairs_test]
     return Stage("train", folder, cfg, inputs, outputs_of(folder, "eval_scores.jsonl"))
 
 # %% ../nbs/70_playground.ipynb #7988ffff
@@ -559,6 +597,22 @@ def build(
         ledger.run(policy, "playground: a policy", "its reward model", then=reward)
         ledger.run(reward, "playground: its reward model", "the run")
     return world
+
+# %% ../nbs/70_playground.ipynb #0aa9d756
+def train_reward(
+    world: Playground,
+    name: str,  # its folder in the world's
+    pairs: list[dict],
+    patience: float = 600,  # seconds to wait for another process that trains here
+    **options: Any,  # fields of TrainConfig, where they are not those of REWARD
+) -> Path:
+    "A reward model from pairs of one's own; returns its checkpoint."
+    file = world.folder / f"{name}.json"
+    with open_ledger(world, patience) as ledger:
+        write_records(file, pairs)
+        stage = reward_stage(world, name, file, **options)
+        ledger.run(stage, f"playground: the reward model {name}", "the run")
+    return stage.folder / "FINAL"
 
 # %% ../nbs/70_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:

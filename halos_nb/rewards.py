@@ -24,6 +24,7 @@ from halos_nb.stats import (
     Agreement,
     CalibrationBin,
     Interval,
+    bootstrap,
     calibrate,
     finite_values,
     floats,
@@ -31,9 +32,10 @@ from halos_nb.stats import (
     kl_terms,
     mean_interval,
     order_accuracy,
+    prompt_numbers,
     prompts_of,
     slope,
-    spearman,
+    spearman_of,
     win_rate,
 )
 from halos_nb.show import (
@@ -182,10 +184,10 @@ def reward_vs_true(
     return styled(fig, title, notes, 520, xaxis=upper, xaxis2=axis)
 
 # %% ../nbs/62_rewards.ipynb #b8deace4
-def mean_of_tenths(x: np.ndarray, y: np.ndarray) -> go.Scatter:
-    "Mean of y in each tenth of x, with its interval."
+def mean_of_tenths(x: np.ndarray, y: np.ndarray, prompts: np.ndarray) -> go.Scatter:
+    "Mean of y in each tenth of x, with its interval over prompts."
     tenths = [t for t in np.array_split(np.argsort(x, kind="stable"), 10) if len(t)]
-    mean = band([mean_interval(y[t]) for t in tenths])
+    mean = band([mean_interval(y[t], prompts[t]) for t in tenths])
     return go.Scatter(
         x=[x[t].mean() for t in tenths],
         y=mean.value,
@@ -208,8 +210,9 @@ def reward_scatter(
     "Scatter of score and truth with Spearman's rank correlation and the mean of each tenth."
     score, true = floats(rows), floats(rows, "true_reward")
     both = np.isfinite(score) & np.isfinite(true)
-    score, true = score[both], true[both]
+    score, true, prompts = score[both], true[both], prompt_numbers(prompts_of(rows))[both]
     n = len(score)
+    rho = bootstrap(spearman_of(score, true), prompts, seed, draws=400)
     drawn = np.random.default_rng(seed).permutation(n)[:most]
     points = go.Scatter(
         x=score[drawn].astype(np.float32),
@@ -218,12 +221,12 @@ def reward_scatter(
         marker=dict(size=6, color=SCORE, opacity=0.3),
         hovertemplate=hover("score %{x:.4g}", "true reward %{y:.4g}"),
     )
-    fig = go.Figure([points, mean_of_tenths(score, true)])
+    fig = go.Figure([points, mean_of_tenths(score, true, prompts)])
     notes = [
-        f"Spearman {spearman(score, true):.3f}",
+        f"Spearman {rho:.3f}",
         f"n={n:,} ({most:,} drawn)" if n > most else f"n={n:,}",
         left_out(len(rows) - n),
-        "line: mean of each tenth, 95% interval",
+        "line: mean of each tenth; 95% intervals over prompts",
     ]
     axes = dict(xaxis_title_text="reward-model score", yaxis_title_text="true reward")
     return styled(fig, title, notes, 460, **axes)
