@@ -29,25 +29,33 @@ from .ledger import run_folder
 from .loop import round_samples, run_rounds, scores_in
 from .show import escape
 from .runs import Run, Seeds, evaluations, read_run, with_truth
-from .playground import BEST, into_playground, true_reward
+from .playground import BEST, Playground, build, true_reward
 
 # %% ../nbs/73_gallery.ipynb #632398d1
 # fields of LoopConfig, or a function of the seed that gives them
 Arm = dict[str, Any] | Callable[[int], dict[str, Any]]
 
 
-def arm_config(cfg: GalleryConfig, name: str, arm: Arm, seed: int) -> LoopConfig:
+def arm_config(
+    cfg: GalleryConfig, name: str, arm: Arm, seed: int, world: Playground
+) -> LoopConfig:
     "One run of an arm."
+    own = arm(seed) if callable(arm) else arm
     shared: dict[str, Any] = dict(
         run_name=f"{cfg.run_name}-{name.replace(' ', '-')}-s{seed}",
         total_prompts=cfg.rounds * cfg.prompts_per_round,
         prompts_per_round=cfg.prompts_per_round,
         num_samples_per_prompt=cfg.num_samples_per_prompt,
+        preset="playground",
+        sft_checkpoint=str(world.policy),
+        prompts=str(world.prompts),
+        heldout_prompts=str(world.heldout),
         audit="skip",
         alarm="skip",
         seed=seed,
     )
-    own = arm(seed) if callable(arm) else arm
+    if "function" not in own:
+        shared["reward_checkpoint"] = str(world.reward_model)
     return LoopConfig(**shared | own)
 
 
@@ -62,10 +70,11 @@ def run_arms(
     settings: Settings,
 ) -> dict[str, Seeds]:
     "All arms with the first seed, then with the next; a run that is there stands."
+    world = build(settings)
     found = {name: Seeds(cfg.seeds) for name in arms}
     for seed in range(cfg.seeds):
         for name, arm in arms.items():
-            run = into_playground(arm_config(cfg, name, arm, seed), settings)
+            run = arm_config(cfg, name, arm, seed, world)
             for _ in run_rounds(run, settings):  # what came of it is read from its files
                 pass
             done = read_run(run_folder(settings, run.run_name), true_reward, BEST)
