@@ -33,7 +33,7 @@ help:
 	@echo 'make test-plan   set up, then planned memory beside measured, ten trainings of a model of 230M parameters (half an hour)'
 	@echo 'make test-trackers  set up, then the tests with real trackers, installed into build/trackers: TensorBoard, Trackio, W&B offline'
 	@echo 'make gallery     set up, then every notebook of nbs/gallery in full, three seeds each, with its picture (GALLERY=name: one; half an hour each)'
-	@echo 'make test-gallery  set up, then each of them in its short form (2 minutes; two of them are in make test)'
+	@echo 'make test-gallery  set up, then each of them in its short form (some minutes; one of them is in make test)'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from halos_nb.figures import margin_histogram
+from halos_nb.rewards import reward_scatter
 from halos_nb.stats import length_controlled, share_over_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
@@ -43,3 +45,21 @@ def test_lengths_that_decide_everything_have_no_interval():
     longer = np.arange(-30, 30) + 0.5
     found = length_controlled((longer > 0).astype(float), longer, list(range(60)))
     assert math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_copies_of_a_row_tell_no_more_than_the_row():
+    "The scatter of score and truth and the histogram of margins, with four rows a prompt."
+    rng = np.random.default_rng(5)
+    once = []
+    for i, (score, noise) in enumerate(rng.normal(size=(80, 2)).tolist()):
+        once.append(dict(prompt_id=i, reward=score, true_reward=score + noise))
+    copies = [row for row in once for _ in range(4)]
+    few, many = [reward_scatter(rows).data[1].error_y for rows in (once, copies)]
+    assert sum(many.array) > 0.8 * sum(few.array)  # half of it, were they independent
+    pairs = []
+    for row in copies:
+        sides = dict(output_A="a", output_B="b", label=1, reward_B=0.0)
+        pairs.append(sides | dict(prompt_id=row["prompt_id"], reward_A=row["reward"]))
+    hits, prompts = [row["reward"] > 0 for row in copies], [row["prompt_id"] for row in copies]
+    shown = margin_histogram(pairs).layout.title.subtitle.text
+    assert f"{share_over_prompts(hits, prompts):.1%}" in shown

@@ -14,7 +14,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from halos_nb.stats import compare_labellers
+from halos_nb.stats import compare_labellers, share_over_prompts
 from halos_nb.configs import TrainConfig
 from halos_nb.verdicts import pair_of, pair_table
 from halos_nb.people import (
@@ -470,6 +470,11 @@ def test_report(pressed):
         0,
     ) and {c: told[c] for c in CHOICES} == {c: keys[c] for c in CHOICES}
     assert told["left_rate"].value == keys["left"] / (keys["left"] + keys["right"])
+    answered = session.state.choose.items()
+    sided = [(name, a) for name, a in answered if a["value"] in ("left", "right")]
+    asked = [session.by_name[name].prompt_id for name, _ in sided]
+    lefts = [answer["value"] == "left" for _, answer in sided]
+    assert told["left_rate"] == share_over_prompts(lefts, asked)
     twice = {}
     for left, right, key in seen:
         twice.setdefault(frozenset((left, right)), []).append(
