@@ -1933,7 +1933,7 @@ def evaluate(
         after = stages[i + 1].name if stage is not stages[-1] else ""
         moved += filter(None, [set_aside(self.ledger, stage)])
         self.ledger.run(stage, f"evaluation after round {number} · {stage.name}", after)
-    found = json.loads(stages[-1].outputs[0].read_text())
+    found = json.loads(stages[-1].outputs[0].read_bytes())
     self.last_evaluated = number
     self.add_evaluation(number, policy, found)
     return "; ".join([evaluation_line(f"evaluate-{number}", found), *moved])

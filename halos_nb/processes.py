@@ -156,7 +156,7 @@ class Heart(threading.Thread):
         text = json.dumps(heartbeat(self.beats, main))
         part = self.file.with_suffix(".tmp")
         with suppress(OSError):  # a full disk is for the stage to tell
-            part.write_text(text)
+            part.write_text(text, "utf-8")
             os.replace(part, self.file)
 
     def run(self) -> None:

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['TAGS', 'THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'BOXED', 'WHOLE', 'DECIMALS', 'PART',
            'EXPONENT', 'NUMBER', 'PARTS', 'WORDS', 'CLOSE', 'POINTS', 'OF', 'OUT_OF', 'VALUE', 'HEDGES', 'REASON',
-           'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'NOTED', 'SIGN',
-           'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE', 'THIS',
-           'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED',
-           'DECODER', 'SCORES', 'SCALES', 'REVISES', 'LISTED', 'THINGS', 'IN_WORDS', 'NOT_MINE', 'SHARE', 'N', 'UP_TO',
-           'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS',
-           'INTRODUCES', 'TAGGED_WINNER', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'SHORTLY',
-           'Reading', 'unread', 'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value', 'find_all',
-           'value_of', 'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated', 'announced_value',
-           'values_behind', 'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values',
-           'no_key_twice', 'Found', 'json_objects', 'without_objects', 'is_number', 'fields_named', 'value_in_json',
-           'json_values', 'Stated', 'is_taken_back', 'behind_all', 'taken_back', 'behind_marks', 'statements',
-           'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice', 'announced_winners', 'marked_winners',
-           'stated_winners', 'names_another', 'read_winner']
+           'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED',
+           'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE',
+           'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE', 'TAGGED',
+           'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'LISTED', 'THINGS', 'IN_WORDS', 'NOT_MINE', 'SHARE',
+           'N', 'UP_TO', 'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT',
+           'OTHERS', 'INTRODUCES', 'TAGGED_WINNER', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER',
+           'SHORTLY', 'Reading', 'unread', 'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value',
+           'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated',
+           'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
+           'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'Found', 'json_objects', 'without_objects',
+           'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated', 'is_taken_back', 'behind_all',
+           'taken_back', 'behind_marks', 'statements', 'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice',
+           'announced_winners', 'marked_winners', 'stated_winners', 'names_another', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -139,7 +139,8 @@ WORD = rf"(?:(?P<word>{'|'.join(WORDS)})\s*\(\s*)?"  # eight (8)
 MARKS = r"[\s*_`\"'“‘«\[({$]*+"
 ENDS = r"[\s.!*_`)\]\"'”’»}]*"
 NOTE = rf"(?:\s*\((?P<note>[^()\n]{{0,40}})\)(?={MARKS}[:=]))?"  # Final Score (0-10):
-NOTED = r"(?:[\d\s.,/:=–—-]|\b(?:from|to|out|of|on|an?|the|scale|points?|max(?:imum)?|is|best|worst)\b)*"
+IN_A_NOTE = r"from|to|out|of|on|an?|the|scale|points?|max(?:imum)?|is|best|worst"
+NOTED = rf"(?:[\d\s.,/:=–—-]|\b(?:{IN_A_NOTE})\b)*"
 SIGN = r"(?P<sep>is|of|was|[:=]|[-–—](?=\s))?"
 BEHIND = rf"{NOTE}{MARKS}{SIGN}{MARKS}{WORD}"
 SCORE = r"(?:score|rating|grade)"
@@ -254,7 +255,6 @@ def announced_value(
     before = stated.string[: place.start()]
     unsure = is_negated(before) or is_elsewhere(before) or is_repeated(before)
     return None if unsure else value
-
 
 
 def values_behind(

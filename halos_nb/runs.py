@@ -350,7 +350,7 @@ def evaluations(run: str | Path) -> dict[int, dict]:
     for folder, stages in stage_seconds(last_session(read_jsonl(run / "ledger.jsonl"))).items():
         file = run / folder / "evaluation.json"
         if "evaluate" in stages and file.exists():
-            found[int(folder.removeprefix("evaluate-"))] = json.loads(file.read_text())
+            found[int(folder.removeprefix("evaluate-"))] = json.loads(file.read_bytes())
     return dict(sorted(found.items()))
 
 # %% ../nbs/63_runs.ipynb #d9d2cb09

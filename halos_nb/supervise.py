@@ -160,7 +160,7 @@ def read_ranks(folder: str) -> dict[int, dict[str, Any]]:
     if not folder:
         return found
     for file in glob.glob(f"{glob.escape(folder)}/*.json"):
-        with suppress(OSError, ValueError), open(file) as f:
+        with suppress(OSError, ValueError), open(file, "rb") as f:
             found[int(os.path.basename(file)[:-5])] = json.load(f)
     return found
 
