@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 import halos_nb
-from .records import file_hash, shortened, write_json
+from .records import file_hash, read_object, shortened, write_json
 from .hub_sets import LIBRARIES, hub_revision
 from .processes import cut_unfinished, drop_shards, shards_of
 
@@ -114,10 +114,9 @@ SEALED = "sealed"  # in counters.json
 def says_sealed(folder: str | Path) -> bool:
     "Whether a checkpoint says of itself that it has a manifest."
     try:
-        counters = json.loads((Path(folder) / "counters.json").read_bytes())
+        return bool(read_object(Path(folder) / "counters.json").get(SEALED))
     except (OSError, ValueError):
         return False
-    return isinstance(counters, dict) and bool(counters.get(SEALED))
 
 # %% ../nbs/15_checkpoints.ipynb #aa40bf1e
 READ_BY_LOADERS = re.compile(
@@ -159,6 +158,8 @@ def json_problem(path: Path) -> str:
             value = json.loads(data)  # knows NaN and Infinity
         except ValueError as e:
             return f"is not JSON ({e})"
+        except RecursionError:
+            return "is nested too deep to be read"
     if isinstance(value, dict):
         return ""
     return f"should be an object, is {shortened(value)}"
@@ -175,7 +176,7 @@ def tensors_problem(path: Path) -> str:
             header = orjson.loads(f.read(length))
             ends = [x["data_offsets"][1] for n, x in header.items() if n != "__metadata__"]
             needed = 8 + length + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             return f"has a header that cannot be read ({e})"
     return "" if size == needed else f"has {size} bytes where its header says {needed}"
 
@@ -186,6 +187,8 @@ def tensors_header(path: Path) -> dict[str, dict]:
         with open(path, "rb") as f:
             header = orjson.loads(f.read(int.from_bytes(f.read(8), "little")))
     except (OSError, ValueError, MemoryError, OverflowError):
+        return {}
+    if not isinstance(header, dict):
         return {}
     return {name: told for name, told in header.items() if name != "__metadata__"}
 
@@ -212,6 +215,8 @@ def template_problem(path: Path) -> str:
         ImmutableSandboxedEnvironment(extensions=[loopcontrols]).parse(text)
     except TemplateError as e:
         return f"is not a template ({e})"
+    except RecursionError:
+        return "is a template that is nested too deep to be read"
     return ""
 
 
@@ -219,7 +224,10 @@ def shards_problem(path: Path) -> str:
     "Which of the files that an index names are not there, in words; empty if all are."
     if problem := json_problem(path):
         return problem
-    names = set(json.loads(path.read_bytes()).get("weight_map", {}).values())
+    shards = read_object(path).get("weight_map", {})
+    if not isinstance(shards, dict):
+        return f"has no table of shards: its weight_map is {shortened(shards)}"
+    names = {str(name) for name in shards.values()}
     missing = sorted(name for name in names if not (path.parent / name).is_file())
     return f"names shards that are not there: {', '.join(missing)}" if missing else ""
 
@@ -554,7 +562,7 @@ WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 def tokenizer_class(folder: Path) -> str:
     "The class that a tokenizer's config names; empty if it names none."
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_bytes()).get("tokenizer_class") or "" if file.is_file() else ""
+    return read_object(file).get("tokenizer_class") or "" if file.is_file() else ""
 
 
 def load_whole_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -626,7 +634,7 @@ def keep_finished(
     "Keep the finished batches of an output that was to be the same, and of no other."
     file = Path(path).with_name(f".{Path(path).name}.made_of.json")
     try:
-        was = json.loads(file.read_bytes())
+        was = read_object(file)
     except (OSError, ValueError):
         was = {}
     differs = difference(was, now)

@@ -18,13 +18,12 @@ __all__ = ['NOTHING_KNOWN', 'NOT_DRAWN', 'ADD_FEEDBACK', 'NUMBERS', 'TRUTHS', 'O
 # %% ../nbs/04_data.ipynb #88e38a8b
 import csv
 import io
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +49,7 @@ from halos_nb.records import (
     read_rows,
     same_draw,
     shortened,
+    usable_json,
 )
 
 # %% ../nbs/04_data.ipynb #63cd76ce
@@ -417,7 +417,7 @@ def arrow_rows(data: bytes, path: str | Path) -> list[dict]:
         else:
             table = ipc.open_stream(source).read_all()
         return [plain_row(row) for row in table.to_pylist()]
-    except (pyarrow.ArrowException, OSError, ValueError) as e:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
         raise RecordError(f"{path}: is no whole Parquet or Arrow file: {e}") from None
 
 # %% ../nbs/04_data.ipynb #f90d5a15
@@ -649,10 +649,8 @@ def offered(row: dict, name: str, where: str) -> list[dict] | None:
     "The tools or documents of a row; None if there are none."
     value = row.get(name)
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass  # it is refused below
+        with suppress(ValueError):  # what is no JSON is refused below
+            value = usable_json(value.encode(), where)
     if not value or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, list) and all(isinstance(x, dict) for x in value):
@@ -808,7 +806,7 @@ def format_of(row: dict) -> str | None:
 def format_problem(row: dict) -> str:
     "What is said about a row in no known format."
     known = [f"{kind} ({', '.join(form.columns)})" for kind, form in FORMATS.items()]
-    names = [str(name) for name in row]
+    names = [str(name)[:60] for name in row]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (
         f"columns {', '.join(names[:20])}{more} are in no known format; "

@@ -37,6 +37,7 @@ from halos_nb.records import (
     on_disk,
     put_aside,
     read_jsonl,
+    read_object,
     require_room,
     write_json,
     write_records,
@@ -646,7 +647,7 @@ def known_units(cfg: LabelConfig, models: list[Weighted], said: list[ModelSays])
     "Mean and standard deviation of each model: as another file has them, or these scores'."
     if not cfg.units_from:
         return [unit_of(one.scored, name) for one, (name, _) in zip(said, models)]
-    units = json.loads(Path(cfg.units_from).read_bytes()).get("units", {})
+    units = read_object(cfg.units_from).get("units") or {}
     missing = [name for name, _ in models if name not in units]
     if missing:
         raise ValueError(

@@ -17,7 +17,6 @@ __all__ = ['FOREIGN', 'CAPS', 'PAD', 'VALUE_HEAD', 'HEADS', 'REFERENCE', 'Predic
 
 # %% ../nbs/17_models.ipynb #4713803c
 import inspect
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
-from .records import write_json
+from .records import read_object, write_json
 from halos_nb.attention import (
     EAGER,
     WAYS,
@@ -507,7 +506,7 @@ def name_end(
     file = Path(folder) / "generation_config.json"
     if not file.is_file():  # a reward model, or an adapter
         return
-    config = json.loads(file.read_bytes())
+    config = read_object(file)
     own = config.get("eos_token_id")
     known = own if isinstance(own, list) else [own]
     missing = [i for i in end_ids(tokenizer) if i not in known]

@@ -33,7 +33,7 @@ import traitlets
 from fastcore.basics import patch
 from markupsafe import Markup
 
-from .records import is_locked
+from .records import is_locked, read_object
 from .stats import floats
 from .failures import StageError
 from .progress import clock, describe, last_line
@@ -128,7 +128,7 @@ def log_tail(path: Path, n: int = 20) -> list[str]:
 def read_if_there(path: Path) -> dict:
     "The object in a JSON file; {} if there is none that can be read."
     try:
-        return json.loads(path.read_bytes())
+        return read_object(path)
     except (OSError, ValueError):
         return {}
 

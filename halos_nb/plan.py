@@ -14,7 +14,6 @@ __all__ = ['FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'PROMPTS_AT_A_TI
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
-import json
 import subprocess
 import sys
 import weakref
@@ -40,7 +39,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .records import write_json
+from .records import read_object, write_json
 from halos_nb.configs import (
     COMPARING,
     LabelConfig,
@@ -849,7 +848,7 @@ def profile_in(said: dict) -> dict:
 
 def read_config(file: Path) -> tuple[Any, dict]:
     "The config in a file, and the profile that stands beside it, if one does."
-    said = json.loads(file.read_bytes())
+    said = read_object(file)
     given = said.get("parameters", said)
     for name, cls in KINDS.items():
         if name in given:

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FIELDS', 'UNPACK', 'ONLY_ZEROS', 'FRACTION',
-           'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY',
-           'NO_LOCKS', 'LOCKS_MISSING', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each',
-           'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label',
-           'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of', 'check_record', 'Drawn', 'drawn_of',
-           'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns',
-           'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'packed_beside', 'on_disk', 'files_like', 'file_bytes',
-           'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
-           'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
-           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records', 'DiskFull',
-           'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'require_room',
-           'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'is_alive', 'is_left_over', 'clean_left_over',
-           'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks',
-           'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl',
-           'read_jsonl', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'KEY_END', 'OTHER_KEY_END', 'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'NO_ROOM_CHECK',
+           'TEMPORARY', 'A_DAY', 'NO_LOCKS', 'LOCKS_MISSING', 'zero_or_one', 'text_or_integer', 'encodable', 'Record',
+           'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback',
+           'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of',
+           'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts',
+           'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'unpack_parts',
+           'packed_beside', 'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of',
+           'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
+           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
+           'check_type', 'check_records', 'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text',
+           'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
+           'temporary', 'is_alive', 'is_left_over', 'clean_left_over', 'put_aside', 'atomic_write',
+           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
+           'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'as_object',
+           'read_object', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -35,6 +36,7 @@ import socket
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -92,6 +94,7 @@ class Turn(Record):
 
     role: str  # system, user, assistant, ...
     content: Text  # its text
+    tool_calls: list[Any] | None = None  # the tools that it calls
 
 
 Turns = Annotated[list[Turn], Field(min_length=1)]
@@ -236,7 +239,7 @@ def shortened(x: object, length: int = 60) -> str:
 # %% ../nbs/00_records.ipynb #127f17e6
 def field_name(loc: tuple) -> str:
     "The place of a pydantic error inside its record, such as `prompt[0].content`."
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step[:80]}" for step in loc]
     return "".join(steps).removeprefix(".")
 
 # %% ../nbs/00_records.ipynb #6962260f
@@ -416,11 +419,26 @@ def unpack_zstd(data: bytes) -> bytes:
         return stream.read()
 
 
+def unpack_parts(
+    data: bytes,
+    unpacker: Callable[[], Any],  # a decompressor of one part
+) -> bytes:
+    "What one or several parts have packed; Python's own would pass over a part that is broken."
+    parts = []
+    while data:
+        part = unpacker()
+        parts.append(part.decompress(data))
+        if not part.eof:
+            raise EOFError("it ends within a part")
+        data = part.unused_data.lstrip(b"\0")
+    return b"".join(parts)
+
+
 # the first bytes of a compressed file, and what unpacks it
 UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+    b"BZh": lambda data: unpack_parts(data, bz2.BZ2Decompressor),
+    b"\xfd7zXZ\x00": lambda data: unpack_parts(data, lzma.LZMADecompressor),
     b"\x28\xb5\x2f\xfd": unpack_zstd,
 }
 
@@ -450,6 +468,8 @@ def file_bytes(path: str | Path) -> bytes:
         if data.startswith(mark):
             try:
                 return unpack(data)
+            except MemoryError:
+                raise RecordError(f"{path}: unpacks to more than there is memory") from None
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
                 raise RecordError(
                     f"{path}: is compressed, and cannot be unpacked: {e}. Copy it again"
@@ -486,8 +506,8 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict:
     if len(found) == len(pairs):
         return found
     repeated = RepeatedKey(found)
-    keys = [key for key, _ in pairs]
-    repeated.key = next(key for key in keys if keys.count(key) > 1)
+    counted = Counter(key for key, _ in pairs)
+    repeated.key = next(key for key, n in counted.items() if n > 1)
     return repeated
 
 
@@ -499,6 +519,9 @@ def whole_number(digits: str) -> int | float:
 # %% ../nbs/00_records.ipynb #f6f09e0f
 ONLY_ZEROS = bytes.maketrans(b"0123456789", b"0" * 10)
 FRACTION = b"." + b"0" * 16  # digits behind a point are no whole number
+KEY_END = b'":'
+# spellings of a key's end, or of what looks like one, that orjson would write otherwise
+OTHER_KEY_END = re.compile(rb'"[ \t\r\n]+:|\\u00(?:22|3[aA])')
 
 
 def is_lossy(data: bytes, value: Any) -> bool:
@@ -510,10 +533,9 @@ def is_lossy(data: bytes, value: Any) -> bool:
         again = orjson.dumps(value)
     except orjson.JSONEncodeError:
         return True
-    for ending in (b'":', b'" :'):  # of a key
-        if data.count(ending) > again.count(ending):
-            return True
-    return False
+    if OTHER_KEY_END.search(data):  # how often a key stands there cannot be counted
+        return True
+    return data.count(KEY_END) > again.count(KEY_END)
 
 # %% ../nbs/00_records.ipynb #a1642359
 class Parsed(NamedTuple):
@@ -549,7 +571,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 # %% ../nbs/00_records.ipynb #27c76fe9
 MAX_DEPTH = 200  # levels of nesting
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:]')
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}:]', re.S)
 
 
 def place_too_deep(data: bytes) -> str:
@@ -570,8 +592,9 @@ def place_too_deep(data: bytes) -> str:
         if depth > MAX_DEPTH:
             break
     number = f", record {record}" if top == 2 else ""
-    field = name.decode().strip('"')
-    return f"{number}: field `{field}` is nested more than {MAX_DEPTH} levels: mend it"
+    field = name.decode(errors="replace").strip('"')
+    what = f"field `{field}`" if field else "it"
+    return f"{number}: {what} is nested more than {MAX_DEPTH} levels: mend it"
 
 # %% ../nbs/00_records.ipynb #b8529b8f
 def text_fault(text: str) -> str:
@@ -618,9 +641,8 @@ def usable_json(data: bytes, where: str) -> Any:
     if isinstance(value, list):
         where = f"{where}, record {loc[0] + 1}"
         loc = loc[1:]
-    raise RecordError(
-        f"{where}: field `{field_name(loc)}` {problem}: mend or remove this record"
-    )
+    what = f"field `{field_name(loc)}`" if loc else "it"
+    raise RecordError(f"{where}: {what} {problem}: mend or remove this record")
 
 # %% ../nbs/00_records.ipynb #3a5283c2
 def parse_lines(data: bytes, path: str | Path) -> list:
@@ -1118,8 +1140,28 @@ def read_jsonl(path: str | Path) -> list[dict]:
     rows = []
     for number, line in enumerate(whole, 1):
         if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number}"))
+            rows.append(as_object(parse_json(line, f"{path}, line {number}"), path, number))
     return rows
+
+
+def as_object(
+    value: Any,  # read from JSON
+    path: str | Path,
+    line: int = 0,  # in which it stands; 0: it is the whole file
+) -> dict:
+    "The value, if it is an object; else a RecordError."
+    where = f"{path}, line {line}" if line else f"{path}"
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: should be an object with fields, is {shortened(value)}")
+    if isinstance(value, RepeatedKey):
+        raise RecordError(f"{where}: field `{value.key[:80]}` stands there twice; mend it")
+    return value
+
+
+def read_object(path: str | Path) -> dict:
+    "The object in a JSON file; a RecordError names the file that holds something else."
+    data = file_bytes(path)
+    return as_object(parse_json(as_utf8(data, path), str(path)), path)
 
 # %% ../nbs/00_records.ipynb #a74ce5ca
 def pack_file(path: str | Path) -> Path:

@@ -14,7 +14,6 @@ __all__ = ['CACHE_VERSION', 'COMPUTED_IN', 'BASE', 'Shares', 'FrozenModel', 'mix
 # %% ../nbs/18_reference.ipynb #f90d8f3e
 import copy
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from halos_nb.records import (
+    read_object,
     telling_full_disk,
     write_json,
 )
@@ -295,11 +295,11 @@ def check_base(adapter: str | Path, model: str) -> None:
     file = Path(adapter) / BASE
     if not file.exists():
         return  # of before, when it was not written down
-    base = json.loads(file.read_bytes())
-    if base["identity"] != base_identity(model):
+    base = read_object(file)
+    if base.get("identity") != base_identity(model):
         raise CheckpointError(
-            f"{adapter}: this adapter was trained on {base['model']}, whose weights are not "
-            f"those of {model}; continue it on its own base, or start a fresh adapter"
+            f"{adapter}: this adapter was trained on {base.get('model')}, whose weights are "
+            f"not those of {model}; continue it on its own base, or start a fresh adapter"
         )
 
 # %% ../nbs/18_reference.ipynb #1538f171

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .records import append_jsonl, read_jsonl, write_json
+from .records import append_jsonl, read_jsonl, read_object, write_json
 from .configs import TrainConfig
 from halos_nb.checkpoints import (
     MANIFEST,
@@ -85,7 +85,7 @@ def step_folders(
 def read_made_of(folder: Path) -> dict[str, Any]:
     "What the run of an intermediate checkpoint was made of; nothing if it does not say."
     try:
-        return json.loads((folder / STATE / "made_of.json").read_bytes())
+        return read_object(folder / STATE / "made_of.json")
     except (OSError, ValueError):
         return {}
 

@@ -36,7 +36,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from halos_nb.records import (
     Progress,
+    RecordError,
     append_jsonl,
+    read_object,
+    shortened,
     telling_full_disk,
     write_json,
 )
@@ -145,7 +148,11 @@ def read_counters(checkpoint: str | Path | None) -> Counters:
     file = Path(checkpoint) / "counters.json"
     if not file.exists():
         return Counters()
-    saved = json.loads(file.read_bytes())
+    saved = read_object(file)
+    for f in fields(Counters):
+        if not isinstance(saved.get(f.name), int):
+            was = shortened(saved.get(f.name))
+            raise RecordError(f"{file}: field `{f.name}` should be a whole number, is {was}")
     return Counters(**{f.name: saved[f.name] for f in fields(Counters)})
 
 # %% ../nbs/22_tree_trainer.ipynb #02c5689d
