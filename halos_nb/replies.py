@@ -324,13 +324,17 @@ def value_of_last_sentence(text: str) -> list[Value | None]:
 
 # %% ../nbs/41_replies.ipynb #4383089d
 TAGGED = rf"<((?:final[\s_-]?)?{SCORE})>(?P<inside>[^<>]{{0,200}})</\1>"
-BRACKETED = rf"\[\[(?P<inside>[^\[\]\n]{{0,200}})\]\]{ENDS}\Z"
+BRACKETED = r"\[\[(?P<inside>[^\[\]\n]{0,200})\]\]"
 
 
 def tagged_values(text: str) -> list[Value | None]:
-    "What stands between <score> and </score>, or in [[ ]] at the end."
-    found = [*find_all(TAGGED, text), *find_all(BRACKETED, text)]
-    return [whole_value(m["inside"]) for m in found]
+    "What stands between <score> and </score>, and in [[ ]] where a reply ends with one."
+    values = [whole_value(found["inside"]) for found in find_all(TAGGED, text)]
+    marked = find_all(BRACKETED, text)
+    if marked and re.fullmatch(ENDS, text[marked[-1].end() :]):
+        *others, last = [whole_value(found["inside"]) for found in marked]
+        values += [value for value in others if value is not None] + [last]
+    return values
 
 # %% ../nbs/41_replies.ipynb #ff7bdc2f
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict:

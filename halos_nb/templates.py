@@ -114,7 +114,7 @@ class TemplateEndless(RecordError):
 
 
 PATIENCE = 20.0  # seconds of computing that a conversation may take
-MEMORY = 4 * 2**30  # bytes that it may take
+MEMORY = 2**30  # bytes that it may take
 MANY_LETTERS = 1_000_000  # more are looked at
 TIMES = 50  # a text may be so much longer than what it was made of
 ADVICE = "give the tokenizer another chat template"

@@ -646,10 +646,151 @@ def try_files(n, seed=0, say=print):
     return faults, tried
 
 
+# ---- judge's replies: what is surely said must be read so, what is not must be unread
+
+BEFORE = [
+    "",
+    "The answer is short and clear.\n",
+    "It boils the egg.\n\n",
+    "  ",
+    "\ufeff",
+    "## Verdict\n",
+]
+BEFORE += ["<think>I thought of a 3, then of B.</think>\n", "- clear\n- short\n\n", "\u200b"]
+AFTER = ["", "\n", ".", " ", "\n\n", "\r\n"]
+SURE_SCORES = [
+    "Final Score: {}",
+    "**Final Score: {}**",
+    "Final Score: {}/10",
+    "{}",
+    "Score: {}",
+]
+SURE_SCORES += [
+    "<score>{}</score>",
+    "[[{}]]",
+    '{{"score": {}}}',
+    "FINAL SCORE: {}",
+    "Rating: {}/10",
+]
+SURE_SCORES += [
+    '```json\n{{"score": {}}}\n```',
+    "Final Score = {}",
+    "Final Score: \\boxed{{{}}}",
+]
+UNSURE_SCORES = [
+    "Final Score: {}-{}",
+    "Final Score: {} to {}",
+    "Final Score: {}/100",
+    "Final Score: {}%",
+]
+UNSURE_SCORES += [
+    "Final Score: {}\nFinal Score: {}",
+    "Final Score: {} or {}",
+    "Final Score: {}±{}",
+]
+UNSURE_SCORES += ["Final Score: {} minus {}", "Final Score: not {}", "Final Score: {}..{}"]
+UNSURE_SCORES += [
+    "Final Score: {}\nWait, make it {}",
+    "Final Score: {}~{}",
+    "Final Score: {},000",
+]
+UNSURE_SCORES += [
+    '{{"score": {}, "score": {}}}',
+    '{{"score": {}',
+    '{{"score": [{}]}}',
+    "<score>{}–{}</score>",
+]
+UNSURE_SCORES += [
+    "<think>Final Score: {}",
+    "I would not give {} out of 10",
+    '{{"score": true}}',
+    "[[{}]] [[{}]]",
+]
+SURE_WINNERS = [
+    "Winner: {}",
+    "[[{}]]",
+    '{{"winner": "{}"}}',
+    "{}",
+    "**Winner: {}**",
+    "<winner>{}</winner>",
+]
+UNSURE_WINNERS = [
+    "Winner: {} or {}",
+    "Winner: not {}",
+    "[[{}]] [[{}]]",
+    '{{"winner": "{}", "winner": "{}"}}',
+]
+UNSURE_WINNERS += [
+    "Winner: {}\nWinner: {}",
+    "<think>Winner: {}",
+    '{{"winner": ["{}"]}}',
+    "Winner: {}, but {}",
+]
+NOISE = "AB 0123456789.,-–/%{}[]()<>\"'`*_#:\n\tscorewinnerfinal½٣８Ａ\u200b\u202e\x00🥚"
+
+
+def one_reply(seed):
+    "A reply, who reads it, and what it says: a value, None (unread) or ... (anybody's guess)."
+    rng = random.Random(seed)
+    first, second = rng.sample(range(11), 2)
+    scores = rng.random() < 0.6
+    if not scores:
+        first, second = rng.sample(["A", "B"], 2)
+    what = rng.randrange(5)
+    if what < 2:
+        said = rng.choice(SURE_SCORES if scores else SURE_WINNERS).format(first)
+        alone = not said.strip("0123456789AB")
+        before = "" if alone else rng.choice(BEFORE)
+        return before + said + rng.choice(AFTER), scores, float(first) if scores else first
+    if what < 4:
+        said = rng.choice(UNSURE_SCORES if scores else UNSURE_WINNERS).format(first, second)
+        return rng.choice(BEFORE) + said + rng.choice(AFTER), scores, None
+    noise = "".join(rng.choices(NOISE, k=rng.choice([5, 40, 400])))
+    if rng.random() < 0.1:
+        noise *= rng.choice([100, 1000])
+    return noise, scores, ...
+
+
+def reply_fault(seed):
+    "What is wrong with how a reply is read; empty if nothing is."
+    from halos_nb.replies import read_number, read_winner
+
+    reply, scores, right = one_reply(seed)
+    read = read_number if scores else read_winner
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        value, reason = read(reply)
+    except TooLong:
+        return f"takes more than {SECONDS} s: {reply[:80]!r}"
+    except Exception as e:
+        return f"{type(e).__name__}: {str(e)[:100]}: {reply[:80]!r}"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    if (value is None) != bool(reason):
+        return f"{value} with the reason {reason!r}: {reply[:80]!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is no score: {reply[:80]!r}"
+    if right is not ... and value != right:
+        return f"reads {value} ({reason}), says {right}: {reply[:120]!r}"
+    return ""
+
+
+def try_replies(n, seed=0, say=print):
+    "Judge's replies through their readers; returns the faults, and what was tried."
+    signal.signal(signal.SIGVTALRM, too_long)
+    faults, tried = [], Counter()
+    for i in range(seed, seed + n):
+        right = one_reply(i)[2]
+        tried["noise" if right is ... else "unsure" if right is None else "sure"] += 1
+        if problem := reply_fault(i):
+            faults.append(f"seed {i}: {problem}")
+    return faults, tried
+
+
 def main(what, n, seed=0):
     sys.path.insert(0, str(ROOT))
     start = time.process_time()
-    faults, tried = dict(files=try_files)[what](int(n), int(seed))
+    faults, tried = dict(files=try_files, replies=try_replies)[what](int(n), int(seed))
     for how, count in sorted(tried.items()):
         print(f"{how:32} {count:7}")
     print(

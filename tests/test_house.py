@@ -370,3 +370,14 @@ def test_public_functions_are_annotated_and_documented_by_type(name):
         bare = [p.arg for p in parameters if not p.annotation and p.arg not in ("self", "cls")]
         assert not bare, f"{name}.{function}: {', '.join(bare)} have no type"
         assert node.returns, f"{name}.{function}: no return type"
+
+
+def test_what_is_promised_has_a_test():
+    "Every test that docs/promise.md names exists."
+    said = (ROOT / "docs" / "promise.md").read_text("utf-8")
+    named = re.findall(r"`(\w+\.py)::(\w+)`", said)
+    assert len(named) > 40
+    for file, name in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
+        tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in tests, f"docs/promise.md: tests/{file} has no {name}"
