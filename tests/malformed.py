@@ -621,7 +621,7 @@ def other_rows(name, value, made):
     return "" if told(value) == told(right) else "gives other rows than the file has"
 
 
-def try_files(n, seed=0, say=print):
+def try_files(n, seed=0, say=lambda text: print(text, flush=True)):
     "Malformed files through every reader; returns the faults, and what was tried."
     folder = Path(tempfile.mkdtemp())
     signal.signal(signal.SIGVTALRM, too_long)
@@ -637,6 +637,7 @@ def try_files(n, seed=0, say=print):
                 tried[made.how.split(",")[0]] += 1
                 if problem := fault_of(name, read, path, made):
                     faults.append(f"seed {i}, {made.kind}, {made.how}: {name}: {problem}")
+                    say(faults[-1])
             slowest = max(slowest, (time.process_time() - start, f"{made.kind}, {made.how}"))
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     finally:
@@ -775,7 +776,7 @@ def reply_fault(seed):
     return ""
 
 
-def try_replies(n, seed=0, say=print):
+def try_replies(n, seed=0):
     "Judge's replies through their readers; returns the faults, and what was tried."
     signal.signal(signal.SIGVTALRM, too_long)
     faults, tried = [], Counter()
