@@ -376,13 +376,37 @@ def listening(self: Job) -> list[Listener]:
         return []
     return listeners(below, ranks)
 
+# %% ../nbs/54_jobs.ipynb #2bcd44e3
+@patch
+def wake(self: Job) -> None:
+    "Have its supervisor go on if somebody has stopped it."
+    with suppress(psutil.Error):
+        process = psutil.Process(self.process.pid)
+        if process.status() != psutil.STATUS_STOPPED:
+            return
+        process.resume()
+        warnings.warn(
+            f"{self.stage}: a signal had stopped its supervisor (process {process.pid}), which "
+            "goes on now; to end a stage, interrupt the cell or stop it in the monitor",
+            stacklevel=3,
+        )
+
+
+@patch
+def wait_awake(self: Job) -> None:
+    "Wait a moment for it to end, and see that it can."
+    self.wake()
+    with suppress(subprocess.TimeoutExpired):
+        self.process.wait(0.1)
+
 
 @patch
 def stop(self: Job) -> None:
     "End it; when this returns, nothing of it is alive."
     if self.process.stdin:
         self.process.stdin.close()
-    self.process.wait()
+    while self.process.poll() is None:
+        self.wait_awake()
 
 # %% ../nbs/54_jobs.ipynb #78453a91
 @patch
@@ -399,10 +423,7 @@ def wait(
         while (code := self.poll()) is None:
             if line:
                 line.update()
-            try:
-                self.process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                pass
+            self.wait_awake()
     finally:
         if code is None:
             self.stop()

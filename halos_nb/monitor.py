@@ -205,6 +205,7 @@ def stop_run(
             told[pid] = found[pid]
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)  # it may have been stopped
         if time.monotonic() > late:
             return cannot_stop(run, found)
         time.sleep(0.05)

@@ -19,6 +19,8 @@ from pathlib import Path
 from long_runs import Pretended, config, wait
 
 from halos_nb import loop
+from halos_nb.identity import code_of
+from halos_nb.jobs import stage_module
 from halos_nb.runs import read_run
 from halos_nb.settings import Settings
 
@@ -212,6 +214,8 @@ def as_anybody():
 
 def two_rounds(home):
     "What a run of two rounds does; started again, it goes on. To be done in a child."
+    for stage in ("sample", "label", "train"):
+        code_of(stage_module(stage))  # a second of a child's time, which it inherits so
 
     def work():
         loop.Ledger = Pretended

@@ -35,7 +35,7 @@ from halos_nb.settings import Profile
 
 SOAK = os.environ.get("HALOS_NB_LONG") == "soak"
 soak = pytest.mark.skipif(not SOAK, reason="takes minutes: make soak")
-pytestmark = [pytest.mark.timeout(7200 if SOAK else 300), NEEDS_LINUX]
+pytestmark = [pytest.mark.timeout(7200 if SOAK else 1800), NEEDS_LINUX]
 
 
 def some(numbers, count):
