@@ -150,10 +150,19 @@ def traced(work, log, *options):
     return code, [line.split(maxsplit=1)[1] for line in own if "(" in line]
 
 
-def killed_at_call(work, number, log):
-    "A child that is killed within the so-many-th system call of its main thread."
-    inject = f"inject={CALLS}:signal=SIGKILL:when={number}"
-    return traced(work, log, "-e", inject)
+def kind_of(call):
+    "The name of a system call that strace has seen."
+    return call.partition("(")[0]
+
+
+def killed_at_call(work, calls, number, log):
+    "A child that is killed within the so-many-th of its system calls, seen before."
+    kinds = [kind_of(call) for call in calls[:number]]
+    # strace counts each kind for itself
+    inject = f"inject={kinds[-1]}:signal=SIGKILL:when={kinds.count(kinds[-1])}"
+    code, seen = traced(work, log, "-e", inject)
+    assert code == -signal.SIGKILL, f"call {number}, {calls[number - 1]}: never came"
+    return kind_of(seen[-1])
 
 
 # ---- damages

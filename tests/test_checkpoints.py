@@ -250,7 +250,7 @@ def test_commands_name_the_file(home, tmp_path):
             text=True,
         )
     for name, process in running.items():
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode != 0
         path = tmp_path / f"{name}-model/model.safetensors"
         assert f"{path}: has been changed since it was written" in said, said
@@ -338,7 +338,7 @@ def test_a_machine_reads_a_checkpoint_once(home, tmp_path):
                 command, env=os.environ | shared | own, stdout=subprocess.PIPE, text=True
             )
         )
-    said = [process.communicate(timeout=120)[0].split(" ", 1) for process in running]
+    said = [process.communicate(timeout=600)[0].split(" ", 1) for process in running]
     files = len(list((home / "policy/FINAL").iterdir())) - 1
     assert [int(count) for count, _ in said] == [files, 0]
     assert said[0][1] == said[1][1]

@@ -23,7 +23,7 @@ from halos_nb.settings import SHIPPED, Profile
 from halos_nb.templates import byte_tokenizer
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(900),
     pytest.mark.usefixtures("stages_on_path"),
     NEEDS_LINUX,
 ]
@@ -192,8 +192,8 @@ def test_two_hosts_share_a_model_out_as_one_does(home, spaces):
 def test_what_dies_on_a_host_is_named(what, tmp_path, spaces):
     ada, bob = spaces
     job = start("hang", tmp_path, on(spaces))
-    until((tmp_path / "out").exists, 60, "both ranks running")
-    until(lambda: len(pids(bob)) >= 3, 20, "supervisor, launcher, rank")
+    until((tmp_path / "out").exists, 300, "both ranks running")
+    until(lambda: len(pids(bob)) >= 3, 300, "supervisor, launcher, rank")
     doomed = pids(bob)
     if what == "rank":
         doomed = [pid for pid in doomed if "RANK" in psutil.Process(pid).environ()]
@@ -240,7 +240,7 @@ job.wait()
 @real
 def test_no_host_outlives_the_notebook(tmp_path, spaces):
     notebook = papermill(tmp_path, CELL, launcher=", ".join(spaces))
-    until((tmp_path / "out").exists, 120, "both ranks running")
+    until((tmp_path / "out").exists, 300, "both ranks running")
     assert all(len(pids(space)) >= 3 for space in spaces)
     notebook.kill()
     seconds = until(lambda: not any([*map(pids, spaces), alive(tmp_path)]), 15, "all gone")

@@ -23,7 +23,7 @@ from halos_nb.preload import LAUNCHER_SAYS, SERVERS, ForkedProcess
 from halos_nb.settings import Profile
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(900),
     pytest.mark.usefixtures("stages_on_path"),
     NEEDS_LINUX,
 ]
@@ -165,7 +165,7 @@ def copies():
     "A profile of two ranks that are copies of a server; they wait six seconds for each other."
     two = Profile(name="cpu2", num_processes=2, timeout_minutes=0.1)
     prepare(two)
-    assert SERVERS[0].is_ready(120)
+    assert SERVERS[0].is_ready(600)
     yield two
     SERVERS.pop().close()
 
@@ -177,6 +177,8 @@ def copies():
         ("grab", "it runs, and none of its threads gets Python's lock", "Current thread"),
         ("hang", "has not come to where rank 0 waited 6 s for it", "in hang"),
         ("leave", "exit code 0 before its work was done", ""),
+        ("close", "exit code 1", ""),  # it has closed its stdout and stderr
+        ("both", "ValueError: record 7: no reward", "KeyError"),  # and the other hangs
     ],
 )
 def test_a_rank_that_others_wait_for_is_named(mode, why, where, copies, tmp_path):
@@ -192,9 +194,45 @@ def test_a_rank_that_others_wait_for_is_named(mode, why, where, copies, tmp_path
     assert not alive(tmp_path)
 
 
+def test_a_child_of_a_rank_does_not_stay(copies, tmp_path):
+    "Not even one in a session of its own, deaf to TERM, of a job that has succeeded."
+    job = start("stays", tmp_path, replace(copies, timeout_minutes=10))
+    job.wait(show=False)
+    assert job.poll() == 0
+    assert not alive(tmp_path)
+
+
+def test_a_stopped_supervisor_is_woken(copies, tmp_path):
+    "By who waits for it, and by who ends it."
+    for name in ("waited", "ended"):
+        folder = tmp_path / name
+        folder.mkdir()
+        job = start("hang", folder, copies)
+        until((folder / "out").exists, 300, "both ranks running")
+        os.kill(job.process.pid, signal.SIGSTOP)
+        with pytest.warns(UserWarning, match="a signal had stopped its supervisor"):
+            if name == "waited":
+                with pytest.raises(StageError, match="has not come to where rank 0"):
+                    job.wait(show=False)
+            else:
+                job.stop()
+        assert not alive(folder)
+
+
+def test_no_rank_is_named_where_none_failed(copies, tmp_path):
+    "Somebody has told the supervisor to end the job."
+    job = start("hang", tmp_path, replace(copies, timeout_minutes=10))
+    until((tmp_path / "out").exists, 300, "both ranks running")
+    os.kill(job.process.pid, signal.SIGTERM)
+    with pytest.raises(StageError, match="no rank, SIGTERM told its supervisor") as raised:
+        job.wait(show=False)
+    assert raised.value.rank == -1
+    assert not alive(tmp_path)
+
+
 def test_who_listens_is_told_and_is_nobody_but_loopback(copies, tmp_path):
     job = start("hang", tmp_path, replace(copies, timeout_minutes=10))
-    until((tmp_path / "out").exists, 60, "both ranks running")
+    until((tmp_path / "out").exists, 300, "both ranks running")
     found = job.listening()
     job.stop()
     assert {listener.process for listener in found} == {"rank 0", "rank 1"}
@@ -206,7 +244,7 @@ def test_secrets_are_in_no_file_and_no_argument_list(tmp_path, monkeypatch):
     secret = b"sk-very-secret"
     monkeypatch.setenv("OPENAI_API_KEY", secret.decode())
     job = start("deaf", tmp_path, ONE)
-    until((tmp_path / "out").exists, 60, "start")
+    until((tmp_path / "out").exists, 300, "start")
     for pid in alive(tmp_path):
         assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
     job.stop()
@@ -217,7 +255,7 @@ def test_secrets_are_in_no_file_and_no_argument_list(tmp_path, monkeypatch):
 
 def test_second_attempt_waits_for_the_first_to_be_gone(tmp_path):
     first = start("deaf", tmp_path, ONE)
-    until((tmp_path / "out").exists, 60, "start")
+    until((tmp_path / "out").exists, 300, "start")
     first.process.stdin.close()  # dying takes it a second
     stale = tmp_path / "stale"
     stale.write_text("of the first attempt")
@@ -258,13 +296,13 @@ def pid_of(folder, what):
 )
 def test_nothing_outlives_its_notebook(death, launcher, tmp_path):
     notebook = papermill(tmp_path, launcher=launcher)
-    until((tmp_path / "out").exists, 120, "both ranks running")
+    until((tmp_path / "out").exists, 300, "both ranks running")
     assert len(alive(tmp_path)) == 4  # supervisor, launcher, two ranks
     who, how = death.split()
     pid = notebook.pid if who == "papermill" else pid_of(tmp_path, who)
     os.kill(pid, getattr(signal, f"SIG{how}"))
     seconds = until(lambda: not alive(tmp_path), 15, "all gone")
-    _, said = notebook.communicate(timeout=60)
+    _, said = notebook.communicate(timeout=300)
     print(f"{death}: all gone after {seconds:.1f} s")
     assert notebook.returncode != 0
     assert not (tmp_path / "next").exists()
@@ -286,7 +324,7 @@ def kernel():
 def reply_to(client, request):
     "The answer to a request, whatever else comes before it."
     while True:
-        reply = client.get_shell_msg(timeout=30)
+        reply = client.get_shell_msg(timeout=300)
         if reply["parent_header"]["msg_id"] == request:
             return reply["content"]
 
@@ -297,7 +335,7 @@ def test_nothing_outlives_its_kernel(death, launcher, tmp_path, kernel):
     manager, client = kernel
     cell = CELL.format(out=tmp_path / "out", folder=tmp_path, launcher=launcher)
     request = client.execute(cell)
-    until((tmp_path / "out").exists, 120, "both ranks running")
+    until((tmp_path / "out").exists, 300, "both ranks running")
     if death == "interrupt":
         manager.interrupt_kernel()
     else:
@@ -317,7 +355,7 @@ def test_a_notebook_keeps_one_line(tmp_path, kernel):
     cell = cell.replace("hang", "gather")
     client.execute_interactive(
         cell,
-        timeout=120,
+        timeout=600,
         output_hook=lambda m: said.append((m["msg_type"], m["content"])),
     )
     outputs = ("display_data", "update_display_data", "stream")

@@ -24,7 +24,7 @@ from halos_nb.records import file_hash, read_jsonl
 from halos_nb.settings import Profile
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.usefixtures("stages_on_path"),
     NEEDS_LINUX,
 ]
@@ -242,7 +242,7 @@ def test_who_waits_in_vain_is_gone(run, case):
     _, waiting = ledger.waiting
     assert waiting.poll() is None
     if case == "it dies":
-        until(lambda: maps_torch(waiting), 60, "importing")
+        until(lambda: maps_torch(waiting), 300, "importing")
         os.kill(waiting.process.pid, signal.SIGKILL)
         waiting.process.wait()
     if case in ("another comes", "it dies"):
@@ -264,7 +264,7 @@ def test_a_stage_that_was_started_while_somebody_looked(run):
         job = ledger.running.job
         assert job.poll() is None
         assert not two.manifest.exists()
-        looked = until(lambda: job.poll() is not None, 60, "at work")
+        looked = until(lambda: job.poll() is not None, 300, "at work")
         time.sleep(2)  # somebody looks for longer than it takes
         assert ledger.run(two)
         assert two.sealed()["seconds"] < looked + 1.5
@@ -303,7 +303,7 @@ def test_copies_of_a_server_end_in_the_same_bits(run):
     assert all(go(run, chain(run, 4), APART))
     bits = hashes(run, 4)
     jobs.prepare(ONE)
-    assert preload.SERVERS[0].is_ready(120)
+    assert preload.SERVERS[0].is_ready(600)
     kinds = []
 
     def watch(job, **shown):
@@ -377,7 +377,7 @@ def test_second_process_is_refused(run):
 
 def test_interrupt_leaves_the_stage_unsealed_and_the_run_free(run):
     driver = drive(run)
-    until((run / "round-2/sample.log").exists, 60, "the second stage")
+    until((run / "round-2/sample.log").exists, 300, "the second stage")
     driver.send_signal(signal.SIGINT)
     _, err = driver.communicate(timeout=60)
     assert driver.returncode != 0

@@ -22,7 +22,7 @@ from halos_nb.preload import ForkedProcess
 from halos_nb.settings import Profile
 
 pytestmark = [
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(900),
     pytest.mark.usefixtures("stages_on_path"),
     NEEDS_LINUX,
 ]
@@ -31,7 +31,7 @@ pytestmark = [
 def ready_server(profile=ONE):
     "The server of such stages, once it waits for requests."
     prepare(profile)
-    assert preload.SERVERS[0].is_ready(120)
+    assert preload.SERVERS[0].is_ready(600)
     return preload.SERVERS[0]
 
 
@@ -190,7 +190,7 @@ def own_server(stages_on_path, tmp_path, monkeypatch):
         (tmp_path / "small.py").write_text(text)
         os.utime(tmp_path / "small.py", (1, 1))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(60)
+        ours.settimeout(300)
         code = "from halos_nb.preload import serve; serve('small')"
         with theirs:
             processes.append(subprocess.Popen([sys.executable, "-c", code], stdin=theirs))
@@ -226,7 +226,7 @@ def test_a_request_that_nobody_waits_for_starts_nothing(own_server, tmp_path):
 @pytest.mark.parametrize("who", ["job", "server", "pipe", "deaf"])
 def test_nothing_of_a_copy_is_left(who, tmp_path, server):
     job = start("deaf" if who == "deaf" else "hang", tmp_path, ONE)
-    until((tmp_path / "out").exists, 60, "start")
+    until((tmp_path / "out").exists, 300, "start")
     assert len(alive(tmp_path)) == (5 if who == "deaf" else 2)
     if who == "job":
         os.kill(max(alive(tmp_path)), signal.SIGKILL)
@@ -246,7 +246,7 @@ from halos_nb.settings import Profile
 from halos_nb.jobs import launch, prepare
 from halos_nb.preload import SERVERS
 prepare(Profile())
-assert SERVERS[0].is_ready(120)
+assert SERVERS[0].is_ready(600)
 open('{folder}/server', 'w').write(str(SERVERS[0].process.pid))
 cfg = SampleConfig(model="hang", output_file="{out}")
 job = launch("sample", cfg, Profile(), "{folder}", module="tiny_stage")
@@ -257,7 +257,7 @@ job.wait()
 @pytest.mark.parametrize("death", ["TERM", "KILL", "INT"])
 def test_no_copy_outlives_its_notebook(death, tmp_path):
     notebook = papermill(tmp_path, FORKING_CELL)
-    until((tmp_path / "out").exists, 120, "running")
+    until((tmp_path / "out").exists, 300, "running")
     server = psutil.Process(int((tmp_path / "server").read_text()))
     assert len(alive(tmp_path)) == 2
     assert server.is_running()
@@ -269,7 +269,7 @@ def test_no_copy_outlives_its_notebook(death, tmp_path):
 
 def test_a_server_that_is_not_needed_ends(tmp_path, server):
     job = start("hang", tmp_path, ONE)
-    until((tmp_path / "out").exists, 60, "start")
+    until((tmp_path / "out").exists, 300, "start")
     preload.SERVERS.pop().close()
     time.sleep(0.5)
     assert server.process.poll() is None  # its job goes on
@@ -309,7 +309,7 @@ def test_a_waiting_process_has_imported_what_its_stage_needs(waiting):
 
 
 def test_a_waiting_process_whose_code_was_changed_begins_anew(waiting, tmp_path):
-    until(lambda: maps_torch(waiting), 60, "importing")
+    until(lambda: maps_torch(waiting), 300, "importing")
     (tmp_path / "lent.py").write_text("x = 2")
     waiting.give_config(SampleConfig(model="good"), ONE)
     waiting.wait(show=False)
@@ -334,7 +334,7 @@ def test_ranks_have_imported_before_their_turn(launcher, changed, said, tmp_path
     module("sitecustomize", "import lent")
     job = launch("sample", None, two, tmp_path / "run", module="which")
     # the one that will fork, or a launcher and its two ranks
-    until(lambda: maps_torch(job, 1 if two.forks else 3), 120, "importing")
+    until(lambda: maps_torch(job, 1 if two.forks else 3), 300, "importing")
     if changed:
         (tmp_path / "lent.py").write_text("x = 2")
     job.give_config(SampleConfig(model="good"), two)
@@ -357,7 +357,7 @@ def test_nothing_of_a_waiting_job_is_left(launcher, importing, there, tmp_path):
     "There are no forked ranks before their turn."
     two = Profile(num_processes=2, launcher=launcher)
     job = launch("sample", None, two, tmp_path, module="tiny_stage")
-    until(lambda: maps_torch(job, importing), 120, "importing")
+    until(lambda: maps_torch(job, importing), 300, "importing")
     assert len(alive(tmp_path)) == there
     job.process.stdin.close()
     until(lambda: not alive(tmp_path), 15, "all gone")
@@ -368,7 +368,7 @@ def test_nothing_of_a_waiting_job_is_left(launcher, importing, there, tmp_path):
 def test_what_waits_ends_with_its_supervisor(tmp_path):
     "It looks for its parent itself, since nobody watches over a supervisor."
     job = launch("sample", None, ONE, tmp_path, module="tiny_stage")
-    until(lambda: maps_torch(job), 60, "one that imports")
+    until(lambda: maps_torch(job), 300, "one that imports")
     job.process.kill()
     until(lambda: not alive(tmp_path), 30, "all gone")
 

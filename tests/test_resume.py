@@ -28,7 +28,7 @@ from halos_nb.templates import byte_tokenizer
 from halos_nb.train import train
 from halos_nb.tree_trainer import TreeTrainer
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(autouse=True)

@@ -32,13 +32,17 @@ def hang(out):
     time.sleep(600)
 
 
-ENDS = ("quiet", "leave", "stop", "grab")
+ENDS = ("quiet", "leave", "stop", "grab", "close", "both", "stays")
 
 
 def end_badly(mode, out):
     "What the last rank does instead of its work."
-    if mode == "raise":
+    if mode == "close":
+        os.closerange(0, 3)
+    if mode in ("raise", "close", "both"):
         fail_with_a_cause()
+    if mode == "stays":
+        subprocess.Popen([sys.executable, "-c", DEAF], start_new_session=True)
     if mode == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "segfault":
@@ -66,6 +70,8 @@ def in_a_group(mode, cfg, out):
     total = int(a.gather(torch.tensor([a.process_index + 1])).sum())
     if int(os.environ.get("RANK", 0)) == a.num_processes - 1:
         end_badly(mode, out)
+    elif mode == "both":
+        time.sleep(600)
     if mode == "gather" and a.is_main_process:
         progress(5, 0.02)
         found = [total, a.num_processes, cfg["num_processes"], str(a.device)]
