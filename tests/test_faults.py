@@ -320,6 +320,9 @@ def test_an_evaluation_names_what_is_damaged(start, tmp_path):
 
 # ---- ranks
 
+FAULTS = ("raise", "kill", "stop", "exit 0", "exit 3", "hang", "grab", "close")
+IN_TRAINING = ("hang while loading", "hang while saving", "kill while saving")
+
 
 @soak
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -331,7 +334,7 @@ def test_the_rank_that_fails_is_named_in_every_stage(start, launcher, tmp_path, 
         assert SERVERS[0].is_ready(600)
     print(f"\n| {launcher} | rank | seconds | said |\n|---|---|---|---|")
     for stage in ("sample", "label", "train"):
-        for fault in ("raise", "kill", "stop", "exit 0", "exit 3"):
+        for fault in FAULTS + IN_TRAINING * (stage == "train"):
             folder = tmp_path / f"{stage}-{fault.replace(' ', '-')}"
             folder.mkdir()
             fault_file = folder / "fault"
