@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-plan test-trackers test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab gallery test-gallery bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: help demo test soak test-plan test-trackers test-benchmarks test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab gallery test-gallery bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +34,7 @@ help:
 	@echo 'make test-trackers  set up, then the tests with real trackers, installed into build/trackers: TensorBoard, Trackio, W&B offline'
 	@echo 'make gallery     set up, then every notebook of nbs/gallery in full, three seeds each, with its picture (GALLERY=name: one; half an hour each)'
 	@echo 'make test-gallery  set up, then each of them in its short form (some minutes; one of them is in make test)'
+	@echo 'make test-benchmarks  set up, then RewardBench, AlpacaEval and lm-evaluation-harness themselves, installed into build/benchmarks-venv, on files made here'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
@@ -181,6 +182,23 @@ test-trackers: setup build/trackers/installed
 
 build/trackers/installed:
 	@mkdir -p build/trackers && python -m pip install -q --no-deps --target build/trackers $(TRACKERS) && touch $@
+
+# An environment of its own that sees all of ours, so that only what is missing is installed; RewardBench's own dependencies would
+# be a dozen more, for two files that are read. Once it is there nothing is fetched.
+test-benchmarks: export OMP_NUM_THREADS := 1
+test-benchmarks: export HF_HUB_OFFLINE := 1
+test-benchmarks: export HF_DATASETS_OFFLINE := 1
+test-benchmarks: setup build/benchmarks-venv/installed
+	@build/benchmarks-venv/bin/python -m pytest -v tests/test_benchmarks.py
+
+build/benchmarks-venv/installed:
+	@echo '== Installing lm-evaluation-harness, AlpacaEval and RewardBench into build/benchmarks-venv, once (log: build/benchmarks-venv.log)'
+	@mkdir -p build && $(BIN)/python -m venv build/benchmarks-venv
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> "$$(build/benchmarks-venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/ours.pth"
+	@{ build/benchmarks-venv/bin/python -m pip install --progress-bar off lm-eval alpaca-eval \
+		&& build/benchmarks-venv/bin/python -m pip install --no-deps rewardbench; } >build/benchmarks-venv.log 2>&1 \
+		&& touch $@ || { tail -n 15 build/benchmarks-venv.log; rm -rf build/benchmarks-venv; exit 1; }
 
 test-architectures: export OMP_NUM_THREADS := 1
 test-architectures: setup

@@ -65,8 +65,10 @@ from halos_nb.runs import (
     evaluation_rows,
     evaluations,
     health_rows,
+    interval_formats,
     read_run,
     refuse_run_file,
+    win_rows,
     with_truth,
 )
 from .monitor import RunState, look
@@ -407,17 +409,17 @@ def evaluation_parts(run: Run, truth: Truth | None) -> list[Part]:
         return []
     by = run.params.get("best", {}).get("by", "")
     rows = evaluation_rows(run.folder, truth, by)
-    formats = {name: ".1%" for row in rows for name in row if name.startswith("won")}
-    names = [name for name in rows[-1] if not name.startswith("best")]
-    formats |= {name: ".3g" for name in names if name not in formats}
     title = "On prompts that no round trains on, 95% intervals over prompts"
     number = int(by.removeprefix("round-")) if by.startswith("round-") else 0
     told = [f"Decided by {found[max(found)]['decides']['what']}"]
     if seen := max(one.get("seen_prompts", 0) for one in found.values()):
         told.append(f"{seen} prompts that were trained on are left out")
-    table = summary_table(rows, formats, title)
+    parts: list[Part] = ["; ".join(told), summary_table(rows, interval_formats(rows), title)]
+    if wins := win_rows(run.folder):
+        shares = interval_formats(wins, ".1%")
+        parts.append(summary_table(wins, shares, "Won against others; a tie is half a win"))
     figure = evaluation_figure(found, number if by else None)
-    return ["; ".join(told), table, figure, best_of_n_figure(found)]
+    return [*parts, figure, best_of_n_figure(found)]
 
 # %% ../nbs/69_page.ipynb #fa1ff509
 def report(

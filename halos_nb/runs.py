@@ -7,10 +7,10 @@ __all__ = ['AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROWS', 'ROWS_READ', 
            'kl_estimate', 'step_sizes', 'mean_over_steps', 'round_metrics', 'scores_of_model', 'other_journals',
            'agreement_with', 'agreement_columns', 'labelling_columns', 'summary_row', 'sampled_by_older', 'row_code',
            'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'is_finished', 'run_summary',
-           'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'Run', 'with_truth',
-           'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds',
-           'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'paired_differences',
-           'mean_rounds']
+           'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'win_rows',
+           'interval_formats', 'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack',
+           'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of',
+           'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -357,17 +357,14 @@ def evaluations(run: str | Path) -> dict[int, dict]:
 def evaluation_row(number: int, found: dict) -> dict:
     "One evaluation in numbers."
     row: dict = {"after round": number, "prompts": found["prompts"]}
+    unscored = 0
     for labeller, one in found["labellers"].items():
         if one["score"]:
             row[f"score by {labeller}"] = as_interval(one["score"])
-    for labeller, one in found["labellers"].items():
-        for other, met in one["against"].items():
-            won = f"won against {other} by {labeller}"
-            row[won] = as_interval(met["win_rate"])
-            row[f"{won}, at equal length"] = as_interval(met["length_controlled"])
+        unscored += one["unscored"] or 0
     row["KL"] = as_interval(found["kl"])
     row["characters"] = as_interval(found["characters"])
-    return row
+    return row | dict(cut=found.get("cut"), unscored=unscored)
 
 
 def evaluation_rows(
@@ -387,6 +384,26 @@ def evaluation_rows(
             row["best"] = "best" if best == (f"round-{number}" if number else "start") else ""
         rows.append(row)
     return rows
+
+# %% ../nbs/63_runs.ipynb #3a5d368c
+def win_rows(run: str | Path) -> list[dict]:
+    "Whom a run's policies have beaten: a row for each evaluation, labeller and other side."
+    rows = []
+    for number, found in evaluations(run).items():
+        for labeller, one in found["labellers"].items():
+            for other, met in one["against"].items():
+                row: dict = {"after round": number, "against": other, "by": labeller}
+                row["win rate"] = as_interval(met["win_rate"])
+                row["at equal length"] = as_interval(met["length_controlled"])
+                for name in ("prompts", "comparisons", "ties", "undecided"):
+                    row[name] = met.get(name)
+                rows.append(row)
+    return rows
+
+
+def interval_formats(rows: list[dict], spec: str = ".4g") -> dict[str, str]:
+    "How a table shows its estimates: every column that has an interval."
+    return {name: spec for row in rows for name in row if isinstance(row[name], Interval)}
 
 # %% ../nbs/63_runs.ipynb #7c0ac499
 # a function that computes the true reward: (the prompt's turns, the output's text) -> number
@@ -625,13 +642,20 @@ def over_seeds(found: Seeds, truth: Truth, best: float) -> dict:
     return row | dict(failed=found.share(found.failed), runs=runs)
 
 # %% ../nbs/63_runs.ipynb #bc9137cf
+def last_answers(run: Run, truth: Truth | None) -> list[dict]:
+    "What an ended run's last policy said, with the truth where it can be computed."
+    samples = run.samples("final")
+    return with_truth(samples, truth) if truth else samples
+
+
 def paired_differences(
     found: dict[str, Seeds],  # by method
-    truth: Truth,
+    truth: Truth | None,  # None: the labeller's own scores are compared
     against: str = "",  # the method that the others are held against (empty: the first)
 ) -> list[dict]:
     "How much better each method's last policy is than one method's, over shared seeds."
     against = against or next(iter(found))
+    key = "true_reward" if truth else "reward"
     theirs = found[against].ended
     rows = []
     for name, of_method in found.items():
@@ -640,12 +664,12 @@ def paired_differences(
         ends = []
         for seed in [seed for seed in of_method.ended if seed in theirs]:
             both = (of_method.ended[seed], theirs[seed])
-            ours, other = [with_truth(run.samples("final"), truth) for run in both]
+            ours, other = [last_answers(run, truth) for run in both]
             ends.append((ours, other))
-        each = [mean_gain([one]).value for one in ends]
+        each = [mean_gain([one], key).value for one in ends]
         row: dict = dict(method=name, against=against)
         row["shared seeds"] = f"{len(ends)} of {of_method.asked}"
-        row["difference, over prompts"] = mean_gain(ends) if ends else None
+        row["difference, over prompts"] = mean_gain(ends, key) if ends else None
         row["over seeds"] = mean_over_seeds(each) if len(each) > 1 else None
         row["better in"] = f"{sum(one > 0 for one in each)} of {len(each)}"
         rows.append(row)
