@@ -210,8 +210,8 @@ def render(
     where: str = "",  # file and record, for the message
 ) -> str:
     "One conversation as text, in the tokenizer's chat template."
-    try_template(tokenizer)
     try:
+        try_template(tokenizer)
         text = rendered(tokenizer, turns, generation_prompt)
         if len(text) > MANY_LETTERS:
             check_length(text, turns)
