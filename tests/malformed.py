@@ -164,7 +164,8 @@ def odd_riders(rows, kind, rng):
 def other_record(rows, kind, rng):
     i = rng.randrange(len(rows))
     rows[i] = rng.choice(["text", 7, None, [rows[i]], True, []])
-    return "no object", i + 1, ""
+    # of lines whose first is no object the place is told as line and column
+    return "no object", i + 1 if i else 0, ""
 
 
 def other_kind(rows, kind, rng):
