@@ -502,6 +502,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.configs.evaluation_problems': ('configs.html#evaluation_problems', 'halos_nb/configs.py'),
                                   'halos_nb.configs.evaluator_problems': ('configs.html#evaluator_problems', 'halos_nb/configs.py'),
                                   'halos_nb.configs.evaluators': ('configs.html#evaluators', 'halos_nb/configs.py'),
+                                  'halos_nb.configs.field_names': ('configs.html#field_names', 'halos_nb/configs.py'),
                                   'halos_nb.configs.fill_from_preset': ('configs.html#fill_from_preset', 'halos_nb/configs.py'),
                                   'halos_nb.configs.free_name': ('configs.html#free_name', 'halos_nb/configs.py'),
                                   'halos_nb.configs.hand_problems': ('configs.html#hand_problems', 'halos_nb/configs.py'),

@@ -149,7 +149,7 @@ def subset_row(judged: Judged, name: str) -> dict:
 
 def overall(judged: Judged) -> Interval:
     "The mean of the four sections; unknown where one has no pairs."
-    weights = {}
+    weights: dict[str, float] = {}
     for subsets in SECTIONS.values():
         here = {name: n for name, n in subsets.items() if name in judged.subset}
         if not here:
@@ -238,8 +238,7 @@ def harness_numbers(results: dict[str, dict]) -> dict[str, dict]:
             if not is_number or metric.endswith("_stderr"):
                 continue
             error = measured.get(f"{metric}_stderr,{filtered}")
-            known = isinstance(error, int | float)
-            off = 1.96 * error if known else float("nan")
+            off = 1.96 * error if isinstance(error, int | float) else float("nan")
             name = metric if filtered == "none" else key
             found[task][name] = three(Interval(value, value - off, value + off))
     return found
@@ -257,7 +256,7 @@ def run_harness(cfg: BenchmarkConfig) -> dict[str, dict]:
     "The tasks' numbers, by lm-evaluation-harness."
     lm_eval = need("lm_eval", "tasks", "lm-eval")
     tasks = need("lm_eval.tasks", "tasks", "lm-eval")
-    model = dict(pretrained=cfg.model, dtype=cfg.precision)
+    model: dict[str, Any] = dict(pretrained=cfg.model, dtype=cfg.precision)
     model["trust_remote_code"] = cfg.trust_remote_code
     manager = tasks.TaskManager(include_path=cfg.task_folder or None)
     measured = lm_eval.simple_evaluate(

@@ -9,26 +9,27 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'NAMES_A_KEY', 'LO
            'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'PERSON',
            'JUDGE_FIELDS', 'COMMON', 'RATIO', 'OF_A_RUN', 'checked', 'refuse', 'is_mixed', 'looks_secret',
            'secret_values', 'texts_in', 'secret_in', 'refuse_secrets', 'unknown_parameter', 'parameter_problem',
-           'config_error', 'make_config', 'require_path', 'name_problem', 'plain_name', 'free_name', 'same_place',
-           'lies_at', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig',
-           'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
-           'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
-           'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
-           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
-           'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
-           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
-           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
-           'dropout_problems', 'reward_problems', 'adapter_problems', 'train_problems', 'read_options', 'Preset',
-           'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares',
-           'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
-           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
-           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings',
-           'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems',
-           'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds',
-           'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
-           'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files',
-           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig',
-           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'field_names', 'config_error', 'make_config', 'require_path', 'name_problem', 'plain_name', 'free_name',
+           'same_place', 'lies_at', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions',
+           'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
+           'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions',
+           'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of',
+           'split_names', 'ensemble_problems', 'several_models_problems', 'labeller_problems',
+           'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions',
+           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
+           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
+           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'adapter_problems',
+           'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
+           'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling',
+           'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems', 'evaluator_problems',
+           'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions', 'EvaluationOptions',
+           'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems',
+           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
+           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
+           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
+           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
+           'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -184,17 +185,22 @@ def parameter_problem(
     said = error["msg"].removeprefix("Value error, ")
     return f"{name}: {said}, got {error['input']!r}"
 
+# %% ../nbs/02_configs.ipynb #9e2b2b43
+def field_names(cls: type) -> list[str]:
+    "What a config has."
+    return [f.name for f in fields(cls)]
+
 
 def config_error(e: ValidationError, cls: type) -> str:
     "A pydantic error in one line, with each field that is wrong."
-    known = [f.name for f in fields(cls)]
+    known = field_names(cls)
     problems = [parameter_problem(error, known) for error in e.errors()]
     return f"{cls.__name__}: " + "; ".join(dict.fromkeys(problems))
 
 # %% ../nbs/02_configs.ipynb #dbc8a244
 def make_config(cls: type[Config], **given: Any) -> Config:
     "`cls(**given)`, or a ValueError that names each wrong parameter."
-    refuse_secrets(given, [f.name for f in fields(cls)])
+    refuse_secrets(given, field_names(cls))
     try:
         return cls(**given)
     except ValidationError as e:
@@ -284,8 +290,8 @@ def refuse_own_inputs(
     for out, targets in writes.items():
         for target in map(Path, targets):
             for field_name, paths in reads.items():
-                for path in filter(None, paths):
-                    if Path(path).exists() and lies_at(Path(path), target):
+                for path in paths:
+                    if path and Path(path).exists() and lies_at(Path(path), target):
                         raise ValueError(
                             f"{out}: would write {target} over {field_name}, {path}, which is "
                             f"read; give another {out}"

@@ -58,7 +58,7 @@ def seen_prompts(names: Iterable[str]) -> set[str]:
     "The ids of the prompts in data that was trained on."
     found: set[str] = set()
     for name in names:
-        found |= {example.prompt_id for example in load_prompts(name).examples}
+        found |= {example.prompt_id for example in load_prompts(name).examples[:]}
     return found
 
 
@@ -310,9 +310,10 @@ def as_text_of(three: Sequence[float | None]) -> str:
     "An estimate for a person."
     if three[0] is None:
         return "unknown"
-    if None in three:
+    known = [x for x in three if x is not None]
+    if len(known) < 3:
         return f"{three[0]:.3g}"
-    return f"{Interval(*map(float, three)):.3g}"
+    return f"{Interval(*known):.3g}"
 
 
 def told(found: dict) -> list[str]:

@@ -452,8 +452,8 @@ def stage_profile(profile: Profile, stage: Stage) -> Profile:
 
 # %% ../nbs/55_identity.ipynb #260b6aab
 # stages that write the same bytes for any number of processes
-ANY_NUMBER = ("sample", "label", "check", "recheck", "draw", "check_draw", "recheck_draw")
-ANY_NUMBER += ("evaluate",)
+ANY_NUMBER: tuple[str, ...] = ("sample", "label", "check", "recheck", "evaluate")
+ANY_NUMBER += ("draw", "check_draw", "recheck_draw")
 # fields of a sampling stage that belong to the machine: how much room an engine has, and how
 # many there are
 OF_THE_MACHINE = ("gpu_memory_utilization", "data_parallel_size")

@@ -854,7 +854,7 @@ def check_outputs(cfg: LabelConfig) -> None:
     journals = split_names(cfg.from_labels or [])
     models = read_models(cfg.reward_model_path or "")
     labels = companion_file(cfg.output_file, "labels.jsonl")
-    reads = dict(
+    reads: dict[str, Any] = dict(
         samples_file=[cfg.samples_file],
         second_samples_path=[cfg.second_samples_path],
         reward_model_path=[one.model for one in models],

@@ -423,7 +423,7 @@ def told_of(self: Ledger, stage: Stage) -> dict:
     if (
         "identity" not in last
         or not texts(outputs)
-        or set(outputs) != set(map(self.name, stage.outputs))
+        or set(outputs or []) != set(map(self.name, stage.outputs))
     ):
         return {}
     pruned = [e["outputs"] for e in events[ended[-1] :] if e["event"] == "pruned"]

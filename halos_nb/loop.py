@@ -1034,7 +1034,8 @@ def totals_before(run: Path, step: int) -> set[int]:
     journal = run / "ledger.jsonl"
     told = read_journal(journal).events if journal.is_file() else []
     told.append(read_object(run / "params.json").get("parameters") or {})
-    return {t.get("total_prompts") for t in told if t.get("prompts_per_round") == step}
+    alike = [told_once for told_once in told if told_once.get("prompts_per_round") == step]
+    return {int(one["total_prompts"]) for one in alike if one.get("total_prompts")}
 
 
 def prompts_of_rounds(
@@ -1320,7 +1321,7 @@ def located_models(cfg: LoopConfig) -> str:
     return ", ".join(parts)
 
 
-def located_evaluation(cfg: LoopConfig) -> dict[str, str]:
+def located_evaluation(cfg: LoopConfig) -> dict[str, Any]:
     "The files of the evaluation with their paths made absolute; an error if none has prompts."
     if not cfg.evaluate_every:
         return {}
@@ -1928,7 +1929,7 @@ def evaluate(
         return ""
     if why := self.beyond_cap(stages):
         raise CostError(why)
-    moved = []
+    moved: list[str] = []
     for i, stage in enumerate(stages):
         after = stages[i + 1].name if stage is not stages[-1] else ""
         moved += filter(None, [set_aside(self.ledger, stage)])

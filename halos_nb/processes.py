@@ -104,7 +104,7 @@ def collectives_begun() -> int:
 
     # Relies on: torch numbers the operations of each group, with any backend.
     groups = list(dist.distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)
+    return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined] # not in its stubs
 
 
 def stack_of(thread: int) -> list[traceback.FrameSummary]:

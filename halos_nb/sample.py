@@ -329,7 +329,7 @@ def check_outputs(cfg: SampleConfig) -> None:
     out = Path(cfg.output_file)
     beside = [out.with_name(f"{out.stem}.{kind}.json") for kind in ("counts", "samples")]
     drawn = Path(cfg.drawn) if cfg.drawn else None
-    reads = dict(
+    reads: dict[str, Any] = dict(
         datasets=cfg.datasets,
         drawn=[drawn, drawn and drawn.with_name(f"{drawn.stem}.counts.json")],
         model=[cfg.model],

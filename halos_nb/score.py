@@ -462,10 +462,10 @@ def unit_of(
 # %% ../nbs/40_score.ipynb #e0396ec4
 def in_units(says: list["Scored"], units: list[Unit]) -> list[float | None]:
     "What each model says of a sample, in its own unit; None where it does not score it."
-    found = []
+    found: list[float | None] = []
     for one, unit in zip(says, units, strict=True):
-        known = one.score is not None
-        found.append((one.score - unit.mean) / unit.deviation if known else None)
+        score = one.score
+        found.append(None if score is None else (score - unit.mean) / unit.deviation)
     return found
 
 

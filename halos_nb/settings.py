@@ -37,6 +37,7 @@ import halos_nb
 from halos_nb.configs import (
     Config,
     checked,
+    field_names,
     make_config,
     refuse,
     refuse_secrets,
@@ -385,10 +386,12 @@ RANK = ("RANK=", "LOCAL_RANK=", "NODE_RANK=", "GROUP_RANK=", "ROLE_RANK=", "CROS
 WORLD = ("WORLD_SIZE=", "LOCAL_WORLD_SIZE=", "GROUP_WORLD_SIZE=", "ROLE_WORLD_SIZE=")
 MEETING = ("ROLE_NAME=", "MASTER_ADDR=", "MASTER_PORT=", "TORCHELASTIC_", "PET_", "HOROVOD_")
 # MPI: its process managers, Open MPI, MVAPICH, Intel's, Cray's, IBM's
-MPI = ("PMI_", "PMI2_", "PMIX_", "PRTE_", "ORTE_", "OMPI_", "OPAL_", "MV2_", "MVP_")
+MPI: tuple[str, ...] = ("PMI_", "PMI2_", "PMIX_", "PRTE_", "ORTE_", "OMPI_", "OPAL_")
+MPI += ("MV2_", "MVP_")
 MPI += ("I_MPI_", "MPI_LOCAL", "MPICH_", "HYDRA_", "HYDI_", "PALS_", "JSM_NAMESPACE_")
 # which task of a step of SLURM this is; what belongs to the job stays
-TASK = ("SLURM_PROCID=", "SLURM_LOCALID=", "SLURM_NODEID=", "SLURM_GTIDS=", "SLURM_TASK_PID=")
+TASK: tuple[str, ...] = ("SLURM_PROCID=", "SLURM_LOCALID=", "SLURM_NODEID=")
+TASK += ("SLURM_GTIDS=", "SLURM_TASK_PID=")
 TASK += ("SLURM_NTASKS", "SLURM_NPROCS=", "SLURM_TASKS_PER_NODE=", "SLURM_STEP", "SLURM_SRUN_")
 
 # so begins, followed by =, what a stage does not inherit
@@ -630,8 +633,8 @@ def settings_text(path: Path) -> str:
             f"{path}, line {line}: is not UTF-8 (byte 0x{data[e.start]:02x}); save it as UTF-8"
         ) from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    for number, line in enumerate(text.split("\n"), 1):
-        if found := re.search(r"[\x00-\x08\x0b-\x1f\x7f]", line):
+    for number, said in enumerate(text.split("\n"), 1):
+        if found := re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said):
             raise ValueError(f"{path}, line {number}: has a control character, {found[0]!r}")
     return text
 
@@ -990,7 +993,7 @@ def parse_args(
 
     args = list(sys.argv[1:] if args is None else args)
     check_letters(*args)
-    refuse_secrets(flag_values(args), [f.name for f in fields(cls)])
+    refuse_secrets(flag_values(args), field_names(cls))
     description = " ".join((cls.__doc__ or "").split())
     if "--config" not in args:
         return tyro.cli(cls, args=args, description=description)

@@ -873,7 +873,7 @@ def mean_difference(
     return mean_interval(difference, prompts, seed, draws)
 
 
-def hits_of(margins: Sequence[float]) -> np.ndarray:
+def hits_of(margins: Sequence[float] | np.ndarray) -> np.ndarray:
     "1 where the preferred answer has the higher score, 1/2 where both are equal, else 0."
     return (1 + np.sign(np.asarray(margins, float))) / 2
 

@@ -766,7 +766,7 @@ def check_outputs(cfg: TrainConfig) -> None:
     "An error if something that is read would be written."
     folder = run_folder(cfg)
     names = ("FINAL", "counts.json", "eval_scores.jsonl")
-    reads = dict(
+    reads: dict[str, Any] = dict(
         train_datasets=cfg.train_datasets,
         test_datasets=cfg.test_datasets,
         model=[cfg.model],
@@ -779,7 +779,7 @@ def check_outputs(cfg: TrainConfig) -> None:
 # %% ../nbs/26_train.ipynb #58e3e577
 def require_room_for(cfg: TrainConfig) -> None:
     "An error if the disk has not the room for what a training writes."
-    weights = 4 * count_parameters(cfg.from_checkpoint or cfg.model)
+    weights = 4 * count_parameters(cfg.from_checkpoint or cfg.model or "")
     moments = weights // 2 if cfg.optimizer == "adamw_8bit" else 2 * weights
     if cfg.use_peft:
         moments = weights // 50  # only the adapters have some
@@ -814,7 +814,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     trainer.end_trackers()
     if main:
         write_json(folder / "counts.json", counts)
-    if main and evaluation and trainer.pair_scores:
+    if main and trainer.eval_loader and trainer.pair_scores:
         scored = folder / "eval_scores.jsonl"
         write_scores(scored, trainer.pair_scores, trainer.eval_loader)
     model = trainer.save_final(folder / "FINAL", tokenizer)
