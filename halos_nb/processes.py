@@ -103,8 +103,8 @@ def collectives_begun() -> int:
     import torch.distributed as dist
 
     # Relies on: torch numbers the operations of each group, with any backend.
-    groups = list(dist.distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined] # not in its stubs
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def stack_of(thread: int) -> list[traceback.FrameSummary]:

@@ -276,7 +276,8 @@ LABELS = (
     rf"(?:{SCORE}|overall|total|verdict|evaluation|assessment|judge?ment)[\s*_`]*[:=][\s*_`]*"
 )
 LEADS = re.compile(
-    rf"(?:(?:\A|[.!?;]\s|\n)[\s*_`\"'(>-]*|\b{LABELS}|{SAYS}|\b(?:so|thus|hence|therefore)\W{{1,3}}"
+    rf"(?:(?:\A|[.!?;]\s|\n)[\s*_`\"'(>-]*|\b{LABELS}|{SAYS}"
+    r"|\b(?:so|thus|hence|therefore)\W{1,3}"
     rf"|{THIS}{GETS}(?:an?\s+)?|{THIS}(?:['’]s|\s+is)\s+an?\s+(?:\w+\s+)?)\Z",
     re.I,
 )
@@ -441,7 +442,8 @@ THINGS = (
     r"percent|seems|feels|looks|fits|suits|sounds|does)\b)[a-z]{2,}s\b"
 )
 IN_WORDS = re.compile(
-    rf"(?:^|[.!?;:]\s)(?:[\w'’,]+\s+){{0,3}}(?:{'|'.join(WORDS)})(?:\s+\w+){{0,2}}[.!]*\s*(?:$|\Z)",
+    rf"(?:^|[.!?;:]\s)(?:[\w'’,]+\s+){{0,3}}(?:{'|'.join(WORDS)})"
+    r"(?:\s+\w+){0,2}[.!]*\s*(?:$|\Z)",
     re.I | re.M,
 )
 NOT_MINE = re.compile(r"\b(?:inject\w*|manipulat\w*|disagree\w*|quot(?:e|ed|ation)\b)", re.I)
