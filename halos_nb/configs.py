@@ -18,18 +18,18 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'NAMES_A_KEY', 'LO
            'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions',
            'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
            'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
-           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'adapter_problems',
-           'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
-           'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling',
-           'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems', 'evaluator_problems',
-           'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions', 'EvaluationOptions',
-           'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems',
-           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
-           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
-           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
-           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
-           'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
-           'PlanConfig', 'config_json']
+           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'objectives_problems',
+           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
+           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
+           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
+           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings', 'fill_from_preset',
+           'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems', 'own_form',
+           'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds', 'seed_problems',
+           'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
+           'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems',
+           'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig',
+           'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -497,6 +497,9 @@ class LabellerOptions:
     # several reward models: the counts file that says what each one's mean and standard
     # deviation are, so that another file's scores have the same unit (None: these samples')
     units_from: str | None = None
+    # labeller: a language model, checkpoint folder or hub name, that reads two answers and says
+    # which is better, by its log-probs of the letters A and B, in both orders
+    judge_model_path: str | None = None
     # labeller: a judge behind an OpenAI-compatible server; key only from OPENAI_API_KEY
     api_type: Literal["openai"] | None = None
     # labeller: "module:name" of a Python function (prompt turns, output text) -> number
@@ -588,8 +591,8 @@ class JudgeOptions:
     base_url: str | None = None  # api: the server (None: OPENAI_BASE_URL, else OpenAI's own)
     # api: a number for each sample, or which of two is better, asked in both orders
     judge: Literal["scalar", "pairwise"] = "scalar"
-    system_prompt: str | None = None  # api: who the judge is (None: a default)
-    # api: the question, with {prompt} and {output}, or {output_A} and {output_B} (None: a
+    system_prompt: str | None = None  # judge: who it is (None: a default)
+    # judge: the question, with {prompt} and {output}, or {output_A} and {output_B} (None: a
     # default)
     label_prompt: str | None = None
     score_min: float = 0  # api: worst score; one outside the range is unscored
@@ -629,7 +632,8 @@ class LabelConfig(
     BudgetOptions, JudgeOptions, ReadingOptions, FeedbackOptions, LabellerOptions
 ):
     """What `halos_nb.label` needs: samples in, feedback out.
-    Name one labeller: reward_model_path, api_type, function, or from_labels."""
+    Name one labeller: reward_model_path, judge_model_path, api_type, function, or
+    from_labels."""
 
     precision: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
     # run code that comes with the model; leave off unless you have read it
@@ -638,6 +642,8 @@ class LabelConfig(
     num_processes: PositiveInt | None = None
 
     def __post_init__(self) -> None:
+        if self.judge_model_path:
+            self.judge = "pairwise"
         if self.feedback_mode is None:
             pairs_are_given = self.judge == "pairwise" or self.second_samples_path
             self.feedback_mode = "random" if pairs_are_given else "max"
@@ -714,7 +720,7 @@ def several_models_problems(c: LabelConfig) -> Iterator[str]:
     yield from ensemble_problems(c.ensemble, models)
 
 # %% ../nbs/02_configs.ipynb #875311d9
-LABELLERS = ("reward_model_path", "api_type", "function", "from_labels")
+LABELLERS = ("reward_model_path", "judge_model_path", "api_type", "function", "from_labels")
 
 
 def labeller_problems(c: LabelConfig) -> Iterator[str]:
@@ -722,8 +728,8 @@ def labeller_problems(c: LabelConfig) -> Iterator[str]:
     named = [name for name in LABELLERS if getattr(c, name) is not None]
     if len(named) != 1:
         yield (
-            "labeller: name exactly one of reward_model_path, api_type, function "
-            f"and from_labels, got {' and '.join(named) or 'none'}"
+            "labeller: name exactly one of reward_model_path, judge_model_path, api_type, "
+            f"function and from_labels, got {' and '.join(named) or 'none'}"
         )
     if (c.api_type is None) != (c.api_model is None):
         yield (
@@ -733,9 +739,10 @@ def labeller_problems(c: LabelConfig) -> Iterator[str]:
 
 def pairwise_judge_problems(c: LabelConfig) -> Iterator[str]:
     "What a judge that compares two answers cannot do."
-    if not c.api_type:
+    if not (c.api_type or c.judge_model_path):
         yield (
-            "judge: only an API judge compares two answers; name it with api_type and api_model"
+            "judge: only a judge compares two answers; name it with api_type and api_model, or "
+            "with judge_model_path"
         )
     if c.feedback_type not in (None, "pairwise"):
         yield f"feedback_type: a pairwise judge gives pairs, not {c.feedback_type} feedback"
@@ -855,6 +862,10 @@ class LossOptions:
     # bradley-terry: what the lengths of two answers tell of the label is not learnt again: its
     # log-odds, fitted to the pairs, stand beside the scores while they are trained
     debias_length: bool = False
+    # bradley-terry: several scores, one logit for each of these ratings of the pairs, names or
+    # a list; "helpful" stands there as helpful_A and helpful_B (or helpful_chosen and
+    # helpful_rejected), "label" is the pair's own preference
+    objectives: list[str] | str = ""
     # bradley-terry: weight of (chosen + rejected)^2, which keeps scores near 0
     centring: NonNegativeFloat = 0.0
 
@@ -1070,6 +1081,7 @@ class TrainConfig(
             self.sync_reference = int(self.humanline)
         if self.lora_dropout is None:
             self.lora_dropout = 0.0 if self.loss in COMPARING else 0.05
+        self.objectives = split_names(self.objectives)
         refuse(train_problems(self))
 
 # %% ../nbs/02_configs.ipynb #a19d9e74
@@ -1165,9 +1177,26 @@ def reward_problems(c: TrainConfig) -> Iterator[str]:
             f"label_smoothing: with {c.label_smoothing} of the labels wrong nothing can be "
             "learnt; it is below 0.5"
         )
-    for name in ("label_smoothing", "debias_length"):
+    for name in ("label_smoothing", "debias_length", "objectives"):
         if getattr(c, name) and c.loss != "bradley-terry":
             yield f"{name}: only a reward model (bradley-terry) is trained so, not {c.loss}"
+    if c.objectives:
+        yield from objectives_problems(c)
+
+# %% ../nbs/02_configs.ipynb #739b62c7
+def objectives_problems(c: TrainConfig) -> Iterator[str]:
+    "What several objectives cannot be, or cannot go with."
+    names = split_names(c.objectives)
+    if len(names) < 2 or len(set(names)) < len(names):
+        yield (
+            f"objectives: {', '.join(names)} should be several names, each once; with one "
+            "preference leave it out, for that is the pairs' own label"
+        )
+    if wrong := [name for name in names if "=" in name or "*" in name]:
+        yield f"objectives: {wrong[0]} is no name; weights are given when a model scores"
+    for name in ("use_margin", "debias_length"):
+        if getattr(c, name):
+            yield f"{name}: is of the pairs' one label, not of objectives; leave one out"
 
 # %% ../nbs/02_configs.ipynb #6f05c34a
 def adapter_problems(c: TrainConfig) -> Iterator[str]:
@@ -2300,6 +2329,11 @@ class RewardConfig:
     label_smoothing: NonNegativeFloat = 0.0
     # what the lengths of two answers tell of the label is not learnt again
     debias_length: bool = False
+    # several scores, a logit for each of these ratings of the pairs ("helpful" stands there as
+    # helpful_A and helpful_B), comma-separated or a list (empty: one score)
+    objectives: list[str] | str = ""
+    # how objectives are weighed in labels, as "helpful=0.7,safe=0.3" (empty: all alike)
+    objective_weights: str = ""
     batch_size: PositiveInt = 16  # pairs per optimiser step
     token_budget: PositiveInt = 4096  # tokens in one forward pass
     # keep each layer's input only, compute the layer again in the backward pass: less memory, a
@@ -2327,6 +2361,9 @@ class RewardConfig:
     def __post_init__(self) -> None:
         self.train_datasets = split_names(self.train_datasets)
         self.test_datasets = split_names(self.test_datasets)
+        self.objectives = split_names(self.objectives)
+        if self.objectives and not self.objective_weights:
+            self.objective_weights = ",".join(f"{name}=1" for name in self.objectives)
         if self.exp_name in OF_A_RUN or self.exp_name.endswith((".json", ".jsonl")):
             raise ValueError(f"exp_name: {self.exp_name} is a name that the run needs itself")
         if bool(self.train_datasets) != bool(self.test_datasets):

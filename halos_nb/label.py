@@ -10,7 +10,8 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'score_differences', 'pair_verdicts', 'wins_of_files', 'feedback_from_scores', 'feedback_from_comparisons',
            'other_thresholds', 'nothing_to_learn', 'what_was_made', 'write_feedback', 'with_dropped', 'penalised',
            'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units', 'together',
-           'label_by_reward_model', 'label_by_function', 'judge_job', 'label_by_judge', 'keys_of_row',
+           'label_by_reward_model', 'label_by_function', 'questions_about', 'judge_job', 'label_by_judge',
+           'fitting_questions', 'read_letters', 'comparison_row', 'letter_counts', 'label_by_letters', 'keys_of_row',
            'check_can_compare', 'scored_by', 'scores_from_labels', 'label_from_journal', 'dry_run', 'timed',
            'label_in_one_process', 'check_outputs', 'require_room_for', 'main']
 
@@ -47,6 +48,7 @@ from halos_nb.configs import (
     Weighted,
     read_models,
     refuse_own_inputs,
+    require_path,
     split_names,
 )
 from .settings import parse_args
@@ -88,14 +90,19 @@ from halos_nb.label_input import (
 from .checkpoints import check_together, drop_finished, keep_finished, made_of
 from .processes import end_process, start_processes
 from .templates import render, tell_template
-from .trees import name_of
-from .models import fit_vocabulary, load_tokenizer
+from .trees import Tree, name_of
+from .layouts import choose_layout
+from .models import evaluating, fit_vocabulary, load_policy, load_tokenizer
+from .letters import Letter, LetterScorer, letter_of, letter_tree
 from .score import process_batch_with_reward_model as process_batch_with_reward_model
 from halos_nb.score import (
     Scored,
     Unit,
     head_at,
     load_scorer,
+    micro_batches,
+    reads_at_most,
+    score_batches,
     score_samples,
     unit_of,
     spread_between,
@@ -103,12 +110,17 @@ from halos_nb.score import (
     with_rewards,
 )
 from .judge import process_samples_with_api as process_samples_with_api
+from .replies import Reading
 from halos_nb.judge import (
     JudgeJob,
+    Question,
     digest,
     estimate,
     estimate_text,
+    judge_of,
     latest_lines,
+    letter_turns,
+    of_samples,
     question,
     questions_of_pair,
     run_job,
@@ -580,12 +592,14 @@ def check_prompts(tokenizer: Any, data: LabelInput, file: str) -> None:
 # fields of the config that are looked at by their contents, or change no score
 ASIDE = (
     *("samples_file", "second_samples_path", "output_file", "reward_model_path"),
-    *("units_from", "ensemble", "num_processes"),
+    *("judge_model_path", "units_from", "ensemble", "num_processes"),
 )
 
 
 def scores_beside(cfg: LabelConfig, path: str) -> Path:
     "What a model's finished scores are called by, until the output is there."
+    if cfg.judge_model_path:
+        return Path(f"{cfg.output_file}.lm")
     models = [one.model for one in read_models(str(cfg.reward_model_path))]
     return Path(f"{cfg.output_file}.rm{models.index(path) + 1}")
 
@@ -708,14 +722,19 @@ def label_by_function(data: LabelInput, cfg: LabelConfig) -> Labelled:
     return Labelled(scored, label_rows(data.samples, scored, f"function:{cfg.function}"), {})
 
 # %% ../nbs/43_label.ipynb #6d3779cc
-def judge_job(data: LabelInput, cfg: LabelConfig) -> JudgeJob:
-    "The questions for an API judge."
-    questions = []
+def questions_about(data: LabelInput, cfg: LabelConfig) -> list[Question]:
+    "The questions for a judge: each sample, or each pair in both orders."
     if cfg.judge == "scalar":
-        questions = [question(s) for s in data.samples]
-    else:
-        for i, j in pairs_to_ask(data, cfg):
-            questions += questions_of_pair(data.samples[i], data.samples[j])
+        return [question(s) for s in data.samples]
+    questions = []
+    for i, j in pairs_to_ask(data, cfg):
+        questions += questions_of_pair(data.samples[i], data.samples[j])
+    return questions
+
+
+def judge_job(data: LabelInput, cfg: LabelConfig) -> JudgeJob:
+    "The questions for an API judge, and its journal."
+    questions = questions_about(data, cfg)
     return JudgeJob(cfg, questions, companion_file(cfg.output_file, "labels.jsonl"))
 
 # %% ../nbs/43_label.ipynb #4ec53ae9
@@ -726,6 +745,94 @@ def label_by_judge(data: LabelInput, cfg: LabelConfig) -> Labelled:
         return Labelled(None, None, counts, list(answers.values()))
     scored = [Scored(r["score"], r["reason"], False) for r in answers.values()]
     return Labelled(scored, None, counts)
+
+# %% ../nbs/43_label.ipynb #27ecd431
+def fitting_questions(
+    trees: list[Tree],
+    limit: int,  # most tokens of a question and its letter
+) -> list[int]:
+    "The numbers of the questions that fit."
+    found = []
+    for number, tree in enumerate(trees):
+        longest = max(len(branch) for branch in tree.branches)
+        if len(tree.prompt_ids) + longest <= limit:
+            found.append(number)
+    return found
+
+
+def read_letters(
+    trees: list[Tree],  # of each question
+    policy: Any,
+    tokenizer: Any,
+    cfg: LabelConfig,
+    accelerator: "Accelerator",
+) -> list[Letter]:  # of each question
+    "What the model says of every question, shared among all processes."
+    limit = reads_at_most(policy, tokenizer, cfg.max_length)
+    read = fitting_questions(trees, limit)
+    own = [replace(trees[i], index=[2 * k, 2 * k + 1]) for k, i in enumerate(read)]
+    layout = choose_layout(policy, "auto", limit).name
+    batches = micro_batches(own, cfg.token_budget, layout, cfg.batch_size)
+    path = str(cfg.judge_model_path)
+    kept = kept_scores(cfg, accelerator, path)
+    progress = None
+    if accelerator.is_main_process:
+        progress = Progress(2 * len(own), "letters", "label")
+    with evaluating(policy):
+        logps = score_batches(
+            *(batches, 2 * len(own), LetterScorer(policy), layout, tokenizer.pad_token_id or 0),
+            *((1.0,), accelerator, progress, kept),
+        )
+    if progress:
+        progress.close()
+    long = Letter(None, f"the question is longer than {limit} tokens", None)
+    letters = [long] * len(trees)
+    for k, i in enumerate(read):
+        letters[i] = letter_of(logps[2 * k], logps[2 * k + 1])
+    return letters
+
+# %% ../nbs/43_label.ipynb #176bfdee
+def comparison_row(asked: Question, said: Letter, path: str) -> dict:
+    "The comparison record of a question."
+    shown = Reading(said.winner, said.reason)
+    winner = of_samples(shown, asked.ids["order"]).value
+    row = dict(asked.ids, labeller=f"lm:{path}", winner=winner, reason=said.reason)
+    return row | dict(logps=said.logps and list(said.logps), type="comparison")
+
+
+def letter_counts(letters: list[Letter]) -> dict:
+    "How surely a letter came at all, and how many questions were too long."
+    masses = [said.mass for said in letters if said.logps]
+    mass = round(statistics.fmean(masses), 4) if masses else None
+    if mass is not None and mass < 0.5:
+        print(
+            f"note: A or B is what comes next with {mass:.1%} only: the model was hardly made "
+            "for this question, or its template begins with something else (template_options)",
+            file=sys.stderr,
+        )
+    return dict(questions=len(letters), letter_mass=mass)
+
+
+def label_by_letters(
+    data: LabelInput, cfg: LabelConfig, accelerator: "Accelerator"
+) -> Labelled:
+    "Comparisons of a language model, both orders of each pair."
+    path, trust = str(cfg.judge_model_path), cfg.trust_remote_code
+    [note] = check_together([path], accelerator)
+    tokenizer = load_tokenizer(path, trust, cfg.template_options)
+    told = tell_template(tokenizer, path, accelerator.is_main_process)
+    judge = judge_of(cfg)
+    questions = questions_about(data, cfg)
+    trees = []
+    for number, asked in enumerate(questions):
+        where = f"question about prompt_id {asked.ids['prompt_id']}"
+        trees.append(letter_tree(tokenizer, letter_turns(judge, asked), number, where))
+    policy = fit_vocabulary(load_policy(path, cfg.precision, trust), tokenizer)
+    policy = policy.to(accelerator.device)
+    letters = read_letters(trees, policy, tokenizer, cfg, accelerator)
+    rows = [comparison_row(asked, said, path) for asked, said in zip(questions, letters)]
+    counts = told | letter_counts(letters) | dict(checkpoints=dict(judge=note))
+    return Labelled(None, rows, counts, rows)
 
 # %% ../nbs/43_label.ipynb #7905b79d
 def keys_of_row(row: dict) -> list[tuple]:
@@ -824,6 +931,9 @@ def dry_run(data: LabelInput, cfg: LabelConfig) -> dict:
         estimated = estimate(job)
         counts |= estimated
         print(estimate_text(estimated, job.judge))
+    if cfg.judge_model_path:
+        require_path(cfg.judge_model_path, "judge_model_path")
+        counts["questions"] = len(questions_about(data, cfg))
     if cfg.reward_model_path:
         heads = []
         for path, _ in read_models(cfg.reward_model_path):
@@ -858,6 +968,7 @@ def check_outputs(cfg: LabelConfig) -> None:
         samples_file=[cfg.samples_file],
         second_samples_path=[cfg.second_samples_path],
         reward_model_path=[one.model for one in models],
+        judge_model_path=[cfg.judge_model_path],
         units_from=[cfg.units_from],
         from_labels=journals,
     )
@@ -889,19 +1000,21 @@ def main(
     if cfg.dry_run:
         return dry_run(asked, cfg)
     require_room_for(cfg)
-    if cfg.reward_model_path or cfg.function:
+    if not (cfg.api_type or cfg.from_labels):
         check_paid_labels_kept(companion_file(cfg.output_file, "labels.jsonl"))
-    if not cfg.reward_model_path:
+    if not (cfg.reward_model_path or cfg.judge_model_path):
         if int(os.environ.get("RANK", 0)):
             return {}  # there is nothing to share among processes
         got = label_in_one_process(asked, cfg)
         return write_feedback(data, timed(with_dropped(data, got, cfg), start), cfg)
     accelerator = start_processes(cfg.num_processes)
-    got = label_by_reward_model(asked, cfg, accelerator)
+    ask = label_by_letters if cfg.judge_model_path else label_by_reward_model
+    got = ask(asked, cfg, accelerator)
     counts = {}
     if accelerator.is_main_process:
         counts = write_feedback(data, timed(with_dropped(data, got, cfg), start), cfg)
-        for one in read_models(str(cfg.reward_model_path)):
+        models = read_models(str(cfg.judge_model_path or cfg.reward_model_path))
+        for one in models:
             drop_finished(scores_beside(cfg, one.model))
     accelerator.wait_for_everyone()
     return counts

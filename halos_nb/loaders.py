@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['CONTROL_TOKENS', 'Unit', 'SIGN', 'LoaderItem', 'Step', 'TreeDataLoader', 'is_empty', 'told_logps', 'teaches_nothing',
-           'Epoch', 'pair_margin', 'PairedPreferenceDataLoader', 'add_control_tokens', 'check_control_tokens',
-           'without_control_tokens', 'without_ids', 'with_control_token', 'SFTDataLoader', 'BestOfDataLoader',
-           'status_units', 'answers_of', 'StatusDataLoader', 'UnpairedPreferenceDataLoader', 'others_in_turn',
-           'mismatches', 'add_branch', 'merge_same_prompts', 'GroupUnpairedPreferenceDataLoader',
+           'Epoch', 'pair_margin', 'ratings_of_pair', 'PairedPreferenceDataLoader', 'add_control_tokens',
+           'check_control_tokens', 'without_control_tokens', 'without_ids', 'with_control_token', 'SFTDataLoader',
+           'BestOfDataLoader', 'status_units', 'answers_of', 'StatusDataLoader', 'UnpairedPreferenceDataLoader',
+           'others_in_turn', 'mismatches', 'add_branch', 'merge_same_prompts', 'GroupUnpairedPreferenceDataLoader',
            'ConditionalSFTDataLoader']
 
 # %% ../nbs/12_loaders.ipynb #77ad1d0b
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -524,8 +524,19 @@ def pair_margin(e: Example, pair: tuple[int, int]) -> float:
     return float(better - worse)
 
 
+def ratings_of_pair(e: Example, pair: tuple[int, int], name: str) -> list[float]:
+    "What both are rated by an objective, NaN if either is unknown; `label` is 1 and 0."
+    if name == "label":
+        return [1.0, 0.0]
+    rated = [(e.known(k).ratings or {}).get(name, math.nan) for k in pair]
+    return rated if not any(map(math.isnan, rated)) else [math.nan] * 2
+
+
+@dataclass(eq=False, repr=False)
 class PairedPreferenceDataLoader(TreeDataLoader):
-    "One tree per preference pair: branches chosen and rejected; fact `margin`."
+    "One tree per preference pair, chosen and rejected; facts `margin` and `objective NAME`."
+
+    objectives: Sequence[str] = ()  # names of ratings that are facts, too
 
     def choose(self, p: int, e: Example) -> list[list[LoaderItem]]:
         "Each pair; a prompt without one is counted."
@@ -533,6 +544,11 @@ class PairedPreferenceDataLoader(TreeDataLoader):
         units = []
         for pair in e.pairs:
             facts = {"margin": [pair_margin(e, pair)] * 2}
+            for name in self.objectives:
+                facts[f"objective {name}"] = ratings_of_pair(e, pair, name)
+            if self.objectives and not self.decided(facts):
+                self.counts["no_objective"] += 1
+                continue
             units.append([LoaderItem(p, list(pair), ["chosen", "rejected"], facts)])
         return units
 
@@ -540,7 +556,34 @@ class PairedPreferenceDataLoader(TreeDataLoader):
         "As ever; if no margin is known, there is no such fact."
         super().choose_items()
         if all(math.isnan(item.facts["margin"][0]) for item in self.items):
-            self.items = [item._replace(facts={}) for item in self.items]
+            for item in self.items:
+                del item.facts["margin"]
+        self.check_objectives()
+
+# %% ../nbs/12_loaders.ipynb #4093c43c
+@patch
+def decided(self: PairedPreferenceDataLoader, facts: dict[str, list[float]]) -> bool:
+    "Whether an objective prefers one of a pair; those that do not are counted."
+    found = False
+    for name in self.objectives:
+        chosen, rejected = facts[f"objective {name}"]
+        self.counts[f"unrated_{name}"] += math.isnan(chosen)
+        self.counts[f"equal_{name}"] += chosen == rejected
+        found = found or chosen < rejected or chosen > rejected
+    return found
+
+
+@patch
+def check_objectives(self: PairedPreferenceDataLoader) -> None:
+    "An error if no pair says anything of an objective."
+    for name in self.objectives:
+        rated = [item.facts[f"objective {name}"][0] for item in self.items]
+        if all(map(math.isnan, rated)):
+            where = f"; the first pair is of {self.examples[0].where}" if self.examples else ""
+            raise ValueError(
+                f"objectives: no pair has the numbers {name}_A and {name}_B (or {name}_chosen "
+                f"and {name}_rejected){where}"
+            )
 
 # %% ../nbs/12_loaders.ipynb #1f45bec5
 CONTROL_TOKENS = dict(chosen="<|good|>", rejected="<|bad|>")
@@ -850,7 +893,7 @@ def merge_same_prompts(data: list[Example]) -> list[Example]:
         whole.pairs += [(i + before, j + before) for i, j in e.pairs]
         whole.generations += e.generations
         for k in range(len(e.generations)):
-            score, desirable = e.known(k)
+            score, desirable, _ = e.known(k)
             whole.scores.append(score)
             whole.desirable.append(desirable)
             whole.drawn.append(e.drawn_at(k))

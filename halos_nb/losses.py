@@ -8,7 +8,7 @@ __all__ = ['NO_ROWS', 'EXP_LIMIT', 'upcast', 'widest_float', 'same_shape', 'Shar
            'cdpo_loss', 'token_mean', 'ipo_loss', 'rpo_loss', 'dpo_norm_loss', 'simpo_loss', 'slic_loss', 'kto_kl',
            'KTOLoss', 'kto_loss', 'Surrogate', 'clipped_surrogate', 'GroupLoss', 'kl_estimate', 'grpo_loss',
            'Importance', 'importance', 'PPOLoss', 'sequence_ratios', 'value_error', 'actor_critic_loss', 'ppo_loss',
-           'RewardLoss', 'bradley_terry_loss']
+           'RewardLoss', 'bradley_terry_loss', 'ObjectivesLoss', 'objectives_loss']
 
 # %% ../nbs/20_losses.ipynb #ef766790
 from typing import NamedTuple
@@ -635,3 +635,29 @@ def bradley_terry_loss(
     if centring:
         losses = losses + centring * (chosen + rejected) ** 2
     return RewardLoss(losses, chosen.detach(), rejected.detach())
+
+# %% ../nbs/20_losses.ipynb #250907f5
+class ObjectivesLoss(NamedTuple):
+    "What `objectives_loss` gives."
+
+    losses: Tensor  # (B,)
+    chosen_scores: Tensor  # (B, K) no gradient
+    rejected_scores: Tensor  # (B, K) no gradient
+
+
+def objectives_loss(
+    chosen_logits: Tensor,  # (B, K) one for each objective
+    rejected_logits: Tensor,  # (B, K)
+    preferred: Tensor,  # (B, K) 1: the chosen answer, -1: the other; 0, NaN: neither
+    centring: float = 0.0,  # weight of the squared sum of two scores
+    label_smoothing: float = 0.0,  # share of labels that may be wrong
+) -> ObjectivesLoss:
+    "Bradley and Terry's loss of several objectives, each with its own preference."
+    same_shape(chosen=chosen_logits, rejected=rejected_logits, preferred=preferred)
+    chosen, rejected = upcast(chosen_logits), upcast(rejected_logits)
+    known = preferred.abs() > 0  # NaN is not
+    difference = preferred.where(known, 0) * (chosen - rejected)
+    losses = -F.logsigmoid(difference) + label_smoothing * difference
+    losses = losses + centring * (chosen + rejected) ** 2
+    losses = losses.where(known, 0).mean(1)
+    return ObjectivesLoss(losses, chosen.detach(), rejected.detach())

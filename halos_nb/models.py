@@ -10,10 +10,11 @@ __all__ = ['FOREIGN', 'CAPS', 'PAD', 'VALUE_HEAD', 'HEADS', 'REFERENCE', 'Predic
            'tokens_in_texts', 'own_padding', 'pad_as', 'small_llama', 'start_from_scratch', 'name_end', 'BranchValues',
            'TreeActorCritic', 'take_value_head', 'load_value_head', 'load_actor_critic', 'BranchScores',
            'last_attended', 'score_logits', 'last_hidden', 'branch_scores', 'TreeScorer', 'with_two_logits',
-           'is_head_of_classifier', 'untrained_head', 'AutoModelForBradleyTerry', 'as_bradley_terry', 'load_classifier',
-           'start_classifier', 'load_reward_model', 'modules_to_train', 'lora_config', 'Vocabulary', 'vocabulary_of',
-           'rows_to_train', 'check_targets', 'add_lora', 'differences', 'checked_adapter', 'loaded_whole', 'unwrap',
-           'save_adapter', 'merge_lora', 'without_adapter', 'chances', 'dropouts', 'set_dropout']
+           'is_head_of_classifier', 'untrained_head', 'objectives_of', 'name_logits', 'AutoModelForBradleyTerry',
+           'as_bradley_terry', 'load_classifier', 'start_classifier', 'load_reward_model', 'modules_to_train',
+           'lora_config', 'Vocabulary', 'vocabulary_of', 'rows_to_train', 'check_targets', 'add_lora', 'differences',
+           'checked_adapter', 'loaded_whole', 'unwrap', 'save_adapter', 'merge_lora', 'without_adapter', 'chances',
+           'dropouts', 'set_dropout']
 
 # %% ../nbs/17_models.ipynb #4713803c
 import inspect
@@ -717,6 +718,18 @@ def untrained_head(model: Any) -> str:
             return ""
     return few(set(fresh))
 
+# %% ../nbs/17_models.ipynb #45133e63
+def objectives_of(config: PreTrainedConfig) -> list[str]:
+    "The names of a reward model's objectives; empty: it has one score."
+    return list(getattr(config, "reward_objectives", None) or [])
+
+
+def name_logits(config: PreTrainedConfig, objectives: list[str]) -> None:
+    "Say in a config which objective each logit is."
+    config.reward_objectives = objectives
+    config.id2label = dict(enumerate(objectives))
+    config.label2id = {name: i for i, name in enumerate(objectives)}
+
 # %% ../nbs/17_models.ipynb #1c174651
 class AutoModelForBradleyTerry:
     "Two-logit reward models: a saved one, or any model of the architecture as a start."
@@ -725,12 +738,13 @@ class AutoModelForBradleyTerry:
     def from_pretrained(
         cls,
         path: str,  # a folder or a name on the hub
+        objectives: Sequence[str] = (),  # names of several scores, a logit each
         **kwargs: Any,  # of transformers' `from_pretrained`
     ) -> Any:
         "A sequence classifier with two logits; `logits[:, 1]` is the score."
         kind = architecture(path, kwargs.get("trust_remote_code", False))
         load = load_classifier if is_classifier(kind) else start_classifier
-        return as_bradley_terry(load(path, **kwargs))
+        return as_bradley_terry(load(path, list(objectives), **kwargs))
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
@@ -748,9 +762,18 @@ def as_bradley_terry(model: Any) -> Any:
     return mix_in(model, TreeScorer)
 
 # %% ../nbs/17_models.ipynb #e8f92151
-def load_classifier(path: str, **kwargs: Any) -> Any:
-    "A saved classifier of one or two logits, with two."
+def load_classifier(path: str, objectives: list[str], **kwargs: Any) -> Any:
+    "A saved classifier of one or two logits, with two; or one of just these objectives."
     loaded = load_whole(AutoModelForSequenceClassification, path, **kwargs).model
+    known = objectives_of(loaded.config)
+    if known != objectives:
+        has, asked = [", ".join(names) or "one score" for names in (known, objectives)]
+        raise CheckpointError(
+            f"objectives: {path} is a reward model of {has}, not of {asked}; name those that "
+            "it has, or start from a language model"
+        )
+    if known:
+        return loaded
     if loaded.config.num_labels > 2:
         raise CheckpointError(
             f"{path}: has {loaded.config.num_labels} logits; Bradley-Terry training starts "
@@ -759,11 +782,13 @@ def load_classifier(path: str, **kwargs: Any) -> Any:
     return with_two_logits(loaded) if loaded.config.num_labels == 1 else loaded
 
 
-def start_classifier(path: str, **kwargs: Any) -> Any:
-    "A classifier of two logits with a fresh head on a model of another kind."
-    options = kwargs | dict(num_labels=2)
+def start_classifier(path: str, objectives: list[str], **kwargs: Any) -> Any:
+    "A classifier of two logits, or one for each objective, with a fresh head on a model."
+    options = kwargs | dict(num_labels=len(objectives) or 2)
     auto = AutoModelForSequenceClassification
     model, new = load_whole(auto, path, is_head_of_classifier, **options)
+    if objectives:
+        name_logits(model.config, objectives)
     weights = dict(model.named_parameters())
     model.fresh_head = {name: weights[name].detach().clone() for name in new}
     return model
@@ -774,12 +799,12 @@ def load_reward_model(
     precision: str = "float32",  # of the weights
     trust_remote_code: bool = False,  # run code that comes with the model
     attention: str = "auto",  # eager, sdpa, or as transformers chooses
+    objectives: Sequence[str] = (),  # names of several scores, a logit each
 ) -> Any:
     "A Bradley-Terry model; of a language model, with a fresh head to be trained."
     dtype = getattr(torch, precision)
-    return AutoModelForBradleyTerry.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, **attending(attention)
-    )
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code) | attending(attention)
+    return AutoModelForBradleyTerry.from_pretrained(path, objectives, **options)
 
 # %% ../nbs/17_models.ipynb #ad865f09
 HEADS = ("score", "classifier", "value_head")  # trained in full where a model has them

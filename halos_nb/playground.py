@@ -8,10 +8,11 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED
            'TRUE_REWARD', 'LORA', 'SWEEP', 'SHARED', 'read_facts', 'questions', 'prompts', 'split_questions',
            'claims_by_sentence', 'question_in', 'question_of', 'asked', 'split_sentences', 'all_true', 'readable_share',
            'count_known', 'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside',
-           'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'sample_record', 'make_data', 'shared_questions',
-           'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts', 'fresh_policy', 'outputs_of',
-           'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build', 'train_reward', 'into_playground',
-           'refuse_world_seed', 'pairs_of_playground', 'models_of_playground', 'sweep_configs']
+           'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'with_ratings', 'sample_record', 'make_data',
+           'shared_questions', 'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts',
+           'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build',
+           'train_reward', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'models_of_playground',
+           'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
@@ -349,6 +350,18 @@ def pair_record(rng: random.Random, prompt: list[dict], noise: float) -> dict:
         reward_difference=round(abs(reward_a - reward_b), 3),
         type="pairwise_feedback",
     )
+
+# %% ../nbs/70_playground.ipynb #57291a48
+def with_ratings(pairs: list[dict]) -> list[dict]:
+    "The same pairs, both answers rated in each part of the true reward."
+    rated = []
+    for row in pairs:
+        ratings = {}
+        for side in "AB":
+            parts = true_reward_parts(row["prompt"], row[f"output_{side}"])
+            ratings |= {f"{name}_{side}": float(value) for name, value in parts.items()}
+        rated.append(row | ratings)
+    return rated
 
 # %% ../nbs/70_playground.ipynb #30f5f6a3
 def sample_record(rng: random.Random, prompt: list[dict], number: int, split: str) -> dict:

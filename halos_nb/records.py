@@ -189,7 +189,8 @@ class Label(Record):
 
     prompt_id: Id  # the sample's prompt
     sample_id: Id  # the sample
-    labeller: str  # who scored: "rm:<path>", "api:<model>", "human:<name>", "function:<name>"
+    # who scored: "rm:<path>", "lm:<path>", "api:<model>", "human:<name>", "function:<name>"
+    labeller: str
     score: FiniteFloat | None  # None: unscored
     reason: str  # why it is unscored; empty if scored
     reply: Text | None = None  # the labeller's own words, where there are any

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'RATIOS', 'PLACES', 'ScoredPairs', 'read_scored_pairs', 'halves', 'slices', 'accuracy_row', 'accuracy_rows',
-           'margin_rows', 'check_same_pairs', 'mean_right', 'seed_rows', 'compared_rows', 'places', 'shares_at',
-           'length_line', 'length_axis', 'accuracy_by_length']
+           'objective_rows', 'margin_rows', 'check_same_pairs', 'mean_right', 'seed_rows', 'compared_rows', 'places',
+           'shares_at', 'length_line', 'length_axis', 'accuracy_by_length']
 
 # %% ../nbs/72_reward_report.ipynb #6555b907
 import math
@@ -128,6 +128,20 @@ def accuracy_row(name: str, pairs: ScoredPairs, mask: np.ndarray) -> dict:
 def accuracy_rows(pairs: ScoredPairs) -> list[dict]:
     "A row for each part of the pairs."
     return [accuracy_row(name, pairs, mask) for name, mask in slices(pairs).items()]
+
+# %% ../nbs/72_reward_report.ipynb #9dc8acc3
+def objective_rows(pairs: ScoredPairs) -> list[dict]:
+    "A row for each objective: how often it is right of its own ratings."
+    told = [row.get("objectives", {}) for row in pairs.rows]
+    rows = []
+    for name in told[0]:
+        rated = [i for i, one in enumerate(told) if one.get(name) is not None]
+        prompts = [pairs.prompts[i] for i in rated]
+        right = hits_of(np.array([told[i][name] for i in rated]))
+        share = share_over_prompts(right.tolist(), prompts) if rated else UNKNOWN
+        row = dict(objective=name, pairs=len(rated), prompts=len(set(prompts)))
+        rows.append(row | {"model": share, "unrated or equal": len(told) - len(rated)})
+    return rows
 
 # %% ../nbs/72_reward_report.ipynb #91514481
 def margin_rows(pairs: ScoredPairs) -> list[dict]:

@@ -34,6 +34,7 @@ from halos_nb.models import (
     TreeScorer,
     evaluating,
     mix_in,
+    objectives_of,
     untrained_head,
 )
 
@@ -192,10 +193,10 @@ def has_own_code(config: "PreTrainedConfig") -> bool:
 def head_of_logits(config: "PreTrainedConfig", model: str) -> Head:
     "How the logits of a model without weights by name are read."
     names = objectives(config)
-    if len(names) > 2:
+    if len(names) > 2 or objectives_of(config):
         raise ValueError(
             f"objective_weights: {model} has {len(names)} logits, {', '.join(names)}; weigh "
-            "them by name, as in 'helpful=0.7,safe=0.3'"
+            f"them by name, as in '{names[0]}=0.7,{names[1]}=0.3', or one alone"
         )
     if len(names) == 2:
         return Head((0.0, 1.0), "second of two logits (Bradley-Terry)")

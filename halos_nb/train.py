@@ -9,8 +9,9 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
            'make_loaders', 'set_layout', 'LazyReference', 'planned_passes', 'reference_path', 'reference_maker',
            'fill_reference_logps', 'is_asked_first', 'prepare_reference', 'metrics_path', 'Resumed', 'run_folder',
            'look_back', 'tell_world', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared', 'Attempt',
-           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'words_in', 'source_of',
-           'told_of_pair', 'write_scores', 'check_outputs', 'require_room_for', 'train', 'main']
+           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'margins_by_name',
+           'words_in', 'source_of', 'told_of_pair', 'write_scores', 'check_outputs', 'require_room_for', 'train',
+           'main']
 
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
@@ -19,7 +20,7 @@ import math
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +183,9 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
     load = MODEL_LOADERS.get(cfg.loss, load_policy)
     # an adapter belongs to the weights it was made for
     start = cfg.model if cfg.use_peft else cfg.from_checkpoint or cfg.model
-    how = dict(trust_remote_code=cfg.trust_remote_code, attention=cfg.attention)
+    how: dict = dict(trust_remote_code=cfg.trust_remote_code, attention=cfg.attention)
+    if cfg.objectives:
+        how["objectives"] = cfg.objectives
     model = with_room(load(start, **how))
     model = fit_vocabulary(model, tokenizer)
     if cfg.gradient_checkpointing:
@@ -305,6 +308,8 @@ def with_adapters(cfg: TrainConfig, model: Any, tokenizer: Any) -> Any:
 def loader_options(cfg: TrainConfig) -> dict[str, Any]:
     "What the method's own loader takes beside the common options."
     options = dict(TRAINERS[cfg.loss].loader_options)
+    if cfg.objectives:
+        options["objectives"] = cfg.objectives
     if cfg.loss == "csft":
         options["control_tokens"] = control_tokens(cfg)
     if cfg.loss == "grpo":
@@ -724,6 +729,13 @@ def run_counts(trainer: TreeTrainer) -> dict[str, Any]:
     counts |= trainer.notes
     return counts
 
+# %% ../nbs/26_train.ipynb #7a17ceda
+def margins_by_name(loader: TreeDataLoader, margins: Sequence[float]) -> dict:
+    "By how much each objective is right of a pair, None where it is not rated."
+    names = getattr(loader, "objectives", ())
+    known = [margin if math.isfinite(margin) else None for margin in margins]
+    return dict(zip(names, known, strict=True))
+
 # %% ../nbs/26_train.ipynb #7531b108
 def words_in(turns: list[dict]) -> int:
     "Words of a text, as they stand between spaces."
@@ -757,9 +769,12 @@ def told_of_pair(loader: TreeDataLoader, number: int) -> dict:
 def write_scores(path: Path, scores: list[PairScore], loader: TreeDataLoader) -> None:
     "One line per held-out pair: both scores, and what is known of it."
     with atomic_write(path) as file:
-        for number, chosen, rejected in scores:
-            line = dict(index=number, chosen=chosen, rejected=rejected)
-            file.write(json.dumps(line | told_of_pair(loader, number)) + "\n")
+        for one in scores:
+            line: dict = dict(index=one.number, chosen=one.chosen, rejected=one.rejected)
+            line |= told_of_pair(loader, one.number)
+            if one.margins:
+                line["objectives"] = margins_by_name(loader, one.margins)
+            file.write(json.dumps(line) + "\n")
 
 # %% ../nbs/26_train.ipynb #26bf897a
 def check_outputs(cfg: TrainConfig) -> None:

@@ -51,6 +51,7 @@ from halos_nb.losses import (
     ipo_loss,
     kto_kl,
     kto_loss,
+    objectives_loss,
     rpo_loss,
     sft_loss,
     simpo_loss,
@@ -228,6 +229,9 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
     margin_unit = "score"  # what a margin of 1 is: the data's median, or the labeller's 1
     margin = 1.0  # that many of the labeller's points
     length_odds = 0.0  # log-odds of a pair's label for each log-ratio of lengths
+    margins: (
+        Tensor  # (B, K) by how much each objective is right of the last batch; NaN: unrated
+    )
     options = ("margin_unit",)
 
     def begin(self) -> None:
@@ -240,7 +244,7 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
             self.notes["length_odds"] = self.length_odds
 
     def forward(self, model: torch.nn.Module, batch: TreeBatch) -> Sides:
-        "Logits of (chosen, rejected), each (B, 2)."
+        "Logits of (chosen, rejected), each (B, 2), or (B, K) of K objectives."
         return sides(self.ask(model, batch).scores.float(), batch)
 
     def loss(
@@ -269,8 +273,18 @@ class BradleyTerryTrainer(PairedPreferenceTrainer):
         self, batch: TreeBatch, mode: str = "train", model: torch.nn.Module | None = None
     ) -> BatchResult:
         logits = self.forward(model or self.model, batch)
+        if self.config.objectives:
+            return self.objectives_metrics(batch, mode, logits)
         losses, chosen, rejected = self.loss(batch, *logits)
         return BatchResult(losses, pair_metrics(mode, losses, chosen, rejected))
+
+    def scores_of_pairs(self, batch: TreeBatch, metrics: Metrics) -> list[PairScore]:
+        "Scores of each pair, and by how much each objective is right of it."
+        scores = super().scores_of_pairs(batch, metrics)
+        if not self.config.objectives:
+            return scores
+        margins = self.margins.tolist()
+        return [s._replace(margins=tuple(m)) for s, m in zip(scores, margins, strict=True)]
 
 # %% ../nbs/24_trainers.ipynb #0e3c42a5
 def median_margin(trees: list[Tree]) -> float:
@@ -300,6 +314,34 @@ def odds_of_length(trees: list[Tree]) -> float:
             "length does not tell; train without"
         )
     return odds
+
+# %% ../nbs/24_trainers.ipynb #6cdbb3b4
+@patch
+def preferred(self: BradleyTerryTrainer, batch: TreeBatch) -> Tensor:
+    "(B, K) whom each objective prefers: 1 the chosen, -1 the other, 0 neither, NaN unknown."
+    columns = []
+    for name in self.config.objectives:
+        rated = sides(batch.fact(f"objective {name}"), batch)
+        columns.append((rated.chosen - rated.rejected).sign())
+    return torch.stack(columns, 1)
+
+
+@patch
+def objectives_metrics(
+    self: BradleyTerryTrainer, batch: TreeBatch, mode: str, logits: Sides
+) -> BatchResult:
+    "Loss and metrics of several objectives; sets `margins`."
+    cfg = self.config
+    preferred = self.preferred(batch)
+    out = objectives_loss(*logits, preferred, cfg.centring, cfg.label_smoothing)
+    margins = preferred * (out.chosen_scores - out.rejected_scores)
+    self.margins = margins.where(preferred.abs() > 0, math.nan)
+    whole = out.chosen_scores.mean(1), out.rejected_scores.mean(1)
+    metrics = pair_metrics(mode, out.losses, *whole)
+    for name, margin in zip(cfg.objectives, self.margins.unbind(1)):
+        right = Share((margin > 0).sum(), (~margin.isnan()).sum())
+        metrics[f"rewards_{mode}/accuracies_{name}"] = right
+    return BatchResult(out.losses, metrics)
 
 # %% ../nbs/24_trainers.ipynb #bea44121
 class UnpairedPreferenceTrainer(TreeTrainer):

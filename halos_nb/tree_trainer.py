@@ -1182,6 +1182,8 @@ class PairScore(NamedTuple):
     number: int  # of the pair
     chosen: float
     rejected: float
+    # by how much each objective is right; negative: wrong, NaN: unrated; empty: there are none
+    margins: tuple[float, ...] = ()
 
 
 @patch
@@ -1193,10 +1195,13 @@ def scores_of_pairs(self: TreeTrainer, batch: TreeBatch, metrics: Metrics) -> li
 @patch
 def gather_scores(self: TreeTrainer, scores: list[PairScore]) -> list[PairScore]:
     "The scores of all processes, in order of the pairs' numbers."
-    own = torch.tensor(scores, dtype=torch.float64, device=self.args.device).reshape(-1, 3)
+    flat = [[one.number, one.chosen, one.rejected, *one.margins] for one in scores]
+    own = torch.tensor(flat, dtype=torch.float64, device=self.args.device)
+    own = own.reshape(-1, 3 + len(self.config.objectives))
     everyone = gather_padded(self.accelerator, own, fill=math.nan).flatten(0, 1)
     rows = everyone[~everyone[:, 0].isnan()].tolist()
-    return sorted(PairScore(int(number), c, r) for number, c, r in rows)
+    found = [PairScore(int(n), c, r, tuple(margins)) for n, c, r, *margins in rows]
+    return sorted(found, key=lambda one: one.number)
 
 # %% ../nbs/22_tree_trainer.ipynb #c3f7e779
 @patch

@@ -46,8 +46,8 @@ def is_human(labeller: str) -> bool:
 
 
 def is_judge(labeller: str) -> bool:
-    "Is it a judge behind an API? As in `api:judge-1`."
-    return labeller.startswith("api:")
+    "Is it a model that judges? As in `api:judge-1`, or `lm:` and its path."
+    return labeller.startswith(("api:", "lm:"))
 
 # %% ../nbs/07_verdicts.ipynb #de7c36a4
 def machines_and_people(table: Table) -> tuple[Table, Table]:

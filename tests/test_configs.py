@@ -163,6 +163,11 @@ def test_an_ensemble_is_of_several_models_that_count_alike(models, said):
         (dict(label_smoothing=0.5), "label_smoothing: with 0.5 of the labels wrong"),
         (dict(loss="dpo", debias_length=True), "debias_length: only a reward model"),
         (dict(loss="dpo", label_smoothing=0.1), "label_smoothing: only a reward model"),
+        (dict(loss="dpo", objectives="a, b"), "objectives: only a reward model"),
+        (dict(objectives="a"), "objectives: a should be several names"),
+        (dict(objectives="a, b, a"), "objectives: a, b, a should be several names, each once"),
+        (dict(objectives="a=1, b=2"), "objectives: a=1 is no name"),
+        (dict(objectives="a, b", debias_length=True), "debias_length: is of the pairs' one"),
     ],
 )
 def test_what_only_a_reward_model_has_is_refused_elsewhere(given, said):

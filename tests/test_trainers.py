@@ -26,6 +26,7 @@ from halos_nb.hub_sets import load_data
 from halos_nb.feedback import group_advantages
 from halos_nb.losses import ppo_loss
 from halos_nb.head import logps_and_entropy
+from halos_nb.checkpoints import CheckpointError
 from halos_nb.models import (
     BranchLogps,
     BranchScores,
@@ -41,6 +42,7 @@ from halos_nb import train as train_room
 from halos_nb.train import load_model, loader_options, make_trainer, train
 from halos_nb.tree_trainer import Sums
 from halos_nb.trainers import TRAINERS, PPOTrainer
+from halos_nb.score import head_at
 from halos_nb.jobs import launch
 from halos_nb.settings import Profile
 
@@ -125,7 +127,7 @@ def bare(cls, model, reference, hyper):
     trainer.accelerator = ALONE
     trainer.args = SimpleNamespace(device=torch.device("cpu"))
     defaults = dict(humanline=False, use_margin=False, centring=0.0)
-    defaults |= dict(label_smoothing=0.0, debias_length=False)
+    defaults |= dict(label_smoothing=0.0, debias_length=False, objectives=[])
     trainer.config = SimpleNamespace(**defaults | hyper)
     trainer.reference = lambda batch: reference(tree=batch).logps.detach()
     return trainer
@@ -245,7 +247,11 @@ def home(tmp_path_factory):
     rows = []
     for i in range(7):
         prompt = "Say it " + "again " * (i * i % 7)
-        rows.append({"prompt": prompt, "chosen": "Yes" + "!" * (3 * i), "rejected": "No."})
+        row = {"prompt": prompt, "chosen": "Yes" + "!" * (3 * i), "rejected": "No."}
+        row |= dict(helpful_chosen=i, helpful_rejected=3)  # one pair is equal
+        if i % 3:  # nobody rated the others
+            row |= dict(brief_chosen=0, brief_rejected=1)
+        rows.append(row)
     (home / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scored = []
     for i in range(5):
@@ -349,6 +355,7 @@ VARIANTS = {loss: (loss, {}) for loss in LOSSES} | {
     "dpo-ema": ("dpo", dict(reference="ema", ema_decay=0.5)),
     "bradley-terry-centred": ("bradley-terry", dict(centring=0.1)),
     "bradley-terry-smooth": ("bradley-terry", dict(label_smoothing=0.1)),
+    "bradley-terry-objectives": ("bradley-terry", dict(objectives="helpful, brief")),
 }
 
 
@@ -1372,3 +1379,27 @@ def test_margins_are_on_the_data_s_own_scale(home):
             assert ("margin_unit" in counts) is (way == "median")
     assert apart(home / "points-median", home / "parts-median") < 1e-5
     assert apart(home / "points-score", home / "parts-score") > 1e-3
+
+
+def test_objectives_that_contradict_each_other_are_both_learnt(home):
+    "One model, a logit for each; what is brief is never what was chosen."
+    more = dict(objectives=["brief", "label"], epochs=15, lr=5e-3)
+    done = train(config(home, "bradley-terry", "several", **more))
+    last = read_jsonl(done.metrics_file)[-1]
+    for name in more["objectives"]:
+        assert done.evaluation[f"rewards_eval/accuracies_{name}"] == 1, last
+    rows = read_jsonl(home / "several/eval_scores.jsonl")
+    rated = [row["objectives"]["brief"] is not None for row in rows]
+    assert rated == [bool(i % 3) for i in (0, 1, 6, 2, 5, 3, 4)]  # prompt by prompt
+    assert all(row["objectives"]["label"] > 0 for row in rows)
+    told = json.loads((home / "several/FINAL/config.json").read_bytes())
+    assert told["id2label"] == {"0": "brief", "1": "label"}
+    for k, name in enumerate(more["objectives"]):
+        head = head_at(done.model, f"{name}=1")
+        assert head.weights == ((1, 0), (0, 1))[k]
+    with pytest.raises(ValueError, match="has 2 logits, brief, label; weigh them by name"):
+        head_at(done.model)
+    with pytest.raises(CheckpointError, match="of brief, label, not of one score"):
+        train(config(home, "bradley-terry", "on", from_checkpoint=done.model))
+    with pytest.raises(ValueError, match="no pair has the numbers brave_A"):
+        train(config(home, "bradley-terry", "no", objectives="brief, brave"))
