@@ -748,7 +748,7 @@ def stored_facts(ex):
     stored = Counter()
     words = [g[0]["content"] for g in ex.generations]
     for i, text in enumerate(words):
-        score, good = ex.known(i)
+        score, good, _ = ex.known(i)
         if good is not None:
             stored[ex.prompt_id, text, score, good] += 1
     for better, worse in ex.pairs:
@@ -1216,7 +1216,7 @@ def test_rounds_join_in_any_order(tmp_path_factory, data):
         beaten = {words[better]: words[worse] for better, worse in ex.pairs}
         assert len(beaten) == len(ex.pairs)
         for n, text in enumerate(words):
-            found[ex.prompt_id, text] = (*ex.known(n), beaten.get(text))
+            found[ex.prompt_id, text] = (*ex.known(n)[:2], beaten.get(text))
     assert found == known
     assert not joined.counts
 
@@ -1254,3 +1254,27 @@ def test_large_sets_show_progress_and_are_read_row_by_row(tmp_path, monkeypatch)
         list(hub_sets.with_progress(Rows(), "x", many=30)) == list(range(30))
         and not (tmp_path / "progress.jsonl").exists()
     )
+
+
+def rated(number, helpful, **more):
+    "A pairwise record of two answers, and what they are rated."
+    prompt = as_turns("Name a star.", "user")
+    texts = [as_turns(text) for text in ("Vega.", "Rigel.")]
+    record = dict(prompt_id=prompt_id(prompt), prompt=prompt, label=1, reward_A=1.0)
+    record |= dict(reward_B=0.0, reward_difference=1.0, type="pairwise_feedback")
+    record |= dict(output_A=texts[0], output_B=texts[1])
+    return record | dict(helpful_A=helpful[0], helpful_B=helpful[1]) | more
+
+
+def test_ratings_of_pairs_are_read_and_contradictions_counted(tmp_path):
+    rows = [
+        rated(0, (4, 2), brief_A=True, brief_B=False),
+        rated(1, (4, 3), safe_A=1, safe_B="1"),
+    ]
+    write_records(tmp_path / "rated.json", rows)
+    data = d.get_feedback(tmp_path / "rated.json")
+    [ex] = data
+    assert ex.ratings == [dict(helpful=4, brief=1), dict(helpful=2, brief=0)]
+    assert data.counts["rescored"] == 1
+    both = hub_sets.load_data([str(tmp_path / "rated.json")] * 2, "train")
+    assert [e.ratings for e in both] == [ex.ratings]

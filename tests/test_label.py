@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -22,12 +23,13 @@ from transformers import (
 )
 
 import golden
-from halos_nb.templates import byte_tokenizer, encode, encode_prompt
+from halos_nb.templates import byte_tokenizer, encode, encode_all, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
 from halos_nb.label import feedback_from_scores, main, make_feedback
 from halos_nb.label_input import LabelInput, only_finished, pairs_to_ask, read_samples
-from halos_nb.models import AutoModelForBradleyTerry, load_reward_model
+from halos_nb.judge import Judge, letter_turns, questions_of_pair
+from halos_nb.models import AutoModelForBradleyTerry, load_reward_model, small_llama
 from halos_nb.people import Session, choose_pairs, comparisons
 from halos_nb.records import (
     RecordError,
@@ -1379,3 +1381,48 @@ def test_a_judge_is_not_asked_about_dropped_answers():
     assert len(pairs) == 3
     for pair in pairs:
         assert [asked.samples[i]["finished"] for i in pair] == [True, True]
+
+
+def letters_of_plain(folder, tok, judge, asked):
+    "The log-probs of both letters of a question, by plain transformers."
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = encode_all(tok, [letter_turns(judge, asked)], generation_prompt=True)
+    with torch.no_grad():
+        logps = model(torch.tensor(ids)).logits[0, -1].log_softmax(-1)
+    return [logps[tok.convert_tokens_to_ids(letter)].item() for letter in "AB"]
+
+
+def test_language_model_says_which_of_two_is_better(tmp_path, tok):
+    "By its log-probs, as plain transformers has them; a verdict where both orders agree."
+    torch.manual_seed(5)
+    small_llama(tok, hidden_size=32, initializer_range=0.2).save_pretrained(tmp_path / "lm")
+    tok.save_pretrained(tmp_path / "lm")
+    samples = make_samples((2, 2, 3, 2, 2, 2, 2, 2))
+    samples[0] |= dict(output="much " * 400)
+    given = dict(judge_model_path=str(tmp_path / "lm"), max_length=1500, token_budget=4000)
+    counts = label(None, tmp_path, samples, label_prompt="Better?", **given)
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    judge = Judge("", "pairwise", label_prompt="Better?")
+    known = {(s["prompt_id"], s["sample_id"]): s for s in samples}
+    long = 0
+    for number, row in enumerate(rows):
+        pair = [known[row["prompt_id"], row[f"sample_id_{side}"]] for side in "AB"]
+        asked = questions_of_pair(*pair)[number % 2]
+        assert asked.ids["order"] == row["order"]
+        if row["winner"] is None:
+            assert row["reason"] == "the question is longer than 1500 tokens"
+            long += 1
+            continue
+        first, second = letters_of_plain(tmp_path / "lm", tok, judge, asked)
+        assert row["logps"] == pytest.approx([first, second], abs=1e-4)
+        shown_first = row["order"][0]
+        assert (row["winner"] == shown_first) == (first > second)
+    assert (len(rows), long) == (16, 2)
+    assert counts["questions"] == 16 and 0 < counts["letter_mass"] < 1
+    assert counts["reasons"] == {"the question is longer than 1500 tokens": 2}
+    assert counts["records"] + counts["ties"] + counts["no_verdict"] == 8
+    assert counts["records"] > 0 and counts["order_decided"] > 0
+    feedback = read_records(tmp_path / "feedback.json", "pairwise_feedback")
+    assert len(feedback) == counts["records"]
+    assert {row["labeller"] for row in rows} == {f"lm:{tmp_path / 'lm'}"}
+    assert not list(tmp_path.glob("*.lm*"))  # nothing half done is left
