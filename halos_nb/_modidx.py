@@ -2642,6 +2642,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.runs.evaluations': ('runs.html#evaluations', 'halos_nb/runs.py'),
                                'halos_nb.runs.gains_of': ('runs.html#gains_of', 'halos_nb/runs.py'),
                                'halos_nb.runs.health_rows': ('runs.html#health_rows', 'halos_nb/runs.py'),
+                               'halos_nb.runs.held_out_right': ('runs.html#held_out_right', 'halos_nb/runs.py'),
+                               'halos_nb.runs.held_out_words': ('runs.html#held_out_words', 'halos_nb/runs.py'),
                                'halos_nb.runs.interval_formats': ('runs.html#interval_formats', 'halos_nb/runs.py'),
                                'halos_nb.runs.is_finished': ('runs.html#is_finished', 'halos_nb/runs.py'),
                                'halos_nb.runs.kl_estimate': ('runs.html#kl_estimate', 'halos_nb/runs.py'),

@@ -31,7 +31,8 @@ def letter_tree(
     first, second = token_ids(tokenizer, [text + letter for letter in LETTERS])
     shared = common_prefix(first, second)
     branches = [first[shared:], second[shared:]]
-    return Tree(first[:shared], branches, ["sample"] * 2, [2 * number, 2 * number + 1])
+    index = [2 * number, 2 * number + 1]
+    return Tree(first[:shared], branches, ["sample"] * 2, [0, 0], index)
 
 # %% ../nbs/39_letters.ipynb #a20be036
 class LetterScorer:

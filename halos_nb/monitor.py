@@ -52,7 +52,7 @@ from halos_nb.show import (
     visible,
 )
 from .figures import CURVES, LINES, end_to_end, thin, training_curves
-from .runs import is_finished, known_row, stage_seconds
+from .runs import held_out_words, is_finished, known_row, stage_seconds
 
 # %% ../nbs/66_monitor.ipynb #b3d143bf
 class Tail:
@@ -739,7 +739,9 @@ def static(self: RunMonitor) -> Shown:
     "The run as it is now, as escaped HTML and as text."
     s = self.look()
     rounds = self.summary()
-    table = summary_table(rounds, title="Rounds") if rounds else Shown("", "")
+    told = held_out_words(read_if_there(self.run / "params.json"))
+    title = "; ".join(filter(None, ["Rounds", told]))
+    table = summary_table(rounds, title=title) if rounds else Shown("", "")
     warning = self.warning(s)
     page = render(
         "run_state.html",

@@ -26,6 +26,7 @@ from halos_nb.records import (
     file_bytes,
     telling_read_only,
 )
+from .stats import Interval
 from halos_nb.show import (
     DARK,
     Shown,
@@ -65,6 +66,8 @@ from halos_nb.runs import (
     evaluation_rows,
     evaluations,
     health_rows,
+    held_out_right,
+    held_out_words,
     interval_formats,
     read_run,
     refuse_run_file,
@@ -184,8 +187,12 @@ def truth_margins(samples: list[dict]) -> list[float]:
     return margins
 
 # %% ../nbs/69_page.ipynb #74df44de
-def truth_figures(rounds: Rounds, best: float | None) -> list[go.Figure]:
-    "What the score is worth, where the truth is known; best: the best answer's true reward."
+def truth_figures(
+    rounds: Rounds,
+    best: float | None,  # the best answer's true reward
+    held_out: Interval | None = None,  # the reward model's accuracy on other pairs
+) -> list[go.Figure]:
+    "What the score is worth, where the truth is known."
     samples = [sample for rows in rounds.values() for sample in rows]
     if not any("true_reward" in sample for sample in samples):
         return []
@@ -193,19 +200,19 @@ def truth_figures(rounds: Rounds, best: float | None) -> list[go.Figure]:
     calibration = calibration_curve(truth_margins(samples), title=question)
     return [
         reward_vs_true(rounds, best),
-        own_pairs_right(rounds),
+        own_pairs_right(rounds, held_out=held_out),
         reward_scatter(samples),
         calibration,
     ]
 
 
-def watched_figures(rounds: Rounds) -> list[go.Figure]:
+def watched_figures(rounds: Rounds, held_out: Interval | None = None) -> list[go.Figure]:
     "How often the score orders two answers as the reward model does that looks on."
     samples = [sample for rows in rounds.values() for sample in rows]
     if not any("watch" in sample for sample in samples):
         return []
     title = "The reward model beside the one that looks on"
-    return [own_pairs_right(rounds, "watch", title=title)]
+    return [own_pairs_right(rounds, "watch", held_out, title)]
 
 # %% ../nbs/69_page.ipynb #8607eeeb
 SCORE_NAME = "reward model score"  # what `reward` is where a run does not say it
@@ -231,6 +238,7 @@ def figure_sections(
     metrics: dict[str, list[dict]],  # round's title -> lines of metrics.jsonl
     best: float | None,  # true reward of the best possible answer
     unit: str = SCORE_NAME,  # what `reward` is
+    held_out: Interval | None = None,  # the reward model's accuracy on other pairs
 ) -> dict[str, list[Part]]:
     "The figures of a run, by section."
     chosen, margins = feedback_figures(rounds, feedback, unit)
@@ -241,7 +249,10 @@ def figure_sections(
         "Length": [length_and_reward(rounds)],
         "Training": [training_curves(metrics)] if metrics else [],
         "KL to the reference": [kl_curve(rounds), reward_against_kl(rounds, best)],
-        "Score and truth": [*truth_figures(rounds, best), *watched_figures(rounds)],
+        "Score and truth": [
+            *truth_figures(rounds, best, held_out),
+            *watched_figures(rounds, held_out),
+        ],
     }
 
 # %% ../nbs/69_page.ipynb #4600f2a6
@@ -381,6 +392,8 @@ def state_and_rounds(state: RunState, run: Run) -> list[Part]:
     if best := run.params.get("best"):
         span = f"95% interval {best['low']:.3g} to {best['high']:.3g}"
         parts.append(f"Best: {best['words']}, {span}, at {best['policy']}")
+    if told := held_out_words(run.params):
+        parts.append(f"{told[0].upper()}{told[1:]}")
     if by := run.params.get("labelled_by"):
         parts.append(f"Labelled by {by}; reward: {run.params['reward']}")
     formats = dict(share_of_way=".0%", win_rate=".1%", cost=".4f")
@@ -445,7 +458,7 @@ def report(
         "Evaluation": evaluation_parts(run, truth),
         "Health": [health_part(run.folder)],
         "What the models see": [audit_part(run.folder)],
-        **figure_sections(rounds, feedback, metrics, best, unit),
+        **figure_sections(rounds, feedback, metrics, best, unit, held_out_right(run.params)),
         **text_sections(rounds, feedback, n),
         "What was counted": [counts_table(run)],
         "Parameters": [parameters_table(run)],

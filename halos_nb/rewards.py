@@ -235,7 +235,7 @@ def reward_scatter(
 def own_pairs_right(
     rounds: dict[str, Sequence[dict]],  # samples with `reward`, `prompt_id` and `key`
     key: str = "true_reward",  # the field that says which answer is better
-    held_out: float | None = None,  # the model's accuracy on other pairs
+    held_out: Interval | None = None,  # the model's accuracy on other pairs
     title: str = "Right on pairs of the policy's own answers",
 ) -> go.Figure:
     "How often the score puts the better of two answers to a prompt first, round by round."
@@ -254,9 +254,10 @@ def own_pairs_right(
         hovertemplate=known,
     )
     fig.add_hline(0.5, line_dash="dot", line_color=EDGE)
-    if held_out is not None:
+    if held_out:
         name = f"{held_out:.1%} of other, held-out pairs"
-        fig.add_hline(held_out, line_dash="dash", line_color=REFERENCE, annotation_text=name)
+        level = dict(line_dash="dash", line_color=REFERENCE)
+        fig.add_hline(held_out.value, annotation_text=name, **level)
     better = "truly better" if key == "true_reward" else f"better for {escape(key)}"
     notes = [
         f"share of pairs of a prompt whose {better} answer scores higher, equal scores half",

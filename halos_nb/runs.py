@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROWS', 'ROWS_READ', 'MEASURES', 'Truth', 'RIGHT', 'DAMAGED',
            'kl_estimate', 'step_sizes', 'mean_over_steps', 'round_metrics', 'scores_of_model', 'other_journals',
-           'agreement_with', 'agreement_columns', 'labelling_columns', 'summary_row', 'sampled_by_older', 'row_code',
-           'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'is_finished', 'run_summary',
-           'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'win_rows',
-           'interval_formats', 'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack',
-           'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of',
-           'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
+           'agreement_with', 'agreement_columns', 'held_out_right', 'held_out_words', 'labelling_columns',
+           'summary_row', 'sampled_by_older', 'row_code', 'made_of', 'read_rows_kept', 'known_row', 'last_session',
+           'stage_seconds', 'is_finished', 'run_summary', 'health_rows', 'as_interval', 'evaluations', 'evaluation_row',
+           'evaluation_rows', 'win_rows', 'interval_formats', 'Run', 'with_truth', 'read_params', 'add_truth',
+           'read_run', 'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row',
+           'above_start', 'mean_of', 'gains_of', 'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import json
@@ -50,6 +50,7 @@ from halos_nb.stats import (
     share_over_prompts,
     sign,
 )
+from .configs import read_models
 from .verdicts import mean_or_none, pair_table
 from .settings import Profile
 from .identity import PACKAGE
@@ -153,6 +154,30 @@ def agreement_columns(folder: Path) -> dict[str, Interval]:
         if math.isfinite(share.low):  # of one prompt, or of no pair, nothing is known
             found[AGREES + name] = share
     return found
+
+# %% ../nbs/63_runs.ipynb #e07a3aaa
+def held_out_right(params: dict) -> Interval | None:
+    "How often a run's reward model was right of the held-out pairs of its own training."
+    named = params.get("parameters", {}).get("reward_checkpoint") or ""
+    try:
+        [one] = read_models(named)
+        rows = read_jsonl(Path(one.model).parent / "eval_scores.jsonl")
+        margins = [row["chosen"] - row["rejected"] for row in rows]
+        prompts = [row["prompt_id"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):  # elsewhere, or of an older version
+        return None
+    return share_over_prompts(hits_of(margins).tolist(), prompts) if rows else None
+
+
+def held_out_words(params: dict) -> str:
+    "The same in a sentence; empty where it is not known."
+    right = held_out_right(params)
+    if right is None:
+        return ""
+    return (
+        f"the reward model was right on {right:.1%} of the held-out pairs of its training, "
+        "which are not pairs of this run's answers"
+    )
 
 # %% ../nbs/63_runs.ipynb #cd19beed
 def labelling_columns(samples: list[dict], counts: dict[str, dict]) -> dict:
