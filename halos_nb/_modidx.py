@@ -396,6 +396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.compare.add_run': ('compare.html#add_run', 'halos_nb/compare.py'),
                                   'halos_nb.compare.by_seed': ('compare.html#by_seed', 'halos_nb/compare.py'),
                                   'halos_nb.compare.csv_cell': ('compare.html#csv_cell', 'halos_nb/compare.py'),
+                                  'halos_nb.compare.differ_also': ('compare.html#differ_also', 'halos_nb/compare.py'),
                                   'halos_nb.compare.differing': ('compare.html#differing', 'halos_nb/compare.py'),
                                   'halos_nb.compare.flatten': ('compare.html#flatten', 'halos_nb/compare.py'),
                                   'halos_nb.compare.is_same': ('compare.html#is_same', 'halos_nb/compare.py'),
