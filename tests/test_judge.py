@@ -1463,12 +1463,26 @@ ECHOES = {
     "the middle": CANARY[8:24],
     "masked": CANARY[:13] + "*****" + CANARY[-4:],
     "rot13": codecs.encode(CANARY, "rot13"),
+    "octal": "".join(f"\\{b:03o}" for b in DATA),
+    "quoted-printable": "".join(f"={b:02X}" for b in DATA),
+    "0x": ", ".join(f"0x{b:02x}" for b in DATA),
+    "code points": " ".join(f"U+{b:04X}" for b in DATA),
+    "%u": "".join(f"%u{b:04x}" for b in DATA),
+    "braces": "".join(f"\\u{{{b:x}}}" for b in DATA),
+    "full width": "".join(chr(b + 0xFEE0) for b in DATA),
+    "tags": "".join(f"<b>{c}</b>" for c in CANARY),
+    "UTF-16 in base64": base64.b64encode(CANARY.encode("utf-16-le")).decode(),
+    "base64 of base64": base64.b64encode(base64.b64encode(DATA)).decode(),
+    "base64 of hex": base64.b64encode(DATA.hex().encode()).decode(),
+    "hex of base64": base64.b64encode(DATA).hex(),
+    "base64 backwards": base64.b64encode(DATA).decode()[::-1],
+    "a long end": "sk-..." + CANARY[-6:],
 }
 
 
 @pytest.mark.parametrize("where", ["reply", "error", "refusal", "reasoning"])
 def test_a_canary_is_in_no_file_and_no_output(tmp_path, monkeypatch, capfd, where):
-    "33 forms of echo; what is read of a reply is what it says, the key or not."
+    "47 forms of echo; what is read of a reply is what it says, the key or not."
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     echoes = list(ECHOES.values())
 
@@ -1513,7 +1527,7 @@ def test_hiding_changes_no_number(tmp_path, monkeypatch, key):
 @pytest.mark.timeout(3600)
 def test_soak_10000_requests_and_20_kills(tmp_path):
     "A kill costs at most as many answers as were under way; nothing on disk is asked again."
-    n, kills, workers = 10_000, 20, 16
+    n, kills, workers = int(os.environ.get("HALOS_NB_SOAK_REQUESTS", 10_000)), 20, 16
     answered = Counter()
 
     def reply(body, times):
