@@ -224,7 +224,7 @@ def test_no_rank_is_named_where_none_failed(copies, tmp_path):
     job = start("hang", tmp_path, replace(copies, timeout_minutes=10))
     until((tmp_path / "out").exists, 300, "both ranks running")
     os.kill(job.process.pid, signal.SIGTERM)
-    with pytest.raises(StageError, match="no rank, SIGTERM told its supervisor") as raised:
+    with pytest.raises(StageError, match="no rank, its supervisor was ended") as raised:
         job.wait(show=False)
     assert raised.value.rank == -1
     assert not alive(tmp_path)
