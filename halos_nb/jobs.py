@@ -414,7 +414,7 @@ def stop(self: Job) -> None:
 def say_unrecorded(self: Job) -> None:
     "Say in the log that nobody has recorded how this job ended."
     code = self.process.returncode or 0
-    by = signal.Signals(-code).name if code < 0 else "nobody knows what (a full disk, a signal)"
+    by = signal.Signals(-code).name if code < 0 else "a signal, or a full disk"
     with suppress(OSError), open(self.file("log"), "a", encoding="utf-8") as log:
         log.write(f"\n{LAUNCHER_SAYS} supervisor ended by {by}\n")
 

@@ -219,15 +219,17 @@ def test_a_stopped_supervisor_is_woken(copies, tmp_path):
         assert not alive(folder)
 
 
-def test_no_rank_is_named_where_none_failed(copies, tmp_path):
-    "Somebody has told the supervisor to end the job."
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_no_rank_is_named_where_none_failed(how, copies, tmp_path):
+    "Somebody, or a machine without memory, has ended the supervisor."
     job = start("hang", tmp_path, replace(copies, timeout_minutes=10))
     until((tmp_path / "out").exists, 300, "both ranks running")
-    os.kill(job.process.pid, signal.SIGTERM)
-    with pytest.raises(StageError, match="no rank, its supervisor was ended") as raised:
+    os.kill(job.process.pid, getattr(signal, how))
+    by = how if how == "SIGTERM" else "a signal"
+    with pytest.raises(StageError, match=f"no rank, its supervisor was ended by {by}") as error:
         job.wait(show=False)
-    assert raised.value.rank == -1
-    assert not alive(tmp_path)
+    assert error.value.rank == -1
+    until(lambda: not alive(tmp_path), 15, "all gone")
 
 
 def test_who_listens_is_told_and_is_nobody_but_loopback(copies, tmp_path):
