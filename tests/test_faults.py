@@ -275,12 +275,10 @@ def test_stages_killed_at_200_moments(start, undisturbed, tmp_path):
 
 
 def before_its_end(changes):
-    "The number of the first change of a stage that makes its result."
+    "The number of the change by which a stage's result gets its name."
     ends = ("FINAL", "samples.json", "feedback.json")
-    for number, what in enumerate(changes, 1):
-        if any(end in what for end in ends) and not any(w in what for w in ("shard", "step-")):
-            return number
-    raise AssertionError(changes)
+    named = [n for n, what in enumerate(changes, 1) if any(end in what for end in ends)]
+    return max(n for n in named if changes[n - 1].startswith("os.rename"))
 
 
 @soak
@@ -295,7 +293,9 @@ def test_a_killed_stage_of_which_a_file_is_damaged(start, undisturbed, tmp_path)
         assert killed_at_change(work, folder, number, log) == -9
         shutil.rmtree(killed, ignore_errors=True)
         folder.rename(killed)
-        for file in sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file()):
+        files = sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file())
+        assert files, f"{stage}: nothing is left to be damaged"
+        for file in files:
             for damage in DAMAGES:
                 copy_of(killed, folder)
                 damage(folder / file)
