@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Answers', 'ASIDE', 'flatten', 'parameters', 'is_same', 'differing', 'add_run', 'smoothed', 'run_curves',
            'round_names', 'round_curves', 'spread_of_means', 'shared_prompts', 'median_sample', 'same_prompt',
-           'results', 'RunComparer', 'by_seed', 'seed_row', 'csv_cell', 'prompt_options']
+           'results', 'RunComparer', 'by_seed', 'differ_also', 'seed_row', 'csv_cell', 'prompt_options']
 
 # %% ../nbs/68_compare.ipynb #82c99696
 import csv
@@ -319,7 +319,7 @@ def by_seed(runs: list[Run]) -> dict[str, Seeds]:
     names: dict[str, str] = {}
     seen = set()
     for run in runs:
-        given = parameters(run)
+        given = flatten(run.params.get("parameters", {}))
         seed = given.get("seed", 0)
         rest = {key: value for key, value in given.items() if key not in ASIDE}
         name = names.setdefault(json.dumps(rest, sort_keys=True, default=str), run.name)
@@ -333,6 +333,13 @@ def by_seed(runs: list[Run]) -> dict[str, Seeds]:
     return groups
 
 # %% ../nbs/68_compare.ipynb #9ae8158b
+def differ_also(runs: list[Run]) -> str:
+    "In what runs of one experiment differ beside their seed: a library, machine, revision."
+    given = [parameters(run) for run in runs]
+    names = differing(given)[0] if given else []
+    return ", ".join(name for name in names if name not in ASIDE)
+
+
 def seed_row(name: str, seeds: Seeds) -> dict:
     "An experiment's last policies: means over its seeds, with Student's t intervals."
     rows = [results(run) for run in seeds.ended.values()]
@@ -342,7 +349,7 @@ def seed_row(name: str, seeds: Seeds) -> dict:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values and len(values) == len(rows):
             told[key] = mean_over_seeds(values) if len(values) > 1 else values[0]
-    return told
+    return told | {"differ also in": differ_also(list(seeds.ended.values()))}
 
 # %% ../nbs/68_compare.ipynb #7cdbe8ce
 @patch

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ from halos_nb.settings import (
     is_left_out,
     set_aside,
 )
-from .supervise import read_ranks
+from .supervise import LAUNCHER_SAYS, read_ranks
 from .preload import ForkedProcess, expect_jobs, fork, shared
 from .failures import StageError
 from .progress import StatusLine, describe, last_line
@@ -408,6 +409,15 @@ def stop(self: Job) -> None:
     while self.process.poll() is None:
         self.wait_awake()
 
+# %% ../nbs/54_jobs.ipynb #648b236a
+@patch
+def say_unrecorded(self: Job) -> None:
+    "Say in the log that nobody has recorded how this job ended."
+    code = self.process.returncode or 0
+    by = signal.Signals(-code).name if code < 0 else "a signal, or a full disk"
+    with suppress(OSError), open(self.file("log"), "a", encoding="utf-8") as log:
+        log.write(f"\n{LAUNCHER_SAYS} supervisor ended by {by}\n")
+
 # %% ../nbs/54_jobs.ipynb #78453a91
 @patch
 def wait(
@@ -429,6 +439,8 @@ def wait(
             self.stop()
         if line:
             line.end(code)
+    if code and not self.file("status.json").exists():
+        self.say_unrecorded()
     if code:
         raise StageError(self.stage, code, self.file("log"))
 

@@ -816,7 +816,7 @@ def round_counts(
     counts = {}
     for stage, name in files.items():
         if (folder / name).exists():
-            counts[stage] = json.loads((folder / name).read_bytes())
+            counts[stage] = read_object(folder / name)
     return counts
 
 # %% ../nbs/57_loop.ipynb #9c8bbece
@@ -825,7 +825,7 @@ def drawn_at(folder: Path) -> dict[str, float]:
     config = folder / "sample.config.json"
     if not config.exists():
         return {}
-    told = json.loads(config.read_bytes())
+    told = read_object(config)
     return {name: told[name] for name in ("temperature", "top_p") if name in told}
 
 
@@ -845,7 +845,7 @@ def scores_in(
 def combined_how(folder: Path) -> str | None:
     "How the scores of a round's labellers were put together; None: there was one."
     config = folder / "label.config.json"
-    return json.loads(config.read_bytes()).get("combine") if config.exists() else None
+    return read_object(config).get("combine") if config.exists() else None
 
 
 # whose score a sample has where others compared
@@ -1146,7 +1146,7 @@ def set_aside(ledger: Ledger, stage: Stage) -> str:
         asked = {name: getattr(stage.config, name, None) for name in ASKED_HOW}
         now = dict(inputs=[ledger.hash(path) for path in stage.inputs], asked=asked)
         mark = path.with_suffix(".of.json")
-        was = json.loads(mark.read_bytes()) if mark.exists() else now
+        was = read_object(mark) if mark.exists() else now
         if path.exists() and was != now:
             number = len(list(path.parent.glob(f"{path.stem}.before-*")))
             old = path.with_name(f"{path.stem}.before-{number + 1}.jsonl")
@@ -1183,7 +1183,7 @@ def audit_stage(
 def as_policy_or_reward(path: str) -> dict[str, str]:
     "A model under the name of its kind in AuditConfig, by what its folder's config says."
     config = Path(path) / "config.json"
-    kinds = json.loads(config.read_bytes()).get("architectures") if config.is_file() else None
+    kinds = read_object(config).get("architectures") if config.is_file() else None
     is_reward = "SequenceClassification" in str(kinds)
     return {"reward_model_path" if is_reward else "model": path}
 
@@ -1210,7 +1210,7 @@ def what_it_needs(
     asked = json.loads(json.dumps(dict(parameters=asdict(cfg), profile=asdict(profile))))
     for name in ("fresh", "on_change"):
         asked["parameters"].pop(name)
-    known = json.loads(file.read_bytes()) if file.is_file() else {}
+    known = read_object(file) if file.is_file() else {}
     if known.get("asked") != asked:
         here = Profile(name="plan", threads=profile.threads)
         prepare(here)  # stages to come are copies of the same process
@@ -1219,7 +1219,7 @@ def what_it_needs(
             launch_job("plan", config, here, run / "plan", clear=[file]).wait(show=False)
         except StageError as e:
             return f"memory: not planned: {e}"
-        known = json.loads(file.read_bytes()) | dict(asked=asked)
+        known = read_object(file) | dict(asked=asked)
         write_json(file, known)
     return f"memory: {known['line']}"
 
@@ -1240,7 +1240,7 @@ def audited(
     if mode == "skip":
         return None
     ledger.run(stage, "audit", then.name if then else "", then=then)
-    report = json.loads(stage.outputs[0].read_bytes())
+    report = read_object(stage.outputs[0])
     wrong = wrong_checks(report)
     if wrong and mode == "run":
         lines = "\n  ".join(wrong)

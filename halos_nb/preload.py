@@ -35,6 +35,7 @@ from fastcore.basics import patch
 from halos_nb.supervise import (
     LAUNCHER_SAYS,
     SUPERVISOR,
+    end_with,
     is_alive,
     read_ranks,
     reap,
@@ -211,9 +212,11 @@ def become_rank(
     set_accelerate_variables()
     meeting = meeting_socket()
     ranks = {}
+    launcher = os.getpid()
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
+            end_with(launcher)
             os.environ.update(rank_variables(rank, processes, meeting.getsockname()[1]))
             sys.excepthook = say_at_once
             if rank == 0:

@@ -8,16 +8,16 @@ __all__ = ['TAGS', 'THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISI
            'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED',
            'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE',
            'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE', 'TAGGED',
-           'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'LISTED', 'THINGS', 'IN_WORDS', 'NOT_MINE', 'SHARE',
+           'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'LISTED', 'THINGS', 'A_WORD', 'NOT_MINE', 'SHARE',
            'N', 'UP_TO', 'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT',
            'OTHERS', 'INTRODUCES', 'TAGGED_WINNER', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER',
            'SHORTLY', 'Reading', 'unread', 'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value',
            'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated',
            'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
            'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'Found', 'json_objects', 'without_objects',
-           'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated', 'is_taken_back', 'behind_all',
-           'taken_back', 'behind_marks', 'statements', 'other_scale', 'agreed', 'read_number', 'chosen', 'whole_choice',
-           'announced_winners', 'marked_winners', 'stated_winners', 'names_another', 'read_winner']
+           'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated', 'short_sentences', 'is_taken_back',
+           'behind_all', 'taken_back', 'behind_marks', 'statements', 'other_scale', 'agreed', 'read_number', 'chosen',
+           'whole_choice', 'announced_winners', 'marked_winners', 'stated_winners', 'names_another', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -229,9 +229,11 @@ def is_elsewhere(before: str) -> bool:
 def is_repeated(before: str) -> bool:
     "Whether what follows these words is a quotation."
     line = before[-400:].split("\n")[-1]
-    if re.search(r"\w[^\n]*[\"'“‘«`][*_]*\Z", line) or line.lstrip().startswith(">"):
+    if line.lstrip().startswith(">"):
         return True
-    return bool(REPEATS.search(before[-400:]))
+    if line.rstrip("*_").endswith(tuple("\"'“‘«`")) and re.search(r"\w", line):
+        return True
+    return before.rstrip().endswith(":") and bool(REPEATS.search(before[-400:]))
 
 # %% ../nbs/41_replies.ipynb #a92efdf4
 def announced_value(
@@ -441,11 +443,7 @@ THINGS = (
     r"\s+(?:[a-z]+\s+)?(?!(?:is|was|has|as|this|its|points|pts|marks|stars|plus|minus|"
     r"percent|seems|feels|looks|fits|suits|sounds|does)\b)[a-z]{2,}s\b"
 )
-IN_WORDS = re.compile(
-    rf"(?:^|[.!?;:]\s)(?:[\w'’,]+\s+){{0,3}}(?:{'|'.join(WORDS)})"
-    r"(?:\s+\w+){0,2}[.!]*\s*(?:$|\Z)",
-    re.I | re.M,
-)
+A_WORD = re.compile(rf"(?:\S+\s+){{0,3}}(?:{'|'.join(WORDS)})(?:\s+\w+){{0,2}}", re.I)
 NOT_MINE = re.compile(r"\b(?:inject\w*|manipulat\w*|disagree\w*|quot(?:e|ed|ation)\b)", re.I)
 
 
@@ -454,6 +452,12 @@ class Stated(NamedTuple):
 
     kind: str  # in words
     values: list[Value | None]  # None: stated, but no number
+
+
+def short_sentences(text: str) -> list[str]:
+    "Its sentences of a few words, without what stands at their ends."
+    parts = re.split(r"[.!?;:]\s|\n", text)
+    return [part.strip(" \t*_`\"'()[].!?;:") for part in parts if len(part) <= 80]
 
 
 def is_taken_back(
@@ -468,7 +472,9 @@ def is_taken_back(
             continue
         if to_float(found[0]) not in same:
             return True
-    return any(words.search(rest) for words in (REVISES, IN_WORDS, NOT_MINE))
+    if any(A_WORD.fullmatch(sentence) for sentence in short_sentences(rest)):
+        return True
+    return bool(REVISES.search(rest) or NOT_MINE.search(rest))
 
 
 def behind_all(text: str, patterns: list[str]) -> str:
@@ -521,7 +527,7 @@ UP_TO = rf"(?:{N}\s*(?:-|–|—|to|through)\s*)"
 SCALE = (
     rf"\bscale(?:\s+is|:)?\s+(?:of\s+|from\s+)?{UP_TO}?(?P<n>{N})"
     rf"|(?<![\d.,\w])(?P<m>{N})[\s-]point\s+(?:scale|rubric|system)"
-    rf"|{UP_TO}(?P<k>{N})[\s-]+(?:point\s+)?(?:scale|rubric|system|range)"
+    rf"|(?<![\d.,\w]){UP_TO}(?P<k>{N})[\s-]+(?:point\s+)?(?:scale|rubric|system|range)"
 )
 
 
@@ -612,9 +618,9 @@ def announced_winners(text: str) -> list[str | None]:
         found = re.compile(CHOICE).match(text, place.end())
         before = text[: place.start()]
         clear = found and is_closed(text, found.end(), OTHERS)
-        if not re.match(r"the|my", place[0], re.I) and not INTRODUCES.search(before):
+        if not re.match(r"the|my", place[0], re.I) and not INTRODUCES.search(before[-40:]):
             continue
-        if re.search(r"\bno\s+\Z", before, re.I):
+        if re.search(r"\bno\s+\Z", before[-20:], re.I):
             clear = False
         if is_negated(before) or is_elsewhere(before) or is_repeated(before):
             clear = False
@@ -683,9 +689,7 @@ REVISES_WINNER = re.compile(
 
 
 # a few words that name a winner, and no more
-SHORTLY = re.compile(
-    r"(?:^|[.!?;]\s|\n)(?!\W*(?:\w+\s)?[AB]\W*:)\W*(?:[\w'’]+\W+){0,3}(?P<x>[AB])\b\W*$", re.M
-)
+SHORTLY = re.compile(r"(?:[^\s:]+:?\s+){0,3}(?:\W*)(?P<x>[AB])")
 
 
 def names_another(text: str, winner: str | None) -> bool:
@@ -695,10 +699,11 @@ def names_another(text: str, winner: str | None) -> bool:
     places += find_all(TAGGED_WINNER, text)
     rest = text[max((m.end() for m in places), default=len(text)) :]
     rest = re.sub(rf"\A{CHOICE}", "", rest)
-    if NOT_MINE.search(rest):
+    worse = rf"\b(?:loser|worse|worst)\W+(?:{KINDS}\W+)?{winner}\b"
+    if NOT_MINE.search(rest) or re.search(worse, rest, re.I):
         return True
-    for found in SHORTLY.finditer(rest):
-        if found["x"] != winner or re.search(r"\b(?:loser|worse|worst)\b", found[0], re.I):
+    for found in filter(None, map(SHORTLY.fullmatch, short_sentences(rest))):
+        if found["x"] != winner:
             return True
     return False
 

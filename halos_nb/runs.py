@@ -31,6 +31,7 @@ from halos_nb.records import (
     file_hash,
     on_disk,
     read_jsonl,
+    read_object,
     shortened,
 )
 from halos_nb.stats import (
@@ -112,7 +113,7 @@ def scores_of_model(folder: Path) -> dict[tuple, float | None]:
     if scores := scores_in(folder / "rm.labels.jsonl"):
         return scores
     config = folder / "label.config.json"
-    told = json.loads(config.read_bytes()) if config.exists() else {}
+    told = read_object(config) if config.exists() else {}
     return scores_in(folder / "feedback.labels.jsonl") if told.get("reward_model_path") else {}
 
 
@@ -228,7 +229,7 @@ def sampled_by_older(folder: Path) -> str:
     number = folder.name.removeprefix("round-")
     if not number.isdigit() or not config.exists():
         return ""
-    told = json.loads(config.read_bytes())
+    told = read_object(config)
     made = re.search(r"round-(\d+)/policy/FINAL$", told.get("model", ""))
     if made and int(made[1]) < int(number) - 1:
         return f"round {made[1]}"
@@ -375,7 +376,7 @@ def evaluations(run: str | Path) -> dict[int, dict]:
     for folder, stages in stage_seconds(last_session(read_jsonl(run / "ledger.jsonl"))).items():
         file = run / folder / "evaluation.json"
         if "evaluate" in stages and file.exists():
-            found[int(folder.removeprefix("evaluate-"))] = json.loads(file.read_bytes())
+            found[int(folder.removeprefix("evaluate-"))] = read_object(file)
     return dict(sorted(found.items()))
 
 # %% ../nbs/63_runs.ipynb #d9d2cb09

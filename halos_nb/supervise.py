@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAUNCHER_SAYS', 'STATES', 'PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SUPERVISOR', 'is_alive', 'descendants',
            'reap', 'send', 'end_all', 'Seen', 'state_of', 'look_at', 'forget', 'who_hangs', 'state_in_words',
-           'ask_for_stacks', 'read_ranks', 'say', 'tell_hanging', 'RankWatch', 'adopt_orphans', 'replace_file', 'spawn',
-           'pipe_is_closed', 'exit_code', 'supervise']
+           'ask_for_stacks', 'read_ranks', 'say', 'tell_hanging', 'RankWatch', 'adopt_orphans', 'end_with',
+           'replace_file', 'spawn', 'pipe_is_closed', 'exit_code', 'supervise']
 
 # %% ../nbs/50_supervise.ipynb #8b65a77f
 import ctypes
@@ -259,6 +259,14 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
 
+def end_with(parent: int) -> None:
+    "Have this process told to end when its parent does, which is a single thread; on Linux."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
 def replace_file(path: str, text: str) -> None:
     "Write a small file in one step (`records.atomic_write` needs imports that take time)."
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
@@ -270,10 +278,17 @@ SUPERVISOR = "HALOS_NB_SUPERVISOR"  # the variable that tells a job who watches 
 
 
 def spawn(*command: str) -> int:
-    "Start a command, which has no stdin; its pid."
-    no_stdin = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-    env = os.environ | {SUPERVISOR: str(os.getpid())}
-    return os.posix_spawn(command[0], command, env, file_actions=[no_stdin])
+    "Start a command, which has no stdin and is told to end when this process does; its pid."
+    supervisor = os.getpid()
+    if pid := os.fork():
+        return pid
+    try:
+        end_with(supervisor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.execve(command[0], command, os.environ | {SUPERVISOR: str(supervisor)})
+    except OSError as error:
+        say(f"{command[0]}: {error.strerror}")
+    os._exit(127)
 
 # %% ../nbs/50_supervise.ipynb #9b6a3dcf
 def pipe_is_closed(seconds: float) -> bool:
@@ -310,8 +325,10 @@ def supervise(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: signals.append(received))
     adopt_orphans()
+    supervisor = os.getpid()
     child = start()
     if child == 0:
+        end_with(supervisor)
         return True
     try:
         replace_file(f"{status}.pid", str(os.getpid()))
@@ -322,7 +339,7 @@ def supervise(
         shutil.rmtree(folder, ignore_errors=True)
     stopped = code is None
     if stopped and signals:
-        say(f"\n{LAUNCHER_SAYS} told to end by {signal.Signals(signals[0]).name}")
+        say(f"\n{LAUNCHER_SAYS} supervisor ended by {signal.Signals(signals[0]).name}")
     report = {"exit": -signal.SIGTERM if stopped else code, "stopped": stopped}
     try:
         replace_file(status, json.dumps(report))

@@ -149,7 +149,7 @@ def limited_memory(more: int = MEMORY) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = int(own.read_text().split()[0]) * resource.getpagesize() + more
+    most = int(own.read_text("utf-8").split()[0]) * resource.getpagesize() + more
     if soft == resource.RLIM_INFINITY or most < soft:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     try:

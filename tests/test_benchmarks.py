@@ -129,8 +129,8 @@ longer:
     openai_api_base: "{url}"
   completion_parser_kwargs:
     outputs_to_match:
-      1: "is (a)"
-      2: "is (b)"
+      1: 'is \\(a\\)'
+      2: 'is \\(b\\)'
   batch_size: 1
 """
 

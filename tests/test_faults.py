@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.timeout(7200 if SOAK else 1800), NEEDS_LINUX]
 def some(numbers, count):
     "All of them in a soak, else a part that is always the same."
     numbers = list(numbers)
-    return numbers if SOAK else sorted(random.Random(0).sample(numbers, count))
+    return numbers if SOAK else random.Random(0).sample(numbers, count)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,14 @@ def test_two_rounds_killed_at_their_system_calls(whole):
     for number in range(1, len(calls) + 1):
         shutil.rmtree(home)
         kind = killed_at_call(two_rounds(home), calls, number, log)
+        assert kind, f"call {number} never came: {calls[number - 1]}"
         goes_on(home, table, kind, made)
     no_loss(table)
     assert table.total("the same") == len(calls)
+
+
+# what a soak has found: these were errors without a path
+FOUND = {("label.config.json", "is_half"), ("sample.config.json", "has_another_bit")}
 
 
 def test_two_rounds_of_which_a_file_is_damaged(whole):
@@ -115,8 +120,10 @@ def test_two_rounds_of_which_a_file_is_damaged(whole):
     files = sorted(p.relative_to(copy) for p in (copy / "runs").rglob("*") if p.is_file())
     files = [file for file in files if not (copy / file).is_symlink()]
     cases = [(file, damage) for file in files for damage in DAMAGES]
+    found = [(f, d) for f, d in cases if (f.name, d.__name__) in FOUND and "round-1" in f.parts]
+    assert len(found) == len(FOUND)
     table = Table("a file of a run")
-    for file, damage in some(cases, 5):
+    for file, damage in some(cases, 5) + found * (not SOAK):
         copy_of(copy, home)
         damage(home / file)
         with as_anybody():
@@ -214,6 +221,9 @@ def stage_goes_on(start, stage, folder, table, row, made):
     log = folder.parent / "log"
     code = in_child(stage_work(start, stage, folder), log)
     said = log.read_text()
+    if code == 0 and (left := leftovers(folder)):
+        table.add(row, "files left behind")
+        print(f"{row}: left {left}")
     if code == 0:
         found = "the same" if made_by(stage, folder) == made else "ANOTHER"
     else:
@@ -231,11 +241,15 @@ def test_stages_killed_at_their_system_calls(start, undisturbed, tmp_path):
         folder = tmp_path / stage
         code, calls = traced(stage_work(start, stage, folder), tmp_path / "log")
         assert code == 0
-        for number in sorted(rng.sample(range(1, len(calls) + 1), min(40, len(calls)))):
+        numbers = sorted(rng.sample(range(1, len(calls) + 1), min(40, len(calls))))
+        kills = 0
+        for number in numbers:
             shutil.rmtree(folder)
             work = stage_work(start, stage, folder)
             kind = killed_at_call(work, calls, number, tmp_path / "log")
-            stage_goes_on(start, stage, folder, table, f"{stage}, {kind}", made)
+            kills += bool(kind)
+            stage_goes_on(start, stage, folder, table, f"{stage}, {kind or 'whole'}", made)
+        assert kills > len(numbers) * 0.8
     no_loss(table)
 
 
@@ -261,12 +275,10 @@ def test_stages_killed_at_200_moments(start, undisturbed, tmp_path):
 
 
 def before_its_end(changes):
-    "The number of the first change of a stage that makes its result."
+    "The number of the change by which a stage's result gets its name."
     ends = ("FINAL", "samples.json", "feedback.json")
-    for number, what in enumerate(changes, 1):
-        if any(end in what for end in ends) and not any(w in what for w in ("shard", "step-")):
-            return number
-    raise AssertionError(changes)
+    named = [n for n, what in enumerate(changes, 1) if any(end in what for end in ends)]
+    return max(n for n in named if changes[n - 1].startswith("os.rename"))
 
 
 @soak
@@ -281,7 +293,9 @@ def test_a_killed_stage_of_which_a_file_is_damaged(start, undisturbed, tmp_path)
         assert killed_at_change(work, folder, number, log) == -9
         shutil.rmtree(killed, ignore_errors=True)
         folder.rename(killed)
-        for file in sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file()):
+        files = sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file())
+        assert files, f"{stage}: nothing is left to be damaged"
+        for file in files:
             for damage in DAMAGES:
                 copy_of(killed, folder)
                 damage(folder / file)

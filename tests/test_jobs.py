@@ -177,8 +177,6 @@ def copies():
         ("grab", "it runs, and none of its threads gets Python's lock", "Current thread"),
         ("hang", "has not come to where rank 0 waited 6 s for it", "in hang"),
         ("leave", "exit code 0 before its work was done", ""),
-        ("close", "exit code 1", ""),  # it has closed its stdout and stderr
-        ("both", "ValueError: record 7: no reward", "KeyError"),  # and the other hangs
     ],
 )
 def test_a_rank_that_others_wait_for_is_named(mode, why, where, copies, tmp_path):
@@ -191,6 +189,22 @@ def test_a_rank_that_others_wait_for_is_named(mode, why, where, copies, tmp_path
     assert why in str(error).splitlines()[0]
     assert where in error.traceback
     assert "Timed out" not in job.file("log").read_text()  # nobody else has given up before
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mode, why",
+    [
+        ("close", "exit code 1"),  # it has closed its stdout and stderr
+        ("both", "ValueError: record 7: no reward"),  # and the other rank hangs
+    ],
+)
+def test_a_rank_that_raises_is_named_by_that(mode, why, copies, tmp_path):
+    job = start(mode, tmp_path, replace(copies, timeout_minutes=10))
+    with pytest.raises(StageError) as raised:
+        job.wait(show=False)
+    assert raised.value.rank == 1
+    assert why in str(raised.value).splitlines()[0]
     assert not alive(tmp_path)
 
 
@@ -219,15 +233,17 @@ def test_a_stopped_supervisor_is_woken(copies, tmp_path):
         assert not alive(folder)
 
 
-def test_no_rank_is_named_where_none_failed(copies, tmp_path):
-    "Somebody has told the supervisor to end the job."
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_no_rank_is_named_where_none_failed(how, copies, tmp_path):
+    "Somebody, or a machine without memory, has ended the supervisor."
     job = start("hang", tmp_path, replace(copies, timeout_minutes=10))
     until((tmp_path / "out").exists, 300, "both ranks running")
-    os.kill(job.process.pid, signal.SIGTERM)
-    with pytest.raises(StageError, match="no rank, SIGTERM told its supervisor") as raised:
+    os.kill(job.process.pid, getattr(signal, how))
+    by = how if how == "SIGTERM" else "a signal"
+    with pytest.raises(StageError, match=f"no rank, its supervisor was ended by {by}") as error:
         job.wait(show=False)
-    assert raised.value.rank == -1
-    assert not alive(tmp_path)
+    assert error.value.rank == -1
+    until(lambda: not alive(tmp_path), 15, "all gone")
 
 
 def test_who_listens_is_told_and_is_nobody_but_loopback(copies, tmp_path):

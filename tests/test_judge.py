@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import subprocess
+import socket
 import sys
 import threading
 import time
@@ -1222,7 +1223,7 @@ def test_behaviours_of_judges(tmp_path, monkeypatch, capfd, kind):
         numbers = re.findall(r"Answer #(\d+)#", body["messages"][-1]["content"])
         first = int(numbers[0])
         number, name = 7.5, names[first // ways]
-        winner = "A" if first % 2 else "B"  # always the pair's second
+        winner = "A" if first % 2 else "B"  # always the prompt's second answer
         verdict = f"Final Score: {number}" if kind == "scalar" else f"Winner: {winner}"
         as_json = dict(score=number) if kind == "scalar" else dict(winner=winner)
         said = BEHAVIOURS[name](verdict, json.dumps(as_json))
@@ -1245,7 +1246,9 @@ def test_behaviours_of_judges(tmp_path, monkeypatch, capfd, kind):
     for row in rows:
         name = names[place[row["prompt_id"]]]
         value = row["score"] if kind == "scalar" else row["winner"]
-        meant = (7.5 if kind == "scalar" else "B") if name in SCORED else None
+        if kind == "pairwise" and value:  # a pair's answers stand in either order
+            value = row[f"sample_id_{value}"]
+        meant = (7.5 if kind == "scalar" else 1) if name in SCORED else None
         assert value == meant, (name, row)
         assert (row["reply"] is None) == (name in UNANSWERED), (name, row)
         assert bool(row["reason"]) == (name not in SCORED), (name, row)
@@ -1365,6 +1368,22 @@ def test_a_limit_that_the_cost_needs_is_not_left_out(tmp_path):
 # ---- why there is no connection
 
 
+def without_tls(request):
+    "The port of a server that answers whatever it hears with a 400, as servers without TLS do."
+    listening = socket.create_server(("127.0.0.1", 0))
+    request.addfinalizer(listening.close)
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                with listening.accept()[0] as one:
+                    one.recv(1)
+                    one.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening.getsockname()[1]
+
+
 @pytest.mark.parametrize(
     "fault, told",
     [
@@ -1379,7 +1398,7 @@ def test_a_limit_that_the_cost_needs_is_not_left_out(tmp_path):
         ("quotes", "stands in quotes"),
     ],
 )
-def test_the_cause_is_said_before_50_questions(tmp_path, monkeypatch, fault, told):
+def test_the_cause_is_said_before_50_questions(tmp_path, monkeypatch, request, fault, told):
     "Once, and the key is not in it."
     monkeypatch.setenv("NO_PROXY", "")
     page = http(200, b"<html>Welcome</html>", "text/html")
@@ -1444,12 +1463,26 @@ ECHOES = {
     "the middle": CANARY[8:24],
     "masked": CANARY[:13] + "*****" + CANARY[-4:],
     "rot13": codecs.encode(CANARY, "rot13"),
+    "octal": "".join(f"\\{b:03o}" for b in DATA),
+    "quoted-printable": "".join(f"={b:02X}" for b in DATA),
+    "0x": ", ".join(f"0x{b:02x}" for b in DATA),
+    "code points": " ".join(f"U+{b:04X}" for b in DATA),
+    "%u": "".join(f"%u{b:04x}" for b in DATA),
+    "braces": "".join(f"\\u{{{b:x}}}" for b in DATA),
+    "full width": "".join(chr(b + 0xFEE0) for b in DATA),
+    "tags": "".join(f"<b>{c}</b>" for c in CANARY),
+    "UTF-16 in base64": base64.b64encode(CANARY.encode("utf-16-le")).decode(),
+    "base64 of base64": base64.b64encode(base64.b64encode(DATA)).decode(),
+    "base64 of hex": base64.b64encode(DATA.hex().encode()).decode(),
+    "hex of base64": base64.b64encode(DATA).hex(),
+    "base64 backwards": base64.b64encode(DATA).decode()[::-1],
+    "a long end": "sk-..." + CANARY[-6:],
 }
 
 
 @pytest.mark.parametrize("where", ["reply", "error", "refusal", "reasoning"])
 def test_a_canary_is_in_no_file_and_no_output(tmp_path, monkeypatch, capfd, where):
-    "33 forms of echo; what is read of a reply is what it says, the key or not."
+    "47 forms of echo; what is read of a reply is what it says, the key or not."
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     echoes = list(ECHOES.values())
 
@@ -1494,7 +1527,7 @@ def test_hiding_changes_no_number(tmp_path, monkeypatch, key):
 @pytest.mark.timeout(3600)
 def test_soak_10000_requests_and_20_kills(tmp_path):
     "A kill costs at most as many answers as were under way; nothing on disk is asked again."
-    n, kills, workers = 10_000, 20, 16
+    n, kills, workers = int(os.environ.get("HALOS_NB_SOAK_REQUESTS", 10_000)), 20, 16
     answered = Counter()
 
     def reply(body, times):

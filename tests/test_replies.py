@@ -131,7 +131,7 @@ def test_ranges_are_no_scores(a, b, form):
 
 
 def test_long_replies_are_read_fast():
-    start = time.monotonic()
+    start = time.process_time()
     for text in (
         "9" * 20000,
         "final score " * 5000,
@@ -141,6 +141,9 @@ def test_long_replies_are_read_fast():
         '{"score": ' * 5000,
         "8/" * 10000,
         "a" * 50000 + "\n" * 5000,
+        "Winner: " * 5000,
+        "Winner: A\n" + "a'" * 20000,
+        "Final Score: 8\n" + "a, " * 10000,
     ):
         read_number(text), read_winner(text)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10

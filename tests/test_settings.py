@@ -90,7 +90,7 @@ def test_the_command_itself(tmp_path):
     flags = ["--loss", "kto", "--model", str(gone), "--train_datasets", "a"]
     flags += ["--frac_unique_desirable", "0.5"]
     command = [sys.executable, "-m", "halos_nb.train", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
     assert last == f"FileNotFoundError: model: nothing is at {gone}"
@@ -174,7 +174,7 @@ def test_our_file_is_accelerate_s(tmp_path):
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         env = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")}
         env[name] = str(tmp_path)
-        subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=60)
+        subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=600)
 
 
 # ---- how processes start
