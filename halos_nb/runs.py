@@ -348,7 +348,7 @@ def evaluations(run: str | Path) -> dict[int, dict]:
     "The evaluations of a run's newest session, by how many rounds were done."
     run = Path(run)
     found = {}
-    for folder, stages in stage_seconds(last_session(read_jsonl(run / "ledger.jsonl"))).items():
+    for folder, stages in stage_seconds(last_session(read_events(run))).items():
         file = run / folder / "evaluation.json"
         if "evaluate" in stages and file.exists():
             found[int(folder.removeprefix("evaluate-"))] = read_object(file)
