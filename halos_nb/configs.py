@@ -10,8 +10,8 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'NAMES_A_KEY', 'LO
            'JUDGE_FIELDS', 'COMMON', 'RATIO', 'OF_A_RUN', 'checked', 'refuse', 'is_mixed', 'looks_secret',
            'secret_values', 'texts_in', 'secret_in', 'refuse_secrets', 'unknown_parameter', 'parameter_problem',
            'field_names', 'config_error', 'make_config', 'require_path', 'name_problem', 'plain_name', 'free_name',
-           'same_place', 'lies_at', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions',
-           'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
+           'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions',
+           'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
            'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions',
            'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of',
            'split_names', 'ensemble_problems', 'several_models_problems', 'labeller_problems',
@@ -54,6 +54,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from tyro.conf import Positional, UseAppendAction, arg
+
+from .records import on_disk
 
 # %% ../nbs/02_configs.ipynb #cc61bf9c
 Config = TypeVar("Config")
@@ -282,6 +284,14 @@ def lies_at(read: Path, written: Path) -> bool:
     return inside and bool(OF_A_CHECKPOINT.match(written.name))
 
 
+def is_written_over(read: Path, written: Path) -> bool:
+    "Whether writing a file would replace what is read, or hide it where that is packed."
+    places = {read, on_disk(read)}
+    return any(place.exists() for place in places) and any(
+        lies_at(place, written) for place in places
+    )
+
+
 def refuse_own_inputs(
     reads: Mapping[str, Iterable[str | Path | None]],  # by the config's field
     writes: Mapping[str, Iterable[str | Path]],  # files, and folders that are replaced
@@ -291,7 +301,7 @@ def refuse_own_inputs(
         for target in map(Path, targets):
             for field_name, paths in reads.items():
                 for path in paths:
-                    if path and Path(path).exists() and lies_at(Path(path), target):
+                    if path and is_written_over(Path(path), target):
                         raise ValueError(
                             f"{out}: would write {target} over {field_name}, {path}, which is "
                             f"read; give another {out}"

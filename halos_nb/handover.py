@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'OPEN', 'FRONT', 'METHOD', 'DATA', 'MODELS', 'ROUNDS', 'WHERE', 'LOADING', 'SENT', 'in_markdown', 'table',
-           'with_interval', 'round_row', 'lost_rows', 'last_names', 'chosen', 'card_text', 'final_of', 'model_card',
-           'check_sealed', 'push', 'Told', 'told_of', 'track_round']
+           'with_interval', 'round_row', 'lost_rows', 'last_names', 'chosen', 'card_text', 'final_of', 'signed',
+           'as_written', 'model_card', 'written_by_papermill', 'keep_notebook', 'check_sealed', 'push', 'Told',
+           'told_of', 'track_round']
 
 # %% ../nbs/71_handover.ipynb #aab18e73
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from .records import atomic_write, file_hash, read_records
 from .stats import Interval, kl_terms, mean_interval
@@ -166,13 +170,50 @@ def final_of(run_dir: str | Path) -> Path:
     return link.resolve()
 
 
+def signed(text: str) -> str:
+    "A card with a last line, hidden in Markdown, by which it is known as it was written."
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- as halos_nb wrote it: {digest} -->\n"
+
+
+def as_written(card: Path) -> bool:
+    "Whether a card is as it was written, and nobody has completed it."
+    text, mark, _ = card.read_text("utf-8").rpartition("\n<!-- as halos_nb wrote it: ")
+    return bool(mark) and signed(text) == card.read_text("utf-8")
+
+
 def model_card(run_dir: str | Path, **known: Any) -> Path:  # known: truth, best of `read_run`
     "Write the card of a run's model beside it, and return its path."
-    final = final_of(run_dir)
-    path = final.parent / "README.md"
-    with atomic_write(path) as f:
-        f.write(card_text(read_run(run_dir, **known)))
+    path = final_of(run_dir).parent / "README.md"
+    text = signed(card_text(read_run(run_dir, **known)))
+    place = path
+    if path.exists() and not as_written(path):
+        place = path.with_name("README.new.md")
+        print(f"{path}: somebody has completed it, so it stays; the new one is {place.name}")
+    with atomic_write(place) as f:
+        f.write(text)
     return path
+
+# %% ../nbs/71_handover.ipynb #b4d67f96
+def written_by_papermill() -> Path | None:
+    "The file into which papermill writes the notebook that runs here; None: it does not."
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent else []
+    notebooks = [word for word in words if word.endswith(".ipynb")]
+    if not parent or len(notebooks) < 2 or not any("papermill" in word for word in words):
+        return None
+    return Path(parent.cwd()) / notebooks[1]
+
+
+def keep_notebook(run: str | Path) -> Path | None:  # run: its folder
+    "Keep the notebook as it was executed so far in the run's folder."
+    source = written_by_papermill()
+    if not source or not source.is_file():
+        return None
+    kept = Path(run) / "executed.ipynb"
+    with atomic_write(kept) as file:
+        file.write(source.read_text("utf-8"))
+    return kept
 
 # %% ../nbs/71_handover.ipynb #d4339293
 SENT: tuple[str, ...] = (

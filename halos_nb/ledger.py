@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'MARKS', 'OPEN_LEDGERS', 'OF_PATIENCE', 'NEVER_WRITTEN_AGAIN', 'PACKABLE', 'run_folder', 'looks_like_a_run',
-           'empty_run', 'NotOurs', 'read_object', 'made_by', 'check_owner', 'claim', 'RunBusy', 'lock_run', 'is_number',
-           'event_problem', 'Journal', 'read_journal', 'read_events', 'mend_journal', 'RunFolder', 'identity_digest',
-           'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed', 'seconds_of', 'take_file', 'take_path',
-           'take_stage', 'pack_outputs']
+           'empty_run', 'NotOurs', 'read_object', 'made_by', 'check_owner', 'check_folder', 'claim', 'RunBusy',
+           'lock_run', 'is_number', 'event_problem', 'Journal', 'read_journal', 'read_events', 'mend_journal',
+           'RunFolder', 'identity_digest', 'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed',
+           'may_be_had_again', 'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
 
 # %% ../nbs/56_ledger.ipynb #49403efc
 import hashlib
@@ -38,6 +38,7 @@ from halos_nb.records import (
     packed_beside,
     telling_full_disk,
     put_aside,
+    temporary,
     unpack_file,
     write_json,
 )
@@ -135,6 +136,19 @@ def check_owner(run: Path, owner: str) -> None:
         raise NotOurs(
             f"{run}: was made by {was}, and this is {owner}, which would write over it; "
             "nothing was changed. Choose another run_name"
+        )
+
+
+def check_folder(run: Path) -> None:
+    "An error if something else than a folder is where a run is to be."
+    for place in (run, *run.parents):
+        if os.path.lexists(place):
+            break
+    if not place.is_dir():
+        what = "a link that leads nowhere" if place.is_symlink() else "a file"
+        raise ValueError(
+            f"{place}: is {what}, and a run needs a folder there; nothing was changed. Choose "
+            "another run_name, or another runs_dir in settings.ini"
         )
 
 
@@ -256,6 +270,7 @@ class RunFolder(RunFiles):
     ) -> None:
         super().__init__(run, profile)
         check_owner(self.run_dir, owner)
+        check_folder(self.run_dir)
         with telling_full_disk(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.run_dir)
@@ -354,8 +369,10 @@ class Ledger(RunFolder):
         owner: str = "",  # the driver whose run this is
         # sealed stages that no longer fit are done again; else they stop the run
         redo: bool = True,
+        aside: bool = False,  # and what was sealed is renamed, not replaced
     ) -> None:
         self.redo = redo
+        self.aside = aside
         self.said_redo = False  # that something is done again
         self.watch = watch
         self.on_start = on_start
@@ -539,10 +556,15 @@ def what_changed(stage: Stage, now: dict) -> list[Difference]:
     return found
 
 
+def may_be_had_again(stage: Stage) -> bool:
+    "Whether a stage only looks at models, or only computes from what others have sealed."
+    return stage.name == "evaluate" or stage.name.startswith("audit")
+
+
 @patch
 def check_change(self: Ledger, stage: Stage, now: dict) -> None:
     "An error if a sealed stage would be done again and that was not asked for."
-    if stage.name.startswith("audit"):  # who only looks may look again
+    if may_be_had_again(stage):
         return
     found = what_changed(stage, now)
     told = f"{self.name(stage.folder)} {stage.name}: {'; '.join(map(str, found))}"
@@ -565,6 +587,15 @@ def keep_altered(self: Ledger, stage: Stage) -> None:
             aside = put_aside(path)
             self.say(f"{name} was altered since it was written; it is {aside.name} now")
 
+# %% ../nbs/56_ledger.ipynb #51c55639
+@patch
+def keep_sealed(self: Ledger, stage: Stage) -> None:
+    "Rename what a stage has sealed; in its place something else will be made."
+    for path in stage.outputs:
+        if path.exists() and path not in stage.keeps:
+            aside = put_aside(path)
+            self.say(f"{self.name(path)} was made otherwise; it is {aside.name} now")
+
 # %% ../nbs/56_ledger.ipynb #c017d570
 @patch
 def begin(
@@ -576,6 +607,8 @@ def begin(
     "Start a stage, from nothing or from what an attempt to make the same has left."
     self.check_change(stage, now)
     self.keep_altered(stage)
+    if (self.aside or stage.name == "evaluate") and what_changed(stage, now):
+        self.keep_sealed(stage)
     remove(stage.manifest)
     for path in stage.outputs:
         remove(packed_beside(path))
@@ -748,7 +781,9 @@ def take_path(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target, copy_function=take_file)
     else:
-        take_file(str(source), str(target))
+        part = temporary(target)  # a manifest is there whole or not at all
+        take_file(str(source), str(part))
+        os.replace(part, target)
 
 
 def take_stage(stage: Stage, run: Path, other: Path) -> None:

@@ -18,9 +18,9 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models',
            'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by',
            'score_name', 'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'AsSealed',
-           'Outlook', 'stands_so_far', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person', 'branches_of',
-           'next_branch', 'is_busy_otherwise', 'branch', 'Settled', 'fits', 'settle', 'choose_run', 'choose_folder',
-           'run_rounds', 'main']
+           'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder',
+           'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'branch',
+           'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -31,6 +31,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,6 +45,7 @@ from fastcore.basics import patch
 from .verdicts import combine_labels
 from halos_nb.records import (
     file_bytes,
+    file_hash,
     is_locked,
     on_disk,
     put_aside,
@@ -53,6 +55,7 @@ from halos_nb.records import (
 )
 from .label_input import read_answers
 from halos_nb.configs import (
+    LONGEST_NAME,
     AuditConfig,
     EvaluateConfig,
     FeedbackType,
@@ -107,6 +110,8 @@ from halos_nb.ledger import (
     RunFolder,
     check_owner,
     claim,
+    identity_digest,
+    may_be_had_again,
     read_journal,
     read_object,
     run_folder,
@@ -1393,6 +1398,8 @@ class Loop:
     used: int = 0  # prompts, by the rounds that are done
     done: list[Round] = field(default_factory=list)  # without `final`
     reference: str = ""  # hash of the reference when the run began
+    # policies of earlier sessions that were to keep more than this one
+    spared: set[Path] = field(default_factory=set)
     ahead: dict[str, bool] = field(default_factory=dict)  # the next round's stages: has it run?
     first: dict[str, Health] = field(default_factory=dict)  # the first policy's, by folder
     lines: dict[str, str] = field(default_factory=dict)  # what was said of health, by folder
@@ -1747,7 +1754,7 @@ def tidy(self: Loop) -> None:
     "Remove the policies that are needed no more, and pack what is old."
     kept = self.policies_kept()
     for old in self.held:
-        if old.policy not in kept:
+        if old.policy not in kept and old.policy not in self.spared:
             self.ledger.prune(old.policy)
     self.held = [held for held in self.held if held.policy in kept]
     if self.cfg.keep == "best" and self.best and self.best.policy.exists():
@@ -2179,14 +2186,43 @@ def check_apart(profile: Profile) -> None:
 
 # %% ../nbs/57_loop.ipynb #6c4e6ce1
 class AsSealed(RunFiles):
-    "Takes each output of a sealed stage for what its manifest says."
+    "Takes each output of a sealed stage for what its manifest says, unless that has changed."
+
+    def __init__(self, run: str | Path, profile: Profile) -> None:
+        super().__init__(run, profile)
+        self.changed: list[Stage] = []  # their outputs would be others
+        self.to_come: dict[str, str] = {}  # hashes of files that will be written anew
 
     def hash(self, path: str | Path) -> str:
+        place = str(Path(path).absolute())
         maker = self.maker(path)
+        if maker in self.changed:
+            return f"not made yet: {self.name(path)}"
         told = maker.sealed().get("outputs", {}).get(self.name(path)) if maker else None
-        return told or super().hash(path)
+        return told or self.to_come.get(place) or super().hash(path)
+
+# %% ../nbs/57_loop.ipynb #7a20cbbd
+@patch
+def evaluation_known(
+    self: Loop,
+    number: int,  # rounds that were done
+    policy: Path,  # that was evaluated
+    before: int | None,  # rounds that were done at the last evaluation
+) -> list[Stage]:
+    "The stages of an evaluation that is sealed; nothing where there is none."
+    run = self.ledger.run_dir
+    if not (run / f"evaluate-{number}/evaluate.manifest.json").exists():
+        return []
+    return evaluation_stages(self.cfg, run, number, policy, before)
 
 
+@patch
+def ended_there(self: Loop, number: int) -> bool:
+    "Whether the run as it is ended with this round: the last, or patience was over."
+    nothing_after = not prompts_sealed(self.ledger.run_dir, number + 1)
+    return number == self.rounds or bool(self.cfg.patience and nothing_after)
+
+# %% ../nbs/57_loop.ipynb #b4c74451
 @patch
 def stages_known(self: Loop) -> Iterator[Stage]:
     "The run's stages in order, as far as what is sealed tells which they are."
@@ -2194,7 +2230,10 @@ def stages_known(self: Loop) -> Iterator[Stage]:
         yield from self.stages("start", None, 0, self.cfg.prompts_per_round)
     if self.cfg.audit != "skip":
         yield from self.first_looks()
-    policy, used = None, 0
+    policy, used, before = None, 0, None
+    if self.cfg.evaluate_every:
+        yield from self.evaluation_known(0, Path(self.cfg.sft_checkpoint), None)
+        before = 0
     for number in range(1, self.rounds + 1):
         folder = self.folder(number)
         yield from self.stages(number, policy, used, self.planned[number])
@@ -2207,7 +2246,12 @@ def stages_known(self: Loop) -> Iterator[Stage]:
             if (folder / f"{name}.manifest.json").exists():
                 yield from with_draw(self.cfg, check_stage(*where))
         used += sampled["prompts"]
-        if not sampled["prompts_left"]:
+        is_last = not sampled["prompts_left"] or self.ended_there(number)
+        if self.cfg.evaluate_every and (is_last or number % self.cfg.evaluate_every == 0):
+            evaluation = self.evaluation_known(number, policy, before)
+            yield from evaluation
+            before = number if evaluation else before
+        if is_last:
             break
     assert policy
     stages = self.final_stages(policy, used, sampled)
@@ -2220,14 +2264,24 @@ class Outlook:
     "What becomes of a run's sealed stages under some parameters."
 
     run: Path
-    standing: list[Stage] = field(default_factory=list)  # in their order, up to a change
+    standing: list[Stage] = field(default_factory=list)  # in their order
     changed: Stage | None = None  # the first that would be done again
     why: list[Difference] = field(default_factory=list)
+    asked: str = ""  # what decides its result now, as a hash
+    again: list[Stage] = field(default_factory=list)  # of evaluations: no round rests on them
+    rounds_stand: bool = True
+
+    def note(self, stage: Stage, why: list[Difference], now: dict) -> None:
+        "Remember the first stage that would be done again."
+        if not self.changed:
+            self.changed, self.why, self.asked = stage, why, identity_digest(now)
 
     def redone(self) -> list[Path]:
-        "Manifests of what would be done again: all behind the change that is sealed."
+        "Manifests of what would be done again: of evaluations, or all behind the change."
+        if self.rounds_stand:
+            return [stage.manifest for stage in self.again]
         standing = {stage.manifest for stage in self.standing}
-        places = ("", "round-*/", "final/", "start/")
+        places = ("", "round-*/", "evaluate-*/", "final/", "start/")
         found = [p for place in places for p in self.run.glob(f"{place}*.manifest.json")]
 
         def in_order(path: Path) -> tuple:
@@ -2236,30 +2290,52 @@ class Outlook:
 
         return sorted(set(found) - standing, key=in_order)
 
+# %% ../nbs/57_loop.ipynb #a62b66e3
+def beside_the_rounds(stage: Stage) -> bool:
+    "Whether no round rests on a stage: one of an evaluation."
+    return is_evaluation(stage.folder)
+
 
 def stands_so_far(run: Path, files: AsSealed, stages: Iterable[Stage]) -> Outlook:
     "Which of these sealed stages stand, one after the other, and the first that does not."
     found = Outlook(run)
     for stage in stages:
         files.makers |= {str(path.absolute()): stage for path in stage.outputs}
-        sealed, looks = stage.sealed(), stage.name.startswith("audit")
-        if not sealed and not looks:
+        sealed, looks = stage.sealed(), may_be_had_again(stage)
+        if not sealed and not looks and not beside_the_rounds(stage):
             break
         now = identity(files, stage)
-        if looks:  # may be had again for nothing
+        if looks:
             stands = sealed and not change(sealed["identity"], now)
             found.standing += [stage] if stands else []
             continue
-        if why := what_changed(stage, now):
-            found.changed, found.why = stage, why
+        why = what_changed(stage, now)
+        if why:
+            found.note(stage, why, now)
+        if not why and sealed:
+            found.standing.append(stage)
+        elif beside_the_rounds(stage):
+            files.changed.append(stage)
+            found.again += [stage] if sealed else []
+        else:
+            found.rounds_stand = False
             break
-        found.standing.append(stage)
     return found
+
+# %% ../nbs/57_loop.ipynb #059d7eb6
+def hash_of_records(rows: list[dict]) -> str:
+    "The hash of a file of records that is not written yet."
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder) / "rows.json", rows)
+        return file_hash(Path(folder) / "rows.json")
 
 
 def look_ahead(cfg: LoopConfig, run: Path, profile: Profile) -> Outlook:
     "Which sealed stages of a loop's run stand under these parameters."
     files = AsSealed(run, profile)
+    if cfg.evaluate_every and cfg.eval_against:
+        compared = str(run / "evaluate-file/samples.json")
+        files.to_come[compared] = hash_of_records(read_answers(cfg.eval_against))
     return stands_so_far(run, files, Loop(cfg, cast(Ledger, files)).stages_known())
 
 # %% ../nbs/57_loop.ipynb #61d00eaf
@@ -2309,24 +2385,34 @@ def ask_person(told: str) -> str:  # one of WAYS
     return "stop"
 
 
+def base_of(run: Path) -> str:
+    "The name of the run that this one, and others, have gone on beside; its own if it has not."
+    return str(read_object(run / "run.json").get("branch_of", run.name))
+
+
 def branches_of(run: Path) -> list[Path]:
     "The runs beside that were begun with what stands of this one, in order."
-    base = read_object(run / "run.json").get("branch_of", run.name)
     found = []
     for file in run.parent.glob("*/run.json"):
-        number = file.parent.name.removeprefix(f"{base}-")
-        if read_object(file).get("branch_of") == base and number.isdigit():
+        number = file.parent.name.rpartition("-")[2]
+        if read_object(file).get("branch_of") == base_of(run) and number.isdecimal():
             found.append((int(number), file.parent))
     return [folder for _, folder in sorted(found) if folder != run]
 
 
 def next_branch(run: Path) -> Path:
-    "Where another run beside goes: the first name that is free."
-    base = read_object(run / "run.json").get("branch_of", run.name)
+    "A new folder for another run beside, under the first name that is free."
+    base = base_of(run).encode()
     number = 2
-    while os.path.lexists(run.parent / f"{base}-{number}"):
-        number += 1
-    return run.parent / f"{base}-{number}"
+    while True:
+        ending = f"-{number}"
+        short = base[: LONGEST_NAME - len(ending)].decode(errors="ignore").rstrip()
+        beside = run.with_name(f"{short}{ending}")
+        try:
+            beside.mkdir()  # of two that start at once each has its own
+            return beside
+        except FileExistsError:
+            number += 1
 
 # %% ../nbs/57_loop.ipynb #875e3031
 NOT_OF_THE_RUN = ("run_name", "fresh", "on_change")  # say where and how, not what
@@ -2343,14 +2429,16 @@ def is_busy_otherwise(run: Path, cfg: LoopConfig) -> bool:
 
 def branch(found: Outlook, beside: Path, owner: str) -> None:
     "Have what stands of a run in one beside, which goes on from there."
-    base = read_object(found.run / "run.json").get("branch_of", found.run.name)
-    beside.mkdir(parents=True, exist_ok=True)
     why = [str(one) for one in found.why]
-    claim(beside, owner, branch_of=base, taken_from=found.run.name, why=why)
+    told = dict(
+        branch_of=base_of(found.run), taken_from=found.run.name, why=why, begun_for=found.asked
+    )
+    claim(beside, owner, **told)
     with RunFolder(beside, Profile(), fresh=False, owner=owner) as folder:
         taken = []
         for stage in found.standing:
-            if not (beside / stage.manifest.relative_to(found.run)).exists():
+            taken_before = beside / stage.manifest.relative_to(found.run)
+            if not read_manifest(taken_before).content:
                 take_stage(stage, found.run, beside)
                 taken.append(stage.name)
         if taken:
@@ -2367,8 +2455,7 @@ class Settled(NamedTuple):
 def fits(found: Outlook, beside: Path, look: Callable[[Path], Outlook]) -> bool:
     "Whether a run beside was begun for the same change, or has sealed what has changed."
     known = look(beside)
-    why = [str(one) for one in found.why]
-    begun_for_it = read_object(beside / "run.json").get("why") == why
+    begun_for_it = read_object(beside / "run.json").get("begun_for") == found.asked
     assert found.changed
     place = found.changed.manifest.relative_to(found.run)
     sealed = [stage.manifest.relative_to(beside) for stage in known.standing]
@@ -2451,6 +2538,26 @@ def choose_folder(
 
     return settle(run, look, cfg.on_change, owner)
 
+# %% ../nbs/57_loop.ipynb #f695e06d
+def spared_policies(run: Path, cfg: LoopConfig) -> set[Path]:
+    "Policies on disk that stay, as an earlier session was to keep others than this one."
+    journal = run / "ledger.jsonl"
+    told = (
+        [e for e in read_journal(journal).events if e["event"] == "run"]
+        if journal.is_file()
+        else []
+    )
+    told.append(read_object(run / "params.json").get("parameters") or {})
+    others = {str(t["keep"]) for t in told if t.get("keep", cfg.keep) != cfg.keep}
+    found = set(run.glob("round-*/policy/FINAL"))
+    if not others or cfg.on_change == "redo" or len(found) < 2:
+        return set()
+    print(
+        f"{run.name}: {len(found)} policies of sessions with keep={', '.join(sorted(others))} "
+        f"stay, though this one has keep={cfg.keep}; on_change=redo removes them"
+    )
+    return found
+
 # %% ../nbs/57_loop.ipynb #b5dbccf8
 def run_rounds(
     cfg: LoopConfig,  # the run's parameters, paths filled in
@@ -2471,9 +2578,9 @@ def run_rounds(
     run = run_folder(settings, cfg.run_name)
     redo = cfg.on_change == "redo"
     with Ledger(run, profile, cfg.fresh, watch, on_start, "online_loop", redo) as ledger:
-        size = dict(total_prompts=cfg.total_prompts, prompts_per_round=cfg.prompts_per_round)
-        ledger.event("run", **size)
-        loop = Loop(cfg, ledger)
+        loop = Loop(cfg, ledger, spared=spared_policies(run, cfg))
+        told = ("total_prompts", "prompts_per_round", "keep")
+        ledger.event("run", **{name: getattr(cfg, name) for name in told})
         known |= dict(profile=profile_record(profile), seeds=loop.seeds())
         known |= dict(reward=score_name(cfg), labelled_by=labelled_by(cfg, 1) or "rm")
         costs = estimate(cfg, run)

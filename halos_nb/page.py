@@ -430,7 +430,8 @@ def evaluation_parts(run: Run, truth: Truth | None) -> list[Part]:
     parts: list[Part] = ["; ".join(told), summary_table(rows, interval_formats(rows), title)]
     if wins := win_rows(run.folder):
         shares = interval_formats(wins, ".1%")
-        parts.append(summary_table(wins, shares, "Won against others; a tie is half a win"))
+        what = "Won against the first policy, the last one evaluated or a file; a tie is half"
+        parts.append(summary_table(wins, shares, what))
     figure = evaluation_figure(found, number if by else None)
     return [*parts, figure, best_of_n_figure(found)]
 

@@ -373,7 +373,7 @@ def evaluations(run: str | Path) -> dict[int, dict]:
     "The evaluations of a run's newest session, by how many rounds were done."
     run = Path(run)
     found = {}
-    for folder, stages in stage_seconds(last_session(read_jsonl(run / "ledger.jsonl"))).items():
+    for folder, stages in stage_seconds(last_session(read_events(run))).items():
         file = run / folder / "evaluation.json"
         if "evaluate" in stages and file.exists():
             found[int(folder.removeprefix("evaluate-"))] = read_object(file)
@@ -427,9 +427,10 @@ def win_rows(run: str | Path) -> list[dict]:
     return rows
 
 
-def interval_formats(rows: list[dict], spec: str = ".4g") -> dict[str, str]:
+def interval_formats(rows: list[dict], spec: str = ".3g") -> dict[str, str]:
     "How a table shows its estimates: every column that has an interval."
-    return {name: spec for row in rows for name in row if isinstance(row[name], Interval)}
+    found = {name: spec for row in rows for name in row if isinstance(row[name], Interval)}
+    return found | ({"characters": ".1f"} if "characters" in found else {})
 
 # %% ../nbs/63_runs.ipynb #7c0ac499
 # a function that computes the true reward: (the prompt's turns, the output's text) -> number

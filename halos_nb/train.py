@@ -8,10 +8,10 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
            'know_ways', 'probed_layout', 'new_tokens', 'with_adapters', 'loader_options', 'common_options', 'Loaders',
            'make_loaders', 'set_layout', 'LazyReference', 'planned_passes', 'reference_path', 'reference_maker',
            'fill_reference_logps', 'is_asked_first', 'prepare_reference', 'metrics_path', 'Resumed', 'run_folder',
-           'look_back', 'tell_world', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared', 'Attempt',
-           'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts', 'margins_by_name',
-           'words_in', 'source_of', 'told_of_pair', 'write_scores', 'check_outputs', 'require_room_for', 'train',
-           'main']
+           'look_back', 'tell_world', 'keep_earlier', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared',
+           'Attempt', 'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts',
+           'margins_by_name', 'words_in', 'source_of', 'told_of_pair', 'write_scores', 'check_outputs',
+           'require_room_for', 'train', 'main']
 
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
@@ -34,6 +34,7 @@ from halos_nb.records import (
     Progress,
     as_text,
     atomic_write,
+    put_aside,
     require_room,
     write_json,
 )
@@ -582,6 +583,13 @@ def tell_world(folder: str, accelerator: "Accelerator") -> None:
     say([note] if world != now else [], accelerator)
 
 
+def keep_earlier(run: Path, files: Sequence[Path]) -> None:
+    "Rename what an earlier training has told, where its model is there too."
+    for file in files if (run / "FINAL").exists() else []:
+        if file.is_file():
+            put_aside(file)
+
+
 def begin_attempt(cfg: TrainConfig, resumed: Resumed) -> None:
     "The metrics cut back to where the run goes on, and this attempt put down."
     run, metrics = run_folder(cfg), metrics_path(cfg)
@@ -591,6 +599,7 @@ def begin_attempt(cfg: TrainConfig, resumed: Resumed) -> None:
     if resumed.made:
         note_attempt(run, resumed.made, told["step"])
     if not (resumed.found and resumed.here):
+        keep_earlier(run, [metrics])
         metrics.unlink(missing_ok=True)
     elif missing := keep_lines(metrics, told["lines"]):
         print(f"note: {metrics}: {missing} lines of before are missing", file=sys.stderr)
@@ -827,10 +836,11 @@ def train(cfg: TrainConfig) -> TrainResult:
     evaluation = trainer.evaluate() if trainer.eval_loader else {}
     counts = run_counts(trainer) | attempts(folder)
     trainer.end_trackers()
+    scored = folder / "eval_scores.jsonl"
     if main:
+        keep_earlier(folder, [folder / "counts.json", scored])
         write_json(folder / "counts.json", counts)
     if main and trainer.eval_loader and trainer.pair_scores:
-        scored = folder / "eval_scores.jsonl"
         write_scores(scored, trainer.pair_scores, trainer.eval_loader)
     model = trainer.save_final(folder / "FINAL", tokenizer)
     if main and resumed.made:

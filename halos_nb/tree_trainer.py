@@ -9,7 +9,7 @@ __all__ = ['Metrics', 'OPTIMIZERS', 'IN_SHARES', 'as_share', 'Sums', 'Counters',
            'keep_gradients_in_buckets', 'as_words', 'keeps_shares', 'parameters_of', 'whole_state', 'check_groups',
            'read_whole_state', 'names_in_order', 'save_in_shares', 'read_shares', 'as_numbered', 'bits_of',
            'trained_bits', 'notes_of', 'MetricsFile', 'tracker_names', 'make_trackers', 'with_parameters', 'OneCurve',
-           'is_due', 'Timetable', 'PairScore']
+           'is_due', 'Timetable', 'PairScore', 'make_way']
 
 # %% ../nbs/22_tree_trainer.ipynb #7f73080b
 import copy
@@ -40,6 +40,8 @@ from halos_nb.records import (
     append_jsonl,
     read_object,
     shortened,
+    file_hash,
+    put_aside,
     telling_full_disk,
     write_json,
 )
@@ -1233,6 +1235,19 @@ def evaluate(
     self.log(means)
     return means
 
+# %% ../nbs/22_tree_trainer.ipynb #ae9270ad
+def make_way(
+    folder: Path,
+    new: Path,  # what comes in its place
+    keep: bool,  # unless that is the same, byte for byte
+) -> None:
+    "Have a checkpoint's place free: a finished model of an earlier training is renamed."
+    if not keep or file_hash(folder) == file_hash(new):
+        shutil.rmtree(folder)
+        return
+    aside = put_aside(folder)
+    print(f"note: {folder} of an earlier training is {aside.name} now", file=sys.stderr)
+
 # %% ../nbs/22_tree_trainer.ipynb #44be332e
 @patch
 def save_checkpoint(
@@ -1254,7 +1269,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if main and folder.exists():
-        shutil.rmtree(folder)
+        make_way(folder, partial, keep=final)
     if main:
         partial.rename(folder)
     self.accelerator.wait_for_everyone()

@@ -15,14 +15,14 @@ from long_runs import Pretended, wait
 
 from halos_nb import identity, ledger, loop
 from halos_nb.compare import RunComparer
-from halos_nb.configs import LoopConfig
+from halos_nb.configs import AuditConfig, LoopConfig
 from halos_nb.ledger import NotOurs, RunChanged, read_journal
 from halos_nb.loop import choose_run, run_rounds
 from halos_nb.monitor import look
 from halos_nb.page import report
-from halos_nb.records import temporary
+from halos_nb.records import temporary, write_records
 from halos_nb.runs import health_rows, run_summary
-from halos_nb.settings import Settings
+from halos_nb.settings import Profile, Settings
 
 pytestmark = [pytest.mark.timeout(300), NEEDS_LINUX]
 
@@ -135,9 +135,13 @@ def test_a_changed_parameter_goes_on_beside(home, capsys):
 
 def test_who_says_so_has_it_done_again(home, capsys):
     rounds = home.go(beta=0.4, on_change="redo")
-    assert skipped(rounds) == [["sample", "label"], ["label"], ["label"]]
+    # the trainings come out as they were, so what rests on them stands
+    assert skipped(rounds) == [["sample", "label"]] * 3
+    rounds = home.go(beta=1.3, on_change="redo")
+    assert skipped(rounds) == [["sample", "label"], [], []]
     assert [p.name for p in home.runs.iterdir()] == ["r"]
-    assert "beta 0.2 -> 0.4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "beta 0.2 -> 0.4" in said and "beta 0.4 -> 1.3" in said
 
 
 def test_who_says_stop_finds_all_as_it_was(home):
@@ -225,6 +229,93 @@ def test_more_prompts_simply_go_on(home, capsys):
 
 def sampled(home):
     return sorted((home.runs / "r").glob("round-*/samples.counts.json"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(ended, tmp_path_factory):
+    "The run, with evaluations that were asked for later: they change nothing of it."
+    here = tmp_path_factory.mktemp("evaluated") / "home"
+    shutil.copytree(ended, here, symlinks=True)
+    write_records(here / "heldout.json", answers("h", 1))
+    before = files_in(here / "runs/r/round-2")
+    more = EVALUATING | dict(eval_prompts=str(here / "heldout.json"))
+    assert skipped(Home(here).go(**more)) == [ALL, ALL, ["sample", "label"]]
+    assert files_in(here / "runs/r/round-2") == before
+    assert [p.name for p in (here / "runs").iterdir()] == ["r"]
+    return here
+
+
+# of the two rounds the first one's policy is not on disk any more
+EVALUATING = dict(evaluate_every=1, eval_num_prompts=6, eval_samples=2, keep="all")
+
+
+def answers(kind, n):
+    "Samples of somebody else's."
+    turns = [dict(role="user", content="0?")]
+    row = dict(prompt_id=f"{kind}0", prompt=turns, output="yes", type="sample")
+    return [row | dict(sample_id=k) for k in range(n)]
+
+
+@pytest.fixture
+def evaluating(evaluated, tmp_path):
+    "A copy of it."
+    shutil.copytree(evaluated, tmp_path / "home", symlinks=True)
+    home = Home(tmp_path / "home")
+    home.given |= EVALUATING | dict(eval_prompts=str(tmp_path / "home/heldout.json"))
+    return home
+
+
+def test_evaluations_are_taken_over(evaluating, capsys):
+    "Nothing of them is done again in a run beside, up to the change."
+    home = evaluating
+    assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]
+    assert skipped(home.go(beta=1.3)) == [["sample", "label"], [], []]
+    assert [p.name for p in sorted(home.runs.iterdir())] == ["r", "r-2"]
+    assert done_in(home.runs / "r-2") == ["evaluate-1"] * 3 + ["evaluate-2"] * 3
+    said = capsys.readouterr().out
+    assert "evaluate-2 evaluate, rm, sample" in said and "evaluate-0" not in said
+
+
+def done_in(run):
+    "Of which evaluations stages were done in a run, and not taken over."
+    events = [event for event in ledger.read_events(run) if event["event"] == "started"]
+    return [e["folder"] for e in events if e["folder"].startswith("evaluate-")]
+
+
+def test_a_change_of_evaluations_alone_keeps_every_round(evaluating, capsys):
+    "It stopped in the middle, when all that comes before was done."
+    home = evaluating
+    before = files_in(home.runs / "r")
+    more = dict(eval_num_prompts=5)
+    assert skipped(home.go(**more)) == [ALL, ALL, ["sample", "label"]]
+    assert files_in(home.runs / "r") == before
+    assert done_in(home.runs / "r-2") == ["evaluate-0"] * 3 + ["evaluate-2"] * 3
+    said = capsys.readouterr().out
+    assert "made otherwise, from evaluate-0 sample on:\n  num_prompts 6 -> 5\n" in said
+    assert "4 sealed stages" in said
+    assert "(evaluate-0 sample, rm; evaluate-2 sample, rm)" in said
+    # once more it goes on there, and asks nothing again
+    assert skipped(home.go(**more)) == [ALL, ALL, ["sample", "label"]]
+    assert len(done_in(home.runs / "r-2")) == 6
+    assert [p.name for p in sorted(home.runs.iterdir())] == ["r", "r-2"]
+
+
+def test_another_file_to_compare_with_is_arithmetic_until_it_changes(evaluating):
+    "What was computed before stays, renamed; what a labeller has said is never done again."
+    home = evaluating
+    theirs = home.runs.parent / "theirs.json"
+    more = dict(eval_against=str(theirs))
+    write_records(theirs, answers("h", 1))
+    first = home.runs / "r/evaluate-0/evaluation.json"
+    was = first.read_bytes()
+    home.go(**more)
+    assert first.with_name("evaluation.before-1.json").read_bytes() == was
+    assert [p.name for p in home.runs.iterdir()] == ["r"]
+    write_records(theirs, answers("h", 2))
+    before = files_in(home.runs / "r")
+    home.go(**more)
+    assert files_in(home.runs / "r") == before
+    assert [p.name for p in sorted(home.runs.iterdir())] == ["r", "r-2"]
 
 
 def test_a_dry_run_leaves_a_run_as_it_was(home):
@@ -347,3 +438,154 @@ def test_a_clock_that_was_set_back_gives_no_negative_time(home):
     journal.write_text("".join(rows))
     assert [row["seconds"] for row in run_summary(home.runs / "r")] == [0, 0, 0]
     assert look(home.runs / "r").elapsed == 0
+
+
+# ---- ways to lose what was paid for
+
+
+def test_policies_that_were_to_be_kept_stay(home, capsys):
+    "`keep` is no part of a result, and a later session's default removed what was asked for."
+    home.go(keep="all", fresh=True)
+    run = home.runs / "r"
+    policies = sorted(run.glob("round-*/policy/FINAL"))
+    before = files_in(run / "round-1")
+    for _ in range(2):  # also when the last session was to keep as few as this one
+        assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]
+        assert sorted(run.glob("round-*/policy/FINAL")) == policies
+        assert files_in(run / "round-1") == before
+        assert "2 policies of sessions with keep=all stay" in capsys.readouterr().out
+    home.go(on_change="redo")
+    assert sorted(run.glob("round-*/policy/FINAL")) == policies[1:]
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_run_beside_that_was_killed_while_it_was_made_is_gone_on_with(
+    home, monkeypatch, taken
+):
+    real, left = loop.take_stage, [taken]
+
+    def killed(stage, run, other):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(stage, run, other)
+
+    before = files_in(home.runs / "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_stage", killed)
+        with pytest.raises(KeyboardInterrupt):
+            home.go(beta=1.3)
+    assert skipped(home.go(beta=1.3)) == [["sample", "label"], [], []]
+    assert files_in(home.runs / "r") == before
+    assert sorted(p.name for p in home.runs.iterdir()) == ["r", "r-2"]
+
+
+def test_a_file_is_taken_over_whole_or_not_at_all(tmp_path, monkeypatch):
+    "Half a manifest beside would have had its stage done again."
+    (tmp_path / "a").write_text("whole")
+
+    def half(source, target):
+        Path(target).write_text("wh")
+        raise OSError("killed")
+
+    monkeypatch.setattr(ledger, "take_file", half)
+    with pytest.raises(OSError, match="killed"):
+        ledger.take_path(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_two_that_start_at_once_have_a_run_each(home):
+    run = home.runs / "r"
+    assert [loop.next_branch(run).name for _ in range(2)] == ["r-2", "r-3"]
+    (home.runs / "r-4").write_text("a file")
+    assert loop.next_branch(run).name == "r-5"
+
+
+@pytest.mark.parametrize("name", ["x" * 150, "\N{GREEK SMALL LETTER ALPHA}" * 75])
+def test_a_run_beside_has_a_name_however_long_the_first_is(home, name):
+    (home.runs / "r").rename(home.runs / name)
+    chosen = [choose_run(home.config(run_name=name, beta=b), home.settings) for b in (1, 2, 1)]
+    names = [one.run_name for one in chosen]
+    assert names[0] == names[2] != names[1]
+    assert all(n.endswith(("-2", "-3")) and len(n.encode()) <= 150 for n in names)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "file above"])
+def test_a_file_where_a_run_is_to_be_stays(tmp_path, kind):
+    place = tmp_path / "runs/r"
+    place.parent.mkdir()
+    if kind == "link":
+        place.symlink_to("nowhere")
+    elif kind == "file":
+        place.write_text("mine")
+    else:
+        place.parent.rmdir()
+        place.parent.write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="and a run needs a folder there"):
+            ledger.RunFolder(place, Profile(), fresh)
+    assert os.path.lexists(place.parent)
+    assert kind == "link" or next(tmp_path.rglob("r*")).exists()
+    assert not (tmp_path / "runs/nowhere").exists()
+
+
+def test_a_linked_run_is_the_same_run(home):
+    "Who comes by another name goes on there; whoever works on it has it alone."
+    (home.runs / "s").symlink_to("r")
+    with ledger.RunFolder(home.runs / "r", Profile(), fresh=False):
+        with pytest.raises(ledger.RunBusy):
+            home.go(run_name="s")
+    before = (home.runs / "r/round-1/policy/counts.json").read_bytes()
+    with pytest.raises(ValueError, match="fresh: .*a link"):
+        home.go(run_name="s", fresh=True)
+    assert (home.runs / "r/round-1/policy/counts.json").read_bytes() == before
+
+
+def test_a_folder_that_somebody_has_made_there_is_not_taken(home):
+    "By its name alone a folder is no run beside."
+    (home.runs / "r-2").mkdir()
+    (home.runs / "r-2/thesis.txt").write_text("mine")
+    assert choose_run(home.config(beta=0.4), home.settings).run_name == "r-3"
+    assert files_in(home.runs / "r-2") == {"thesis.txt": b"mine"}
+
+
+def test_a_run_beside_outlives_the_run_that_it_left(home):
+    "Its files are its own."
+    home.go(beta=1.3)
+    shutil.rmtree(home.runs / "r")
+    assert skipped(home.go(beta=1.3, run_name="r-2")) == [ALL, ALL, ["sample", "label"]]
+
+
+def test_what_somebody_has_altered_is_not_lost_beside(home):
+    "A feedback file that was mended by hand."
+    file = home.runs / "r/round-1/feedback.json"
+    file.write_text(file.read_text().replace('"prompt_id"', '"prompt_id" '))
+    altered = file.read_bytes()
+    home.go(beta=1.3)
+    assert file.read_bytes() == altered
+    kept = home.runs / "r-2/round-1/feedback.before-1.json"
+    assert kept.read_bytes() == altered
+
+
+def test_labels_made_by_hand_and_their_training_stay(tmp_path):
+    "`label_by_hand` asks nobody: what a session trains anew has the first model beside it."
+    for name, text in (("old", "1"), ("new", "2")):
+        config = AuditConfig(model=name, json="x")
+        stage = ledger.Stage("train", tmp_path, config, [], [tmp_path / "x/FINAL"])
+        with Pretended(tmp_path, Profile(), aside=True) as made:
+            made.job_for = lambda stage, clear, text=text: finished(stage, clear, text)
+            made.run(stage)
+    assert (tmp_path / "x/FINAL/weights").read_text() == "2"
+    assert (tmp_path / "x/FINAL.before-1/weights").read_text() == "1"
+
+
+def finished(stage, clear, text):
+    "A job that has made a model."
+    for path in clear:
+        loop.remove(path)
+    stage.outputs[0].mkdir(parents=True)
+    (stage.outputs[0] / "weights").write_text(text)
+    job = loop.Job(stage.name, stage.folder)
+    job.poll, job.stop, job.wait = lambda: 0, lambda: None, lambda **shown: None
+    job.file("status.json").write_text("{}")
+    return job

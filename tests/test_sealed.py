@@ -3,6 +3,7 @@ outputs that are inputs, whose a run's folder is, and what becomes of a run whos
 have changed.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from halos_nb.configs import (
     TrainConfig,
     make_config,
 )
-from halos_nb.records import write_records
+from halos_nb.models import small_llama
+from halos_nb.records import file_hash, pack_file, write_records
+from halos_nb.templates import byte_tokenizer
+from halos_nb.tree_trainer import make_way
 
 # ---- names
 
@@ -183,3 +187,50 @@ def test_a_training_never_replaces_what_it_starts_from(tmp_path):
         with pytest.raises(ValueError, match="exp_name: would write"):
             train.main(TrainConfig(**given, **more))
     assert (final / "weights").read_text() == "1"
+
+
+def test_what_is_packed_is_an_input_too(by_words, tmp_path):
+    "A new `s.json` would be read in its place from then on."
+    given = tmp_path / "s.json"
+    packed = pack_file(given)
+    given.unlink()
+    before = packed.read_bytes()
+    for out in ("s.json", "./s.json", "s.json.gz"):
+        with pytest.raises(ValueError, match="output_file: would write .* over samples_file"):
+            by_words(out)
+    assert packed.read_bytes() == before and not given.exists()
+    assert by_words("f.json")["records"] == 2
+
+
+def test_a_finished_model_of_an_earlier_training_stays(tmp_path, capsys):
+    "The same training leaves the same model, and one of them."
+    old = tmp_path / "x/FINAL"
+    for name, text in (("x/FINAL", "1"), ("x/FINAL.partial", "1")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text(text)
+    make_way(old, tmp_path / "x/FINAL.partial", keep=True)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["FINAL.partial"]
+    old.mkdir()
+    (old / "weights").write_text("0")
+    make_way(old, tmp_path / "x/FINAL.partial", keep=True)
+    assert (tmp_path / "x/FINAL.before-1/weights").read_text() == "0"
+    assert "FINAL.before-1" in capsys.readouterr().err
+
+
+def test_a_training_keeps_what_another_has_left(tmp_path):
+    "Both models, and what was told of each."
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "m")
+    small_llama(tokenizer, hidden_size=32).save_pretrained(tmp_path / "m")
+    rows = [dict(prompt=f"Say {i}", chosen=f"{i}!", rejected="no") for i in range(4)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    given = dict(loss="bradley-terry", model=str(tmp_path / "m"), batch_size=4)
+    given |= dict(train_datasets=[str(tmp_path / "d.json")], cache_dir=str(tmp_path))
+    for lr in (1e-3, 1e-3, 2e-3):
+        train.main(TrainConfig(**given, exp_name="x", lr=lr))
+    finals = [tmp_path / "x" / name for name in ("FINAL", "FINAL.before-1")]
+    assert file_hash(finals[0]) != file_hash(finals[1])
+    names = {p.name for p in (tmp_path / "x").iterdir()}
+    for name in ("counts.json", "counts.before-1.json", "metrics.before-1.jsonl"):
+        assert name in names
+    assert "FINAL.before-2" not in names  # the second was the first once more
