@@ -103,7 +103,7 @@ WORDS |= dict(ten=10, twenty=20, hundred=100)
 CLOSE = r"(?:[ \t]*+[*_`\"'”’»)\]}$])*+"  # marks that a statement may end with
 POINTS = r"(?:\s*(?:points?|pts|marks)\b)?+"
 OF = rf"(?P<of>{NUMBER}|{'|'.join(WORDS)})"
-OUT_OF = rf"(?:{CLOSE}\s*[(]?\s*(?P<by>/|out\s+of|of)\s*+{OF}{POINTS})?+"
+OUT_OF = rf"(?:{CLOSE}\s*+(?:[(]\s*+)?(?P<by>/|out\s+of|of)\s*+{OF}{POINTS})?+"
 VALUE = rf"(?P<x>{NUMBER}){POINTS}{OUT_OF}"
 
 # %% ../nbs/41_replies.ipynb #d69e5fb3
