@@ -10,7 +10,7 @@ import random
 import re
 import signal
 import subprocess
-import socket
+import socketserver
 import sys
 import threading
 import time
@@ -1368,20 +1368,22 @@ def test_a_limit_that_the_cost_needs_is_not_left_out(tmp_path):
 # ---- why there is no connection
 
 
+class WithoutTLS(socketserver.BaseRequestHandler):
+    "Answers whatever it hears with a 400, as servers without TLS do."
+
+    def handle(self):
+        if self.request.recv(1):
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
 def without_tls(request):
-    "The port of a server that answers whatever it hears with a 400, as servers without TLS do."
-    listening = socket.create_server(("127.0.0.1", 0))
-    request.addfinalizer(listening.close)
-
-    def serve():
-        with contextlib.suppress(OSError):
-            while True:
-                with listening.accept()[0] as one:
-                    one.recv(1)
-                    one.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
-
-    threading.Thread(target=serve, daemon=True).start()
-    return listening.getsockname()[1]
+    "The port of such a server."
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), WithoutTLS)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    request.addfinalizer(server.server_close)
+    request.addfinalizer(server.shutdown)
+    return server.server_address[1]
 
 
 @pytest.mark.parametrize(
@@ -1417,7 +1419,8 @@ def test_the_cause_is_said_before_50_questions(tmp_path, monkeypatch, request, f
             "no /v1": url.removesuffix("/v1"),
             "no address": "127.0.0.1:8000/v1",
         }.get(fault, url)
-        cfg = config(SimpleNamespace(url=url), tmp_path, 60, max_retries=0, batch_size=4)
+        patient = dict(max_retries=0, batch_size=4, request_timeout=100)
+        cfg = config(SimpleNamespace(url=url), tmp_path, 60, **patient)
         with pytest.raises((ServerError, ValueError), match=told) as e:
             main(cfg)
     assert KEY not in str(e.value)
