@@ -67,8 +67,8 @@ class Facts(NamedTuple):
         for mine, yours in zip(self[:2], other[:2]):
             if mine is not None and yours is not None and mine != yours:
                 return False
-        mine, yours = self.ratings or {}, other.ratings or {}
-        return all(mine[name] == yours[name] for name in mine.keys() & yours.keys())
+        said, theirs = self.ratings or {}, other.ratings or {}
+        return all(said[name] == theirs[name] for name in said.keys() & theirs.keys())
 
 
 NOTHING_KNOWN = Facts()

@@ -356,7 +356,7 @@ def with_ratings(pairs: list[dict]) -> list[dict]:
     "The same pairs, both answers rated in each part of the true reward."
     rated = []
     for row in pairs:
-        ratings = {}
+        ratings: dict[str, float] = {}
         for side in "AB":
             parts = true_reward_parts(row["prompt"], row[f"output_{side}"])
             ratings |= {f"{name}_{side}": float(value) for name, value in parts.items()}

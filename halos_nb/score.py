@@ -367,7 +367,7 @@ def finished_scores(
 def score_batches(
     batches: list[list[Tree]],  # the same on every process
     samples: int,  # how many there are
-    reward_model: "PreTrainedModel",
+    reward_model: Any,  # gives logits of every branch of a batch
     layout: str,  # tree or plain
     pad_id: int,
     weights: tuple[float, ...],  # of each logit
