@@ -65,7 +65,7 @@ def test_help_begins_with_what_the_command_needs(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert (
         "What `halos_nb.label` needs: samples in, feedback out. Name one labeller: "
-        "reward_model_path, api_type, function, or from_labels."
+        "reward_model_path, judge_model_path, api_type, function, or from_labels."
     ) in said
 
 
