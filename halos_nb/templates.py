@@ -6,24 +6,26 @@
 __all__ = ['CHATML', 'MARKERS', 'OF_A_PROMPT', 'PATIENCE', 'MEMORY', 'MANY_LETTERS', 'TIMES', 'ADVICE', 'NEVER', 'PROBE', 'OTHER',
            'CALL', 'TOOL', 'ASKED', 'SAID', 'CALLED', 'DOCUMENT', 'CARRIED', 'MISSING', 'NO_END', 'IGNORES', 'CHANGES',
            'TRIMS', 'FORGETS', 'REWRITES', 'DATED', 'train_tokenizer', 'byte_tokenizer', 'set_template_options',
-           'template_options', 'TemplateRefusal', 'split_first_turn', 'TemplateEndless', 'limited_time',
-           'limited_memory', 'rendered', 'check_length', 'try_template', 'render', 'render_all', 'token_ids',
-           'encode_all', 'encode', 'vocabulary_of', 'tokenizer_hash', 'TurnEnd', 'probe_turns', 'rendered_probe',
-           'added_texts', 'first_of', 'behind_answer', 'turn_end', 'end_ids', 'system_turn', 'tools_answer',
-           'carried_by', 'writes', 'check_written', 'EncodedPrompt', 'next_to_go', 'prompt_ids', 'drop_turns',
-           'text_ids', 'cut_text', 'cut_turn', 'encode_prompt', 'encode_prompts', 'Answer', 'Encoded', 'Text', 'is_cut',
-           'is_one_text', 'end_of', 'put_together', 'overlap', 'as_rendered', 'answer_text', 'ended_by_token',
-           'are_words_of', 'usable_ids', 'common_prefix', 'Writer', 'encode_answers', 'read_behind', 'put_chatml',
-           'template_was_missing', 'Oddity', 'content_oddities', 'rewrites_prompts', 'template_oddities',
-           'template_notes', 'tell_template', 'check_template']
+           'template_options', 'TemplateRefusal', 'split_first_turn', 'TemplateEndless', 'by_signal', 'watch_thread',
+           'by_watcher', 'limited_time', 'limited_memory', 'rendered', 'check_length', 'try_template', 'render',
+           'render_all', 'token_ids', 'encode_all', 'encode', 'vocabulary_of', 'tokenizer_hash', 'TurnEnd',
+           'probe_turns', 'rendered_probe', 'added_texts', 'first_of', 'behind_answer', 'turn_end', 'end_ids',
+           'system_turn', 'tools_answer', 'carried_by', 'writes', 'check_written', 'EncodedPrompt', 'next_to_go',
+           'prompt_ids', 'drop_turns', 'text_ids', 'cut_text', 'cut_turn', 'encode_prompt', 'encode_prompts', 'Answer',
+           'Encoded', 'Text', 'is_cut', 'is_one_text', 'end_of', 'put_together', 'overlap', 'as_rendered',
+           'answer_text', 'ended_by_token', 'are_words_of', 'usable_ids', 'common_prefix', 'Writer', 'encode_answers',
+           'read_behind', 'put_chatml', 'template_was_missing', 'Oddity', 'content_oddities', 'rewrites_prompts',
+           'template_oddities', 'template_notes', 'tell_template', 'check_template']
 
 # %% ../nbs/10_templates.ipynb #1340c34c
+import ctypes
 import hashlib
 import re
 import resource
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -121,16 +123,11 @@ ADVICE = "give the tokenizer another chat template"
 
 
 @contextmanager
-def limited_time(seconds: float = PATIENCE) -> Iterator[None]:
-    "A TemplateEndless where the block computes longer; in the main thread, which can be told."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def by_signal(seconds: float) -> Iterator[None]:
+    "A TemplateEndless in the main thread, when the process has computed so long."
 
     def stop(*_: Any) -> None:
-        raise TemplateEndless(
-            f"the chat template computes for more than {seconds:g} seconds: {ADVICE}"
-        )
+        raise TemplateEndless
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
@@ -139,6 +136,44 @@ def limited_time(seconds: float = PATIENCE) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+
+# %% ../nbs/10_templates.ipynb #4fb97248
+def watch_thread(ident: int, seconds: float, is_over: threading.Event) -> None:
+    "A TemplateEndless in a thread that has computed so long."
+    clock = time.pthread_getcpuclockid(ident)
+    end = time.clock_gettime(clock) + seconds
+    while not is_over.wait(min(seconds, 0.2)):
+        if time.clock_gettime(clock) > end:
+            stop = ctypes.py_object(TemplateEndless)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), stop)
+            return
+
+
+@contextmanager
+def by_watcher(seconds: float) -> Iterator[None]:
+    "The same in another thread, which no signal reaches."
+    is_over = threading.Event()
+    told = (threading.get_ident(), seconds, is_over)
+    watcher = threading.Thread(target=watch_thread, args=told, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+# %% ../nbs/10_templates.ipynb #0067e19b
+@contextmanager
+def limited_time(seconds: float = PATIENCE) -> Iterator[None]:
+    "A TemplateEndless where the block computes longer."
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        with by_signal(seconds) if is_main else by_watcher(seconds):
+            yield
+    except TemplateEndless:
+        raise TemplateEndless(
+            f"the chat template computes for more than {seconds:g} seconds: {ADVICE}"
+        ) from None
 
 # %% ../nbs/10_templates.ipynb #eb2ccad8
 @contextmanager
