@@ -1415,7 +1415,7 @@ def test_the_cause_is_said_before_50_questions(tmp_path, monkeypatch, request, f
         url = {
             "refused": "http://127.0.0.1:9/v1",
             "name": "http://no-such-host.invalid/v1",
-            "TLS": url.replace("http:", "https:"),
+            "TLS": f"https://127.0.0.1:{without_tls(request)}/v1",
             "no /v1": url.removesuffix("/v1"),
             "no address": "127.0.0.1:8000/v1",
         }.get(fault, url)
