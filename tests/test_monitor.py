@@ -161,7 +161,7 @@ with Ledger(run, Profile()) as ledger:
     assert is_active(tmp_path / "run")
     assert not supervisors(tmp_path / "run")
     assert stop_run(tmp_path / "run", patience=20) == "stopped"
-    assert "killed by SIGTERM" in p.communicate(timeout=20)[1]
+    assert "its supervisor was ended by SIGTERM" in p.communicate(timeout=20)[1]
     assert not is_active(tmp_path / "run")
     assert stop_run(tmp_path / "run") == "nothing was running"
 

@@ -401,9 +401,11 @@ def test_two_processes_train_the_same_model(both, name):
         )
     assert same_metrics(one, two, leave=("total_flos", "train_loss")) > 50
     if VARIANTS[name][0] not in ("sft", "csft", "raft", "kto", "grpo", "ppo"):
-        assert [r["index"] for r in read_jsonl(two / "eval_scores.jsonl")] == list(range(7)), (
-            "every held-out pair once, in order"
-        )
+        judged = [r["index"] for r in read_jsonl(two / "eval_scores.jsonl")]
+        assert judged == [r["index"] for r in read_jsonl(one / "eval_scores.jsonl")]
+        # of one of the pairs no objective says anything
+        pairs = 6 if "objectives" in name else 7
+        assert judged == list(range(pairs)), "every held-out pair once, in order"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
