@@ -185,7 +185,7 @@ def test_attach_from_another_kernel(lab, quiet, tmp_path, monkeypatch):
         assert press_stop(panel, run) < 2
         panel.locator(".badge", has_text="stopped").wait_for(timeout=10_000)
         # the script's own loop ended too
-        assert "killed by SIGTERM" in script.communicate(timeout=20)[1]
+        assert "its supervisor was ended by SIGTERM" in script.communicate(timeout=20)[1]
     finally:
         script.kill()
 
