@@ -40,10 +40,10 @@ def child(work, log):
         work()
         code = 0
     except BaseException:
-        traceback.print_exc()
+        # pytest has its own sys.stderr, which is not the log
+        with open(2, "w", encoding="utf-8", closefd=False) as err:
+            traceback.print_exc(file=err)
     finally:
-        with open(2, "w", closefd=False) as err:
-            err.flush()
         os._exit(code)
 
 
