@@ -512,6 +512,8 @@ async def complete(
             answer = client.chat.completions.create(**request_options(judge, question, without))
             answer = await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
+            if terms.refused.keys() - without:
+                continue  # another question has found it out meanwhile
             parts = parts_of(judge, {*terms.refused, *left_out})
             names = parts_to_leave_out(error, parts, terms, tried)
             if not names:
