@@ -269,9 +269,14 @@ def end_with(parent: int) -> None:
 
 def replace_file(path: str, text: str) -> None:
     "Write a small file in one step (`records.atomic_write` needs imports that take time)."
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(f"{path}.tmp", path)
+    except OSError:  # such as a full disk
+        with suppress(OSError):
+            os.unlink(f"{path}.tmp")
+        raise
 
 # %% ../nbs/50_supervise.ipynb #204b0e9a
 SUPERVISOR = "HALOS_NB_SUPERVISOR"  # the variable that tells a job who watches over it
