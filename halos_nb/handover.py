@@ -231,7 +231,10 @@ def check_sealed(final: Path) -> None:
     manifest = final.parent.parent / "train.manifest.json"
     if not manifest.is_file():
         raise ValueError(f"{final}: no {manifest.name} of its training; it is not a sealed one")
-    outputs = read_manifest(manifest).content.get("outputs", {})
+    found = read_manifest(manifest)
+    if found.problem:
+        raise ValueError(f"{manifest}: {found.problem}; the model is not sent")
+    outputs = found.content["outputs"]
     sealed = [digest for name, digest in outputs.items() if name.endswith("FINAL")]
     if [file_hash(final)] != sealed:
         raise ValueError(f"{final}: is not what its training wrote; it is not sent")
