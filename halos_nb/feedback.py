@@ -418,8 +418,9 @@ def group_advantages(
 def sample_keys(record: dict) -> list[tuple] | None:
     "The keys of a feedback record's samples, A's first; None: a file of before has no ids."
     names = ("sample_id_A", "sample_id_B") if "output_A" in record else ("sample_id",)
-    if any(name not in record for name in names):
-        return None
+    for name in names:
+        if name not in record:
+            return None
     return [(record["prompt_id"], record[name]) for name in names]
 
 

@@ -7,17 +7,19 @@ __all__ = ['NamedPair', 'Texts', 'Ids', 'JOURNAL', 'Margins', 'TEXTS', 'IDS', 'r
            'as_pairs', 'name_by_ids', 'texts_by_key', 'keys_of_two_texts', 'ids_by_text', 'id_by_text', 'name_by_text',
            'speaks_of_others', 'rows_of_others', 'by_kind', 'last_words', 'contradicted', 'is_doubtful',
            'margins_in_journals', 'rewards_in', 'names_of', 'labeller_margins', 'hash_of', 'lower_text', 'Pairs',
-           'depth_of_dispute', 'columns_of', 'read_pairs', 'Filter', 'within', 'kept_by', 'pick', 'numbers_by_event',
-           'read_flags', 'set_flag', 'flag_pair', 'free_name', 'export_pairs', 'json_number', 'answer_detail',
-           'margin_detail', 'prompt_detail', 'same_prompt_detail', 'pair_detail', 'pair_points', 'pair_scatter',
-           'StaticView', 'round_row', 'worth_a_look', 'static_view']
+           'depth_of_dispute', 'columns_of', 'keeping_all', 'read_pairs', 'Filter', 'within', 'kept_by', 'pick',
+           'numbers_by_event', 'read_flags', 'set_flag', 'flag_pair', 'free_name', 'export_pairs', 'json_number',
+           'answer_detail', 'margin_detail', 'prompt_detail', 'same_prompt_detail', 'pair_detail', 'pair_points',
+           'pair_scatter', 'StaticView', 'round_row', 'worth_a_look', 'static_view']
 
 # %% ../nbs/65_pairs.ipynb #545c09f4
+import gc
 import hashlib
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -348,7 +350,6 @@ class Pairs:
 
     def __post_init__(self) -> None:
         self.names = list(dict.fromkeys(self.rounds))
-        self.texts = [lower_text(r) for r in self.records]
         self.same: dict[Any, list[int]] = {}  # prompt_id -> numbers of its pairs
         for i, record in enumerate(self.records):
             self.same.setdefault(record["prompt_id"], []).append(i)
@@ -358,6 +359,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        "What a search looks into; folded at the first search."
+        return [lower_text(r) for r in self.records]
 
     @cached_property
     def keys(self) -> list[str]:
@@ -415,6 +421,22 @@ def columns_of(
     )
 
 # %% ../nbs/65_pairs.ipynb #140ce014
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    "What is made within stays: nothing is looked for that could be thrown away."
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on and not gc.get_freeze_count():
+            gc.freeze()  # both together: it counts as old, and is not searched at once
+            gc.unfreeze()
+        if was_on:
+            gc.enable()
+
+
+@keeping_all()
 def read_pairs(
     source: str | Path,  # a run's folder or a feedback file
     # where the texts of pairs without ids are from (None: samples.json beside the file)

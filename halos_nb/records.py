@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'DRAWN_FIELDS', 'UNPACK', 'ONLY_ZEROS', 'FRACTION',
            'KEY_END', 'OTHER_KEY_END', 'MAX_DEPTH', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'NO_ROOM_CHECK',
-           'TEMPORARY', 'A_DAY', 'NO_LOCKS', 'LOCKS_MISSING', 'zero_or_one', 'text_or_integer', 'encodable', 'Record',
-           'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback',
-           'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name', 'problem_of',
-           'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json', 'turn_parts',
-           'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'unpack_parts',
-           'packed_beside', 'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of',
-           'whole_number', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
-           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
-           'check_type', 'check_records', 'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text',
-           'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
-           'temporary', 'is_alive', 'is_left_over', 'clean_left_over', 'put_aside', 'atomic_write',
-           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
-           'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_jsonl', 'as_object',
-           'read_object', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'TEMPORARY', 'A_DAY', 'NO_LOCKS', 'LOCKS_MISSING', 'BETWEEN', 'zero_or_one', 'text_or_integer', 'encodable',
+           'Record', 'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback',
+           'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name',
+           'problem_of', 'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'dump_json',
+           'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd',
+           'unpack_parts', 'packed_beside', 'on_disk', 'files_like', 'file_bytes', 'as_utf8', 'RepeatedKey',
+           'object_of', 'whole_number', 'equal_but_for_spaces', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
+           'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
+           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records', 'DiskFull',
+           'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'require_room',
+           'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'is_alive', 'is_left_over', 'clean_left_over',
+           'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks',
+           'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl',
+           'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'pack_file', 'unpack_file', 'file_hash',
+           'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -403,13 +404,18 @@ def call_text(call: Any) -> str:
 
 def turn_text(turn: dict) -> str:
     "The words of a turn, and a line for each tool it calls."
-    calls = [call_text(call) for call in turn.get("tool_calls") or []]
-    return "\n".join([turn["content"], *calls] if turn["content"] else calls)
+    content, calls = turn["content"] or "", turn.get("tool_calls")
+    if not calls:
+        return content
+    said = [content] if content else []
+    return "\n".join([*said, *map(call_text, calls)])
 
 
 def as_text(x: str | list[dict]) -> str:
     "The words of an output; several turns are set apart by an empty line."
-    return x if isinstance(x, str) else "\n\n".join(map(turn_text, x))
+    if isinstance(x, str):
+        return x
+    return turn_text(x[0]) if len(x) == 1 else "\n\n".join(map(turn_text, x))
 
 # %% ../nbs/00_records.ipynb #617845a7
 def unpack_zstd(data: bytes) -> bytes:
@@ -525,14 +531,22 @@ KEY_END = b'":'
 OTHER_KEY_END = re.compile(rb'"[ \t\r\n]+:|\\u00(?:22|3[aA])')
 
 
+def equal_but_for_spaces(data: bytes, again: bytes) -> bool:
+    "Whether two JSON texts differ in spaces alone, as those do that we have written."
+    spaces = (b"\n", b" \t\r\n")
+    return any(data.translate(None, s) == again.translate(None, s) for s in spaces)
+
+
 def is_lossy(data: bytes, value: Any) -> bool:
     "Whether orjson's value may say less than the text."
-    digits = data.translate(ONLY_ZEROS).replace(FRACTION, b".")
-    if digits.find(b"0" * 19) >= 0:  # a whole number of perhaps more than 64 bits
-        return True
     try:
         again = orjson.dumps(value)
     except orjson.JSONEncodeError:
+        return True
+    if equal_but_for_spaces(data, again):
+        return False
+    digits = data.translate(ONLY_ZEROS).replace(FRACTION, b".")
+    if digits.find(b"0" * 19) >= 0:  # a whole number of perhaps more than 64 bits
         return True
     if OTHER_KEY_END.search(data):  # how often a key stands there cannot be counted
         return True
@@ -1134,12 +1148,38 @@ def append_jsonl(
         if sync:
             os.fsync(f.fileno())
 
+# %% ../nbs/00_records.ipynb #5d7491ab
+BETWEEN = f"between lines {uuid.uuid4().hex}"
+
+
+def read_at_once(
+    data: bytes,  # whole lines, each ended
+) -> list[dict] | None:
+    "The objects of many lines; None: the lines are to be read one by one."
+    number = data.count(b"\n")
+    if not number:
+        return []
+    array = b"[" + data[:-1].replace(b"\n", f',"{BETWEEN}",'.encode()) + b"]"
+    try:
+        values = orjson.loads(array)
+    except orjson.JSONDecodeError:
+        return None
+    rows, marks = values[::2], values[1::2]
+    apart = len(rows) == number and marks == [BETWEEN] * (number - 1)
+    if not apart or not all(isinstance(row, dict) for row in rows):
+        return None
+    return None if is_lossy(array, values) else rows
+
 # %% ../nbs/00_records.ipynb #9a8a1a7e
 def read_jsonl(path: str | Path) -> list[dict]:
     "The whole lines of a journal."
-    whole = file_bytes(path).split(b"\n")[:-1]
+    data = file_bytes(path)
+    whole = data[: data.rfind(b"\n") + 1]
+    rows = read_at_once(whole)
+    if rows is not None:
+        return rows
     rows = []
-    for number, line in enumerate(whole, 1):
+    for number, line in enumerate(whole.split(b"\n"), 1):
         if line.strip():
             rows.append(as_object(parse_json(line, f"{path}, line {number}"), path, number))
     return rows

@@ -35,8 +35,9 @@ def score_table(
     table: Table = {}
     for row in labels:
         scores = table.setdefault(row["labeller"], {})
-        if row["score"] is not None and math.isfinite(row["score"]):
-            scores[sample_key(row)] = row["score"]
+        score = row["score"]
+        if score is not None and math.isfinite(score):
+            scores[sample_key(row)] = score
     return table
 
 
@@ -341,8 +342,9 @@ def score_margins(scores: dict[Key, float], pairs: list[tuple]) -> dict[tuple, f
     margins = {}
     for pair in pairs:
         prompt, first, second = pair
-        if (prompt, first) in scores and (prompt, second) in scores:
-            margins[pair] = scores[prompt, first] - scores[prompt, second]
+        one, other = scores.get((prompt, first)), scores.get((prompt, second))
+        if one is not None and other is not None:
+            margins[pair] = one - other
     return margins
 
 
