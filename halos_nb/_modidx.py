@@ -2274,6 +2274,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'halos_nb.processes.is_shared_out': ('processes.html#is_shared_out', 'halos_nb/processes.py'),
                                     'halos_nb.processes.is_trained': ('processes.html#is_trained', 'halos_nb/processes.py'),
                                     'halos_nb.processes.layers_of': ('processes.html#layers_of', 'halos_nb/processes.py'),
+                                    'halos_nb.processes.leave_by_error': ('processes.html#leave_by_error', 'halos_nb/processes.py'),
                                     'halos_nb.processes.meet_here': ('processes.html#meet_here', 'halos_nb/processes.py'),
                                     'halos_nb.processes.own_part': ('processes.html#own_part', 'halos_nb/processes.py'),
                                     'halos_nb.processes.part_like': ('processes.html#part_like', 'halos_nb/processes.py'),

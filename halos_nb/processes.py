@@ -6,11 +6,11 @@
 __all__ = ['REFUSED', 'LOAD_ONCE', 'HEARTBEATS', 'IN_DDP', 'TELL_STACKS', 'HEARTS', 'LONGER', 'MEETING_SOCKET', 'STORES',
            'CLOSES', 'is_on', 'asks_for_sharding', 'is_sharded', 'check_sharding', 'begin_sharding',
            'collectives_begun', 'stack_of', 'waits_for_others', 'heartbeat', 'Heart', 'begin_heartbeat',
-           'end_heartbeat', 'broken_promises', 'meet_here', 'start_processes', 'layers_of', 'set_sharding',
-           'in_float32', 'in_shares', 'is_shared_out', 'own_part', 'put_together', 'part_like', 'whole_weights',
-           'is_trained', 'put_whole', 'check_shares', 'share_out', 'reads_once', 'reading_once', 'with_room',
-           'from_main', 'computing_in', 'SharedRound', 'in_turns', 'shard', 'shards_of', 'finished', 'cut_unfinished',
-           'drop_shards', 'gather_padded', 'wait_for_all', 'end_process']
+           'end_heartbeat', 'broken_promises', 'meet_here', 'leave_by_error', 'start_processes', 'layers_of',
+           'set_sharding', 'in_float32', 'in_shares', 'is_shared_out', 'own_part', 'put_together', 'part_like',
+           'whole_weights', 'is_trained', 'put_whole', 'check_shares', 'share_out', 'reads_once', 'reading_once',
+           'with_room', 'from_main', 'computing_in', 'SharedRound', 'in_turns', 'shard', 'shards_of', 'finished',
+           'cut_unfinished', 'drop_shards', 'gather_padded', 'wait_for_all', 'end_process']
 
 # %% ../nbs/13_processes.ipynb #a19807f2
 import faulthandler
@@ -235,7 +235,26 @@ def meet_here(timeout: timedelta) -> None:
     )
     STORES.append(store)
 
+# %% ../nbs/13_processes.ipynb #b4617466
+def leave_by_error() -> None:
+    "As one of several processes, leave at an error once it is said, without destructors."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    say = sys.excepthook
 
+    def say_and_leave(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, Exception):
+            say(kind, *rest)
+            return
+        with suppress(Exception):  # nobody may be there to hear it
+            say(kind, *rest)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = say_and_leave
+
+# %% ../nbs/13_processes.ipynb #45a2b4b0
 def start_processes(
     num_processes: int | None = None,  # how many were asked for (None: however many there are)
     cpu: bool | None = None,  # stay on the CPU
@@ -254,6 +273,7 @@ def start_processes(
         begin_sharding(cpu, timeout)
     group = InitProcessGroupKwargs(timeout=timeout)
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[group])
+    leave_by_error()
     os.environ.pop(LOAD_ONCE, None)  # its plugin has read it; from here on see `reading_once`
     if num_processes not in (None, accelerator.num_processes):
         raise RuntimeError(

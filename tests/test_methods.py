@@ -183,7 +183,7 @@ def test_runs_that_did_not_end_are_counted_in_the_table(swept, monkeypatch, tmp_
         runs = {}
         for name, seed in ends:
             run_name = f"methods-test-{name}"
-            about |= dict(train_options={}, run_name=run_name, key=(name, seed))
+            about |= dict(train_options={}, run_name=run_name, key=(name, seed), fresh=True)
             runs[name, seed] = SimpleNamespace(**about)
         return runs
 

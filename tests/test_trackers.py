@@ -227,7 +227,9 @@ def run(home, tmp_path):
         (final / file.name).write_bytes(file.read_bytes())
     (final / "optimizer.pt").write_bytes(b"moments")
     outputs = {"round-1/policy/FINAL": file_hash(final), "round-1/metrics.jsonl": "x"}
-    write_json(folder / "train.manifest.json", dict(outputs=outputs))
+    done = dict(config={}, code="", libraries={}, inputs=[])
+    sealed = dict(stage="train", identity=done, outputs=outputs, pruned=[])
+    write_json(folder / "train.manifest.json", sealed)
     (run / "policy").symlink_to("round-1/policy/FINAL")
     params = dict(method="dpo", lr=1e-3, prompts="/home/me/data/p.json", beta=0.1)
     told = dict(parameters=params, versions=dict(torch="2"), ended="as [planned](http://x)")

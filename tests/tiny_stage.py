@@ -1,5 +1,6 @@
 "A stage for the tests of jobs and the ledger; `model` of its config says what it does."
 
+import atexit
 import ctypes
 import json
 import os
@@ -39,6 +40,8 @@ def end_badly(mode, out):
     "What the last rank does instead of its work."
     if mode == "close":
         os.closerange(0, 3)
+    if mode == "raise":
+        atexit.register(os.abort)  # as gloo's destructors do, now and then
     if mode in ("raise", "close", "both"):
         fail_with_a_cause()
     if mode == "stays":
