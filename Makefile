@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-plan test-trackers test-benchmarks test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab gallery test-gallery bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
+.PHONY: docs docs-execute help demo test soak test-plan test-trackers test-benchmarks test-lowest test-latest test-alarm test-long test-hosts test-fsdp slurm test-slurm vllm test-vllm test-trl types air lab gallery test-gallery bench bench-real bench-gpu bench-gpu-wheels screenshots clean clean-runs setup python chromium hooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +37,8 @@ help:
 	@echo 'make test-gallery  set up, then each of them in its short form (some minutes; one of them is in make test)'
 	@echo 'make test-benchmarks  set up, then RewardBench, AlpacaEval and lm-evaluation-harness themselves, installed into build/benchmarks-venv, on files made here'
 	@echo 'make lab         set up, then open the notebooks in JupyterLab'
+	@echo 'make docs        the site of notebooks, guides and API reference: build/docs/index.html, offline (a minute, once Sphinx is installed into build/docs-venv)'
+	@echo 'make docs-execute  set up, run the notebooks for their outputs and figures (NOTEBOOKS="nbs/20_losses.ipynb": some; ten minutes), then make docs'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
 	@echo 'make bench-gpu   one GPU, 8 minutes: attention, DPO, reward models, labelling and sampling beside TRL and transformers'
@@ -219,6 +221,28 @@ air:
 
 lab: setup
 	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
+
+# Rendered from stored outputs, nothing is executed; an environment of its own.
+DOCS_PYTHON := build/docs-venv/bin/python
+NOTEBOOKS ?=
+
+docs: build/docs-venv/installed
+	@rm -rf build/docs
+	@$(DOCS_PYTHON) docs/build.py build/docs-src
+	@$(DOCS_PYTHON) -m sphinx -q -W --keep-going -b html -d build/docs-trees build/docs-src build/docs
+	@echo "== The site: build/docs/index.html ($$(du -sh build/docs | cut -f1)); open it in a browser"
+
+docs-execute: export OMP_NUM_THREADS := 1
+docs-execute: export HALOS_NB_RUNS_DIR := $(CURDIR)/build/docs-runs
+docs-execute: setup
+	@python docs/execute.py $(NOTEBOOKS)
+	@$(MAKE) --no-print-directory docs
+
+build/docs-venv/installed: docs/constraints.txt
+	@echo '== Installing Sphinx, MyST-NB and Furo into build/docs-venv, once (log: build/docs-venv.log)'
+	@mkdir -p build && $(PYTHON) -m venv build/docs-venv
+	@build/docs-venv/bin/pip install -q --disable-pip-version-check -c docs/constraints.txt sphinx myst-nb furo latex2mathml plotly >build/docs-venv.log 2>&1 \
+		&& touch $@ || { tail -n 3 build/docs-venv.log; rm -rf build/docs-venv; exit 1; }
 
 # Ours beside TRL in one run, one job after another, alternated: an hour on idle cores, `make bench BENCH='--only DPO --rounds 1'` for a part.
 bench: export OMP_NUM_THREADS := 1

@@ -16,8 +16,8 @@
     halos_nb.model_card("runs/mine")           # a card beside its model
     halos_nb.push("runs/mine", "me/mine")      # model and card to the hub
 
-`python -m halos_nb` lists the commands. Each module is a notebook under nbs/; README.md has
-the map. Nothing is imported before it is used.
+`python -m halos_nb` lists the commands. Each module is a notebook under nbs/; docs/rooms.md
+is the map. Nothing is imported before it is used.
 """
 
 from importlib import import_module

@@ -27,7 +27,7 @@ notebooks (JupyterLab, or papermill NOTEBOOK out.ipynb -p NAME VALUE)
 python
   import halos_nb               {", ".join(halos_nb.__all__)}
 
-The map of all rooms: README.md ("Map"). Where a change goes: CONTRIBUTING.md.
+Begin with README.md; the map of all rooms: docs/rooms.md. Where a change goes: CONTRIBUTING.md.
 First steps: make demo, make test, make lab."""
 
 if __name__ == "__main__":

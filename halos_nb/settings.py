@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES', 'RANK',
            'WORLD', 'MEETING', 'MPI', 'TASK', 'LEFT_OUT', 'VARIABLE', 'QUOTED', 'COMMANDS', 'IPYTHON_NAMES',
-           'PAPERMILL_NAMES', 'DEFINITIONS', 'accelerate_path', 'fsdp_problems', 'accelerate_problems',
-           'AccelerateConfig', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'SlurmOptions',
-           'seconds_of', 'slurm_problems', 'Profile', 'fill_from_accelerate', 'is_left_out', 'why_no_fork',
-           'launcher_problems', 'variable_problems', 'device_problems', 'machine_problems',
-           'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'profile_of_stage',
-           'stage_problems', 'profile_record', 'Settings', 'find_settings', 'expanded', 'plain_value', 'value_problems',
-           'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini', 'environment_values', 'key_problems',
-           'path_value', 'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision',
-           'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside',
-           'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'flag_values', 'parse_args']
+           'PAPERMILL_NAMES', 'DEFINITIONS', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path',
+           'fsdp_problems', 'accelerate_problems', 'AccelerateConfig', 'parse_accelerate', 'read_accelerate',
+           'ProcessOptions', 'PlaceOptions', 'SlurmOptions', 'seconds_of', 'slurm_problems', 'Profile',
+           'fill_from_accelerate', 'is_left_out', 'why_no_fork', 'launcher_problems', 'variable_problems',
+           'device_problems', 'machine_problems', 'accelerate_and_profile_problems', 'profile_problems',
+           'default_profiles', 'profile_of_stage', 'stage_problems', 'profile_record', 'Settings', 'find_settings',
+           'expanded', 'plain_value', 'value_problems', 'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini',
+           'environment_values', 'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case',
+           'check_letters', 'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
+           'check_precision', 'set_aside', 'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config',
+           'ours_for', 'said_here', 'old_problems', 'flag_values', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
@@ -23,7 +24,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -972,6 +973,111 @@ def notebook_config(
     check_letters(*filter(lambda value: isinstance(value, str), given.values()))
     return make_config(cls, **given)
 
+# %% ../nbs/03_settings.ipynb #64bced36
+# HALOs' names -> ours: a field, or a sentence
+HALOS_NAMES: dict[str, str] = {
+    "gpu_count": "`accelerate launch --num_processes N`, or in a run `-p profile`",
+    "max_tokens": "max_new_tokens",
+    "stop_token": "stop",
+    "num_epochs": "epochs",
+    "n_epochs": "epochs",
+    "model_path": "model",
+    "name_or_path": "model",
+    "do_first_eval": "eval_at_start",
+    "intermediate_checkpoints": "save_every",
+    "warmup_steps": "`--warmup`, a share of the steps, or from 1 on so many steps",
+    "minimum_log_interval_secs": "`--log_every`, in optimiser steps",
+    "cache_reference_logprobs": "`--reference_cache FOLDER`",
+    "load_reference_logprobs": "`--reference_cache FOLDER`",
+    "local_run_dir": "cache_dir",
+    "trainer": "what follows from `--loss`",
+    "dataloader": "what follows from `--loss`",
+    "policy_dtype": "`--precision float32` or `bfloat16`",
+    "reference_dtype": "`--precision float32` or `bfloat16`",
+    "gradient_accumulation_steps": "`--batch_size` is a whole step, cut by `--token_budget`",
+    "attn_implementation": "attention",
+    "datasets": "train_datasets",
+    "alpacaeval": "nothing: one-turn prompts get their `instruction` anyway",
+    "wandb": "`--report_to wandb`",
+    "debug": "nothing: no tracker is told unless `--report_to` names one",
+}
+
+# %% ../nbs/03_settings.ipynb #d4b57885
+# TRL's names -> ours, likewise
+TRL_NAMES: dict[str, str] = {
+    "model_name_or_path": "model",
+    "dataset_name": "train_datasets",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "`--batch_size`, of a whole step over all processes",
+    "output_dir": "`--cache_dir` and `--exp_name`",
+    "max_completion_length": "max_new_tokens",
+    "num_generations": "num_samples_per_prompt",
+    "loss_type": "loss",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "lr_scheduler",
+    "optim": "optimizer",
+    "bf16": "`--precision bfloat16`",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "resume_from_checkpoint": "from_checkpoint",
+    "lora_target_modules": "lora_targets",
+    "ref_model": "load_from",
+    "precompute_ref_log_probs": "`--reference_cache FOLDER`",
+    "sync_ref_model": "`--reference ema`",
+    "ref_model_mixup_alpha": "`--ema_decay`, the share that stays at each step",
+    "simpo_gamma": "`--gamma_beta_ratio`, in units of beta",
+    "rpo_alpha": "alpha",
+    "center_rewards_coefficient": "centring",
+    "num_ppo_epochs": "ppo_epochs",
+    "kl_coef": "KL_coef",
+    "use_vllm": "`--backend vllm`",
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+}
+OLD_NAMES = TRL_NAMES | HALOS_NAMES
+
+# %% ../nbs/03_settings.ipynb #55eeeb43
+def ours_for(
+    name: str,  # as it stands in a command line of HALOs or TRL
+    known: Collection[str],  # fields of the command
+) -> str:
+    "Our field or sentence for it; empty for nobody's name."
+    bare = name.rpartition(".")[2]
+    if bare in known:
+        return bare
+    said = OLD_NAMES.get(bare) or OLD_NAMES.get(name.partition(".")[0], "")
+    return "datasets" if said == "train_datasets" and "datasets" in known else said
+
+
+def said_here(ours: str, known: Collection[str], value: str | None = None) -> str:
+    "A field as its flag, with the value if there is one; a sentence as it stands."
+    if not re.fullmatch(r"\w+", ours):
+        return ours
+    if ours not in known:
+        return f"`--{ours}`, of another command: `python -m halos_nb` lists them"
+    if value is None:
+        return f"`--{ours}`"
+    if value.lower() in ("true", "false"):
+        return f"`--{ours}`" if value.lower() == "true" else f"`--no-{ours}`"
+    listed = " ".join(value.strip("[]").split(",")) if value.startswith("[") else value
+    return f"`--{ours} {listed}`"
+
+# %% ../nbs/03_settings.ipynb #f4cd8e80
+def old_problems(args: Sequence[str], known: Collection[str]) -> Iterator[str]:
+    "What is said of names and spellings of HALOs and TRL, with ours."
+    for i, arg in enumerate(args):
+        name, equals, value = arg.lstrip("+").partition("=")
+        plain = arg.startswith("--")
+        name = name.removeprefix("--").replace("-", "_") if plain else name
+        if plain and name in known or not (ours := ours_for(name, known)):
+            continue
+        first = not any(one.startswith("--") for one in args[:i])
+        if plain:
+            yield f"{arg.partition('=')[0]}: here it is {said_here(ours, known)}"
+        elif equals and (first or arg.startswith("++")):
+            yield f"{arg}: here it is {said_here(ours, known, value)}"
+
 # %% ../nbs/03_settings.ipynb #65185550
 def flag_values(args: Sequence[str]) -> dict[str, str]:
     "What a command line gives, by the names of its flags, for a look at each value."
@@ -993,7 +1099,12 @@ def parse_args(
 
     args = list(sys.argv[1:] if args is None else args)
     check_letters(*args)
-    refuse_secrets(flag_values(args), field_names(cls))
+    known = field_names(cls)
+    # `stop_token` is no secret
+    given = {ours_for(name, known) or name: value for name, value in flag_values(args).items()}
+    refuse_secrets(given, known)
+    if old := list(old_problems(args, known)):
+        raise ValueError("; ".join(old))
     description = " ".join((cls.__doc__ or "").split())
     if "--config" not in args:
         return tyro.cli(cls, args=args, description=description)
