@@ -8,16 +8,17 @@ __all__ = ['TAGS', 'THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISI
            'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED',
            'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE',
            'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE', 'TAGGED',
-           'BRACKETED', 'DECODER', 'SCORES', 'SCALES', 'REVISES', 'LISTED', 'THINGS', 'A_WORD', 'NOT_MINE', 'SHARE',
-           'N', 'UP_TO', 'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT',
-           'OTHERS', 'INTRODUCES', 'TAGGED_WINNER', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER',
-           'SHORTLY', 'Reading', 'unread', 'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value',
-           'find_all', 'value_of', 'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated',
-           'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
-           'value_of_last_sentence', 'tagged_values', 'no_key_twice', 'Found', 'json_objects', 'without_objects',
-           'is_number', 'fields_named', 'value_in_json', 'json_values', 'Stated', 'short_sentences', 'is_taken_back',
-           'behind_all', 'taken_back', 'behind_marks', 'statements', 'other_scale', 'agreed', 'read_number', 'chosen',
-           'whole_choice', 'announced_winners', 'marked_winners', 'stated_winners', 'names_another', 'read_winner']
+           'BRACKETED', 'DECODER', 'NAMED', 'SCORES', 'SCALES', 'SPAN', 'REVISES', 'LISTED', 'THINGS', 'A_WORD',
+           'NOT_MINE', 'SHARE', 'N', 'UP_TO', 'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED',
+           'SUBJECT', 'VERDICT', 'OTHERS', 'BAD', 'GOOD', 'GAP', 'INTRODUCES', 'ELSEWHERE_READ', 'TAGGED_WINNER',
+           'WINNERS', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'SHORTLY', 'Reading', 'unread',
+           'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value',
+           'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated', 'announced_value', 'values_behind',
+           'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values', 'no_key_twice',
+           'Found', 'json_objects', 'without_objects', 'is_number', 'fields_named', 'scale_in_json', 'value_in_json',
+           'json_values', 'Stated', 'short_sentences', 'is_taken_back', 'behind_all', 'taken_back', 'behind_marks',
+           'statements', 'other_scale', 'agreed', 'read_number', 'is_turned', 'is_settled', 'chosen', 'whole_choice',
+           'announced_winners', 'is_the_verdict', 'marked_winners', 'stated_winners', 'names_another', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -74,7 +75,7 @@ def plain_text(reply: str) -> str:
     text = INVISIBLE.sub("", without_thoughts(reply)).translate(KEYBOARD)
     text = re.sub(r"</?(?:b|i|em|strong|answer|output)>", "", text, flags=re.I)
     text = re.sub(r"<br\s*/?>", "\n", text, flags=re.I)
-    text = DASH.sub("-", BOXED.sub(r"\1", text)).strip()
+    text = re.sub(r"\r\n?", "\n", DASH.sub("-", BOXED.sub(r"\1", text))).strip()
     fenced = re.fullmatch(r"```\w*\s*(.*?)\s*```", text, re.S)
     return fenced[1] if fenced else text
 
@@ -112,12 +113,13 @@ HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibly|probably|at\s+(?:least|most|best|worst)|or|minus|plus|less|"
     r"more|lower|higher|not|no|never|but|if|unless|though|although|however|only|for|half|"
     r"about|around|roughly|approx\w*|tentativ\w*|provision\w*|initial\w*|before|previous\w*|"
-    r"was|would|could|should|may|might|percent|hundred|thousand|million|"
+    r"was|would|could|should|may|might|percent|hundred|thousand|million|halved|doubled|"
+    r"invalid|void|placeholder|example|kidding|joking|oder|bis|ou|nein|nicht|vielleicht|"
     + "|".join(WORDS)
     + r")\b|n['’]t\b",
     re.I,
 )
-REASON = r"(?:\s*,)?\s+(?:because|since|given\s+that)\b[^\d\n]*?"
+REASON = r"(?:\s*,)?\s+(?P<why>(?:because|since|given\s+that)\b[^\d\n]*?)"
 REMARK = r"\s*\([^()\n\d]*\)|[ \t]*[,:][ \t]+[^\d\n.!;]+|[ \t]+[-–—]+[ \t]+[^\d\n.!;]+"
 NO_NUMBER = r"(?!\s*[~≈<>±]?\s*[+-]?\.?\d)"
 STOP = rf"[.!;]{CLOSE}(?:\s*\Z|[ \t]*\n|[ \t]+{NO_NUMBER})"
@@ -199,12 +201,13 @@ def whole_value(text: str) -> Value | None:
 ELSEWHERE = (
     r"if|unless|might|may|could|should|almost|nearly|tempted|initially|previous(?:ly)?|"
     r"expected|others?|someone|nobody|users?|asks?|asked|wants?|wanted|told|claims?|"
-    r"instruct\w*|forced|hard|difficult|doubt\w*|wish|pretend|far\s+from|anything\s+but"
+    r"instruct\w*|refuse\s+to|decline\s+to|"
+    r"forced|hard|difficult|doubt\w*|wish|pretend|far\s+from|anything\s+but"
 )
 # and these make what follows the text's own, which a judge only repeats
 REPEATS = re.compile(
     r"\b(?:contain|say|read|end|begin|include|demand|state|claim|ask|add|repeat|quote)s?\b"
-    r"[^.!?;\n]*:\s*\Z|\b(?:wrote|written|said)\b[^.!?;\n]*:\s*\Z",
+    r"[^.!?;\n]*:\s*\Z|\b(?:wrote|written|said|example|template)\b[^.!?;\n]*:\s*\Z",
     re.I,
 )
 
@@ -233,7 +236,8 @@ def is_repeated(before: str) -> bool:
         return True
     if line.rstrip("*_").endswith(tuple("\"'“‘«`")) and re.search(r"\w", line):
         return True
-    return before.rstrip().endswith(":") and bool(REPEATS.search(before[-400:]))
+    opening = re.sub(r"(?:```\w*|[\s*_`\"'“‘«>])*\Z", "", before[-400:])
+    return opening.endswith(":") and bool(REPEATS.search(opening))
 
 # %% ../nbs/41_replies.ipynb #a92efdf4
 def announced_value(
@@ -402,14 +406,30 @@ def fields_named(
     return [v for k, v in found.items() if re.sub(r"[\s_-]", "", k.lower()) in wanted]
 
 # %% ../nbs/41_replies.ipynb #588c2d41
-SCORES = "score finalscore overallscore rating finalrating overallrating grade"
-SCALES = "outof max maximum maxscore scoremax scale"
+NAMED = "final overall revised adjusted corrected updated".split()
+SCORES = "score rating grade " + " ".join(f"{n}score {n}rating {n}grade" for n in NAMED)
+SCALES = "outof max maximum maxscore scoremax scale range unit"
+SPAN = rf"(?:{NUMBER}\s*(?:-|–|—|to)\s*)?(?P<n>{NUMBER}){POINTS}|points?"  # 0-100, 1 to 10
+
+
+def scale_in_json(x: Any, scale: float) -> float:
+    "The scale that a field names; nan where that is not clear."
+    x = x[-1] if isinstance(x, list) and len(x) == 2 else x  # [0, 100]
+    if is_number(x):
+        return float(x)
+    found = re.fullmatch(SPAN, x.strip(), re.I) if isinstance(x, str) else None
+    if found is None:
+        return math.nan
+    return to_float(found["n"].lstrip("+-")) if found["n"] else scale
 
 
 def value_in_json(found: dict, x: Any, scale: float) -> Value | None:
     "The value of a field that holds a score."
-    scales = [n for n in fields_named(found, SCALES) if is_number(n)]
-    of = float(scales[0]) if scales else None
+    told = [n for n in fields_named(found, SCALES) if n is not None]
+    scales = {scale_in_json(n, scale) for n in told}
+    if len(scales) > 1 or any(map(math.isnan, scales)):
+        return None
+    of = scales.pop() if scales else None
     if is_number(x):
         return Value(float(x), of)
     value = whole_value(x) if isinstance(x, str) else None
@@ -422,9 +442,10 @@ def json_values(text: str, scale: float) -> list[Value | None]:
     "The scores of the JSON objects in a text."
     values: list[Value | None] = []
     broken = text.startswith("{")
-    for found, *_ in json_objects(text):
+    for found, start, _ in json_objects(text):
+        told = is_repeated(text[:start])
         named = fields_named(found, SCORES) if found else []
-        values += [value_in_json(found or {}, x, scale) for x in named]
+        values += [None if told else value_in_json(found or {}, x, scale) for x in named]
         broken = broken and found is None
     is_told = broken or re.search(r"[{,]\s*[\"']?score[\"']?\s*:", text, re.I)
     whole = text.startswith("{") and text.endswith("}")
@@ -444,7 +465,14 @@ THINGS = (
     r"percent|seems|feels|looks|fits|suits|sounds|does)\b)[a-z]{2,}s\b"
 )
 A_WORD = re.compile(rf"(?:\S+\s+){{0,3}}(?:{'|'.join(WORDS)})(?:\s+\w+){{0,2}}", re.I)
-NOT_MINE = re.compile(r"\b(?:inject\w*|manipulat\w*|disagree\w*|quot(?:e|ed|ation)\b)", re.I)
+NOT_MINE = re.compile(
+    r"\b(?:inject\w*|manipulat\w*|disagree\w*|quot(?:e|ed|ation)\b|kidding\b|"
+    r"(?:ignore|disregard|strike|scratch)\s+(?:that|this|it|the\s+above)\b|"
+    r"take\s+(?:it|that|this)\s+back\b|(?:that|it)\s+(?:was|is)\s+a\s+(?:typo|joke)\b|"
+    r"I\s+(?:am|was|should\s+not|won['’]t|will\s+not)\s+(?:have|rate|judge|lying|joking)\b|"
+    r"(?:this|that|the|my)\s+(?:score|rating|grade|verdict)\s+is\s+(?:not|invalid|void|wrong))",
+    re.I,
+)
 
 
 class Stated(NamedTuple):
@@ -589,6 +617,31 @@ VERDICT = rf"{SUBJECT}{MARKS}(?P<sep>is|was|[:=]|[-–—](?=\s))?{MARKS}"
 OTHERS = re.compile(rf"\b[AB]\b|\b(?i:tie|draw|both|neither)\b|(?i:{HEDGES.pattern})")
 
 
+BAD = r"(?i:worse|worst|weaker|weakest|inferior|loses|lost|loser|wrong|incorrect)"
+GOOD = r"(?i:better|best|superior|stronger|wins|won|winner|right|correct|prefer\w*)"
+# words between the two, of which none turns the sense
+GAP = r"(?:\s+(?!(?:not|never|no|and|but|while|as|[AB])\b)\w+){0,4}?\s+"
+
+
+def is_turned(
+    behind: str,  # a winner
+    winner: str,
+) -> bool:
+    "Whether a reason or remark speaks for the other answer."
+    own = rf"(?i:it|this|that)|{winner}"
+    for_other = rf"\b[AB](?<!{winner}){GAP}{GOOD}\b"
+    against = rf"(?:\b(?:{own}){GAP}|\A\W*(?i:the\s+)?){BAD}\b"
+    return bool(re.search(f"{for_other}|{against}", behind))
+
+
+def is_settled(found: re.Match) -> bool:
+    "Whether what stands behind the winner that CHOICE has found leaves it as it is."
+    closed = CLOSED.match(found.string, found.end())
+    if closed is None or not is_closed(found.string, found.end(), OTHERS):
+        return False
+    return not is_turned(closed["why"] or closed["remark"] or "", chosen(found))
+
+
 def chosen(found: re.Match) -> str:
     "The winner that CHOICE has found."
     return found["x"] or "tie"
@@ -610,26 +663,31 @@ INTRODUCES = re.compile(
 )
 
 
+ELSEWHERE_READ = "\ufffc"  # stands where [[ ]] stood
+
+
 def announced_winners(text: str) -> list[str | None]:
     "The winner behind each place where one is announced; None if it is not clear."
     winners: list[str | None] = []
-    text = re.sub(BRACKETS, "", without_objects(text))  # these are read elsewhere
+    text = re.sub(BRACKETS, ELSEWHERE_READ, without_objects(text))
     for place in re.finditer(VERDICT, text):
         found = re.compile(CHOICE).match(text, place.end())
         before = text[: place.start()]
-        clear = found and is_closed(text, found.end(), OTHERS)
+        clear = found and is_settled(found)
         if not re.match(r"the|my", place[0], re.I) and not INTRODUCES.search(before[-40:]):
             continue
         if re.search(r"\bno\s+\Z", before[-20:], re.I):
             clear = False
         if is_negated(before) or is_elsewhere(before) or is_repeated(before):
             clear = False
-        if found or place["sep"] in (":", "="):
+        marked = text.startswith(ELSEWHERE_READ, place.end())
+        if found or (place["sep"] in (":", "=") and not marked):
             winners.append(chosen(found) if found and clear else None)
     return winners
 
 # %% ../nbs/41_replies.ipynb #6bbf6ca1
 TAGGED_WINNER = r"<(winner|verdict)>(?P<inside>[^<>]{0,40})</\1>"
+WINNERS = "winner verdict " + " ".join(f"{n}winner {n}verdict" for n in NAMED)
 ORDERS = {
     "A>B": "A",
     "A>>B": "A",
@@ -642,17 +700,32 @@ ORDERS = {
 ORDERS |= {"B>A": "B", "B>>A": "B", "A<B": "B", "A<<B": "B"}
 
 
+def is_the_verdict(mark: re.Match) -> bool:
+    "Whether the sentence around a mark gives it as the verdict."
+    text, start, end = mark.string, *mark.span()
+    before, behind = text[max(0, start - 400) : start], text[end : end + 400]
+    if is_negated(before) or is_elsewhere(before) or is_repeated(before):
+        return False
+    clause = re.split(r"[,:]", last_sentence(before))[-1]
+    behind = re.split(r"[.!;\n]", behind)[0]
+    unsure = rf"\?|\b(?:if|unless|not|never|neither)\b|n['’]t\b|\b{BAD}\b"
+    return not re.search(rf"\b{BAD}\b", clause) and not re.search(unsure, behind, re.I)
+
+
 def marked_winners(text: str) -> list[str | None]:
     "The verdicts in [[ ]] and in <winner>, and what JSON says is the winner."
     winners: list[str | None] = []
     for found in re.finditer(BRACKETS, text):
         inside = found["inside"].replace(" ", "")
-        winners.append(ORDERS.get(inside) or whole_choice(found["inside"]))
+        winner = ORDERS.get(inside) or whole_choice(found["inside"])
+        winners.append(winner if is_the_verdict(found) else None)
     for found in find_all(TAGGED_WINNER, text):
         winners.append(whole_choice(found["inside"]))
     broken = text.startswith("{")
-    for thing, *_ in json_objects(text):
-        winners += map(whole_choice, fields_named(thing or {}, "winner verdict"))
+    for thing, start, _ in json_objects(text):
+        told = is_repeated(text[:start])
+        named = fields_named(thing or {}, WINNERS)
+        winners += [None if told else whole_choice(name) for name in named]
         broken = broken and thing is None
     is_told = broken or re.search(r"[{,]\s*[\"']?winner[\"']?\s*:", text, re.I)
     whole = text.startswith("{") and text.endswith("}")
@@ -667,7 +740,7 @@ BETTER = (
 OPENS = r"(?:(?:so|thus|hence|therefore|overall|in\s+(?:conclusion|summary|short))\b[\s,:]*)?"
 SENTENCE = (
     rf"{MARKS}(?i:{OPENS}){ANSWER}{CLOSE}\s+(?i:{BETTER})"
-    rf"(?:\s+(?:than|over|to)\s+(?:{KINDS}\s+)?(?P<y>[AB]))?{ENDS}"
+    rf"(?:\s+(?:than|over|to)\s+(?:{KINDS}\s+)?(?P<y>[AB]))?(?:\s+overall)?{ENDS}"
 )
 
 
@@ -684,7 +757,7 @@ def stated_winners(text: str) -> list[str | None]:
 # words behind a verdict that give it to the other
 REVISES_WINNER = re.compile(
     r"\b(?i:wait|actually|on\s+(?:second|further)\s+(?:thought|reflection)|correction|"
-    r"I\s+change)\b[^\n]{0,80}?\b(?:[AB]|(?i:tie|draw))\b"
+    r"I\s+change)\b[^\n]{0,80}?\b(?:[AB]|(?i:tie|draw|equal\w*|neither|both))\b"
 )
 
 
@@ -699,6 +772,8 @@ def names_another(text: str, winner: str | None) -> bool:
     places += find_all(TAGGED_WINNER, text)
     rest = text[max((m.end() for m in places), default=len(text)) :]
     rest = re.sub(rf"\A{CHOICE}", "", rest)
+    lost = rf"\b(?i:loser|worse|worst)(?i:\s+{KINDS})?\W+(?:{KINDS}\W+)?(?!{winner}\b)[AB]\b"
+    rest = re.sub(lost, "", rest)
     worse = rf"\b(?:loser|worse|worst)\W+(?:{KINDS}\W+)?{winner}\b"
     if NOT_MINE.search(rest) or re.search(worse, rest, re.I):
         return True
@@ -715,7 +790,7 @@ def read_winner(reply: str) -> Reading:
         return unread("the reply is empty")
     alone = whole_choice(text)
     winners = [alone] if alone else marked_winners(text) + announced_winners(text)
-    winners = winners or stated_winners(text)
+    winners += stated_winners(text)
     named = {winner for winner in winners if winner is not None}
     if len(named) > 1:
         return unread("the reply names several winners")
