@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ[
 def missing(what):
     "What a test cannot do without: its absence skips it on a laptop and fails it in CI."
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Where the time goes: files with their seconds, of all processes together."
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    longest = [f"{file} {took:.0f}" for file, took in seconds.most_common(20) if took >= 10]
+    if longest:
+        terminalreporter.write_line("seconds by file: " + ", ".join(longest))
 
 
 @pytest.fixture
