@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'LENT', 'OTHER_HEADS', 'ALLOWED', 'LOG2', 'MOST', 'POLICY_CHECKS', 'REWARD_CHECKS', 'SLOW', 'GATES',
-           'Token', 'COLOURS', 'SIGNS', 'HIDDEN', 'Finding', 'Check', 'within', 'counted_if', 'wrong_if',
+           'Token', 'COLOURS', 'SIGNS', 'RANKS', 'HIDDEN', 'Finding', 'Check', 'within', 'counted_if', 'wrong_if',
            'own_examples', 'with_a_pair', 'data_of', 'examples_of', 'as_dataset', 'Seen', 'as_seen', 'without_end',
            'Untouched', 'untouched_model', 'row_logps', 'ask_untouched', 'tokenizer_of', 'Policy', 'pair_loader',
            'both_answers', 'loading_finding', 'files_finding', 'check_files', 'check_weights', 'check_read',
@@ -74,6 +74,7 @@ from halos_nb.templates import (
 from .trees import Tree, make_batch
 from .loaders import PairedPreferenceDataLoader, SFTDataLoader
 from halos_nb.processes import (
+    MEETING_SOCKET,
     asks_for_sharding,
     computing_in,
     end_process,
@@ -1328,7 +1329,8 @@ def report_text(report: dict, colours: bool = False) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/44_audit.ipynb #ed2070a2
-HIDDEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+HIDDEN = (*RANKS, "ACCELERATE_USE_FSDP", MEETING_SOCKET)
 
 
 @contextmanager

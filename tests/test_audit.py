@@ -34,7 +34,9 @@ from halos_nb.audit import (
     wrong_checks,
 )
 from halos_nb.configs import AuditConfig
+from halos_nb.jobs import launch
 from halos_nb.records import write_json
+from halos_nb.settings import Profile
 from halos_nb.show import audit_report
 from halos_nb.templates import CHATML, train_tokenizer
 
@@ -306,3 +308,17 @@ def test_a_reward_model_that_says_one_number_is_counted(models, tmp_path):
         Reward(AuditConfig(reward_model_path=str(tmp_path / "flat"), quick=True))
     )
     assert found.verdict == "counted" and "one score, 0" in found.detail
+
+
+@pytest.mark.parametrize("launcher", ["auto", "accelerate"])
+def test_under_shared_weights_the_audit_is_made_and_has_one_check_more(
+    models, tmp_path, launcher
+):
+    profile = Profile(
+        name="shared", accelerate_config="fsdp2_cpu2", cpu=True, threads=1, launcher=launcher
+    )
+    cfg = AuditConfig(model=str(models / "policy"), json=str(tmp_path / "audit.json"))
+    launch("audit", cfg, profile, tmp_path).wait(show=False)
+    checks = {c["name"]: c for c in json.loads((tmp_path / "audit.json").read_text())["checks"]}
+    assert checks["shared"]["verdict"] == "ok", checks["shared"]
+    assert len(checks) > 5

@@ -7,6 +7,7 @@ of going on (HALOS_NB_LONG=fsdp); CI a few that between them take every path.
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -26,7 +27,12 @@ from test_trainers import (
 )
 from transformers import AutoModelForCausalLM
 
+from halos_nb.configs import LoopConfig
+from halos_nb.ledger import run_folder
+from halos_nb.loop import run_rounds
+from halos_nb.playground import build, into_playground, locate
 from halos_nb.processes import check_shares, is_sharded, start_processes
+from halos_nb.settings import load_settings
 from halos_nb.train import make_trainer, train
 
 LONG = os.environ.get("HALOS_NB_LONG") == "fsdp"
@@ -247,3 +253,42 @@ def test_bfloat16(both, tmp_path, loss):
     exact = drift(both / f"fsdp-bf-{loss}-1", both / f"fsdp-every {loss}-1")
     print(f"{loss}: bfloat16 shared out is {far:.1e} from one process, float32 {exact:.1e}")
     assert far < 0.2
+
+
+# ---- whole runs, as a user starts them
+
+quiet = lambda job, **kw: job.wait(show=False)
+LOOPS = {
+    "dpo": {},
+    "kto": dict(method="kto"),
+    "grpo": dict(method="grpo"),
+    "humanline": dict(humanline=True),
+    "lora": dict(train_options="use_peft=true, lora_r=8"),
+}
+
+
+@long
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_shares_its_weights_and_learns_the_same(name):
+    "Two rounds in the playground; what one and two processes draw is the same."
+    cfg = LoopConfig(total_prompts=64, prompts_per_round=32, num_samples_per_prompt=4)
+    cfg = replace(cfg, fresh=True, label_measured="no", **LOOPS[name])
+    settings, models = load_settings(), {}
+    build(settings)
+    cfg = into_playground(cfg, settings)
+    for profile in ("cpu1", "fsdp_cpu2"):
+        run = replace(cfg, profile=profile, run_name=f"loop-{name}-{profile}")
+        for this in run_rounds(run, settings, watch=quiet):
+            print(profile, this.note)
+        folder = run_folder(settings, run.run_name)
+        models[profile] = load_file(folder / "policy/model.safetensors")
+        counts = json.loads((folder / "round-2/policy/counts.json").read_text())
+        assert counts.get("sharded", 0) == (2 if profile == "fsdp_cpu2" else 0)
+    start = load_file(locate(settings).policy / "model.safetensors")
+    moved = distance(models["cpu1"], start)
+    apart = distance(models["fsdp_cpu2"], models["cpu1"])
+    far = max((models["cpu1"][n] - models["fsdp_cpu2"][n]).abs().max() for n in start)
+    print(
+        f"{name}: the weights moved by {moved:.3f}, {apart / moved:.1e} of it apart; {far:.1e}"
+    )
+    assert apart < 1e-4 * moved
