@@ -414,7 +414,7 @@ def as_table(rows, rng):
     if what == 1:
         text = text[:at] + rng.choice(['"', ",", "\n", "\x00", "\t", "\r"]) + text[at:]
     if what == 2:
-        text = text.replace("prompt", names[-1])
+        text = text.replace("prompt", (names or ["x"])[-1])
     return text.encode(), suffix
 
 
@@ -476,11 +476,13 @@ def strictly(text):
 
 
 def check_finite(value):
-    "No number without end, nothing too deep."
+    """No number without end, nothing too deep: from 200 levels on a reader may refuse, and from
+    255 on, which its parser does not write again, it must.
+    """
     left = [(value, 0)]
     while left:
         x, depth = left.pop()
-        if isinstance(x, float) and not math.isfinite(x) or depth > 210:
+        if isinstance(x, float) and not math.isfinite(x) or depth > 255:
             raise Unreadable("a number")
         if isinstance(x, int) and len(str(abs(x)) if abs(x) < 10**400 else "9" * 400) > 309:
             raise Unreadable("a number")
