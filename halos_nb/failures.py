@@ -181,10 +181,11 @@ LAST_WORDS = 1_000_000  # bytes; with less, a disk is full
 def full_disk(
     folder: Path,  # of the log
     text: str,  # the log
+    said: str,  # of it, in the message's first line
 ) -> str:
-    "That the disk is full, in words; empty if nothing tells of it, or the log does."
+    "That the disk is full, in words; empty if nothing tells of it, or that line does."
     room = room_at(folder)
-    if "no room on the disk for" in text:
+    if "no room on the disk for" in said:
         return ""
     if room.free > LAST_WORDS and room.files and not NO_ROOM_WORDS.search(text):
         return ""
@@ -214,7 +215,7 @@ class StageError(RuntimeError):
             lines = excerpt(text, self.rank, raised=self.code > 0)
         self.traceback = "\n".join(lines)
         said = self.hangs or (lines[-1].strip() if lines else "it said nothing")
-        why = "; ".join(filter(None, [said, full_disk(self.log.parent, text)]))
+        why = "; ".join(filter(None, [said, full_disk(self.log.parent, text, said)]))
         super().__init__(
             f"{stage} failed: {where}, {ended}: {why}\nlog: {log}\n\n{self.traceback}"
         )
