@@ -260,7 +260,8 @@ class ServerError(RuntimeError):
 
 def is_hopeless(error: Exception) -> bool:
     "Whether the next question would fail like this one."
-    if getattr(error, "status_code", None) in (401, 402, 404):
+    status = getattr(error, "status_code", None) or 0
+    if status in (401, 402, 404) or 300 <= status < 400:
         return True
     if getattr(error, "code", None) == "insufficient_quota":
         return True
@@ -308,6 +309,8 @@ def cause_of(error: BaseException) -> str:
             )
         if name == "ConnectTimeout":
             return "nobody answers there: is the address right, is a firewall between?"
+        if name in ("RemoteProtocolError", "ReadError", "DecodingError"):
+            return f"what comes back is no answer of a web server ({e or name})"
     return ""
 
 # %% ../nbs/31_api.ipynb #a4175401
@@ -328,6 +331,10 @@ def about_address(error: BaseException) -> str:
     base = re.sub(r"/(?:chat/)?completions/?$", "", url)
     if cause := cause_of(error):
         return f"{hide(base)}: {cause}{proxy_to(url)}"
+    response = getattr(error, "response", None)
+    if moved := getattr(response, "headers", {}).get("location", ""):
+        there = hide(re.sub(r"/(?:chat/)?completions/?$", "", moved))
+        return f"{hide(base)} sends on to {there}: is that the base_url?"
     status = getattr(error, "status_code", None)
     if status in (404, 405) and url and not re.search(r"/v\d+\w*$", base):
         return f"{hide(base)} has no /v1 at its end; the address is mostly {hide(base)}/v1"
@@ -498,7 +505,9 @@ async def connect(
         base_url=base_url,
         timeout=read_timeout,
         max_retries=max_retries,
-        http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [announce]}),
+        http_client=openai.DefaultAsyncHttpxClient(
+            event_hooks={"request": [announce]}, follow_redirects=False
+        ),
     )
     async with client:
         yield client

@@ -451,7 +451,12 @@ def parts_to_leave_out(
 ) -> list[str]:
     "What to leave out of a request that was refused; nothing if that is no use."
     status = getattr(error, "status_code", None)
-    if status not in REFUSES or OF_QUESTION.search(error_text(error)):
+    if OF_QUESTION.search(error_text(error)):
+        return []
+    if status == 500:  # some break over a schema; two questions must agree on that
+        forms = [name for name in named_parts(error, parts) if name in FORMS]
+        return forms if forms not in tried else []
+    if status not in REFUSES:
         return []
     firm = {"max_completion_tokens"} if terms.keep_limit else set()
     if named := [name for name in named_parts(error, parts) if name not in firm]:
@@ -519,7 +524,8 @@ async def complete(
             if not names:
                 raise
             said = dict.fromkeys(names, excerpt(error_text(error)))
-            if set(names) <= set(named_parts(error, parts)):
+            is_sure = getattr(error, "status_code", None) != 500
+            if is_sure and set(names) <= set(named_parts(error, parts)):
                 left_out |= said
                 guess = {}
             else:

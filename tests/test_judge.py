@@ -1270,6 +1270,7 @@ REFUSED = {  # part: status and words
         (404, "No endpoints found that support json schema"),
         (422, "response_format.type: Input should be 'text' or 'json_object'"),
         (501, "structured output is not implemented"),
+        (500, "Internal error: no backend for structured output"),
         (400, "Bad Request"),
     ],
     "temperature": [
@@ -1395,6 +1396,8 @@ def without_tls(request):
         ("proxy", "through the proxy of HTTP_PROXY"),
         ("no /v1", "has no /v1 at its end"),
         ("web page", "a web page: is base_url the API's"),
+        ("moved", "sends on to https://there.invalid/v1: is that the base_url"),
+        ("no web server", "no answer of a web server"),
         ("no address", "is no address of a server"),
         ("odd letter", r"letter 3 of 12 is U\+2011, NON-BREAKING HYPHEN"),
         ("quotes", "stands in quotes"),
@@ -1404,8 +1407,11 @@ def test_the_cause_is_said_before_50_questions(tmp_path, monkeypatch, request, f
     "Once, and the key is not in it."
     monkeypatch.setenv("NO_PROXY", "")
     page = http(200, b"<html>Welcome</html>", "text/html")
+    moved = "Location: https://there.invalid/v1/chat/completions\r\n"
+    said = {"web page": page, "moved": http(308, b"", more=moved)}
+    said |= {"no web server": b"220 mail.invalid ESMTP\r\n\r\n"}
     missing = http(404, dict(detail="Not Found"))
-    with Server(lambda body, times: page if fault == "web page" else missing) as server:
+    with Server(lambda body, times: said.get(fault, missing)) as server:
         url = server.url
         if fault == "proxy":
             monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
