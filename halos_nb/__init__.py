@@ -20,6 +20,7 @@
 is the map. Nothing is imported before it is used.
 """
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -45,7 +46,9 @@ __all__ = list(_NAMES)
 def __getattr__(name: str) -> Any:
     "A name of `__all__`, imported on first use."
     if name not in _NAMES:
-        raise AttributeError(f"module 'halos_nb' has no attribute {name!r}")
+        near = get_close_matches(name, _NAMES, 1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        raise AttributeError(f"module 'halos_nb' has no attribute {name!r}{meant}")
     room, inner = _NAMES[name]
     value = getattr(import_module(f"halos_nb.{room}"), inner)
     globals()[name] = value

@@ -81,7 +81,7 @@ from halos_nb.processes import (
     share_out,
     start_processes,
 )
-from .checkpoints import check_checkpoint_files, real_losses
+from .checkpoints import check_checkpoint_files, naming, real_losses
 from .attention import fresh_positions
 from .head import gather_logps
 from .layouts import Layout, choose_layout
@@ -264,12 +264,14 @@ def untouched_model(
     cfg: AuditConfig,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     "The model as transformers loads it, and what it says about that; let go afterwards."
-    model, loading = kind.from_pretrained(
-        require_path(path, "model"),
-        dtype=getattr(torch, cfg.precision),
-        trust_remote_code=cfg.trust_remote_code,
-        output_loading_info=True,
-    )
+    require_path(path, "model")
+    with naming(path):
+        model, loading = kind.from_pretrained(
+            path,
+            dtype=getattr(torch, cfg.precision),
+            trust_remote_code=cfg.trust_remote_code,
+            output_loading_info=True,
+        )
     # names that share their weights with one that is there are not missing
     loading["missing_keys"] = real_losses(model, set(loading["missing_keys"]))
     try:

@@ -467,14 +467,18 @@ def need_files(path: str | Path, *any_of: str) -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    "What goes wrong inside is said with the checkpoint's name, where it is a folder."
+    "What goes wrong inside is said with the checkpoint's name."
     try:
         yield
     except Exception as e:
         told = isinstance(e, CheckpointError | ImportError | MemoryError)
-        is_ours = not told and "OutOfMemory" not in type(e).__name__
-        if not is_ours or not Path(path).expanduser().is_dir():
+        if told or "OutOfMemory" in type(e).__name__:
             raise
+        if not Path(path).expanduser().is_dir():
+            said = re.sub(r"'?https?://\S+", "the hub", str(e).strip().split("\n")[0])
+            raise CheckpointError(
+                f"{path}: is no folder here, and the hub did not give it ({said})"
+            ) from e
         raise CheckpointError(f"{path}: cannot be loaded ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/15_checkpoints.ipynb #1035d610

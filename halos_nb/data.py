@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NOTHING_KNOWN', 'NEITHER', 'NO_RATING', 'ADD_FEEDBACK', 'NUMBERS', 'TRUTHS', 'OPTIONAL', 'TABLES', 'DELIMITERS',
-           'TURN_MARK', 'TRANSCRIPT_ROLES', 'TURNS', 'TURNS_AS_TEXT', 'TextOrTurns', 'SYSTEM_COLUMNS',
+           'READ', 'TURN_MARK', 'TRANSCRIPT_ROLES', 'TURNS', 'TURNS_AS_TEXT', 'TextOrTurns', 'SYSTEM_COLUMNS',
            'OFFERED_COLUMNS', 'FORMATS', 'QUESTIONS', 'ANSWERS', 'Facts', 'Example', 'find_answer', 'note_fact',
            'add_answer', 'best_index', 'Dataset', 'of_split', 'add_single', 'pair_up', 'ratings_of', 'add_pair',
            'is_equal_pair', 'get_feedback', 'get_sampled_data', 'typed_row', 'fields_of_any_length', 'csv_lines',
-           'csv_rows', 'without_nulls', 'plain_row', 'arrow_rows', 'file_rows', 'transcript', 'ends_answered',
-           'transcript_pairs', 'clean_turn', 'check_text', 'turns_of', 'answer_of', 'common_start', 'common_turns',
-           'common_words', 'PromptPair', 'implicit_pair', 'explicit_pair', 'split_pair', 'with_system', 'offered',
-           'with_columns', 'id_at', 'example_of', 'score_in', 'add_preference', 'add_judged', 'add_completion',
-           'add_messages', 'add_prompt', 'Format', 'format_of', 'format_problem', 'holds_transcripts', 'check_format',
-           'get_preferences', 'merge_answers', 'merge_pairs', 'merge_examples']
+           'csv_rows', 'without_nulls', 'plain_row', 'arrow_rows', 'line_rows', 'file_rows', 'transcript',
+           'ends_answered', 'transcript_pairs', 'clean_turn', 'check_text', 'turns_of', 'answer_of', 'common_start',
+           'common_turns', 'common_words', 'PromptPair', 'implicit_pair', 'explicit_pair', 'split_pair', 'with_system',
+           'offered', 'with_columns', 'id_at', 'example_of', 'score_in', 'add_preference', 'add_judged',
+           'add_completion', 'add_messages', 'add_prompt', 'Format', 'format_of', 'format_problem', 'holds_transcripts',
+           'check_format', 'get_preferences', 'merge_answers', 'merge_pairs', 'merge_examples']
 
 # %% ../nbs/04_data.ipynb #88e38a8b
 import csv
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from .configs import DATA_FILE
 from halos_nb.records import (
     DRAWN_FIELDS,
     Drawn,
@@ -457,18 +458,31 @@ def arrow_rows(data: bytes, path: str | Path) -> list[dict]:
 # %% ../nbs/04_data.ipynb #f90d5a15
 TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # how Parquet and Arrow files begin
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+READ = "JSON, JSON lines, CSV, TSV, Parquet, Arrow, or .txt with a prompt on each line"
+
+
+def line_rows(data: bytes, path: str | Path) -> list[dict]:
+    "The rows of a plain text: each line is a prompt; empty lines are none."
+    lines = as_utf8(data, path).decode().splitlines()
+    return [dict(prompt=line.strip()) for line in lines if line.strip()]
 
 
 def file_rows(
-    path: str | Path,  # JSON, CSV, TSV, Parquet or Arrow, perhaps compressed
+    path: str | Path,  # JSON, CSV, TSV, Parquet, Arrow or a text, perhaps compressed
 ) -> list[dict]:
     "The rows of a file of any of these kinds."
     data = file_bytes(path)
-    kinds = [suffix for suffix in Path(path).suffixes if suffix in DELIMITERS]
+    suffixes = Path(path).suffixes
+    kinds = [suffix for suffix in suffixes if suffix in DELIMITERS]
+    is_json = data.lstrip()[:1] in (b"{", b"[")
     if data.startswith(TABLES):
         rows = arrow_rows(data, path)
-    elif kinds and data.lstrip()[:1] not in (b"{", b"["):
+    elif kinds and not is_json:
         rows = csv_rows(data, path, DELIMITERS[kinds[-1]])
+    elif ".txt" in suffixes and not is_json:
+        rows = line_rows(data, path)
+    elif Path(path).suffix and not is_json and not DATA_FILE.search(str(path)):
+        raise RecordError(f"{path}: is no file of data; what is read is {READ}")
     else:
         return read_rows(path)
     check_rows(rows, path)

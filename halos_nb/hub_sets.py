@@ -11,13 +11,12 @@ __all__ = ['PLAIN_SPLITS', 'ALPACA_FILE', 'DATASETS', 'REPOSITORIES', 'TEST_SPLI
            'get_answers', 'get_ultrachat', 'thoughts_and_answer', 'get_s1k_11', 'alpaca_rows', 'alpaca_row',
            'get_alpacaeval', 'wildbench_row', 'get_wildbench', 'splits_for', 'only_text', 'ask_hub', 'holds_csv',
            'load_hub', 'saved_splits', 'folder_splits', 'PlacedRows', 'rows_in_files', 'rows_saved', 'load_saved',
-           'of_splits', 'files_not_read', 'load_folder', 'load_file', 'load_one', 'add_source', 'load_data',
-           'cached_commits', 'hub_revision', 'Prompts', 'distinct_prompts', 'write_prompts', 'PromptFile',
-           'source_state', 'reading_code', 'json_lines', 'holds_lines_of_prompts', 'stream_prompts', 'once_each',
-           'cache_folder', 'PromptIndex', 'load_prompts']
+           'of_splits', 'files_not_read', 'load_folder', 'load_file', 'unknown_source', 'require_source', 'load_one',
+           'add_source', 'load_data', 'cached_commits', 'hub_revision', 'Prompts', 'distinct_prompts', 'write_prompts',
+           'PromptFile', 'source_state', 'reading_code', 'json_lines', 'holds_lines_of_prompts', 'stream_prompts',
+           'once_each', 'cache_folder', 'PromptIndex', 'load_prompts']
 
 # %% ../nbs/05_hub_sets.ipynb #eb459803
-import difflib
 import hashlib
 import json
 import os
@@ -31,7 +30,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import data as reading_rows
+from halos_nb.configs import (
+    DATA_FILE,
+    did_you_mean,
+    looks_like_path,
+    require_path,
+)
 from halos_nb.data import (
+    READ,
     Dataset,
     Example,
     add_answer,
@@ -57,6 +63,7 @@ from halos_nb.records import (
     dump_json,
     file_hash,
     lock_file,
+    nothing_at,
     on_disk,
     usable_json,
     write_json,
@@ -663,6 +670,27 @@ def load_file(
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
+def unknown_source(name: str) -> str:
+    "What is said about a name behind which no data can be."
+    if looks_like_path(name):
+        return nothing_at(name)
+    advice = did_you_mean(name, DATASETS)
+    more = "" if advice.endswith("?") else f"; a set of the hub is org/name, a file {READ}"
+    return f"{name}: neither a file nor a known data set; {advice}{more}"
+
+
+def require_source(
+    name: str,  # of a data set, a file, a folder, a set on the hub
+    what: str,  # the parameter, for the message
+) -> str:
+    "The same; an error if no data can be there. The hub is not asked."
+    require_path(name, what)
+    known = name in DATASETS or Path(name).exists() or on_disk(name).exists()
+    if known or (HUB_NAME.fullmatch(name) and not DATA_FILE.search(name)):
+        return name
+    raise ValueError(f"{what}: {unknown_source(name)}")
+
+
 def load_one(
     name: str,
     split: str | None,  # None: all
@@ -674,12 +702,9 @@ def load_one(
         return load_file(name, split)
     if Path(name).is_dir():
         return load_folder(name, split)
-    if HUB_NAME.fullmatch(name) and not FILE_NAME.search(name):
+    if HUB_NAME.fullmatch(name) and not DATA_FILE.search(name):
         return load_hub(name, split)
-    near = difflib.get_close_matches(name, DATASETS, 1)
-    known = f"known are {', '.join(DATASETS)}, and org/name on the hub"
-    advice = f"did you mean `{near[0]}`?" if near else known
-    raise ValueError(f"{name}: neither a file nor a known data set; {advice}")
+    raise ValueError(unknown_source(name))
 
 # %% ../nbs/05_hub_sets.ipynb #d8567c90
 def add_source(data: Dataset, part: Dataset, name: str) -> None:

@@ -32,12 +32,14 @@ from halos_nb.configs import (
     LoopConfig,
     RewardConfig,
     TrainConfig,
+    did_you_mean,
     labellers,
     read_models,
     require_path,
     seeds_of,
 )
 from .settings import Profile, Settings, load_settings
+from .hub_sets import require_source
 from .ledger import Ledger, RunBusy, Stage, run_folder
 
 # %% ../nbs/70_playground.ipynb #aa47841c
@@ -630,14 +632,18 @@ def train_reward(
 # %% ../nbs/70_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
-    for name in ("sft_checkpoint", "prompts", "heldout_prompts", "watch_reward"):
+    for name in ("sft_checkpoint", "watch_reward"):
         require_path(getattr(cfg, name), name)
+    for name in ("prompts", "heldout_prompts"):
+        if getattr(cfg, name):
+            require_source(getattr(cfg, name), name)
     for one in read_models(cfg.reward_checkpoint):
         require_path(one.model, "reward_checkpoint")
     asks_model = "rm" in labellers(cfg)
     if cfg.sft_checkpoint and cfg.prompts and (cfg.reward_checkpoint or not asks_model):
         refuse_world_seed(cfg.world_seed)
         return cfg
+    settings.get_profile(cfg.profile)
     world = build(settings, seed=cfg.world_seed)
     heldout = "" if cfg.prompts else str(world.heldout)
     by_truth = cfg.evaluate_every and not (cfg.prompts or cfg.eval_labeller or cfg.eval_prompts)
@@ -667,9 +673,13 @@ def refuse_world_seed(seed: int) -> None:
 def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:
     "The config with the playground's pairs, samples and policy where no pairs are named."
     if cfg.train_datasets:
+        for what in ("train_datasets", "test_datasets"):
+            for name in getattr(cfg, what):
+                require_source(name, what)
         refuse_world_seed(cfg.world_seed)
         return cfg
     require_path(cfg.model, "model")
+    settings.get_profile(cfg.profile)
     world = build(settings, seed=cfg.world_seed)
     return replace(
         cfg,
@@ -725,7 +735,7 @@ def sweep_configs(
     "The runs of a sweep: all methods with the first seed, then with the next."
     for name in cfg.methods:
         if name not in SWEEP:
-            raise ValueError(f"methods: {name!r} is not one of {', '.join(SWEEP)}")
+            raise ValueError(f"methods: {name!r} is none; {did_you_mean(name, SWEEP)}")
     shared = {name: getattr(cfg, name) for name in SHARED}
     seeds = seeds_of(cfg)
     runs = {}

@@ -29,6 +29,7 @@ from halos_nb.records import (
     append_jsonl,
     file_bytes,
     file_hash,
+    nothing_at,
     on_disk,
     read_jsonl,
     read_object,
@@ -51,7 +52,7 @@ from halos_nb.stats import (
     share_over_prompts,
     sign,
 )
-from .configs import read_models
+from .configs import did_you_mean, read_models
 from .verdicts import mean_or_none, pair_table
 from .settings import Profile
 from .identity import PACKAGE
@@ -476,6 +477,8 @@ def read_params(folder: Path) -> dict:
     try:
         found = json.loads((folder / "params.json").read_bytes())
     except FileNotFoundError:
+        if not folder.exists():
+            raise ValueError(nothing_at(str(folder))) from None
         raise ValueError("no params.json: not a run of the loop") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"params.json cannot be read: {e}") from None
@@ -558,9 +561,18 @@ def pack(
 # %% ../nbs/63_runs.ipynb #d3b19b0a
 def run_folders(runs_dir: Path, names: Sequence[str]) -> list[Path]:
     "The folders with these names, or all of them in order; links are not followed."
+    if not runs_dir.is_dir():
+        raise ValueError(nothing_at(str(runs_dir)))
+    folders = [p for p in runs_dir.iterdir() if p.is_dir()]
+    for name in names:
+        if not (runs_dir / name).is_dir():
+            known = sorted(p.name for p in folders if (p / "params.json").exists())
+            raise ValueError(
+                f"{runs_dir}: no run is called {name}; {did_you_mean(name, known)}"
+            )
     if names:
         return [runs_dir / name for name in names]
-    return sorted(p for p in runs_dir.iterdir() if p.is_dir() and not p.is_symlink())
+    return sorted(p for p in folders if not p.is_symlink())
 
 # %% ../nbs/63_runs.ipynb #4a8d6f18
 # what reading a file raises that is not there, or that holds something else

@@ -4,32 +4,35 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES', 'RANK',
-           'WORLD', 'MEETING', 'MPI', 'TASK', 'LEFT_OUT', 'VARIABLE', 'QUOTED', 'COMMANDS', 'IPYTHON_NAMES',
-           'PAPERMILL_NAMES', 'DEFINITIONS', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path',
-           'fsdp_problems', 'accelerate_problems', 'AccelerateConfig', 'parse_accelerate', 'read_accelerate',
-           'ProcessOptions', 'PlaceOptions', 'SlurmOptions', 'seconds_of', 'slurm_problems', 'Profile',
-           'fill_from_accelerate', 'is_left_out', 'why_no_fork', 'launcher_problems', 'variable_problems',
+           'WORLD', 'MEETING', 'MPI', 'TASK', 'LEFT_OUT', 'VARIABLE', 'QUOTED', 'COMMANDS', 'OF_A_CELL',
+           'IPYTHON_NAMES', 'PAPERMILL_NAMES', 'DEFINITIONS', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES',
+           'accelerate_path', 'fsdp_problems', 'accelerate_problems', 'AccelerateConfig', 'parse_accelerate',
+           'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'SlurmOptions', 'seconds_of', 'slurm_problems',
+           'Profile', 'fill_from_accelerate', 'is_left_out', 'why_no_fork', 'launcher_problems', 'variable_problems',
            'device_problems', 'machine_problems', 'accelerate_and_profile_problems', 'profile_problems',
            'default_profiles', 'profile_of_stage', 'stage_problems', 'profile_record', 'Settings', 'find_settings',
            'expanded', 'plain_value', 'value_problems', 'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini',
            'environment_values', 'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case',
            'check_letters', 'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
-           'check_precision', 'set_aside', 'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config',
-           'ours_for', 'said_here', 'old_problems', 'flag_values', 'parse_args']
+           'check_precision', 'set_aside', 'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks',
+           'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'ours_for', 'said_here',
+           'old_problems', 'flag_values', 'command_name', 'read_config', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
 import configparser
+import html
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType, UnionType
+from types import BuiltinFunctionType, FunctionType, ModuleType, TracebackType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -40,6 +43,7 @@ from halos_nb.configs import (
     checked,
     field_names,
     make_config,
+    did_you_mean,
     refuse,
     refuse_secrets,
     unknown_parameter,
@@ -549,10 +553,8 @@ class Settings:
         "The profile of this name; an error if settings.ini has none."
         name = name or self.profile
         if name not in self.profiles:
-            known = ", ".join(self.profiles)
-            raise ValueError(
-                f"profile: settings.ini has no section [profile {name}]; it has {known}"
-            )
+            meant = did_you_mean(name, self.profiles)
+            raise ValueError(f"profile: settings.ini has no section [profile {name}]; {meant}")
         return self.profiles[name]
 
 # %% ../nbs/03_settings.ipynb #e963ffae
@@ -905,6 +907,53 @@ def set_aside(p: Profile, env: Mapping[str, str] = os.environ) -> list[str]:
         )
     return told
 
+# %% ../nbs/03_settings.ipynb #86fc2e7c
+OF_A_CELL = re.compile(r"ipykernel_\d+|<ipython-input")  # so are the files of cells called
+
+
+def first_words(error: BaseException) -> str:
+    "What an error is and says, up to its first empty line."
+    said = str(error).strip().split("\n\n")[0]
+    words = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and OF_A_CELL.search(frames[-1].filename):
+        words += f" (line {frames[-1].lineno} of this cell)"
+    return words
+
+
+def folded_traceback(error: BaseException) -> dict[str, str]:
+    "How an error was reached, for a notebook: to be opened, and as text only that it is there."
+    lines = "".join(traceback.format_exception(error)).rstrip()
+    page = f"<pre>{html.escape(lines)}</pre>"
+    return {
+        "text/plain": "(its traceback is folded in the notebook)",
+        "text/html": f"<details><summary>Traceback</summary>{page}</details>",
+    }
+
+# %% ../nbs/03_settings.ipynb #0f6bc58b
+def show_error(
+    shell: Any,  # IPython's
+    kind: type[BaseException],
+    error: Any,
+    trace: TracebackType | None,
+    tb_offset: int | None = None,
+) -> list[str]:
+    "Show an error as its message, then its traceback, folded. IPython calls it."
+    words = [first_words(error)]
+    error._render_traceback_ = lambda: words  # what IPython asks an error for
+    shell.showtraceback((kind, error, trace))
+    shell.display_pub.publish(folded_traceback(error))
+    return words
+
+
+def fold_tracebacks(
+    namespace: Mapping[str, Any],  # the notebook's `globals()`
+) -> None:
+    "From now on an error in this kernel is its message, with its traceback folded below."
+    shell = getattr(namespace.get("get_ipython"), "__self__", None)
+    if hasattr(shell, "kernel"):
+        shell.set_custom_exc((Exception,), show_error)
+
 # %% ../nbs/03_settings.ipynb #4abaa804
 # what IPython itself puts into a notebook's names
 IPYTHON_NAMES = ("In", "Out", "exit", "quit", "open", "get_ipython")
@@ -962,6 +1011,7 @@ def notebook_config(
     reserved: Sequence[str] = IPYTHON_NAMES,  # names that are no parameters
 ) -> Config:
     "The config of a notebook's variables; one that is not a parameter is an error."
+    fold_tracebacks(namespace)
     passed_over = {*reserved, *PAPERMILL_NAMES, *of_startup(namespace)}
     given = {}
     for name, value in namespace.items():
@@ -1090,6 +1140,26 @@ def flag_values(args: Sequence[str]) -> dict[str, str]:
     return values
 
 
+def command_name() -> str | None:
+    "How this command is called, for its help; None: as it was."
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_ours = spec is not None and spec.name.split(".")[0] == halos_nb.__name__
+    return f"python -m {spec.name}" if is_ours else None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    "What a file of `--config` says."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config: nothing is at {path or 'an empty path'}")
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as e:
+        raise ValueError(f"--config: {path} is no JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--config: {path} should be an object with a key for each flag")
+    return found
+
+
 def parse_args(
     cls: type[Config],
     args: Sequence[str] | None = None,  # None: those of this process
@@ -1105,11 +1175,11 @@ def parse_args(
     refuse_secrets(given, known)
     if old := list(old_problems(args, known)):
         raise ValueError("; ".join(old))
-    description = " ".join((cls.__doc__ or "").split())
+    about: Any = dict(prog=command_name())
+    about["description"] = " ".join((cls.__doc__ or "").split())
     if "--config" not in args:
-        return tyro.cli(cls, args=args, description=description)
+        return tyro.cli(cls, args=args, **about)
     i = args.index("--config")
-    text = Path(args[i + 1]).read_text("utf-8")
-    default = make_config(cls, **json.loads(text))
+    default = make_config(cls, **read_config("".join(args[i + 1 : i + 2])))
     flags = args[:i] + args[i + 2 :]
-    return tyro.cli(cls, args=flags, default=default, description=description)
+    return tyro.cli(cls, args=flags, default=default, **about)
