@@ -76,7 +76,7 @@ def checked(cls: type[Config]) -> type[Config]:
         except ValidationError as e:
             raise ValueError(config_error(e, type(self))) from None
 
-    made.__init__ = say_it_plainly  # type: ignore[misc] # what pydantic put there, in our words
+    made.__init__ = say_it_plainly  # type: ignore[method-assign] # what pydantic put there, in our words
     return made
 
 # %% ../nbs/02_configs.ipynb #bf9d2c39
@@ -2485,16 +2485,21 @@ class AuditConfig:
 class RunsConfig:
     "What the comparison of runs needs: which runs, and what of them."
 
-    # names of runs under runs/, comma-separated or a list (empty: all that have finished a
-    # round)
+    # names of runs under runs/, or patterns as sweep-*, comma-separated or a list (empty: all
+    # that have finished a round)
     runs: list[str] | str = ""
     only_differences: bool = True  # leave out parameters that are the same in all of them
+    sort: str = ""  # the table's column by which runs are sorted (empty: by name)
+    # the experiment that the others are held against (empty: the first)
+    against: str = ""
     curve: str = "loss"  # the training metric that is drawn, a key of metrics.jsonl
     # how many prompts are shown with every run's answer, those that differ most
     prompts: PositiveInt = 3
     # the runs took place in the playground: compute the true reward of their samples too
     truth: bool = False
     csv: str = ""  # where the table goes (empty: compare_runs.csv in the runs' folder)
+    # folder of table and figures for a paper: Markdown, LaTeX, SVG, PDF (empty: none)
+    paper: str = ""
     # with controls, or as it can be read without a kernel; auto: what suits the place
     mode: Literal["auto", "widget", "static"] = "auto"
 

@@ -13,6 +13,7 @@ __all__ = ['AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROWS', 'ROWS_READ', 
            'above_start', 'mean_of', 'gains_of', 'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
+import fnmatch
 import json
 import math
 import re
@@ -559,20 +560,24 @@ def pack(
         return before - size()
 
 # %% ../nbs/63_runs.ipynb #d3b19b0a
-def run_folders(runs_dir: Path, names: Sequence[str]) -> list[Path]:
+def run_folders(
+    runs_dir: Path,
+    names: Sequence[str],  # of runs, or patterns such as sweep-* (empty: all)
+) -> list[Path]:
     "The folders with these names, or all of them in order; links are not followed."
     if not runs_dir.is_dir():
         raise ValueError(nothing_at(str(runs_dir)))
-    folders = [p for p in runs_dir.iterdir() if p.is_dir()]
+    folders = sorted(p for p in runs_dir.iterdir() if p.is_dir() and not p.is_symlink())
+    known = [p.name for p in folders if (p / "params.json").exists()]
+    found: dict[Path, None] = {}
     for name in names:
-        if not (runs_dir / name).is_dir():
-            known = sorted(p.name for p in folders if (p / "params.json").exists())
+        matching = fnmatch.filter(known, name) if set(name) & set("*?[") else [name]
+        if not matching or not (runs_dir / matching[0]).is_dir():
             raise ValueError(
                 f"{runs_dir}: no run is called {name}; {did_you_mean(name, known)}"
             )
-    if names:
-        return [runs_dir / name for name in names]
-    return sorted(p for p in folders if not p.is_symlink())
+        found |= dict.fromkeys(runs_dir / one for one in matching)
+    return list(found) if names else folders
 
 # %% ../nbs/63_runs.ipynb #4a8d6f18
 # what reading a file raises that is not there, or that holds something else

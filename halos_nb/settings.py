@@ -951,7 +951,7 @@ def fold_tracebacks(
 ) -> None:
     "From now on an error in this kernel is its message, with its traceback folded below."
     shell = getattr(namespace.get("get_ipython"), "__self__", None)
-    if hasattr(shell, "kernel"):
+    if shell is not None and hasattr(shell, "kernel"):
         shell.set_custom_exc((Exception,), show_error)
 
 # %% ../nbs/03_settings.ipynb #4abaa804
@@ -1143,8 +1143,8 @@ def flag_values(args: Sequence[str]) -> dict[str, str]:
 def command_name() -> str | None:
     "How this command is called, for its help; None: as it was."
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    is_ours = spec is not None and spec.name.split(".")[0] == halos_nb.__name__
-    return f"python -m {spec.name}" if is_ours else None
+    name = spec.name if spec else ""
+    return f"python -m {name}" if name.split(".")[0] == halos_nb.__name__ else None
 
 
 def read_config(path: str) -> dict[str, Any]:
