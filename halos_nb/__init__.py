@@ -11,6 +11,7 @@
     halos_nb.browse_pairs("runs/mine")         # its pairs, to look through
     halos_nb.compare_runs("runs").show()       # runs side by side
     halos_nb.report("runs/mine")               # a run as one offline page
+    halos_nb.pdf("runs/mine")                  # its page, or an executed notebook, as PDF
     halos_nb.load_data(["hh"], "test")         # named sets and files, as examples
     halos_nb.plan(cfg)                         # what each stage will need: does it fit?
     halos_nb.model_card("runs/mine")           # a card beside its model
@@ -36,6 +37,7 @@ _NAMES = {
     "browse_pairs": ("widgets", "browse_pairs"),
     "compare_runs": ("compare", "RunComparer"),
     "report": ("page", "report"),
+    "pdf": ("printing", "pdf"),
     "plan": ("plan", "plan"),
     "model_card": ("handover", "model_card"),
     "push": ("handover", "push"),

@@ -76,7 +76,7 @@ def checked(cls: type[Config]) -> type[Config]:
         except ValidationError as e:
             raise ValueError(config_error(e, type(self))) from None
 
-    made.__init__ = say_it_plainly  # type: ignore[method-assign] # what pydantic put there, in our words
+    made.__init__ = say_it_plainly  # type: ignore[method-assign] # in our words
     return made
 
 # %% ../nbs/02_configs.ipynb #bf9d2c39

@@ -16,7 +16,7 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'FSDP_KEYS', 'STA
            'check_letters', 'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
            'check_precision', 'set_aside', 'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks',
            'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'ours_for', 'said_here',
-           'old_problems', 'flag_values', 'command_name', 'read_config', 'parse_args']
+           'old_problems', 'flag_values', 'command_name', 'read_config', 'said_in_a_line', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
@@ -27,7 +27,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -1160,6 +1160,15 @@ def read_config(path: str) -> dict[str, Any]:
     return found
 
 
+def said_in_a_line(read: Callable[[], Config]) -> Config:
+    "What reading gives; what is wrong with it ends this process with one line."
+    try:
+        return read()
+    except (ValueError, OSError) as e:
+        sys.stderr.write(f"{command_name() or sys.argv[0]}: {e}\n")
+        raise SystemExit(2) from None
+
+
 def parse_args(
     cls: type[Config],
     args: Sequence[str] | None = None,  # None: those of this process
@@ -1167,7 +1176,9 @@ def parse_args(
     "The config of a command line: `--config FILE` gives defaults, flags override them."
     import tyro
 
-    args = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        return said_in_a_line(lambda: parse_args(cls, sys.argv[1:]))
+    args = list(args)
     check_letters(*args)
     known = field_names(cls)
     # `stop_token` is no secret

@@ -25,7 +25,7 @@ FLOORS = {
     4: "score replies judge label audit evaluate benchmarks",
     5: "supervise preload failures progress jobs identity ledger loop submit hosts",
     6: "show figures rewards runs people pairs monitor widgets compare page",
-    7: "playground handover reward_report gallery terminal paper",
+    7: "playground handover reward_report gallery terminal paper printing",
 }
 SEES = {
     0: {0},
