@@ -80,6 +80,17 @@ def test_the_key_is_in_no_message(before, behind):
 PASTED = "sk-" + "a1B2c3D4e5F6" * 3  # put together here, so that no secret is written down
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["AKIA" + "IOSFODNN7PQRSTUV", "eyJhbGciOiJIUzI1NiJ9" + ".eyJzdWIiOiIxMjM0In0" + ".c2ln"],
+)
+def test_keys_of_capitals_and_signed_tokens_are_no_parameters(key):
+    "An access key of AWS, and a token such as a gateway's."
+    with pytest.raises(ValueError, match="api_model: holds what looks like a key") as e:
+        notebook_config(LoopConfig, dict(run_name="x", api_model=key))
+    assert key not in str(e.value)
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
     "make",
