@@ -36,7 +36,7 @@ help:
 	@echo 'make gallery     set up, then every notebook of nbs/gallery in full, three seeds each, with its picture (GALLERY=name: one; half an hour each)'
 	@echo 'make test-gallery  set up, then each of them in its short form (some minutes; one of them is in make test)'
 	@echo 'make test-benchmarks  set up, then RewardBench, AlpacaEval and lm-evaluation-harness themselves, installed into build/benchmarks-venv, on files made here'
-	@echo 'make lab         set up, then open the notebooks in JupyterLab'
+	@echo 'make lab         set up, then open JupyterLab on a start page: tutorials, drivers, the runs that exist'
 	@echo 'make docs        the site of notebooks, guides and API reference: build/docs/index.html, offline (a minute, once Sphinx is installed into build/docs-venv)'
 	@echo 'make docs-execute  set up, run the notebooks for their outputs and figures (NOTEBOOKS="nbs/20_losses.ipynb": some; ten minutes), then make docs'
 	@echo 'make bench       set up, then run the measurements in bench/: every method beside TRL (an hour)'
@@ -220,7 +220,8 @@ air:
 	@$(PYTHON) tests/air.py
 
 lab: setup
-	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/online_loop.ipynb
+	@python docs/start.py
+	@jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/build/start.ipynb
 
 # Rendered from stored outputs, nothing is executed; an environment of its own.
 DOCS_PYTHON := build/docs-venv/bin/python

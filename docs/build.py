@@ -92,7 +92,8 @@ def is_inert(html: str) -> bool:
     parser = Inert()
     parser.feed(html)
     parser.close()
-    return parser.inert and not re.search(r"@import|url\(", html)
+    named = re.search(rf"</?\s*({'|'.join(RUNS)})\b", html, re.I)
+    return parser.inert and not named and not re.search(r"@import|url\(", html)
 
 
 def figure_html(figure: dict) -> str:
@@ -431,7 +432,7 @@ def api_page(room: Room) -> str:
                 seen.add(key)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
+            for target in [n for t in targets for n in getattr(t, "elts", [t])]:
                 if isinstance(target, ast.Name) and target.id in public - seen:
                     parts.append(constant_entry(room, node, target.id))
                     seen.add(target.id)
@@ -519,6 +520,8 @@ def copied(text: str, names: dict[str, Path], base: str) -> str:
         return found[0] if there else f"`{found[1].strip('`')}`"
 
     text = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", keep, text)
+    there = base + "docs/" if not base else ""
+    text = re.sub(r"(?<!\[)`docs/(\w+\.md)`", rf"[`docs/\1`]({there}\1)", text)
     text = text.replace("(README.md", "(index.md").replace("../README.md", "../index.md")
     return linked(text, names, base)
 
