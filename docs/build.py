@@ -521,7 +521,7 @@ def copied(text: str, names: dict[str, Path], base: str) -> str:
 
     text = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", keep, text)
     there = base + "docs/" if not base else ""
-    text = re.sub(r"(?<!\[)`docs/(\w+\.md)`", rf"[`docs/\1`]({there}\1)", text)
+    text = re.sub(r"(?<!\[)`docs/([a-z_]+\.md)`", rf"[`docs/\1`]({there}\1)", text)
     text = text.replace("(README.md", "(index.md").replace("../README.md", "../index.md")
     return linked(text, names, base)
 
