@@ -2432,6 +2432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.records.read_at_once': ('records.html#read_at_once', 'halos_nb/records.py'),
                                   'halos_nb.records.read_jsonl': ('records.html#read_jsonl', 'halos_nb/records.py'),
                                   'halos_nb.records.read_object': ('records.html#read_object', 'halos_nb/records.py'),
+                                  'halos_nb.records.read_objects': ('records.html#read_objects', 'halos_nb/records.py'),
                                   'halos_nb.records.read_records': ('records.html#read_records', 'halos_nb/records.py'),
                                   'halos_nb.records.read_rows': ('records.html#read_rows', 'halos_nb/records.py'),
                                   'halos_nb.records.require_room': ('records.html#require_room', 'halos_nb/records.py'),

@@ -50,6 +50,7 @@ from halos_nb.records import (
     on_disk,
     put_aside,
     read_jsonl,
+    read_objects,
     write_json,
     write_records,
 )
@@ -869,7 +870,7 @@ def round_samples(folder: Path) -> list[dict]:
     "The samples of a round, each with its `reward`; None if it is unscored."
     scores = round_scores(folder)
     watched = scores_in(folder / "watch.labels.jsonl")
-    samples = json.loads(file_bytes(folder / "samples.json"))
+    samples = read_objects(folder / "samples.json", "prompt_id", "sample_id")
     at = drawn_at(folder)  # samples of before do not say it themselves
     rows = []
     for sample in samples:

@@ -23,7 +23,8 @@ from plotly.offline import get_plotlyjs
 
 from halos_nb.records import (
     atomic_write,
-    file_bytes,
+    read_object,
+    read_objects,
     telling_read_only,
 )
 from .stats import Interval
@@ -170,7 +171,7 @@ def feedback_by_round(run: Run) -> Rounds:
     for name, title in shown_rounds(run).items():
         if name not in MEASURED:
             file = run.round_folder(name) / "feedback.json"
-            found[title] = json.loads(file_bytes(file))
+            found[title] = read_objects(file)
     return found
 
 # %% ../nbs/69_page.ipynb #03d96be7
@@ -404,7 +405,7 @@ def state_and_rounds(state: RunState, run: Run) -> list[Part]:
 def audit_part(run: Path) -> Part:
     "What the run's audit found; None if nobody looked."
     file = run / "audit.json"
-    return audit_report(json.loads(file.read_bytes())) if file.exists() else None
+    return audit_report(read_object(file)) if file.exists() else None
 
 # %% ../nbs/69_page.ipynb #757a21e7
 def health_part(run: Path) -> Part:

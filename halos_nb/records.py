@@ -18,8 +18,8 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_B
            'require_room', 'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'is_alive', 'is_left_over',
            'clean_left_over', 'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json',
            'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line',
-           'append_jsonl', 'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'pack_file', 'unpack_file',
-           'file_hash', 'Progress']
+           'append_jsonl', 'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'read_objects', 'pack_file',
+           'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -1235,6 +1235,27 @@ def read_object(path: str | Path) -> dict:
     "The object in a JSON file; a RecordError names the file that holds something else."
     data = file_bytes(path)
     return as_object(parse_json(as_utf8(data, path), str(path)), path)
+
+
+def read_objects(
+    path: str | Path,
+    *names: str,  # fields that each of them has
+) -> list[dict]:
+    "The records that a stage of ours wrote; a RecordError names what in the file is none."
+    data = file_bytes(path)
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError):
+        rows = parse_json(as_utf8(data, path), str(path))  # says where
+    if not isinstance(rows, list):
+        raise RecordError(f"{path}: should be a list of records, is {shortened(rows)}")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise RecordError(f"{path}, record {number}: should be an object with fields")
+        for name in names:
+            if name not in row:
+                raise RecordError(f"{path}, record {number}: has no field `{name}`")
+    return rows
 
 # %% ../nbs/00_records.ipynb #a74ce5ca
 def pack_file(path: str | Path) -> Path:

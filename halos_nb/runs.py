@@ -28,12 +28,12 @@ import numpy as np
 from halos_nb.records import (
     RecordError,
     append_jsonl,
-    file_bytes,
     file_hash,
     nothing_at,
     on_disk,
     read_jsonl,
     read_object,
+    read_objects,
     shortened,
 )
 from halos_nb.stats import (
@@ -202,7 +202,7 @@ def summary_row(folder: Path, seconds: float) -> dict:
     all_counts = round_counts(folder)
     counts = all_counts.get("label", {})  # nothing where nobody was asked
     trained = folder.name not in MEASURED
-    feedback = json.loads(file_bytes(folder / "feedback.json")) if trained else []
+    feedback = read_objects(folder / "feedback.json") if trained else []
     means = round_metrics(folder) if trained else {}
     rewards = [s["reward"] for s in samples if s["reward"] is not None]
     margins = [r["reward_difference"] for r in feedback if "reward_difference" in r]

@@ -325,3 +325,28 @@ def test_progress(tmp_path, monkeypatch, capsys):
     with r.Progress(2, "steps", "train") as p:
         p.update(2, loss=0.5)
     assert "train" in capsys.readouterr().err
+
+
+WRONG = {
+    "[]": "",
+    "7": "should be a list of records",
+    "{}": "should be a list of records",
+    "[7]": "record 1: should be an object",
+    '[{"a": 1}, {}]': "record 2: has no field `a`",
+    '[{"a": 1}': "line 1",
+    "[" * 100_000: "is nested more than 200 levels",
+    "1" * 5_000: "o.json",
+}
+
+
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:9])
+def test_what_is_no_list_of_records_is_named(tmp_path, text):
+    "Summaries, report and monitor read samples and feedback by this."
+    path = tmp_path / "o.json"
+    path.write_text(text, encoding="utf-8")
+    if not WRONG[text]:
+        assert r.read_objects(path, "a") == []
+        return
+    with pytest.raises(r.RecordError, match=WRONG[text]) as e:
+        r.read_objects(path, "a")
+    assert str(path) in str(e.value)
