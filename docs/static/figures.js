@@ -23,6 +23,14 @@
     }
     return out;
   };
+  const inked = (trace) => {
+    const { ink } = colours();
+    const out = { ...trace };
+    for (const key of ["error_x", "error_y"]) {
+      if (trace.type === "bar" && trace[key] && !trace[key].color) out[key] = { ...trace[key], color: ink };
+    }
+    return out;
+  };
   const draw = (box) => {
     const script = box.querySelector('script[type="application/json"]');
     if (!script || !window.Plotly) return;
@@ -34,7 +42,7 @@
       box.append(place);
     }
     const options = { responsive: true, displaylogo: false };
-    Plotly.react(place, figure.data || [], themed(figure.layout || {}), options);
+    Plotly.react(place, (figure.data || []).map(inked), themed(figure.layout || {}), options);
   };
   const start = () => {
     const boxes = [...document.querySelectorAll("div.figure")];
