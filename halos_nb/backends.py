@@ -57,6 +57,7 @@ from halos_nb.api import (
     without_secrets,
 )
 from halos_nb.answers import (
+    TEXT,
     all_counts,
     as_record,
     choose_prompts,
@@ -804,7 +805,8 @@ def ask_missing(
 
         def keep(question: Question, answer: dict) -> None:
             journal.keep(question, answer)
-            progress.update(1, unanswered=journal.unanswered.total())
+            text = " ".join(str(answer.get("output") or "").split())[:TEXT]
+            progress.update(1, unanswered=journal.unanswered.total(), text=text)
 
         try:
             run_async(ask_for_samples(missing, cfg, wished, keep))

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ROW_LAYERS', 'STATES', 'PREFILL', 'AnyDecoder', 'ROW_WAYS', 'WAYS', 'LONG_WHOLE', 'SLOWER', 'STEPS', 'KNOWN_WAYS',
-           'draws', 'Picked', 'pick', 'pick_tokens', 'nucleus', 'Row', 'plan', 'all_ends', 'end_tokens', 'Cut',
+           'Watch', 'draws', 'Picked', 'pick', 'pick_tokens', 'nucleus', 'Row', 'plan', 'all_ends', 'end_tokens', 'Cut',
            'cut_at_stop', 'has_stop', 'begin_layer', 'RoomyLayer', 'with_room', 'roomy_cache', 'held', 'with_rows',
            'put_rows', 'prompt_groups', 'chunk_lengths', 'left_padded', 'Decoder', 'read_in_groups', 'OwnCache',
            'NoCache', 'by_length', 'ByLength', 'check_room', 'read_as', 'probe_length', 'probe_prompts', 'row_logits',
            'behind_last', 'drawing_fault', 'way_to_draw', 'way_fault', 'read_prompts', 'draws_of', 'Generated',
-           'draw_answers', 'generate']
+           'Underway', 'underway', 'add_positions', 'draw_answers', 'generate']
 
 # %% ../nbs/30_generate.ipynb #aee1d05c
 import copy
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -733,6 +735,44 @@ class Generated(NamedTuple):
     ids: list[int]  # with its end token or its stop's tokens
     logps: list[float]  # one a token, of the distribution it was drawn from
 
+# %% ../nbs/30_generate.ipynb #fcacc072
+class Underway(NamedTuple):
+    "How far a batch is."
+
+    rows: int
+    ended: int  # rows that have
+    tokens: int  # drawn so far, of all rows
+    newest: list[int]  # tokens of an answer that has ended, the longest
+
+
+Watch = Callable[[Callable[[], Underway]], None]  # is told after each token where to look
+
+
+def underway(
+    answers: Tensor,  # (B, S) token ids
+    lengths: Tensor,  # (B,) tokens of each
+    live: Tensor,  # (b,) rows still in the batch
+    done: Tensor,  # (b,) which of those have ended
+) -> Underway:
+    "How far a batch is, from what its loop keeps."
+    going = torch.zeros(len(answers), dtype=torch.bool, device=answers.device)
+    going[live[~done]] = True
+    ended = lengths.masked_fill(going, 0)
+    row = int(ended.argmax())
+    newest = answers[row, : int(ended[row])].tolist()
+    return Underway(len(answers), int((~going).sum()), int(lengths.sum()), newest)
+
+
+def add_positions(counts: Counter | None, decoder: AnyDecoder, rows: int) -> None:
+    "What went through the model, and what went another way than most."
+    if counts is None:
+        return
+    counts["positions"] += decoder.positions
+    if decoder.long_whole:
+        counts[LONG_WHOLE] += decoder.long_whole
+    if isinstance(decoder, ByLength):
+        counts[decoder.counted] += rows
+
 # %% ../nbs/30_generate.ipynb #7cd1fab5
 @torch.inference_mode()
 def draw_answers(
@@ -742,6 +782,7 @@ def draw_answers(
     cfg: SampleConfig,  # max_new_tokens, temperature, top_p, stop, seed
     # `positions`, what went through the model, padding included, is added here
     counts: Counter | None = None,
+    watch: Watch | None = None,  # who looks on
 ) -> list[Generated]:
     "Draw the answers of a batch."
     check_room(rows, model, cfg)
@@ -762,6 +803,8 @@ def draw_answers(
         lengths[live] += ~done
         stopped = has_stop(answers[live, : t + 1], stop, tokenizer)
         done = done | torch.isin(token, ends) | stopped
+        if watch is not None:
+            watch(partial(underway, answers, lengths, live, done))
         if done.all() or t + 1 == cfg.max_new_tokens:
             break
         if 8 * done.sum() >= len(done):
@@ -770,12 +813,7 @@ def draw_answers(
             live, token = live[left], token[left]
             done = done[left]
         decoder.feed(token[:, None])
-    if counts is not None:
-        counts["positions"] += decoder.positions
-        if decoder.long_whole:
-            counts[LONG_WHOLE] += decoder.long_whole
-        if isinstance(decoder, ByLength):
-            counts[decoder.counted] += len(rows)
+    add_positions(counts, decoder, len(rows))
     drawn = zip(answers.tolist(), logps.tolist(), lengths.tolist())
     return [Generated(ids[:n], values[:n]) for ids, values, n in drawn]
 

@@ -34,6 +34,7 @@ from .layouts import choose_layout
 from .models import fit_vocabulary, load_reference, load_tokenizer
 from .generate import SLOWER, Row, draw_answers, end_tokens, plan
 from halos_nb.answers import (
+    Watched,
     all_counts,
     answer_logps,
     choose_prompts,
@@ -107,9 +108,10 @@ def sample_batch(
     cfg: SampleConfig,
     counts: Counter,  # what `count_names` names is added here
     scorers: dict[str, Scorer],  # by the field of the record
+    watch: Watched | None = None,  # who looks on
 ) -> list[dict]:  # sample records
     "Draw a batch and write it down."
-    drawn = draw_answers(rows, model, tokenizer, cfg, counts)
+    drawn = draw_answers(rows, model, tokenizer, cfg, counts, watch)
     answers = [answer.ids for answer in drawn]
     logps = score_answers(rows, answers, scorers)
     if scorers and "policy_logps" not in scorers:
@@ -306,10 +308,11 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     def draw(rows: list[Row], counts: Counter) -> list[dict]:
         if drawn or policy is None:
             return score_drawn(rows, drawn, cfg, counts, scorers)
-        return sample_batch(rows, policy, tokenizer, cfg, counts, scorers)
+        return sample_batch(rows, policy, tokenizer, cfg, counts, scorers, watch)
 
+    watch = Watched(tokenizer)
     done = done_before(cfg, accelerator)
-    own = sample_share(batches, rank, world, path, draw, done)
+    own = sample_share(batches, rank, world, path, draw, done, watch)
     # all shards are complete now
     counted: Counter = sum(gather_object([own]), counts_of(done))
     told: dict = dict(planned) | what_was_drawn(cfg, counted, done) | odd

@@ -1765,3 +1765,29 @@ def test_with_a_real_server(tiny, prompts, tmp_path, monkeypatch):
     assert stopped["outputs_stopped"] > 3
     assert [s["finished"] for s in read_records(tmp_path / "a.json")]
     assert 0 < drawn["outputs_cut"] <= 21
+
+
+def test_a_batch_tells_how_far_it_is_and_its_samples_are_the_same_bits(
+    tiny, tmp_path, monkeypatch
+):
+    "One batch of 64 rows: what is told inside it, and the file that nobody watched."
+    lines = [json.dumps(dict(prompt=f"Name star {i}")) for i in range(64)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = dict(model=str(tiny), datasets=[str(tmp_path / "prompts.jsonl")], batch_size=64)
+    given |= dict(num_prompts=64, max_new_tokens=300, num_processes=1)
+    journal = tmp_path / "progress.jsonl"
+    monkeypatch.setenv("HALOS_NB_PROGRESS", str(journal))
+    monkeypatch.setattr("halos_nb.answers.PAUSE", 0)  # after every token
+    main(SampleConfig(**given, output_file=str(tmp_path / "watched.json")))
+    inside = [row for row in read_jsonl(journal) if "of_batch_ended" in row]
+    assert inside and all(row["done"] == 0 for row in inside)
+    tokens = [row["batch_tokens"] for row in inside]
+    assert tokens == sorted(tokens) and tokens[0] > 0
+    ended = [int(row["of_batch_ended"].split("/")[0]) for row in inside]
+    assert ended == sorted(ended) and any("text" in row for row in inside)
+    assert "of_batch_ended" not in read_jsonl(journal)[-1]
+
+    monkeypatch.setattr("halos_nb.answers.Watched.__call__", lambda self, look: None)
+    main(SampleConfig(**given, output_file=str(tmp_path / "alone.json")))
+    watched, alone = tmp_path / "watched.json", tmp_path / "alone.json"
+    assert watched.read_bytes() == alone.read_bytes()
