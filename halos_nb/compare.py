@@ -348,17 +348,6 @@ class RunComparer:
         formats = dict(seconds=",.0f", share_of_way=".0%")
         return summary_table(rows, formats, title)
 
-# %% ../nbs/68_compare.ipynb #4eff2aaf
-@patch
-def frontier(
-    self: RunComparer,
-    key: str = "reward",  # which reward
-    best: float | None = None,  # that of the best possible answer, drawn as a line
-) -> go.Figure:
-    "KL against reward, a line per run."
-    title = f"{key.replace('_', ' ').capitalize()} against KL, round by round"
-    return reward_frontier({run.name: run.rounds for run in self.runs}, key, best, title)
-
 # %% ../nbs/68_compare.ipynb #f475cdb5
 @patch
 def curves(self: RunComparer, key: str = "loss") -> go.Figure:
@@ -450,6 +439,8 @@ def over_seeds(self: RunComparer, against: str = "") -> list[Shown]:
     if against and against not in groups:
         raise ValueError(f"against: {against!r} is none; {did_you_mean(against, groups)}")
     rows = [seed_row(name, seeds) for name, seeds in groups.items()]
+    if not any(row["differ also in"] for row in rows):
+        rows = [{key: row[key] for key in row if key != "differ also in"} for row in rows]
     formats = dict.fromkeys(("reward", "gain", "true_reward", "kl"), ".3f")
     formats["share_of_way"] = ".0%"
     title = "Means over seeds, in brackets the 95% interval for other seeds (Student's t)"
@@ -517,6 +508,19 @@ def seeds_frontier(self: RunComparer, key: str = "", best: float | None = None) 
             behind[name] = [run.rounds for run in runs] if len(runs) > 1 else []
     title = f"{key.replace('_', ' ').capitalize()} against KL, round by round"
     return reward_frontier(lines, key, best, title, behind)
+
+# %% ../nbs/68_compare.ipynb #4eff2aaf
+@patch
+def frontier(
+    self: RunComparer,
+    key: str = "reward",  # which reward
+    best: float | None = None,  # that of the best possible answer, drawn as a line
+) -> go.Figure:
+    "KL against reward, a line per run; of runs that repeat each other, one per experiment."
+    if self.repeats():
+        return self.seeds_frontier(key, best)
+    title = f"{key.replace('_', ' ').capitalize()} against KL, round by round"
+    return reward_frontier({run.name: run.rounds for run in self.runs}, key, best, title)
 
 # %% ../nbs/68_compare.ipynb #560e0678
 def csv_cell(value: object) -> object:
