@@ -2133,6 +2133,9 @@ class HandConfig(HandPairOptions):
     # peak learning rate (None: the playground preset's; a model of yours needs one)
     lr: PositiveFloat | None = None
     epochs: PositiveInt = 1  # passes over the pairs
+    # held-out pairs that say what changed: names or files, comma-separated or a list (empty:
+    # the playground's; with samples of your own, a fifth of the prompts you label)
+    test_datasets: list[str] | str = ""
     batch_size: PositiveInt = 16  # pairs per optimiser step
     max_length: PositiveInt = 512  # longest prompt + answer, in tokens
     max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
@@ -2148,6 +2151,7 @@ class HandConfig(HandPairOptions):
 
     def __post_init__(self) -> None:
         self.labels = split_names(self.labels)
+        self.test_datasets = split_names(self.test_datasets)
         if self.pending is None:
             self.pending = "judge" if has_other_labellers(self) else "stop"
         if self.lr is None and not self.model:

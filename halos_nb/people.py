@@ -7,9 +7,10 @@ __all__ = ['Table', 'SampleId', 'CHOICES', 'choose_pairs', 'most_uncertain', 'in
            'SamplesAndPairs', 'samples_of_pairs', 'Item', 'Placed', 'second_look', 'make_items', 'Answers', 'undo_last',
            'apply_event', 'choice_problem', 'undo_problem', 'event_problem', 'replay', 'texts_hash', 'read_session',
            'items_of_journal', 'check_samples_known', 'check_same_session', 'Session', 'winner_of', 'comparison_of',
-           'comparisons', 'share_won', 'label_of', 'labels', 'feedback_of_labels', 'session_feedback', 'self_agreement',
-           'left_rate', 'agreement_with', 'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions',
-           'open_questions', 'PairsOpen', 'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
+           'comparisons', 'share_won', 'label_of', 'labels', 'feedback_of_labels', 'session_feedback', 'Split',
+           'hold_out', 'self_agreement', 'left_rate', 'state_of_pair', 'pair_states', 'agreement_with',
+           'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions', 'open_questions', 'PairsOpen',
+           'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
 
 # %% ../nbs/64_people.ipynb #646f0f3f
 import hashlib
@@ -635,6 +636,31 @@ def session_feedback(
         raise ValueError(f"kind: {kind!r} is not one of pairwise, binary, scalar")
     return feedback_of_labels(session, kind, threshold)
 
+# %% ../nbs/64_people.ipynb #e00a491e
+class Split(NamedTuple):
+    "Feedback to train on, and feedback to judge by."
+
+    train: list[dict]
+    held_out: list[dict]
+
+
+def hold_out(
+    records: list[dict],  # feedback
+    share: float = 0.2,  # of the prompts; at least one, where there are two
+) -> Split:
+    "Some prompts' records held out, chosen by a hash of the prompt's id."
+
+    def place(prompt: str | int) -> str:
+        return hashlib.sha256(repr(prompt).encode()).hexdigest()
+
+    prompts = sorted({r["prompt_id"] for r in records}, key=place)
+    if len(prompts) < 2:
+        return Split(records, [])
+    number = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    out = set(prompts[:number])
+    train = [r for r in records if r["prompt_id"] not in out]
+    return Split(train, [r for r in records if r["prompt_id"] in out])
+
 # %% ../nbs/64_people.ipynb #84eb355c
 def self_agreement(session: Session) -> Interval:
     "The share of repeated pairs with the same verdict in both looks."
@@ -656,6 +682,28 @@ def left_rate(session: Session) -> Interval:
             lefts.append(answer["value"] == "left")
             prompts.append(session.by_name[name].prompt_id)
     return share_over_prompts(lefts, prompts)
+
+# %% ../nbs/64_people.ipynb #96743a44
+def state_of_pair(winners: list[str | None]) -> str:
+    "What the answers to one pair come to; None stands for a look that was skipped."
+    said = {winner for winner in winners if winner is not None}
+    if len(said) > 1:
+        return "contradicted"
+    if not said:
+        return "skipped" if winners else "open"
+    return "tied" if said == {"tie"} else "preferred"
+
+
+def pair_states(session: Session) -> dict[str, int]:
+    "How many pairs are preferred, tied, contradicted, skipped and open; their sum is all."
+    looks: dict[tuple, list[str | None]] = {item[1:4]: [] for item in session.items}
+    for item in session.items:
+        answer = session.state.choose.get(item.name)
+        if answer:
+            looks[item[1:4]].append(winner_of(item, answer["value"]))
+    counts = Counter(map(state_of_pair, looks.values()))
+    names = ("preferred", "tied", "contradicted", "skipped", "open")
+    return {name: counts[name] for name in names}
 
 # %% ../nbs/64_people.ipynb #c3e2a43d
 def agreement_with(session: Session, others: Table) -> list:

@@ -10,13 +10,14 @@ __all__ = ['MODEL_LOADERS', 'KNOWN', 'MOVED', 'KEPT_TARGETS', 'check_checkpoint'
            'fill_reference_logps', 'is_asked_first', 'prepare_reference', 'metrics_path', 'Resumed', 'run_folder',
            'look_back', 'tell_world', 'keep_earlier', 'begin_attempt', 'end_attempts', 'check_options', 'Prepared',
            'Attempt', 'make_trainer', 'make_attempt', 'step_checkpoints', 'TrainResult', 'run_counts',
-           'margins_by_name', 'words_in', 'source_of', 'told_of_pair', 'write_scores', 'check_outputs',
-           'require_room_for', 'train', 'main']
+           'margins_by_name', 'words_in', 'source_of', 'told_of_pair', 'write_scores', 'characters_read',
+           'held_out_record', 'write_held_out', 'check_outputs', 'require_room_for', 'train', 'main']
 
 # %% ../nbs/26_train.ipynb #7476885b
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -37,6 +38,7 @@ from halos_nb.records import (
     put_aside,
     require_room,
     write_json,
+    write_records,
 )
 from .configs import COMPARING, TrainConfig, refuse_own_inputs, require_path
 from .settings import parse_args
@@ -775,21 +777,65 @@ def told_of_pair(loader: TreeDataLoader, number: int) -> dict:
     )
 
 
-def write_scores(path: Path, scores: list[PairScore], loader: TreeDataLoader) -> None:
+def write_scores(
+    path: Path,
+    scores: list[PairScore],
+    loader: TreeDataLoader,
+    before: Sequence[PairScore] = (),  # of the same pairs, before the first step
+) -> None:
     "One line per held-out pair: both scores, and what is known of it."
+    at_start = {one.number: one for one in before}
     with atomic_write(path) as file:
         for one in scores:
             line: dict = dict(index=one.number, chosen=one.chosen, rejected=one.rejected)
             line |= told_of_pair(loader, one.number)
+            if first := at_start.get(one.number):
+                line |= dict(chosen_before=first.chosen, rejected_before=first.rejected)
             if one.margins:
                 line["objectives"] = margins_by_name(loader, one.margins)
             file.write(json.dumps(line) + "\n")
+
+# %% ../nbs/26_train.ipynb #b9c8478a
+def characters_read(loader: TreeDataLoader, number: int, k: int, words: str) -> int | None:
+    "How much of answer `k` of a pair the model read; None: all of it."
+    tree = loader.trees[number]
+    ids = tree.branches[k]
+    if len(tree.prompt_ids) + len(ids) < loader.max_length:
+        return None
+    kept = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    read = loader.tokenizer.decode(ids[tree.skip[k] :], **kept).lstrip()
+    lead = len(words) - len(words.lstrip())
+    same = len(os.path.commonprefix([read, words[lead:]]))
+    if same < len(read) // 2:  # a tokenizer that does not give back what it was given
+        same = len(read)
+    return lead + same if lead + same < len(words.rstrip()) else None
+
+
+def held_out_record(loader: TreeDataLoader, one: PairScore) -> dict:
+    "A held-out pair as feedback, with the model's scores."
+    item = loader.items[one.number]
+    example = loader.examples[item.prompt]
+    row = dict(prompt_id=example.prompt_id, prompt=example.prompt, label=1)
+    scores = dict(A=one.chosen, B=one.rejected)
+    for k, side in enumerate("AB"):
+        output = loader.outputs(item)[k]
+        row |= {f"output_{side}": output, f"reward_{side}": scores[side]}
+        row[f"cut_{side}"] = characters_read(loader, one.number, k, as_text(output))
+    told = told_of_pair(loader, one.number) | dict(index=one.number)
+    difference = dict(reward_difference=abs(one.chosen - one.rejected))
+    return row | told | difference | dict(type="pairwise_feedback")
+
+
+def write_held_out(path: Path, scores: list[PairScore], loader: TreeDataLoader) -> None:
+    "The held-out pairs with their texts, as `browse_pairs` opens them."
+    finite = [one for one in scores if math.isfinite(one.chosen - one.rejected)]
+    write_records(path, (held_out_record(loader, one) for one in finite))
 
 # %% ../nbs/26_train.ipynb #26bf897a
 def check_outputs(cfg: TrainConfig) -> None:
     "An error if something that is read would be written."
     folder = run_folder(cfg)
-    names = ("FINAL", "counts.json", "eval_scores.jsonl")
+    names = ("FINAL", "counts.json", "eval_scores.jsonl", "eval_pairs.json")
     reads: dict[str, Any] = dict(
         train_datasets=cfg.train_datasets,
         test_datasets=cfg.test_datasets,
@@ -824,6 +870,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     metrics.parent.mkdir(parents=True, exist_ok=True)
     trainer, tokenizer, cfg, resumed = make_attempt(cfg)
     main = trainer.is_world_process_zero()
+    before: list[PairScore] = []
     if main:
         begin_attempt(cfg, resumed)
     if trainer.eval_loader and cfg.eval_at_start and not resumed.found:
@@ -831,17 +878,19 @@ def train(cfg: TrainConfig) -> TrainResult:
             trainer.evaluates_first = True  # once the weights are shared out
         else:
             trainer.evaluate()
+            before = trainer.pair_scores
     trainer.train()
     summary = trainer.log_summary()
     evaluation = trainer.evaluate() if trainer.eval_loader else {}
     counts = run_counts(trainer) | attempts(folder)
     trainer.end_trackers()
-    scored = folder / "eval_scores.jsonl"
+    scored, held_out = folder / "eval_scores.jsonl", folder / "eval_pairs.json"
     if main:
-        keep_earlier(folder, [folder / "counts.json", scored])
+        keep_earlier(folder, [folder / "counts.json", scored, held_out])
         write_json(folder / "counts.json", counts)
     if main and trainer.eval_loader and trainer.pair_scores:
-        write_scores(scored, trainer.pair_scores, trainer.eval_loader)
+        write_scores(scored, trainer.pair_scores, trainer.eval_loader, before)
+        write_held_out(held_out, trainer.pair_scores, trainer.eval_loader)
     model = trainer.save_final(folder / "FINAL", tokenizer)
     if main and resumed.made:
         end_attempts(cfg, resumed)

@@ -18,11 +18,14 @@ from test_browser import (
     with_parameters,
     write_notebook,
 )
+from hostile import PAYLOADS
+from looks import complaints
 from test_widgets import HOSTILE, make_round, make_run
 
 from halos_nb.show import visible
 from halos_nb.records import as_text, read_records, write_records
 from halos_nb.pairs import pick, read_pairs
+from halos_nb.widgets import page_code
 
 shots = os.environ.get("SHOTS")  # a folder for pictures of the widgets
 pytestmark = pytest.mark.browser
@@ -135,11 +138,16 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     wait_here(page, far + 1)
     page.keyboard.press("f")
     page.locator(".hnb .row.here", has_text="⚑").wait_for(timeout=10_000)
+    page.keyboard.press("n")
+    page.keyboard.type("jkdf <b>odd</b>")  # no keys of ours while a note is written
+    page.keyboard.press("Enter")
+    page.locator(".hnb .row.here", has_text="✎").wait_for(timeout=10_000)
+    assert read_pairs(tmp_path / "run").notes == {far + 1: "jkdf <b>odd</b>"}
     page.keyboard.press("k")
     wait_here(page, far)
 
     # the same prompt in another round
-    page.locator(".hnb .detail button", has_text="round-3").click()
+    page.locator(".hnb .below button", has_text="round-3").click()
     page.wait_for_function(f"document.querySelector('.hnb .detail').dataset.i !== '{far}'")
     assert pairs.rounds[here(page)] == "round-3"
     assert pairs.records[here(page)]["prompt_id"] == pairs.records[far]["prompt_id"]
@@ -181,6 +189,139 @@ def test_browse_filter_click_and_export(lab, watched, tmp_path):
     assert read_pairs(tmp_path / "run").flags == {far + 1}
 
 
+SIZES = {  # width and height of the page, of which a zoom of 200% leaves half
+    "small screen": (1366, 768, 1),
+    "large screen, dark": (1920, 1080, 1),
+    "zoom 200%": (1366, 768, 2),
+    "390 pixels": (390, 844, 1),
+}
+
+
+def set_theme(page, name):
+    menu = page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Settings$"))
+    if not menu.is_visible():
+        return
+    menu.click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Theme$")).hover()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^JupyterLab {name}$")).click()
+    page.wait_for_function(f"document.body.dataset.jpThemeName === 'JupyterLab {name}'")
+
+
+def show_files(page, shown):
+    "On a narrow page the list of files leaves no room; whoever works there closes it."
+    tab = page.locator(".jp-SideBar.jp-mod-left [data-id=filebrowser]")
+    if (tab.get_attribute("aria-selected") == "true") != shown:
+        tab.click()
+
+
+def in_all_sizes(page, look):
+    "Call look(kind) at each size and theme; the page is as before afterwards."
+    before = page.viewport_size
+    try:
+        for theme in ("Light", "Dark"):
+            set_theme(page, theme)
+            for kind, (width, height, zoom) in SIZES.items():
+                # a zoom of 200% is half as many pixels of a page
+                page.set_viewport_size(dict(width=width // zoom, height=height // zoom))
+                show_files(page, width > 1000)
+                page.locator(".hnb").evaluate("w => w.scrollIntoView()")
+                page.wait_for_timeout(250)
+                look(f"{kind}, {theme}")
+            page.set_viewport_size(before)
+    finally:
+        page.set_viewport_size(before)
+        show_files(page, True)
+
+
+def look_at(page, name):
+    "A function that says what is wrong with the widget at one size, and keeps a picture."
+    widget = page.locator(".hnb")
+
+    def look(kind):
+        if shots:
+            page.screenshot(path=f"{shots}/{name} {kind}.png")
+        found = "\n".join(complaints(widget))
+        assert not found, f"{name}, {kind}:\n{found}"
+
+    return look
+
+
+LONG = (
+    """# A title
+
+Some **bold** words, *soft* ones, `code`, [a link](http://203.0.113.7/x) and a list:
+
+1. one
+   - inner
+2. two
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```
+x = "<b>code</b>"
+```
+"""
+    + "And a paragraph that goes on about the matter, as answers of models do. " * 12
+)
+
+
+def markdown_round(folder):
+    seed = int(folder.name[-1]) if folder.name[-1].isdigit() else 0
+    make_round(folder, 12, seed, output=LONG + "Answer {} to {}.")
+
+
+def test_pair_browser_at_all_sizes(lab, watched, tmp_path):
+    "Nothing cut, on each other or hard to read; on a small screen all of it, keys too."
+    page = watched
+    for name in ("round-1", "round-2"):
+        markdown_round(tmp_path / "run" / name)
+    open_browser(page, lab, tmp_path)
+    page.locator(".hnb").evaluate("w => w.focus()")
+    plain = look_at(page, "pairs")
+
+    def look(kind):
+        plain(kind)
+        if kind.startswith("small"):
+            box = page.locator(".hnb").bounding_box()
+            keys = page.locator(".hnb .foot").bounding_box()
+            assert box["height"] <= 647 and keys["y"] + keys["height"] <= 768 - 24
+            assert page.locator(".hnb .side .more").first.is_visible()
+
+    in_all_sizes(page, look)
+    page.keyboard.press("m")
+    page.locator(".hnb .side .markdown table").first.wait_for()
+    assert page.locator(".hnb .side .markdown ol > li > ul").count() == 2
+    assert page.locator(".hnb .side .markdown a").count() == 0
+    assert "(http://203.0.113.7/x)" in page.locator(".hnb .side .markdown").first.inner_text()
+    look_at(page, "pairs as Markdown")("as it is")
+    # the keys scroll both answers, and the sign goes at the end
+    for _ in range(8):
+        page.keyboard.press(" ")
+    page.locator(".hnb .side .more").first.wait_for(state="hidden")
+    page.keyboard.press("c")
+    page.locator(".hnb .step").nth(1).wait_for()
+    assert page.locator(".hnb .step b").all_inner_texts() == ["round-1", "round-2"]
+    assert page.locator(".hnb .step ins").count()
+    look_at(page, "one prompt")("as it is")
+
+
+def test_answers_of_three_hundred_thousand_letters(lab, watched, tmp_path):
+    page = watched
+    make_round(tmp_path / "run/round-1", 3, output="{} {} " + "a *word* and `more` " * 15_000)
+    open_browser(page, lab, tmp_path)
+    for i, key in enumerate(("j", "j", "m", "d")):
+        page.keyboard.press(key) if i else page.locator(".hnb").evaluate("w => w.focus()")
+    page.keyboard.press("j")
+    wait_here(page, 2)
+    # the page lays out what is in view; all of it is there
+    text = page.locator(".hnb .side[data-side='A'] .text").text_content()
+    assert len(text) > 290_000
+    page.keyboard.press(" ")
+    page.keyboard.press("m")
+
+
 def test_hostile_text_is_text_in_the_pair_browser(lab, watched, tmp_path):
     page = watched
     for k, text in enumerate(HOSTILE, 1):
@@ -196,17 +337,64 @@ def test_hostile_text_is_text_in_the_pair_browser(lab, watched, tmp_path):
     pairs = read_pairs(tmp_path / "run")
     for i in range(len(pairs)):
         wait_here(page, i)
-        for key in "dd":
-            page.keyboard.press(key)  # drawn with differences, and plain again
         page.locator(".hnb").evaluate("r => r.focus()")
+        for key in "ddm":
+            page.keyboard.press(key)  # drawn with differences, plain again, as Markdown
         page.keyboard.press("j")
     assert (
         page.locator(
-            ".hnb .detail img, .hnb .detail script, .hnb .detail iframe, .hnb svg"
+            ".hnb .detail :is(img, script, iframe, svg, a, object, embed, form, style)"
         ).count()
         == 0
     )
     assert page.title() != "ran"
+
+
+# what Markdown may become; everything else of a text stays text
+WHITE_LIST = {
+    *("div", "p", "pre", "code", "strong", "em", "s", "span", "hr", "blockquote"),
+    *("ul", "ol", "li", "table", "tr", "th", "td"),
+}
+MARKED = [
+    "# <b>x</b>\n\n> quoted <script>window.hit=1</script>\n\n- [x](javascript:window.hit=1)",
+    "|<img src=x onerror=window.hit=1>| b |\n|---|---|\n| `<i>` | ![p](http://203.0.113.7/p)|",
+    "```html\n<script>window.hit=1</script>\n",
+    "**<svg onload=window.hit=1>** *a **b ~~c `d` ~~ e** f* __g _h_ i__",
+    "> " * 300 + "deep\n" + "  - " * 300 + "deeper",
+]
+
+
+def test_markdown_becomes_elements_of_the_white_list_alone(page, tmp_path):
+    "Forty hostile texts and some of ours, rendered: nothing runs, nothing is asked for."
+    asked = []
+    page.goto("about:blank")
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+    code = page_code("label").replace("export default", "window.ours =")
+    page.add_script_tag(content=code + "\nwindow.show = markdown;")
+    for text in [*PAYLOADS, *HOSTILE, *MARKED]:
+        tags = page.evaluate(
+            """text => {
+                const box = show(text);
+                document.body.replaceChildren(box);
+                const all = [...box.querySelectorAll('*')];
+                const kinds = ['click', 'mouseover', 'focus', 'error', 'load'];
+                for (const e of all) for (const k of kinds) e.dispatchEvent(new Event(k));
+                const odd = e => [...e.attributes].filter(a =>
+                    !['class', 'start', 'role', 'aria-level', 'dir'].includes(a.name));
+                return all.flatMap(e => [e.tagName.toLowerCase(), ...odd(e).map(a => a.name)]);
+            }""",
+            text,
+        )
+        assert set(tags) <= WHITE_LIST, text
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hit") is None
+    assert asked == []
+    # and it is Markdown
+    page.evaluate("text => document.body.replaceChildren(show(text))", LONG)
+    for tag, number in dict(table=1, strong=1, em=1, ol=1, ul=1, pre=1, a=0).items():
+        assert page.locator(tag).count() == number, tag
+    assert page.locator("ol > li > ul > li").inner_text() == "inner"
 
 
 def wait_time(page, name):
@@ -302,7 +490,8 @@ def item(page):
 
 def shown(page):
     return tuple(
-        page.locator(f".hnb .side[data-side='{s}'] pre").inner_text() for s in ("left", "right")
+        page.locator(f".hnb .side[data-side='{s}'] .text").inner_text()
+        for s in ("left", "right")
     )
 
 
@@ -317,11 +506,11 @@ def press(page, key):
 
 
 def take_keyboard(page):
-    "It is not taken from somebody who types in a cell: a click gives it."
+    "After Run All the box is in view and has the keyboard; nothing needs be clicked."
     page.locator(".hnb[data-item]").wait_for(timeout=20_000)
-    assert page.locator(".hnb").evaluate("w => w !== document.activeElement")
-    page.locator(".hnb .unfocused").click()
-    assert page.locator(".hnb").evaluate("w => w === document.activeElement")
+    page.wait_for_function("document.activeElement?.matches('.hnb')", timeout=10_000)
+    box = page.locator(".hnb").bounding_box()
+    assert box["y"] >= 0 and box["y"] + 200 < page.viewport_size["height"]
 
 
 def open_labeller(page, server, folder):
@@ -368,7 +557,10 @@ def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
     page.keyboard.press("n")  # a note; its text is no key
     page.keyboard.type("12340u <b>note</b>")
     page.keyboard.press("Enter")
-    page.locator(".hnb", has_text="note: 12340u <b>note</b>").wait_for()
+    while b"<b>note</b>" not in (tmp_path / "journal.jsonl").read_bytes():
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(200)  # and the page has heard of it
+    assert page.locator(".hnb input.note").input_value() == "12340u <b>note</b>"
     label(page, "13u2u304", pressed)
     page.keyboard.press("ArrowLeft")  # back to an answered one, and there another answer
     page.locator(".hnb", has_text="answered: both bad").wait_for()
@@ -457,6 +649,42 @@ def train_on(folder):
     assert json.loads((folder / "models/policy/counts.json").read_text())
 
 
+def test_labeller_at_all_sizes(lab, watched, tmp_path):
+    "All of it on a small screen: both answers, keys, note and guidelines; nothing cut."
+    page = watched
+    markdown_round(tmp_path / "round")
+    guide = LABEL.replace("Take the better answer.", "Take the **better** answer.\\n\\n- one")
+    write_notebook(tmp_path / "label.ipynb", guide, DONE)
+    open_notebook(page, lab(), "label.ipynb")
+    run_all(page)
+    take_keyboard(page)
+    assert page.locator(".hnb .guidelines strong").inner_text() == "better"
+    plain = look_at(page, "label")
+
+    def look(kind):
+        plain(kind)
+        if kind.startswith("small"):
+            widget = page.locator(".hnb").bounding_box()
+            assert widget["height"] <= 647
+            for part in (".note", ".foot", ".choices button", ".side", ".guidelines"):
+                box = page.locator(f".hnb {part}").first.bounding_box()
+                assert box["y"] + box["height"] <= 768 - 24, part
+
+    in_all_sizes(page, look)
+    assert page.locator(".hnb .side .markdown table").count() == 2
+    page.keyboard.press("m")
+    page.locator(".hnb .side pre", has_text="# A title").first.wait_for()
+    signs = page.locator(".hnb .side .more")
+    assert signs.first.is_visible()
+    for _ in range(8):
+        page.keyboard.press(" ")
+    signs.first.wait_for(state="hidden")
+    page.keyboard.press("b")
+    signs.first.wait_for(state="visible")
+    page.keyboard.press("g")
+    page.locator(".hnb .guidelines").wait_for(state="hidden")
+
+
 def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
     page = watched
     write_records(
@@ -475,12 +703,12 @@ def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
     )
     open_labeller(page, lab(), tmp_path)
     while page.locator(".hnb").get_attribute("data-item"):
+        page.keyboard.press("m")  # raw, as Markdown again, then the differences
+        page.keyboard.press("m")
         page.keyboard.press("d")
         assert {x.removesuffix(" end") for x in shown(page)} <= set(map(visible, HOSTILE))
         press(page, "3")
-        assert (
-            page.locator(".hnb img, .hnb script, .hnb iframe, .hnb svg, .hnb b b").count() == 0
-        )
+        assert page.locator(".hnb :is(img, script, iframe, svg, a, b b)").count() == 0
 
 
 def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
@@ -504,14 +732,20 @@ def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
     for key in "121324":
         press(page, key)
     page.locator(".hnb", has_text="All pairs are answered").wait_for()
-    page.locator(".jp-CodeCell .jp-InputArea-editor", has_text="counts = finish").click()
+    page.keyboard.press("Enter")  # one key: feedback, training, what changed
+    result = page.locator(".hnb .result")
+    result.or_(page.locator(".hnb .wrong")).wait_for(timeout=400_000)
+    assert result.locator("b").inner_text().startswith("Held out: ")
+    assert "right" in result.inner_text() and "[" in result.inner_text()
+    trained = (folder / "policy/FINAL/model.safetensors").stat().st_mtime_ns
+    page.locator(".jp-CodeCell .jp-InputArea-editor", has_text="changed, rows = train").click()
     menu(page, "Run", "Run Selected Cell and All Below")
     outputs(page).locator(".jp-OutputArea-output", has_text="alldone").or_(
         outputs(page).locator(FAILED)
     ).wait_for(timeout=400_000)
     assert outputs(page).locator(FAILED).count() == 0
     assert len(read_records(folder / "feedback.json")) == 4
-    assert (folder / "policy/FINAL/model.safetensors").exists()
+    assert (folder / "policy/FINAL/model.safetensors").stat().st_mtime_ns == trained
     assert [
         json.loads(row)["answer"]
         for row in (folder / "feedback.labels.jsonl").read_text().splitlines()

@@ -7,7 +7,16 @@ from halos_nb.feedback import (
     convert_to_pairwise_feedback,
     convert_to_scalar_feedback,
 )
-from halos_nb.pairs import as_pairs, flag_pair, name_by_ids, read_pairs
+from halos_nb.pairs import (
+    as_pairs,
+    flag_pair,
+    name_by_ids,
+    note_pair,
+    pair_detail,
+    pick,
+    prompt_history,
+    read_pairs,
+)
 from halos_nb.records import append_jsonl, as_text, write_records
 
 
@@ -214,3 +223,81 @@ def test_a_flag_stays_in_its_round(tmp_path):
     flag_pair(read_pairs(tmp_path), 1)
     flag_pair(read_pairs(tmp_path), 0, on=False)
     assert read_pairs(tmp_path).flags == {1}
+
+
+@pytest.mark.parametrize("text", ["", "again", "<b>x</b>"])
+def test_a_note_is_the_last_one_and_flags_stay(tmp_path, text):
+    write_labelled(tmp_path / "round-1", "feedback", VEGA)
+    flag_pair(read_pairs(tmp_path), 0)
+    note_pair(read_pairs(tmp_path), 0, "first")
+    note_pair(read_pairs(tmp_path), 0, f" {text} ")
+    pairs = read_pairs(tmp_path)
+    assert (pairs.flags, pairs.notes) == ({0}, {0: text} if text else {})
+
+
+def test_marks_of_two_runs_stay_in_their_runs(tmp_path):
+    for name in ("a/round-1", "b/round-1", "deep/b/round-1"):
+        (tmp_path / name).mkdir(parents=True)
+        write_labelled(tmp_path / name, "feedback", VEGA)
+    both = read_pairs([tmp_path / "a", tmp_path / "b", tmp_path / "deep/b"])
+    assert both.names == ["a round-1", "b (2) round-1", "b (3) round-1"]
+    flag_pair(both, 1)
+    note_pair(both, 2, "third")
+    assert read_pairs(tmp_path / "a").flags == set()
+    assert read_pairs(tmp_path / "b").flags == {0}
+    assert read_pairs(tmp_path / "deep/b").notes == {0: "third"}
+    again = read_pairs([tmp_path / "deep/b", tmp_path / "b"])
+    assert (again.flags, again.notes) == ({1}, {0: "third"})
+    assert len(prompt_history(again, 0)) == 2
+
+
+# ---- what a reward model was judged by
+
+
+def judged(texts, max_length):
+    "Held-out records of pairs (chosen, rejected), scored by their lengths."
+    from halos_nb.data import Dataset, Example
+    from halos_nb.loaders import PairedPreferenceDataLoader
+    from halos_nb.templates import byte_tokenizer
+    from halos_nb.train import held_out_record
+    from halos_nb.tree_trainer import PairScore
+
+    data = Dataset("held out")
+    for number, answers in enumerate(texts):
+        prompt = [dict(role="user", content=f"{number}?")]
+        turns = [[dict(role="assistant", content=text)] for text in answers]
+        example = Example(prompt=prompt, prompt_id=number, generations=turns, pairs=[(0, 1)])
+        data.data[number] = example
+    loader = PairedPreferenceDataLoader(
+        data, byte_tokenizer(), max_length=max_length, max_prompt_length=40
+    )
+    scores = [PairScore(k, *map(float, map(len, pair))) for k, pair in enumerate(texts)]
+    return [held_out_record(loader, one) for one in scores]
+
+
+def test_where_a_reward_model_stopped_reading(tmp_path):
+    long = "Ein Täßchen Kaffee, dann weiter. " * 9
+    records = judged([("short", long), (long, "short"), ("one", "two three")], 120)
+    cuts = [(r["cut_A"], r["cut_B"]) for r in records]
+    assert cuts[0][0] is None and cuts[1][1] is None and cuts[2] == (None, None)
+    assert cuts[0][1] == cuts[1][0] and 20 < cuts[0][1] < 120
+    (tmp_path / "rm").mkdir()
+    write_records(tmp_path / "rm/eval_pairs.json", records)
+    pairs = read_pairs(tmp_path)
+    assert pairs.names == ["rm"]
+    # longer is better to this model: two of three are wrong, the surest first
+    assert pick(pairs, wrong=True, sort="near", down=True).tolist() == [0, 2]
+    assert pick(pairs, part="cut at max_length").tolist() == [0, 1]
+    assert pick(pairs, part="the chosen is longer").tolist() == [1]
+    detail = pair_detail(pairs, 0)
+    assert detail["A"]["cut"] is None
+    assert long.startswith(detail["B"]["text"][: detail["B"]["cut"]])
+
+
+def test_seeds_of_a_reward_model_are_rounds(tmp_path):
+    for name in ("rm", "rm-s1", "rm-s2"):
+        (tmp_path / name).mkdir()
+        write_records(tmp_path / name / "eval_pairs.json", judged([("a b", "c")], 99))
+    pairs = read_pairs(tmp_path)
+    assert pairs.names == ["rm", "rm-s1", "rm-s2"]
+    assert pairs.same[pairs.records[0]["prompt_id"]] == [0, 1, 2]

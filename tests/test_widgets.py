@@ -129,6 +129,8 @@ def brute(
     round="",
     margin=(None, None),
     length=(None, None),
+    difference=(None, None),
+    wrong=False,
     disputed=False,
     flagged=False,
     text="",
@@ -137,20 +139,20 @@ def brute(
 
     def keeps(i, r):
         won, lost = ("A", "B") if r["label"] else ("B", "A")
-        m, long = (
-            r[f"reward_{won}"] - r[f"reward_{lost}"],
-            len(as_text(r[f"output_{won}"])) - len(as_text(r[f"output_{lost}"])),
-        )
+        m = r[f"reward_{won}"] - r[f"reward_{lost}"]
+        lengths = [len(as_text(r[f"output_{side}"])) for side in (won, lost)]
+        ranges = ((m, margin), (max(lengths), length), (lengths[0] - lengths[1], difference))
         signs = {(x > 0) - (x < 0) for x in pairs.said[i].values()}
         within = all(
             (low is None or x >= low) and (high is None or x <= high)
-            for x, (low, high) in ((m, margin), (long, length))
+            for x, (low, high) in ranges
         )
         return (
             within
             and (not round or pairs.rounds[i] == round)
             and (not disputed or {1, -1} <= signs)
             and (not flagged or i in pairs.flags)
+            and (not wrong or m < 0)
             and text.lower() in json.dumps(r).lower()
         )
 
@@ -163,8 +165,10 @@ def brute(
         dict(),
         dict(round="round-2"),
         dict(margin=(1.5, None)),
-        dict(margin=(None, 1.0), length=(0, None)),
-        dict(length=(-5, 5)),
+        dict(margin=(None, 1.0), difference=(0, None)),
+        dict(difference=(-5, 5)),
+        dict(length=(30, None), difference=(None, 0)),
+        dict(wrong=True),
         dict(disputed=True),
         dict(flagged=True),
         dict(text="PROMPT 3 of"),
@@ -179,7 +183,8 @@ def test_filters(run, filter):
 
 
 @pytest.mark.parametrize(
-    "column", ["margin", "near", "length", "chosen", "rejected", "disputed", "round"]
+    "column",
+    ["margin", "near", "length", "difference", "chosen", "rejected", "disputed", "round"],
 )
 def test_sorting(run, column):
     pairs = read_pairs(run)

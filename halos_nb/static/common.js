@@ -22,6 +22,27 @@ function frame(...children) {
   return root;
 }
 
+// A box that scrolls, with a sign of what lies below as long as there is something.
+function scrolling(box) {
+  const sign = el("button", { class: "more", tabindex: "-1", hidden: true }, "↓ more below");
+  const outer = el("div", { class: "scrolling" }, box, sign);
+  const look = () => {
+    sign.hidden = box.scrollHeight - box.scrollTop - box.clientHeight < 6;
+  };
+  sign.addEventListener("click", () => box.scrollBy(0, box.clientHeight - 40));
+  box.addEventListener("scroll", look);
+  new ResizeObserver(look).observe(box);
+  requestAnimationFrame(look);
+  return outer;
+}
+
+// Scrolls the boxes of a part of the page together, by a share of what is seen of each.
+function scrollBoxes(part, share) {
+  for (const box of part.querySelectorAll(".scrolling > *:first-child")) {
+    box.scrollBy(0, share * box.clientHeight);
+  }
+}
+
 // Whether a key is meant for something other than the widget: a field in it, or the browser.
 function meantForOthers(event) {
   const target = event.target;
@@ -61,9 +82,11 @@ function connect(model, status, receive) {
     receive(message, buffers);
   });
 
-  link.ask = (message) => {
+  // busy: what is said while the answer takes its time; else silence is told after a while
+  link.ask = (message, busy = "") => {
     clearTimeout(late);
-    late = setTimeout(unheard, 4000);
+    if (busy) say(busy);
+    else late = setTimeout(unheard, 4000);
     link.waiting = true;
     try {
       model.send(message);
@@ -146,9 +169,27 @@ function diffed(a, b) {
   });
 }
 
-// A text as it is; what matches the pattern is marked (the first 2,000 places).
-function plain(text, pattern) {
-  const box = el("pre", { class: "text", dir: "auto" });
+const CHUNK = 4000; // letters
+const LONG_TEXT = 20_000;
+
+// A long text in pieces, cut at line ends, else at spaces; the page lays out those in view only.
+function pieces(text) {
+  const found = [];
+  let start = 0;
+  while (start < text.length) {
+    let end = start + CHUNK;
+    if (end < text.length) {
+      const at = Math.max(text.lastIndexOf("\n", end), text.lastIndexOf(" ", end));
+      end = at > start ? at + 1 : end;
+    }
+    found.push(text.slice(start, end));
+    start = end;
+  }
+  return found;
+}
+
+// Fills a box with a text; what matches the pattern is marked (the first 2,000 places).
+function fill(box, text, pattern) {
   let [end, marks] = [0, 0];
   for (const match of pattern ? text.matchAll(pattern) : []) {
     if (!match[0] || marks++ >= 2000) continue;
@@ -156,6 +197,14 @@ function plain(text, pattern) {
     end = match.index + match[0].length;
   }
   box.append(text.slice(end));
+  return box;
+}
+
+// A text as it is.
+function plain(text, pattern) {
+  const box = el("pre", { class: "text", dir: "auto" });
+  if (text.length < LONG_TEXT) return fill(box, text, pattern);
+  box.append(...pieces(text).map((piece) => fill(el("div", { class: "piece" }), piece, pattern)));
   return box;
 }
 

@@ -8,8 +8,10 @@ const CHOICES = {
   0: ["skip", "skip"],
 };
 const ORDER = ["1", "2", "3", "4", "0"];
-const OTHER_KEYS = ["u", "n", "d", "ArrowLeft", "ArrowRight"];
+const SCROLLS = { " ": 0.8, PageDown: 0.8, ArrowDown: 0.25, b: -0.8, PageUp: -0.8, ArrowUp: -0.25 };
+const OTHER_KEYS = ["u", "n", "d", "m", "g", "ArrowLeft", "ArrowRight"];
 const choiceText = (value) => Object.values(CHOICES).find(([v]) => v === value)[1];
+const STAYS = 5000; // milliseconds
 
 // Measures how long the page is looked at; time in other windows does not count.
 function stopwatch() {
@@ -30,15 +32,49 @@ function stopwatch() {
   };
 }
 
+const typesElsewhere = (root) => {
+  const active = document.activeElement;
+  const editor = active?.matches("input, textarea, select, [contenteditable=true]");
+  return editor && !root.contains(active);
+};
+
+// After Run All the page stands at the last cell. The box comes into view, and the keyboard goes
+// to it, as long as the reader does nothing else and types nowhere.
+function stayInView(root) {
+  const kinds = ["pointerdown", "keydown", "wheel"];
+  const until = performance.now() + STAYS;
+  const end = () => {
+    clearInterval(timer);
+    for (const kind of kinds) document.removeEventListener(kind, end, true);
+  };
+  const timer = setInterval(() => {
+    if (!root.isConnected || performance.now() > until || typesElsewhere(root)) return end();
+    const { top, height } = root.getBoundingClientRect();
+    if (!height) return;
+    if (top < 0 || top + 200 > window.innerHeight) root.scrollIntoView({ block: "start" });
+    root.focus({ preventScroll: true });
+  }, 200);
+  for (const kind of kinds) document.addEventListener(kind, end, true);
+  return end;
+}
+
 function render({ model, el: host }) {
-  const view = { item: null, position: 0, diff: false, noting: false };
+  const view = { item: null, position: 0, diff: false, rich: true, then: "", result: null };
   const watch = stopwatch();
   const status = el("div", { class: "status" });
   const bar = el("div", { class: "bar" });
-  const body = el("div", {});
-  const note = el("div", {});
-  const guidelines = el("details", { class: "guidelines", open: true });
+  const counts = el("div", { class: "counts number" });
+  const body = el("div", { class: "body" });
+  const guidelines = el("aside", { class: "guidelines", hidden: true });
   const buttons = ORDER.map(choiceButton);
+  const note = el("input", {
+    class: "note",
+    size: "24",
+    placeholder: "note (n; Enter saves)",
+    "aria-label": "note on this pair",
+    onkeydown: noteKey,
+  });
+  const go = el("button", { class: "go", hidden: true, onclick: carryOn });
   const link = connect(model, status, receive);
 
   function choiceButton(key) {
@@ -52,27 +88,37 @@ function render({ model, el: host }) {
   }
 
   function receive(message) {
-    if (message.error) return;
-    if (message.guidelines) {
-      guidelines.replaceChildren(el("summary", {}, "Guidelines"), message.guidelines);
+    if (message.error) {
+      go.disabled = false;
+      return;
+    }
+    if (message.guidelines && !guidelines.childElementCount) {
+      const close = el("button", { onclick: () => press("g"), "aria-label": "fold" }, "×");
+      const head = el("div", { class: "head bar" }, "Guidelines", close);
+      guidelines.replaceChildren(head, markdown(message.guidelines));
+      guidelines.hidden = false;
+      root.classList.add("guided");
     }
     if (message.item?.name !== view.item?.name) {
-      view.noting = false;
       view.diff = false;
+      view.drawn = "";
     }
     view.item = message.item;
     view.position = message.position;
+    view.then = message.then;
+    if (message.result) view.result = message.result;
     watch.restart();
     showProgress(message);
     show(message.report);
   }
 
-  function showProgress({ answered, total, speed }) {
+  function showProgress({ answered, total, speed, pairs }) {
     bar.replaceChildren(
       el("b", { class: "number" }, `${answered} of ${total}`),
       el("progress", { value: answered, max: total, "aria-label": "answered" }),
       el("span", { class: "number" }, speed),
     );
+    counts.textContent = pairs;
   }
 
   function show(report) {
@@ -82,75 +128,99 @@ function render({ model, el: host }) {
       button.setAttribute("aria-pressed", String(item?.answer === button.dataset.value));
     }
     root.dataset.item = item?.name ?? "";
-    note.replaceChildren();
+    note.disabled = !item;
+    note.value = item?.note ?? "";
+    go.hidden = Boolean(item) || !view.then;
+    go.disabled = false;
+    go.replaceChildren(el("kbd", {}, "Enter"), ` ${view.then}`);
     if (!item) return showReport(report);
     showPair(item);
-    if (view.noting) editNote(item);
-    else if (item.note) note.replaceChildren(el("div", {}, "note: ", item.note));
+  }
+
+  function tableOf(rows, tag = "th") {
+    const row = ([name, ...values]) =>
+      el("tr", {}, el(tag, {}, name), ...values.map((value) => el("td", {}, value)));
+    return el("table", { class: "said" }, ...rows.map(row));
   }
 
   function showReport(report) {
     const hint = "The arrows lead back to them; u takes the last answer back.";
-    const row = ([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value));
-    body.replaceChildren(
-      el("p", {}, el("b", {}, "All pairs are answered. "), hint),
-      report ? el("table", { class: "said" }, ...report.map(row)) : "",
-    );
+    const found = view.result;
+    const result = found
+      ? el("div", { class: "result" }, el("b", {}, found.title), tableOf(found.rows))
+      : "";
+    const text = el("p", {}, el("b", {}, "All pairs are answered. "), hint);
+    const all = el("div", { class: "text" }, result, text, report ? tableOf(report) : "");
+    body.replaceChildren(scrolling(all));
+    body.classList.add("whole");
   }
 
   function showPair(item) {
+    const way = view.rich ? markdown : (text) => plain(text);
     const texts = view.diff
       ? diffed(item.left, item.right)
-      : [plain(item.left), plain(item.right)];
-    const side = (name, text) =>
-      el("div", { class: "side", "data-side": name }, el("div", { class: "head" }, name), text);
+      : [way(item.left), way(item.right)];
+    const side = (name, text) => {
+      const head = el("div", { class: "head" }, name);
+      return el("div", { class: "side", "data-side": name }, head, scrolling(text));
+    };
     const answered = item.answer ? `, answered: ${choiceText(item.answer)}` : "";
+    body.classList.remove("whole");
     body.replaceChildren(
       el("div", {}, `pair ${view.position + 1}${answered}`),
-      turns(item.prompt),
+      scrolling(turns(item.prompt)),
       el("div", { class: "two" }, side("left", texts[0]), side("right", texts[1])),
     );
   }
 
-  function editNote(item) {
-    const looks = { rows: "2", style: "width: 100%", "aria-label": "note on this pair" };
-    const area = el("textarea", looks);
-    area.value = item.note;
-    area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        view.noting = false;
-        show();
-        root.focus();
-      } else if (event.key === "Enter" && !event.shiftKey) {
-        event.preventDefault();
-        view.noting = false;
-        link.ask({ do: "note", item: item.name, text: area.value });
-        root.focus();
-      }
-    });
-    const label = el("label", {}, "note (Enter saves, Escape leaves it as it was)");
-    note.replaceChildren(label, area);
-    area.focus();
+  function noteKey(event) {
+    if (event.key === "Escape") {
+      note.value = view.item.note;
+      root.focus();
+    } else if (event.key === "Enter") {
+      link.ask({ do: "note", item: view.item.name, text: note.value });
+      root.focus();
+    }
   }
 
   function choose(value) {
     link.ask({ do: "choose", item: view.item.name, value, seconds: watch.seconds() });
   }
 
+  // Feed, train, compare: takes as long as a training does.
+  function carryOn() {
+    if (go.hidden || go.disabled) return;
+    go.disabled = true;
+    link.ask({ do: "continue" }, `${view.then} …`);
+    root.focus();
+  }
+
   // A key; whether it was one of ours.
   function press(key) {
+    if (key in SCROLLS) {
+      scrollBoxes(body, SCROLLS[key]);
+      return true;
+    }
+    if (key === "Enter" && !go.hidden) {
+      carryOn();
+      return true;
+    }
     if (!(key in CHOICES || OTHER_KEYS.includes(key))) return false;
     // a key counts for the pair that is on the screen; until the next one is, for nothing
     if (link.waiting) return true;
     if (key === "u") link.ask({ do: "undo" });
     else if (key === "ArrowLeft") link.ask({ do: "look", position: view.position - 1 });
     else if (key === "ArrowRight") link.ask({ do: "look", position: view.position + 1 });
-    else if (!view.item) return true;
+    else if (key === "g") {
+      guidelines.hidden = !guidelines.hidden || !guidelines.childElementCount;
+      root.classList.toggle("guided", !guidelines.hidden);
+    } else if (!view.item) return true;
     else if (key in CHOICES) choose(CHOICES[key][0]);
+    else if (key === "n") note.focus();
     else {
-      if (key === "n") view.noting = true;
-      else view.diff = !view.diff;
-      show();
+      if (key === "d") view.diff = !view.diff;
+      else view.rich = !view.rich;
+      showPair(view.item);
     }
     return true;
   }
@@ -163,17 +233,29 @@ function render({ model, el: host }) {
     ...hint("u", "undo"),
     ...hint("n", "note"),
     ...hint("d", "word diff"),
+    ...hint("m", "Markdown or raw"),
+    ...hint("space", ""),
+    ...hint("b", "scroll"),
     ...hint("←", ""),
-    ...hint("→", "look at others"),
-    "· every key is saved at once ",
-    el("span", unfocused, "Click here to label with the keyboard."),
+    ...hint("→", "others"),
+    ...hint("g", "guidelines"),
+    "· saved at every key ",
   );
-  const choices = el("div", { class: "bar", style: "margin: 10px 0" }, ...buttons);
-  const root = frame(guidelines, bar, status, body, choices, note, keys);
+  const click = el("div", unfocused, "Click here to label with the keyboard.");
+  const choices = el("div", { class: "bar choices" }, ...buttons, go, note);
+  const work = el("div", { class: "work" }, body, guidelines);
+  const foot = el("div", { class: "foot" }, keys, counts, status);
+  const root = frame(click, bar, work, choices, foot);
+  root.classList.add("label");
+  host.classList.add("hnb-host");
   onKeys(root, press);
   host.append(root);
   link.ask({ do: "open" });
-  return watch.end;
+  const endStay = stayInView(root);
+  return () => {
+    watch.end();
+    endStay();
+  };
 }
 
 export default { render };

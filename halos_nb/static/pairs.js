@@ -3,14 +3,16 @@
 const PAGE = 25; // pairs in the list
 const BINS = 30; // bars of a histogram
 const PICTURES = {
-  "margin and length": ["margin", "length"],
-  scores: ["rejected", "chosen"],
+  "margin and length difference": ["margin", "difference"],
+  "score of chosen and rejected": ["rejected", "chosen"],
   margins: ["margin"],
-  lengths: ["length"],
+  "length differences": ["difference"],
+  "lengths of the longer": ["length"],
 };
 const AXES = {
-  margin: "margin (chosen - rejected)",
-  length: "length difference (characters)",
+  margin: "margin (chosen − rejected)",
+  difference: "length difference (characters)",
+  length: "the longer answer (characters)",
   chosen: "score of chosen",
   rejected: "score of rejected",
 };
@@ -18,18 +20,24 @@ const SORTS = {
   "": "as in the file",
   margin: "margin",
   near: "distance from a tie",
-  length: "length difference",
+  difference: "length difference",
+  length: "length of the longer",
   round: "round",
   disputed: "disagreement",
   chosen: "score of chosen",
   rejected: "score of rejected",
 };
+// the fields that hold the ends of a column's range
+const RANGES = { margin: ["low", "high"], length: ["short", "long"], difference: ["less", "more"] };
+const [WIDTH, HEIGHT] = [300, 200]; // of the picture
 // as in the figures
 const [GREY, PALE, BLUE, ORANGE] = ["#8A9099", "#C9CED6", "#0072B2", "#D55E00"];
 
 const isNumber = (x) => x === x;
-const tell = (x, digits = 3) => (x == null || Number.isNaN(x) ? "–" : (+x).toFixed(digits));
-const digits = (x) => (Math.abs(x) >= 100 ? x.toFixed(0) : x.toPrecision(2));
+const tell = (x, digits = 3) =>
+  x == null || Number.isNaN(x) ? "–" : (+x).toFixed(digits).replace("-", "−");
+const whole = (x) => (x == null ? "–" : x.toLocaleString("en").replace("-", "−"));
+const signed = (x) => (x > 0 ? "+" : "") + whole(x);
 const along = (x, [a, b], from, to) => from + ((x - a) / (b - a)) * (to - from);
 
 // Lowest and highest of some numbers, never the same.
@@ -41,6 +49,20 @@ function range(values) {
   }
   if (low > high) return [0, 1];
   return low === high ? [low - 1, high + 1] : [low, high];
+}
+
+// Round numbers within a range, about five, and how many digits behind the point they need.
+function ticks([low, high]) {
+  const rough = (high - low) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((k) => k * power >= rough);
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  const found = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) {
+    found.push(k * step);
+  }
+  const text = (x) => (digits ? tell(x, Math.min(digits, 6)) : whole(Math.round(x)));
+  return found.map((x) => [x, text(x)]);
 }
 
 // Runs it once typing pauses.
@@ -82,18 +104,27 @@ function render({ model, el: host }) {
     place: 0, // in the order, of the pair shown
     page: -1, // of the list
     rows: [], // of that page
+    colors: [], // of the rounds
+    notes: {}, // number of a pair -> what was noted
     pair: null,
     diff: false,
+    rich: false, // are answers shown as Markdown?
+    same: false, // is the prompt followed through the rounds?
   };
   const fields = {
     text: searchField("text", "search", "only pairs that contain this text", filter),
     round: menu("round", "round", { "": "all rounds" }, filter),
     low: numberField("low", "smallest margin", filter),
     high: numberField("high", "largest margin", filter),
-    short: numberField("short", "smallest length difference", filter),
-    long: numberField("long", "largest length difference", filter),
+    short: numberField("short", "fewest characters of the longer answer", filter),
+    long: numberField("long", "most characters of the longer answer", filter),
+    less: numberField("less", "smallest length difference, chosen − rejected", filter),
+    more: numberField("more", "largest length difference, chosen − rejected", filter),
+    part: menu("part", "part of the pairs", { "": "all parts" }, filter),
+    wrong: checkbox("wrong", filter),
     disputed: checkbox("disputed", filter),
     flagged: checkbox("flagged", filter),
+    noted: checkbox("noted", filter),
     sort: menu("sort", "sort by", SORTS, filter),
     down: checkbox("down", filter),
     mark: searchField(
@@ -117,6 +148,7 @@ function render({ model, el: host }) {
   });
   const status = el("div", { class: "status" });
   const count = el("span", { class: "number" });
+  const legend = el("div", { class: "legend" });
   const list = el("div", { class: "list", role: "listbox", "aria-label": "Pairs" });
   const pager = el("div", { class: "bar" });
   const detail = el("div", { class: "detail" });
@@ -132,35 +164,45 @@ function render({ model, el: host }) {
       round: fields.round.value,
       margin: [value(fields.low), value(fields.high)],
       length: [value(fields.short), value(fields.long)],
+      difference: [value(fields.less), value(fields.more)],
+      part: fields.part.value,
+      wrong: fields.wrong.checked,
       disputed: fields.disputed.checked,
       flagged: fields.flagged.checked,
+      noted: fields.noted.checked,
       sort: fields.sort.value,
       down: fields.down.checked,
     });
   }
 
   function clear() {
-    const names = ["text", "round", "low", "high", "short", "long"];
+    const names = ["text", "round", "low", "high", "short", "long", "less", "more", "part"];
     for (const name of names) fields[name].value = "";
-    fields.disputed.checked = false;
-    fields.flagged.checked = false;
+    for (const name of ["wrong", "disputed", "flagged", "noted"]) fields[name].checked = false;
     filter();
   }
 
   function receive(message, buffers) {
     if (message.columns) receiveColumns(message, buffers);
     else if (message.kept != null) receiveOrder(message, buffers[0]);
+    else if (message.history) showSame(message.history);
     else receivePair(message);
   }
 
-  function receiveColumns({ columns, rounds, total, flags }, buffers) {
+  function receiveColumns({ columns, rounds, parts, colors, total, flags, notes }, buffers) {
     columns.forEach((name, k) => {
       const { buffer, byteOffset } = buffers[k];
       view.columns[name] = new Float32Array(buffer, byteOffset, total);
     });
     fields.round.append(...rounds.map((round) => el("option", { value: round }, round)));
+    fields.part.append(...parts.map((part) => el("option", { value: part }, part)));
+    fields.round.hidden = rounds.length < 2;
+    list.classList.toggle("one-round", rounds.length < 2);
+    showLegend(rounds, colors);
+    view.colors = colors;
     view.total = total;
     view.flags = new Set(flags);
+    view.notes = notes;
     filter();
   }
 
@@ -180,13 +222,25 @@ function render({ model, el: host }) {
     draw();
   }
 
-  function receivePair({ pair, rows, flags }) {
+  function receivePair({ pair, rows, flags, notes }) {
     if (flags) view.flags = new Set(flags);
+    if (notes) view.notes = notes;
     if (rows) view.rows = rows;
-    if (rows || flags) showRows();
+    if (rows || flags || notes) showRows();
     if (pair) view.pair = pair;
-    if (pair || flags) show();
+    if (pair) view.same = false;
+    if (pair || flags || notes) show();
     if (pair) draw();
+  }
+
+  // Which colour is which round; of many rounds, the ends.
+  function showLegend(rounds, colors) {
+    if (rounds.length < 2) return;
+    const few = rounds.length <= 4;
+    const named = few ? rounds.keys() : [0, rounds.length - 1];
+    const chip = (k) => [dot(colors[k]), rounds[k], " "];
+    const parts = Array.from(named, chip);
+    legend.replaceChildren(...(few ? parts.flat() : [...parts[0], "… ", ...parts[1]]));
   }
 
   // ---- moving about
@@ -221,14 +275,16 @@ function render({ model, el: host }) {
   // ---- the list
 
   function showRows() {
-    const row = ({ i, margin, text }, k) => {
+    const row = ({ i, margin, round, text }, k) => {
       const click = () => {
         go(view.page * PAGE + k);
         root.focus();
       };
-      const flag = view.flags.has(i) ? "⚑ " : "";
+      const marks = (view.flags.has(i) ? "⚑" : "") + (i in view.notes ? "✎" : "");
       const looks = { class: "row", role: "option", "data-i": i, onclick: click };
-      return el("button", looks, el("span", {}, flag + tell(margin, 2)), el("span", {}, text));
+      const place = el("span", { class: "round" }, dot(roundColor(i)), round);
+      const told = el("span", { class: margin < 0 ? "negative" : "" }, tell(margin, 2));
+      return el("button", looks, told, place, el("span", {}, marks, marks ? " " : "", text));
     };
     list.replaceChildren(...view.rows.map(row));
     const last = Math.ceil(view.order.length / PAGE) - 1;
@@ -243,6 +299,9 @@ function render({ model, el: host }) {
     );
     markRow();
   }
+
+  const dot = (color) => el("span", { class: "dot", style: `background: ${color}` });
+  const roundColor = (i) => view.colors[view.columns.round[i]] ?? BLUE;
 
   function markRow() {
     for (const row of list.children) {
@@ -286,39 +345,97 @@ function render({ model, el: host }) {
     const pair = view.pair;
     if (!pair) return;
     const marked = pattern();
+    const way = view.rich ? markdown : (text) => plain(text, marked);
     const [a, b] = view.diff
       ? diffed(pair.A.text, pair.B.text)
-      : [plain(pair.A.text, marked), plain(pair.B.text, marked)];
+      : ["A", "B"].map((name) => readPart(pair[name], way));
     detail.replaceChildren(
       headOf(pair),
-      turns(pair.prompt, marked),
+      scrolling(turns(pair.prompt, marked)),
       el("div", { class: "two" }, sideOf(pair, "A", a), sideOf(pair, "B", b)),
-      pair.said.length ? labellersTable(pair.said) : "",
-      pair.same.length > 1 ? samePrompt(pair) : "",
+      el(
+        "div",
+        { class: "below" },
+        pair.said.length ? labellersTable(pair.said) : "",
+        pair.same.length > 1 ? samePrompt(pair) : "",
+      ),
     );
     detail.dataset.i = pair.i;
   }
 
+  // An answer; where a model read only its beginning, a line says where it stopped.
+  function readPart({ text, cut }, way) {
+    if (cut == null) return way(text);
+    const said = `the model read no further: ${whole(text.length - cut)} characters were cut`;
+    const [read, left] = [way(text.slice(0, cut)), way(text.slice(cut))];
+    left.classList.add("unread");
+    const line = el("div", { class: "cut", role: "note" }, `✂ ${said} at max_length`);
+    return el("div", { class: "text" }, read, line, left);
+  }
+
   function headOf(pair) {
-    const margin = `margin ${tell(pair.margin)}`;
-    const facts = `${pair.round} · ${margin} · length difference ${pair.length}`;
+    const number = el("b", {}, `Pair ${whole(pair.i + 1)}`);
+    const place = el("span", { class: "round" }, dot(roundColor(pair.i)), pair.round);
+    const wrong = pair.margin < 0 ? " (against the label)" : "";
+    const facts = `margin ${tell(pair.margin)}${wrong} · length ${signed(pair.difference)}`;
+    const count = pair.same_total;
+    const note = el("input", {
+      class: "note",
+      size: "16",
+      "aria-label": "note on this pair",
+      placeholder: "note (n; Enter saves)",
+      onkeydown: noteKey,
+    });
+    note.value = view.notes[pair.i] ?? "";
+    const sources = pair.source ? el("span", {}, pair.source) : "";
     return el(
       "div",
       { class: "bar" },
-      el("b", {}, `Pair ${pair.i + 1}`),
-      facts,
+      number,
+      place,
+      el("span", { class: "number" }, facts),
+      sources,
       button("diff", "key d", view.diff, () => press("d")),
+      button("Markdown", "key m", view.rich, () => press("m")),
+      count > 1 ? button(`same prompt (${count})`, "key c", view.same, () => press("c")) : "",
       button("⚑ flag", "key f", view.flags.has(pair.i), () => press("f")),
+      note,
     );
+  }
+
+  function noteKey(event) {
+    if (event.key === "Enter") {
+      link.ask({ do: "note", i: view.pair.i, text: event.target.value });
+      root.focus();
+    } else if (event.key === "Escape") {
+      event.target.value = view.notes[view.pair.i] ?? "";
+      root.focus();
+    }
   }
 
   function sideOf(pair, name, text) {
     const { chosen, reward, length } = pair[name];
     const verdict = chosen ? "chosen ✓" : "rejected";
-    const size = `${length.toLocaleString("en")} characters`;
-    const head = `${name}: ${verdict} · reward ${tell(reward)} · ${size}`;
+    const head = `${name}: ${verdict} · reward ${tell(reward)} · ${whole(length)} characters`;
     const looks = { class: `side ${chosen ? "chosen" : "rejected"}`, "data-side": name };
-    return el("div", looks, el("div", { class: "head" }, head), text);
+    return el("div", looks, el("div", { class: "head" }, head), scrolling(text));
+  }
+
+  // The chosen answers to one prompt, round by round, each beside what it was before.
+  function showSame(history) {
+    view.same = true;
+    let before = null;
+    const step = ({ i, round, margin, text }) => {
+      const shown = before == null ? plain(text) : diffed(before, text)[1];
+      before = text;
+      const title = `pair ${whole(i + 1)}`;
+      const head = el("div", { class: "bar" }, dot(roundColor(i)), el("b", {}, round));
+      head.append(`margin ${tell(margin, 2)}`, button(title, "to this pair", false, () => jump(i)));
+      return el("div", { class: "side step" }, head, shown);
+    };
+    const said = "Chosen answers to this prompt, in order; what is new in each is marked.";
+    const steps = el("div", { class: "steps" }, el("p", {}, said), ...history.map(step));
+    detail.replaceChildren(headOf(view.pair), turns(view.pair.prompt), scrolling(steps));
   }
 
   function labellersTable(said) {
@@ -330,8 +447,7 @@ function render({ model, el: host }) {
         el("td", {}, winner === "tie" ? "tie" : `${winner} is better`),
         el("td", { class: "number" }, tell(margin)),
       );
-    const caption = el("caption", {}, "What labellers say");
-    return el("table", { class: "said" }, caption, ...said.map(row));
+    return el("table", { class: "said", "aria-label": "what labellers say" }, ...said.map(row));
   }
 
   // Pairs of the same prompt, in this round and in others.
@@ -354,7 +470,8 @@ function render({ model, el: host }) {
   function axes() {
     const [x, y] = PICTURES[fields.picture.value];
     const [xs, ys] = [view.columns[x], y && view.columns[y]];
-    return { x, y, xs, ys, rx: range(xs), ry: y && range(ys), box: [52, 10, 290, 182] };
+    const box = [56, 8, WIDTH - 10, HEIGHT - 36];
+    return { x, y, xs, ys, rx: range(xs), ry: y && range(ys), box };
   }
 
   // How many of all pairs, and of those kept, are in each bin.
@@ -366,24 +483,42 @@ function render({ model, el: host }) {
     return { all, kept, most: Math.max(1, ...all) };
   }
 
-  function drawAxes(c, at, top) {
+  function drawAxes(c, at, most) {
     const [l, t, r, b] = at.box;
     c.fillStyle = getComputedStyle(root).color;
     c.strokeStyle = GREY;
+    c.lineWidth = 1;
     c.strokeRect(l, t, r - l, b - t);
-    c.font = "12px sans-serif";
-    c.fillText(digits(at.rx[0]), l, b + 14);
-    c.textAlign = "right";
-    c.fillText(digits(at.rx[1]), r, b + 14);
-    c.fillText(digits(top), l - 4, t + 10);
-    c.fillText(at.y ? digits(at.ry[0]) : "0", l - 4, b);
+    c.font = "11px sans-serif";
     c.textAlign = "center";
-    c.fillText(AXES[at.x], (l + r) / 2, b + 30);
+    for (const [value, text] of ticks(at.rx)) {
+      const x = along(value, at.rx, l, r);
+      line(c, x, b, x, b + 4);
+      if (x > l + 8 && x < r - 8) c.fillText(text, x, b + 15);
+      if (value === 0 && at.y) line(c, x, t, x, b);
+    }
+    const ry = at.ry ?? [0, most];
+    c.textAlign = "right";
+    for (const [value, text] of ticks(ry)) {
+      const y = along(value, ry, b, t);
+      line(c, l - 4, y, l, y);
+      c.fillText(text, l - 6, Math.max(t + 8, y + 4));
+      if (value === 0 && at.y) line(c, l, y, r, y);
+    }
+    c.textAlign = "center";
+    c.fillText(AXES[at.x], (l + r) / 2, b + 31);
     c.save();
-    c.translate(14, (t + b) / 2);
+    c.translate(10, (t + b) / 2);
     c.rotate(-Math.PI / 2);
     c.fillText(at.y ? AXES[at.y] : "pairs", 0, 0);
     c.restore();
+  }
+
+  function line(c, x, y, x2, y2) {
+    c.beginPath();
+    c.moveTo(x, y);
+    c.lineTo(x2, y2);
+    c.stroke();
   }
 
   function drawPoints(c, at) {
@@ -391,15 +526,15 @@ function render({ model, el: host }) {
     const many = view.order.length > 2000;
     const points = (indices, size, color, alpha) => {
       c.globalAlpha = alpha;
-      c.fillStyle = color;
       for (const i of indices) {
+        c.fillStyle = color ?? roundColor(i);
         const x = along(at.xs[i], at.rx, l, r);
         const y = along(at.ys[i], at.ry, b, t);
         c.fillRect(x - size / 2, y - size / 2, size, size);
       }
     };
     if (view.order.length < view.total) points(Array(view.total).keys(), 2, PALE, 0.5);
-    points(view.order, many ? 2.5 : 4, BLUE, many ? 0.35 : 0.7);
+    points(view.order, many ? 2.5 : 4, null, many ? 0.4 : 0.9);
     c.globalAlpha = 1;
   }
 
@@ -434,8 +569,8 @@ function render({ model, el: host }) {
   function draw() {
     if (!view.columns.margin) return;
     const ratio = window.devicePixelRatio || 1;
-    canvas.width = 300 * ratio;
-    canvas.height = 220 * ratio;
+    canvas.width = WIDTH * ratio;
+    canvas.height = HEIGHT * ratio;
     const c = canvas.getContext("2d");
     c.scale(ratio, ratio);
     const at = axes();
@@ -460,9 +595,9 @@ function render({ model, el: host }) {
     const bin = Math.floor(along(x, [l, r], 0, BINS));
     if (bin < 0 || bin >= BINS) return;
     const edge = (k) => +(at.rx[0] + (k * (at.rx[1] - at.rx[0])) / BINS).toPrecision(6);
-    const margin = at.x === "margin";
-    (margin ? fields.low : fields.short).value = edge(bin);
-    (margin ? fields.high : fields.long).value = edge(bin + 1);
+    const [low, high] = RANGES[at.x];
+    fields[low].value = edge(bin);
+    fields[high].value = edge(bin + 1);
     filter();
   }
 
@@ -480,8 +615,9 @@ function render({ model, el: host }) {
   canvas.addEventListener("click", (event) => {
     const at = axes();
     root.focus();
-    if (at.y) goNearest(at, event.offsetX, event.offsetY);
-    else filterBar(at, event.offsetX);
+    const scale = WIDTH / canvas.clientWidth; // narrower on a narrow page
+    if (at.y) goNearest(at, event.offsetX * scale, event.offsetY * scale);
+    else filterBar(at, event.offsetX * scale);
   });
 
   // ---- keys
@@ -495,6 +631,19 @@ function render({ model, el: host }) {
     } else if (key === "d") {
       view.diff = !view.diff;
       show();
+    } else if (key === "m") {
+      view.rich = !view.rich;
+      show();
+    } else if (key === "c" && view.pair) {
+      if (view.same) show();
+      else link.ask({ do: "same", i: view.pair.i });
+      view.same = false;
+    } else if (key === "n" && view.pair) {
+      detail.querySelector("input.note").focus();
+    } else if (key === " " || key === "PageDown") {
+      scrollBoxes(detail, 0.8);
+    } else if (key === "b" || key === "PageUp") {
+      scrollBoxes(detail, -0.8);
     } else if (key === "f" && view.pair) {
       const i = view.pair.i;
       link.ask({ do: "flag", i, on: !view.flags.has(i) });
@@ -516,35 +665,44 @@ function render({ model, el: host }) {
     fields.round,
     label("margin", fields.low, "to", fields.high),
     label("length", fields.short, "to", fields.long),
+    label("length difference", fields.less, "to", fields.more),
+    fields.part,
+    label("", fields.wrong, "score against label"),
     label("", fields.disputed, "labellers disagree"),
     label("", fields.flagged, "flagged"),
+    label("", fields.noted, "noted"),
     el("button", { onclick: clear }, "clear"),
+    label("sort", fields.sort),
+    label("", fields.down, "largest first"),
+    fields.mark,
+    label("pair", fields.jump),
   );
   const exported = {
     class: "export",
     onclick: () => link.ask({ do: "export" }),
     title: "write the pairs kept as a feedback file",
   };
-  const order = bar(
-    label("sort", fields.sort),
-    label("", fields.down, "largest first"),
-    fields.mark,
-    label("pair", fields.jump),
-    count,
-    el("button", exported, "export these"),
-  );
-  const overview = el("div", {}, label("picture", fields.picture), canvas, list, pager);
+  const kept = bar(count, el("button", exported, "export these"));
+  const overview = el("div", { class: "overview" }, fields.picture, canvas, legend);
+  overview.append(kept, list, pager);
   const keys = el(
     "div",
     {},
-    ...hint("j", "next"),
-    ...hint("k", "before"),
-    ...hint("d", "word diff"),
+    ...hint("j", ""),
+    ...hint("k", "next, before"),
+    ...hint("space", ""),
+    ...hint("b", "scroll"),
+    ...hint("d", "diff"),
+    ...hint("m", "Markdown"),
+    ...hint("c", "same prompt"),
     ...hint("f", "flag"),
+    ...hint("n", "note"),
     ...hint("/", "search"),
   );
   const browser = el("div", { class: "browser" }, overview, detail);
-  const root = frame(filters, order, status, browser, keys);
+  const root = frame(filters, browser, el("div", { class: "foot" }, keys, status));
+  root.classList.add("pairs");
+  host.classList.add("hnb-host");
   for (const field of root.querySelectorAll("input")) {
     field.addEventListener("keydown", (event) => {
       if (event.key === "Escape" || event.key === "Enter") root.focus();
@@ -553,6 +711,10 @@ function render({ model, el: host }) {
   onKeys(root, press);
   host.append(root);
   link.ask({ do: "open" });
+  // the picture is drawn in the colours of the page; these change with its theme
+  const redraw = new MutationObserver(() => setTimeout(draw, 200));
+  redraw.observe(document.body, { attributeFilter: ["data-jp-theme-name"] });
+  return () => redraw.disconnect();
 }
 
 export default { render };
