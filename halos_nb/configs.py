@@ -2109,6 +2109,11 @@ class HandPairOptions:
     # (empty: the playground's reward model and truth)
     labels: list[str] | str = ""
     labeller: str = "human:me"  # who labels; human:<name>
+    # all who share the pairs, human:<name>, comma-separated or a list (empty: labeller alone)
+    team: list[str] | str = ""
+    overlap: Annotated[float, Field(ge=0, le=1)] = (
+        0.2  # with a team: the share of the pairs that each of them gets
+    )
     # which pairs: over all prompts, the first other labeller's closest, or those on which
     # others disagree
     choose: Literal["spread", "uncertain", "disputed"] = "spread"
@@ -2151,6 +2156,7 @@ class HandConfig(HandPairOptions):
 
     def __post_init__(self) -> None:
         self.labels = split_names(self.labels)
+        self.team = split_names(self.team)
         self.test_datasets = split_names(self.test_datasets)
         if self.pending is None:
             self.pending = "judge" if has_other_labellers(self) else "stop"
@@ -2180,6 +2186,10 @@ def hand_problems(c: HandConfig) -> Iterator[str]:
         )
     if not PERSON.fullmatch(c.labeller):
         yield f"labeller: should be human:<name>, got {c.labeller!r}"
+    if c.team and (c.labeller not in c.team or len(set(c.team)) < len(c.team)):
+        yield f"team: names each who labels once, {c.labeller} among them; got {c.team}"
+    if not all(map(PERSON.fullmatch, c.team)):
+        yield f"team: each should be human:<name>, got {c.team}"
     if c.samples and not c.model:
         yield "model: name the model to train on your samples"
     elif c.lr is None:

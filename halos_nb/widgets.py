@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reply', 'MessageWidget', 'page_code', 'PairBrowser', 'browse_pairs', 'save_feedback', 'states_text', 'share_text',
-           'report_rows', 'SessionView', 'visible_item', 'speed_text', 'view_content', 'labelling_report',
+           'report_rows', 'SessionView', 'visible_item', 'speed_text', 'others_of', 'view_content', 'labelling_report',
            'HumanLabeler', 'label_pairs', 'open_round', 'label_round', 'LabelsMissing', 'judge_comparison',
            'judge_open_pairs', 'check_pending', 'finish']
 
@@ -13,6 +13,7 @@ import json
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fastcore.basics import patch
 
 from .records import as_text, atomic_write, write_json, write_records
 from .stats import Interval
-from .verdicts import convert_comparisons, pair_of
+from .verdicts import convert_comparisons, pair_of, pair_table
 from .progress import clock
 from halos_nb.show import (
     Shown,
@@ -173,7 +174,8 @@ def save_feedback(
     session: Session,
     file: Path,  # where the feedback goes; comparisons and counts beside it
     seed: int = 0,  # decides which of a pair comes first
-    more: Sequence[dict] = (),  # comparisons of others, on pairs that nobody answered
+    # comparisons of others: of colleagues, and of a judge on pairs that nobody answered
+    more: Sequence[dict] = (),
 ) -> dict[str, int]:
     "The answers as pairwise feedback and as comparisons; counts as of `convert_comparisons`."
     rows = [*comparisons(session), *more]
@@ -235,6 +237,8 @@ class SessionView:
         # what came of it
         then: Callable[[], tuple[str, list[dict]]] | None = None,
         then_text: str = "continue: train on these pairs",
+        # what colleagues have said until now, as comparisons; it goes into the same feedback
+        colleagues: Callable[[], list[dict]] | None = None,
     ) -> None:
         self.session = session
         self.file = Path(feedback) if feedback else None
@@ -243,6 +247,7 @@ class SessionView:
         self.others = others
         self.then = then
         self.then_text = then_text
+        self.colleagues = colleagues or (lambda: [])
         self.numbers = {item.name: i for i, item in enumerate(session.items)}
         self.position = self.first_open()
 
@@ -257,7 +262,7 @@ def save(self: SessionView, position: int) -> None:
     "Write the feedback, and show the item at a position."
     self.position = position
     if self.file:
-        save_feedback(self.session, self.file, self.seed)
+        save_feedback(self.session, self.file, self.seed, self.colleagues())
 
 
 @patch
@@ -321,11 +326,16 @@ def speed_text(r: dict) -> str:
     return f"{r['median_seconds']:.1f} s each, about {left} left"
 
 # %% ../nbs/67_widgets.ipynb #85e158c0
+def others_of(view: SessionView) -> dict:
+    "Whom the person is compared with at the end: other labellers, and colleagues."
+    return (view.others or {}) | pair_table(view.colleagues())
+
+
 def view_content(view: SessionView) -> dict:
     "All that the page shows; the report once there is no item left."
     r = session_report(view.session)
     item = visible_item(view)
-    rows = [] if item else report_rows(view.session, view.others)
+    rows = [] if item else report_rows(view.session, others_of(view))
     return dict(
         item=item,
         position=view.position,
@@ -341,7 +351,8 @@ def view_content(view: SessionView) -> dict:
 # %% ../nbs/67_widgets.ipynb #1809992f
 def labelling_report(view: SessionView) -> Shown:
     "How far the labelling is, as a table."
-    return summary_table(report_rows(view.session, view.others), title="Labelled by hand")
+    rows = report_rows(view.session, others_of(view))
+    return summary_table(rows, title="Labelled by hand")
 
 # %% ../nbs/67_widgets.ipynb #67da07d0
 class HumanLabeler(MessageWidget):
@@ -501,8 +512,10 @@ def finish(
     more: list[dict] = []
     if left and pending == "judge":
         more = judge_open_pairs(session, judge, (view.others or {})[judge])
-    counts = save_feedback(session, view.file, view.seed, more)
+    others = view.colleagues()
+    counts = save_feedback(session, view.file, view.seed, [*others, *more])
     said = [f"{total - left} of {total} labelled by {session.labeller}"]
+    said += [f"{n} by {name}" for name, n in Counter(r["labeller"] for r in others).items()]
     if more:
         said.append(f"{len(more)} pairs by {judge}")
     elif left:
