@@ -56,6 +56,7 @@ from halos_nb.pairs import (
     prompt_history,
     read_pairs,
     static_view,
+    token_detail,
 )
 
 # %% ../nbs/67_widgets.ipynb #4e1a41ee
@@ -152,6 +153,9 @@ class PairBrowser(MessageWidget):
     def do_note(self, i: int, text: str) -> dict:
         note_pair(self.pairs, i, text)
         return self.marks()
+
+    def do_tokens(self, i: int) -> dict:
+        return dict(tokens=token_detail(self.pairs, i), i=i)
 
     def do_same(self, i: int) -> dict:
         return dict(history=prompt_history(self.pairs, i))

@@ -109,6 +109,7 @@ function render({ model, el: host }) {
     pair: null,
     diff: false,
     rich: false, // are answers shown as Markdown?
+    tokens: null, // of the pair shown, with log-probs
     same: false, // is the prompt followed through the rounds?
   };
   const fields = {
@@ -186,6 +187,7 @@ function render({ model, el: host }) {
     if (message.columns) receiveColumns(message, buffers);
     else if (message.kept != null) receiveOrder(message, buffers[0]);
     else if (message.history) showSame(message.history);
+    else if (message.tokens) receiveTokens(message);
     else receivePair(message);
   }
 
@@ -228,7 +230,7 @@ function render({ model, el: host }) {
     if (rows) view.rows = rows;
     if (rows || flags || notes) showRows();
     if (pair) view.pair = pair;
-    if (pair) view.same = false;
+    if (pair) [view.same, view.tokens] = [false, null];
     if (pair || flags || notes) show();
     if (pair) draw();
   }
@@ -346,9 +348,9 @@ function render({ model, el: host }) {
     if (!pair) return;
     const marked = pattern();
     const way = view.rich ? markdown : (text) => plain(text, marked);
-    const [a, b] = view.diff
-      ? diffed(pair.A.text, pair.B.text)
-      : ["A", "B"].map((name) => readPart(pair[name], way));
+    const one = (name) =>
+      view.tokens ? shaded(view.tokens[name]) : readPart(pair[name], way);
+    const [a, b] = view.diff ? diffed(pair.A.text, pair.B.text) : ["A", "B"].map(one);
     detail.replaceChildren(
       headOf(pair),
       scrolling(turns(pair.prompt, marked)),
@@ -361,6 +363,24 @@ function render({ model, el: host }) {
       ),
     );
     detail.dataset.i = pair.i;
+  }
+
+  function receiveTokens({ i, tokens }) {
+    if (i !== view.pair?.i) return;
+    view.tokens = tokens;
+    show();
+  }
+
+  // Each token in a shade of how unlikely it was to the policy that drew it.
+  function shaded(tokens) {
+    const token = ([text, logp]) => {
+      const alpha = Math.min(0.6, -logp / 8);
+      const told = `log-prob ${tell(logp, 2)}, ${(100 * Math.exp(logp)).toPrecision(2)}%`;
+      return el("span", { title: told, style: `background: rgba(213, 94, 0, ${alpha})` }, text);
+    };
+    const said = "shade: how unlikely to the policy that drew it";
+    const key = el("div", { class: "legend" }, said);
+    return el("pre", { class: "text", dir: "auto" }, key, ...tokens.map(token));
   }
 
   // An answer; where a model read only its beginning, a line says where it stopped.
@@ -397,6 +417,7 @@ function render({ model, el: host }) {
       sources,
       button("diff", "key d", view.diff, () => press("d")),
       button("Markdown", "key m", view.rich, () => press("m")),
+      button("tokens", "key t: log-probs", Boolean(view.tokens), () => press("t")),
       count > 1 ? button(`same prompt (${count})`, "key c", view.same, () => press("c")) : "",
       button("⚑ flag", "key f", view.flags.has(pair.i), () => press("f")),
       note,
@@ -634,6 +655,11 @@ function render({ model, el: host }) {
     } else if (key === "m") {
       view.rich = !view.rich;
       show();
+    } else if (key === "t" && view.pair) {
+      if (!view.tokens) link.ask({ do: "tokens", i: view.pair.i });
+      view.tokens = null;
+      view.diff = false;
+      show();
     } else if (key === "c" && view.pair) {
       if (view.same) show();
       else link.ask({ do: "same", i: view.pair.i });
@@ -694,6 +720,7 @@ function render({ model, el: host }) {
     ...hint("b", "scroll"),
     ...hint("d", "diff"),
     ...hint("m", "Markdown"),
+    ...hint("t", "tokens"),
     ...hint("c", "same prompt"),
     ...hint("f", "flag"),
     ...hint("n", "note"),
