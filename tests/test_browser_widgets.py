@@ -304,6 +304,9 @@ def test_pair_browser_at_all_sizes(lab, watched, tmp_path):
     assert page.locator(".hnb .step b").all_inner_texts() == ["round-1", "round-2"]
     assert page.locator(".hnb .step ins").count()
     look_at(page, "one prompt")("as it is")
+    # no run of ours drew these: tokens are not shaded, and the reason is told
+    page.keyboard.press("t")
+    page.locator(".hnb .wrong", has_text="no policy with a tokenizer.json").wait_for()
 
 
 def test_answers_of_three_hundred_thousand_letters(lab, watched, tmp_path):
