@@ -540,7 +540,7 @@ def joined(runs: Sequence[Pairs]) -> Pairs:
     records: list[dict] = []
     rounds: list[str] = []
     said: list[Margins] = []
-    homes = {}
+    homes: dict[str, tuple[Path, str]] = {}
     named = Counter(run.folder.name for run in runs)
     for number, run in enumerate(runs, 1):
         name = run.folder.name

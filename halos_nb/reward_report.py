@@ -187,30 +187,33 @@ def threshold_figure(
         "95% intervals over prompts",
     ]
     title = "What a threshold on the score difference keeps, and how good that is"
-    axes = dict(xaxis_title_text="threshold (difference of the scores)")
+    xaxis = dict(title_text="threshold (difference of the scores)")
     yaxis = dict(title_text="share of pairs", tickformat=".0%", range=[0, 1.03])
-    return styled(fig, title, notes, showlegend=True, yaxis=yaxis, **axes)
+    return styled(fig, title, notes, showlegend=True, xaxis=xaxis, yaxis=yaxis)
 
 # %% ../nbs/72_reward_report.ipynb #831dafb8
 def change_rows(pairs: ScoredPairs) -> list[dict]:
     "Before, after and the change, of the share right and the mean margin; [] if not known."
     if not all("chosen_before" in row for row in pairs.rows):
         return []
-    before = np.array([row["chosen_before"] - row["rejected_before"] for row in pairs.rows])
-    right = share_over_prompts(hits_of(before).tolist(), pairs.prompts)
-    margins = [mean_interval(x, pairs.prompts) for x in (before, pairs.margins)]
+    before = [row["chosen_before"] - row["rejected_before"] for row in pairs.rows]
+    was_right = hits_of(before).tolist()
+    is_right = pairs.right.tolist()
+    now = pairs.margins.tolist()
+    right = share_over_prompts(was_right, pairs.prompts)
+    margins = [mean_interval(x, pairs.prompts) for x in (before, now)]
     return [
         dict(
             what="right",
             before=right,
-            after=share_over_prompts(pairs.right.tolist(), pairs.prompts),
-            change=mean_difference(pairs.right, hits_of(before), pairs.prompts),
+            after=share_over_prompts(is_right, pairs.prompts),
+            change=mean_difference(is_right, was_right, pairs.prompts),
         ),
         dict(
             what="margin",
             before=margins[0],
             after=margins[1],
-            change=mean_difference(pairs.margins, before, pairs.prompts),
+            change=mean_difference(now, before, pairs.prompts),
         ),
     ]
 

@@ -803,7 +803,7 @@ def characters_read(loader: TreeDataLoader, number: int, k: int, words: str) -> 
     if len(tree.prompt_ids) + len(ids) < loader.max_length:
         return None
     kept = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    read = loader.tokenizer.decode(ids[tree.skip[k] :], **kept).lstrip()
+    read = str(loader.tokenizer.decode(ids[tree.skip[k] :], **kept)).lstrip()
     lead = len(words) - len(words.lstrip())
     same = len(os.path.commonprefix([read, words[lead:]]))
     if same < len(read) // 2:  # a tokenizer that does not give back what it was given

@@ -126,8 +126,8 @@ function render({ model, el: host }) {
     disputed: checkbox("disputed", filter),
     flagged: checkbox("flagged", filter),
     noted: checkbox("noted", filter),
-    sort: menu("sort", "sort by", SORTS, filter),
-    down: checkbox("down", filter),
+    sort: menu("sort", "sort by", SORTS, sortAnew),
+    down: checkbox("down", sortAnew),
     mark: searchField(
       "mark",
       "highlight (regex)",
@@ -174,6 +174,12 @@ function render({ model, el: host }) {
       sort: fields.sort.value,
       down: fields.down.checked,
     });
+  }
+
+  // Who sorts wants to see what comes first.
+  function sortAnew() {
+    view.pair = null;
+    filter();
   }
 
   function clear() {
