@@ -728,7 +728,7 @@ def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
     menu(page, "Run", "Run All Cells")
     outputs(page).locator(".jp-OutputArea-output", has_text="6 of 6 pairs are open").or_(
         outputs(page).locator(FAILED)
-    ).wait_for(timeout=400_000)
+    ).first.wait_for(timeout=400_000)
     assert outputs(page).locator(FAILED).count() == 0, "one line, no traceback"
     take_keyboard(page)
     for key in "121324":
@@ -744,7 +744,7 @@ def test_driver_from_samples_to_a_trained_step(lab, watched, tmp_path):
     menu(page, "Run", "Run Selected Cell and All Below")
     outputs(page).locator(".jp-OutputArea-output", has_text="alldone").or_(
         outputs(page).locator(FAILED)
-    ).wait_for(timeout=400_000)
+    ).first.wait_for(timeout=400_000)
     assert outputs(page).locator(FAILED).count() == 0
     assert len(read_records(folder / "feedback.json")) == 4
     assert (folder / "policy/FINAL/model.safetensors").stat().st_mtime_ns == trained
