@@ -425,20 +425,21 @@ def wait(
     show: bool = True,  # progress on one line
     title: str = "",  # how to call it (empty: the stage's name)
     next: str = "",  # what comes after it, to be shown
+    line: StatusLine | None = None,  # that other jobs have been shown on (None: a new one)
 ) -> None:
     "Return when it has succeeded; a StageError if it fails; an interrupt stops it."
-    line = JobLine(self, title or self.stage, next) if show else None
+    shown = JobLine(self, title or self.stage, next, line) if show else None
     code = None
     try:
         while (code := self.poll()) is None:
-            if line:
-                line.update()
+            if shown:
+                shown.update()
             self.wait_awake()
     finally:
         if code is None:
             self.stop()
-        if line:
-            line.end(code)
+        if shown:
+            shown.end(code)
     if code and not self.file("status.json").exists():
         self.say_unrecorded()
     if code:
@@ -448,11 +449,17 @@ def wait(
 class JobLine:
     "The line that shows how a job goes."
 
-    def __init__(self, job: Job, title: str, next: str) -> None:
+    def __init__(
+        self,
+        job: Job,
+        title: str,
+        next: str,
+        line: StatusLine | None = None,  # that other jobs have been shown on
+    ) -> None:
         self.job = job
         self.title = title
         self.after = f" · next: {next}" if next else ""
-        self.line = StatusLine()
+        self.line = line or StatusLine()
 
     def say(self, state: str, after: str, last: bool = False) -> None:
         "Show a state, if there is one, and the progress."

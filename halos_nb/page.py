@@ -7,9 +7,11 @@ __all__ = ['Part', 'Rounds', 'SCORE_NAME', 'MOST_EVENTS', 'data_block', 'figure_
            'shown_rounds', 'rounds_left_out', 'samples_by_round', 'feedback_by_round', 'truth_margins', 'truth_figures',
            'watched_figures', 'feedback_figures', 'figure_sections', 'truncate', 'truncate_texts', 'fold', 'searchable',
            'feedback_gallery', 'repeated_prompts', 'text_sections', 'plain_value', 'parameters_table', 'counts_table',
-           'utc', 'ledger_table', 'state_and_rounds', 'audit_part', 'health_part', 'evaluation_parts', 'report']
+           'utc', 'ledger_table', 'board_parts', 'state_and_rounds', 'audit_part', 'health_part', 'evaluation_parts',
+           'gain_words', 'outcome', 'report']
 
 # %% ../nbs/69_page.ipynb #a2b47309
+import html
 import json
 import secrets
 from collections.abc import Sequence
@@ -41,6 +43,7 @@ from halos_nb.show import (
     visible,
 )
 from halos_nb.figures import (
+    figure_label,
     margin_histogram,
     reward_distributions,
     some_rounds,
@@ -62,20 +65,20 @@ from halos_nb.rewards import (
 from .ledger import read_journal
 from .loop import MEASURED, round_counts
 from halos_nb.runs import (
+    RIGHT,
     Run,
     Truth,
     evaluation_rows,
     evaluations,
     health_rows,
     held_out_right,
-    held_out_words,
     interval_formats,
     read_run,
     refuse_run_file,
     win_rows,
     with_truth,
 )
-from .monitor import RunState, look
+from .monitor import RunMonitor, RunState, look, panels
 from .compare import parameters, same_prompt
 
 # %% ../nbs/69_page.ipynb #7dbfc47d
@@ -91,8 +94,14 @@ Part: TypeAlias = go.Figure | Shown | str | None  # what stands on a page; None 
 def figure_html(fig: go.Figure, id: str) -> Markup:
     "A figure's data, and the box into which the page's script draws it."
     title = fig.layout.title
-    label = f"{title.text}. {title.subtitle.text}".replace("<br>", " ")
-    return render("figure.html", data=data_block(id, fig.to_json()), id=id, label=label)
+    return render(
+        "figure.html",
+        data=data_block(id, fig.to_json()),
+        id=id,
+        title=html.unescape(title.text),
+        notes=html.unescape(title.subtitle.text).replace("<br>", " "),
+        label=html.unescape(figure_label(fig)),
+    )
 
 
 def part_html(part: Part, id: str) -> Markup:
@@ -118,8 +127,8 @@ def page_html(title: str, sections: dict[str, list]) -> str:
         title=title,
         sections=filled,
         nonce=secrets.token_urlsafe(16),
-        style=Markup(static_text("page.css")),
-        script=Markup(static_text("page.js")),
+        style=Markup(static_text("page.css") + static_text("charts.css")),
+        script=Markup(static_text("charts.js") + static_text("page.js")),
         plotly=Markup(get_plotlyjs()),
         dark_colours=data_block("dark", json.dumps(DARK)),
     )
@@ -295,8 +304,7 @@ def feedback_gallery(feedback: Rounds, n: int) -> list[Shown]:
     for title, rows in feedback.items():
         for row in rows:
             if "output_A" in row:
-                where = f"{row['prompt_id']}, {title}"
-                pairs.append(truncate_texts(row) | {"prompt_id": where})
+                pairs.append(truncate_texts(row) | {"where": title})
             else:
                 other.append(truncate_texts(row))
     if pairs:
@@ -385,21 +393,25 @@ def ledger_table(run: Path) -> Shown:
     return summary_table(rows, {"seconds": ",.1f"}, title)
 
 # %% ../nbs/69_page.ipynb #ab937300
-def state_and_rounds(state: RunState, run: Run) -> list[Part]:
-    "How the run stands, and a table of its rounds."
-    parts: list[Part] = [str(state)]
+def board_parts(run: Run, truth: Truth | None) -> list[Part]:
+    "The data of the panel's charts, and the panel; the page's script draws the charts."
+    monitor = RunMonitor(run.folder, "static", truth=truth)
+    charts = panels(monitor.metrics(), monitor.shown_rounds(), monitor.unit())
+    data = data_block("charts", json.dumps(charts))
+    return [Shown(data, ""), monitor.static(render("moving.html"), run.rounds)]
+
+
+def state_and_rounds(state: RunState, run: Run, truth: Truth | None) -> list[Part]:
+    "How the run stands and what came of its rounds."
+    parts = board_parts(run, truth)
     if state.state in ("failed", "killed"):
         parts.append("Log:\n" + "\n".join(state.log))
     if best := run.params.get("best"):
         span = f"95% interval {best['low']:.3g} to {best['high']:.3g}"
         parts.append(f"Best: {best['words']}, {span}, at {best['policy']}")
-    if told := held_out_words(run.params):
-        parts.append(f"{told[0].upper()}{told[1:]}")
     if by := run.params.get("labelled_by"):
         parts.append(f"Labelled by {by}; reward: {run.params['reward']}")
-    formats = dict(share_of_way=".0%", win_rate=".1%", cost=".4f")
-    table = summary_table(run.rounds, formats, "One row per round, before its training")
-    return [*parts, table, rounds_left_out(run)]
+    return [*parts, rounds_left_out(run)]
 
 
 def audit_part(run: Path) -> Part:
@@ -436,6 +448,46 @@ def evaluation_parts(run: Run, truth: Truth | None) -> list[Part]:
     figure = evaluation_figure(found, number if by else None)
     return [*parts, figure, best_of_n_figure(found)]
 
+# %% ../nbs/69_page.ipynb #4ab29069
+def gain_words(run: Run) -> list[str]:
+    "From where to where a run has come, a sentence for each measure that is known."
+    first, last = run.rounds[0], run.rounds[-1]
+    lines = []
+    if last.get("share_of_way") is not None:
+        lines.append(
+            f"mean true reward on held-out questions {first['true_reward']:.3f} -> "
+            f"{last['true_reward']:.3f}: {last['share_of_way']:.0%} of the way from the SFT "
+            "policy to the best possible answer"
+        )
+    if None not in (first["reward"], last["reward"]):
+        score = run.params.get("reward", SCORE_NAME)
+        lines.append(f"mean {score} {first['reward']:.3f} -> {last['reward']:.3f}")
+    if last.get("win_rate") is not None:
+        share = f"{last['win_rate']:.1%}"
+        lines.append(f"the last policy's answers win {share} against the first one's")
+    if last["kl"] is not None:
+        lines.append(f"KL to the reference {last['kl']:.2f} nats per sample")
+    if best := run.params.get("best"):
+        lines.append(f"the best policy: {best['policy']}, {best['words']}")
+    return lines
+
+
+def outcome(
+    run_dir: str | Path,  # the run's folder
+    truth: Truth | None = None,  # where the true reward can be computed
+    best: float | None = None,  # true reward of the best possible answer
+) -> list[str]:
+    "What came of a run, in sentences."
+    run = read_run(run_dir, truth, best)
+    lines = gain_words(run)
+    shares = [f"{row['round']} {row[RIGHT]:.0%}" for row in run.rounds if RIGHT in row]
+    if shares:
+        lines.append(
+            f"the score is right on pairs of a round's own answers: {', '.join(shares)}"
+        )
+    policy = run.folder / "policy"
+    return [*lines, f"the aligned policy, which loads with from_pretrained: {policy}"]
+
 # %% ../nbs/69_page.ipynb #fa1ff509
 def report(
     run_dir: str | Path,  # the run's folder
@@ -456,7 +508,7 @@ def report(
     metrics = {title: rows for title, rows in run.metrics().items() if rows}
     unit = run.params.get("reward", SCORE_NAME)
     sections: dict[str, list] = {
-        "Rounds": state_and_rounds(look(run.folder), run),
+        "Rounds": state_and_rounds(look(run.folder), run, truth),
         "Evaluation": evaluation_parts(run, truth),
         "Health": [health_part(run.folder)],
         "What the models see": [audit_part(run.folder)],

@@ -7,9 +7,9 @@ __all__ = ['KINDS', 'BELOW', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'roun
            'draw_best', 'drawn_from', 'kl_curve', 'reward_vs_true', 'mean_of_tenths', 'reward_scatter',
            'own_pairs_right', 'calibration_points', 'calibration_curve', 'chosen_rejected', 'chosen_rejected_all',
            'win_rate_points', 'win_rates', 'word_count', 'length_table', 'at_equal_length', 'length_points',
-           'score_line', 'length_and_reward', 'priced_rewards', 'reward_against_kl', 'evaluation_panels', 'beside',
-           'evaluation_line', 'evaluation_figure', 'is_even', 'best_of_n_lines', 'trained_line', 'best_of_n_figure',
-           'run_line', 'faint', 'frontier', 'agreement_points', 'agreement_figure']
+           'score_line', 'length_and_reward', 'sides', 'priced_rewards', 'reward_against_kl', 'evaluation_panels',
+           'beside', 'evaluation_line', 'evaluation_figure', 'is_even', 'best_of_n_lines', 'trained_line',
+           'best_of_n_figure', 'run_line', 'faint', 'frontier', 'agreement_points', 'agreement_figure']
 
 # %% ../nbs/62_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -255,7 +255,7 @@ def own_pairs_right(
     )
     fig.add_hline(0.5, line_dash="dot", line_color=EDGE)
     if held_out:
-        name = f"{held_out:.1%} of other, held-out pairs"
+        name = f"{held_out:.1%}<br>of other, held-out pairs"
         level = dict(line_dash="dash", line_color=REFERENCE)
         fig.add_hline(held_out.value, annotation_text=name, **level)
     better = "truly better" if key == "true_reward" else f"better for {escape(key)}"
@@ -422,7 +422,7 @@ def at_equal_length(table: pd.DataFrame, per_word: float) -> pd.Series:
 # %% ../nbs/62_rewards.ipynb #c9dbee96
 def length_points(table: pd.DataFrame, names: list[str], unit: str) -> list[go.Scatter]:
     "Score against words, a colour per round."
-    colors = round_colors(len(names), start=0.1)
+    colors = round_colors(names)
     points = []
     for i, part in table.groupby("round"):
         known = hover(f"<b>{escape(names[i])}</b>", "%{x} words", f"{unit} %{{y:.4g}}")
@@ -490,6 +490,12 @@ def length_and_reward(
     return styled(fig, title, notes, 440, margin_t=110, showlegend=True)
 
 # %% ../nbs/62_rewards.ipynb #3bb2b5be
+def sides(n: int) -> list[str]:
+    "Where the names of n points stand: above and below in turn, as some lie on each other."
+    before = [("top right", "bottom right")[(n - i) % 2 == 0] for i in range(n - 1)]
+    return before + ["top left"] * (n > 0)
+
+
 def priced_rewards(
     rounds: dict[str, Sequence[dict]], key: str, name: str, color: str
 ) -> go.Scatter:
@@ -504,7 +510,7 @@ def priced_rewards(
         mode="lines+markers+text",
         line=dict(color=color, width=2),
         text=[escape(round) for round in rounds],
-        textposition="top left",
+        textposition=sides(len(rounds)),
         textfont_size=11,
         hovertemplate=hover("<b>%{text}</b>", "KL %{x:.3g}", f"{name} %{{y:.4g}}"),
     )

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'SCORE', 'HELD_OUT', 'DISTANCE', 'SERIES', 'INK', 'CAPTION', 'EDGE',
-           'GRID', 'PAPER', 'DARK', 'UNSEEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab', 'display_mode',
-           'spelt_out', 'visible', 'escape', 'readable', 'labeller_name', 'templates', 'render', 'static_text', 'Shown',
-           'number_format', 'number_text', 'numeric_column', 'aligned', 'summary_table', 'escaped_words', 'word_diff',
-           'spread', 'Answer', 'Answered', 'gallery', 'side_of_pair', 'pairs_table', 'answer_of_sample',
-           'samples_table', 'ShownToken', 'drawn_tokens', 'example_line', 'audit_report']
+           'GRID', 'NEUTRAL', 'PAPER', 'DARK', 'UNSEEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab',
+           'display_mode', 'spelt_out', 'visible', 'escape', 'readable', 'labeller_name', 'templates', 'render',
+           'static_text', 'Shown', 'paragraphs', 'number_format', 'number_text', 'numeric_column', 'aligned',
+           'summary_table', 'escaped_words', 'word_diff', 'spread', 'Answer', 'Answered', 'answered', 'gallery',
+           'side_of_pair', 'pairs_table', 'answer_of_sample', 'samples_table', 'ShownToken', 'drawn_tokens',
+           'example_line', 'audit_report']
 
 # %% ../nbs/60_show.ipynb #8818d359
 import difflib
@@ -45,6 +46,7 @@ INK = "#24292F"  # text, and a line without another meaning
 CAPTION = "#57606A"  # small text
 EDGE = "#8A9099"  # axes, borders
 GRID = "#E6E9ED"
+NEUTRAL = "#6F7782"  # a line without another meaning, where the page may be light or dark
 PAPER = "white"
 DARK = {PAPER: "#0D1117", GRID: "#2D333B", INK: "#E6EDF3", CAPTION: "#9DA7B3"}
 
@@ -146,6 +148,12 @@ class Shown(NamedTuple):
 
     def __repr__(self) -> str:
         return self.text
+
+# %% ../nbs/60_show.ipynb #b5f7e2cb
+def paragraphs(lines: Sequence[object]) -> Shown:
+    "Sentences below each other, broken between words."
+    parts = [Markup('<div style="line-height: 1.5">{}</div>').format(visible(x)) for x in lines]
+    return Shown(str(Markup("\n").join(parts)), "\n".join(map(visible, lines)))
 
 # %% ../nbs/60_show.ipynb #7d655e7f
 def number_format(x: Any) -> str:
@@ -255,8 +263,23 @@ class Answered(NamedTuple):
     "A prompt over its answers."
 
     head: str
-    prompt: str | list[dict]
+    prompt: str | list[dict] | None  # None: the head has it whole
     rows: list[list[Answer]]  # what stands side by side, row below row
+
+
+def answered(
+    head: str,  # what stands before the prompt, such as "1. margin +0.310"
+    record: dict,  # whose `prompt` it is, and `where` it stands, if there are several places
+    rows: list[list[Answer]],
+    most: int = 100,  # characters of the prompt in the head
+) -> Answered:
+    "A prompt over its answers, named by its own words; a short one is not said twice."
+    words = readable(record["prompt"])
+    line = " ".join(words.split())
+    whole = len(line) <= most and line == words.strip()
+    told = line if len(line) <= most else f"{line[:most].rpartition(' ')[0] or line[:most]} …"
+    where = f", {visible(record['where'])}" if "where" in record else ""
+    return Answered(f"{head}{where}: {told}", None if whole else record["prompt"], rows)
 
 
 def gallery(title: str, items: list[Answered], total: str) -> Shown:
@@ -264,7 +287,9 @@ def gallery(title: str, items: list[Answered], total: str) -> Shown:
     title = f"{visible(title)}: {len(items):,} of {total}"
     texts = [title]
     for item in items:
-        parts = [f"{item.head}\n{readable(item.prompt)}"]
+        parts = (
+            [item.head] if item.prompt is None else [f"{item.head}\n{readable(item.prompt)}"]
+        )
         for answer in [answer for row in item.rows for answer in row]:
             parts.append(f"--- {answer.head}\n{readable(answer.output)}")
         texts.append("\n".join(parts))
@@ -284,15 +309,15 @@ def pairs_table(
     pairs: Sequence[dict],  # pairwise records
     n: int = 5,  # how many are shown, from the first
     title: str = "Pairs",
+    total: int | None = None,  # how many there are (None: these)
 ) -> Shown:
     "Pairs side by side, escaped."
     items = []
     for i, pair in enumerate(pairs[:n], 1):
         margin = number_text(float(pair_margins([pair])[0]), "+.3f")
-        head = f"{i}. margin {margin}, prompt {visible(pair.get('prompt_id', '–'))}"
         sides = [side_of_pair(pair, "A"), side_of_pair(pair, "B")]
-        items.append(Answered(head, pair["prompt"], [sides]))
-    return gallery(title, items, f"{len(pairs):,}")
+        items.append(answered(f"{i}. margin {margin}", pair, [sides]))
+    return gallery(title, items, f"{len(pairs) if total is None else total:,}")
 
 # %% ../nbs/60_show.ipynb #35893fce
 def answer_of_sample(sample: dict) -> Answer:
@@ -316,9 +341,8 @@ def samples_table(
     groups = [list(neighbours) for _, neighbours in by_prompt]
     items = []
     for i, rows in enumerate(groups[:n], 1):
-        head = f"{i}. prompt {visible(rows[0].get('prompt_id', '–'))}"
         answers = [[answer_of_sample(s)] for s in rows]
-        items.append(Answered(head, rows[0]["prompt"], answers))
+        items.append(answered(f"{i}", rows[0], answers))
     return gallery(title, items, f"{len(groups):,} prompts")
 
 # %% ../nbs/60_show.ipynb #a0d15e01
@@ -367,6 +391,7 @@ def audit_report(
     page = render(
         "audit.html",
         title=title,
+        wrong=bool(wrong),
         table=Markup(table.html),
         examples=examples,
         styles=TOKEN_STYLES,

@@ -210,11 +210,14 @@ def test_saved_notebook_shows_its_figures(tmp_path):
     if not browser() and os.environ.get("CI") != "true":
         pytest.skip("no Chromium for kaleido on this machine (CI=true makes this an error)")
     first, second = saved_outputs(tmp_path)
-    assert "plotly_mimetype+png" in "".join(first[0]["text"])
+    assert "halos_nb_png" in "".join(first[0]["text"])
     assert not [o for o in first + second if o.get("name") == "stderr"]
     data = second[0]["data"]
-    assert {"image/png", "application/vnd.plotly.v1+json"} <= set(data)
-    assert len(data["image/png"]) > 5000
+    assert {"text/html", "application/vnd.plotly.v1+json"} <= set(data)
+    assert "image/png" not in data  # JupyterLab would show it first, cut at the right
+    page = "".join(data["text/html"])
+    assert len(page) > 5000
+    assert "max-width: 100%" in page and 'alt="Margin of chosen over rejected' in page
 
 
 def test_without_a_browser_it_says_so(tmp_path):
@@ -223,4 +226,4 @@ def test_without_a_browser_it_says_so(tmp_path):
     assert "No browser" in said
     assert "apt-get install chromium" in said
     assert "application/vnd.plotly.v1+json" in second[0]["data"]
-    assert "image/png" not in second[0]["data"]
+    assert "text/html" not in second[0]["data"]

@@ -1,6 +1,7 @@
 "The monitor tells from files where a run is, reads each line once, and stops only what runs."
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from halos_nb.configs import LoopConfig, SampleConfig
@@ -19,6 +21,7 @@ from halos_nb.jobs import launch
 from halos_nb.progress import last_line
 from halos_nb.loop import run_rounds
 from halos_nb.monitor import (
+    RoundView,
     RunMonitor,
     RunState,
     Stopped,
@@ -261,11 +264,12 @@ def test_a_run_of_the_loop_from_start_to_end(tmp_path, pretend):
     assert s.left is None
     assert s.stage == ""
     assert [r["round"] for r in watching.summary()] == ["1", "2", "3", "final"]
-    assert [p["title"] for p in panels(watching.metrics(), watching.summary())] == [
+    assert [p["title"] for p in panels(watching.metrics(), watching.shown_rounds())] == [
+        "Reward per round",
+        "KL to the reference",
+        "Scores of the last policy",
         "Loss",
         "Accuracy (share of pairs)",
-        "Mean score per round",
-        "KL to the reference (nats)",
     ]
     assert "round" in watching.static().text
     assert "final" in watching.static().html
@@ -428,25 +432,31 @@ def test_panel_gets_json_only(tmp_path):
         dict(step=i, loss=[0.5, None, float("inf"), float("nan")][i % 4], grad_norm=1e300)
         for i in range(5000)
     ]
-    got = panels(
-        {"round-1": rows, "<b>": rows[:3]},
-        [dict(round="1", reward=None, kl=0.0), dict(round="final", reward=1.0, kl=None)],
-    )
+    nothing = [math.nan] * 3
+    means = [
+        dict(reward=nothing, kl=[0.0, math.nan, math.inf], true_reward=nothing),
+        dict(reward=[1.0, 0.5, 1.5], kl=nothing, true_reward=nothing),
+    ]
+    views = [
+        RoundView(name, found, np.array([0.5, 1.5]), [], 0, None, [])
+        for name, found in zip(("1", "final"), means)
+    ]
+    got = panels({"round-1": rows, "<b>": rows[:3]}, views)
     json.dumps(got, allow_nan=False)
     assert all(len(c["x"]) == len(c["y"]) <= 400 for p in got for c in p["lines"])
-    assert len(got) <= 6
+    assert len(got) == 5
 
 
 def test_thread_ends_and_second_panel_replaces_first(tmp_path, monkeypatch):
     shown = []
     import IPython.display
 
-    monkeypatch.setattr(IPython.display, "display", lambda *a: shown.extend(a))
+    monkeypatch.setattr(IPython.display, "display", lambda *a, **kw: shown.extend(a))
     first, second = (RunMonitor(tmp_path / "run", mode="widget", every=0.05) for _ in range(2))
     first.show()
     second.show()
     until(lambda: first.closed.is_set())
-    assert len(shown) == 2
+    assert len(shown) == 4  # each a panel, and what stands below it
     assert RunMonitor.followers[second.run] is second
     assert not second.closed.is_set()
     job = running(tmp_path / "run")

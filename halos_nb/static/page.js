@@ -16,10 +16,36 @@ function recoloured(value) {
   return Object.fromEntries(entries);
 }
 
+// Title and notes stand above as text of the page, which breaks its lines where it must. On a
+// narrow page fewer names stand below an axis, and panels beside each other can be scrolled.
+function fit(box, layout) {
+  const top = layout.margin?.t ?? 90;
+  const needed = 16 + (layout.showlegend ? 38 : 0) + (layout.annotations?.length ? 50 : 0);
+  layout.title = { text: "" };
+  layout.margin = { ...layout.margin, t: needed };
+  layout.height -= top - needed;
+  const axes = Object.keys(layout).filter((name) => name.startsWith("xaxis"));
+  const columns = new Set(axes.map((name) => layout[name].domain?.[0] ?? 0)).size;
+  box.style.minWidth = columns > 1 ? `${260 * columns}px` : "";
+  const wide = box.clientWidth;
+  if (wide < 600) {
+    layout.margin = { ...layout.margin, l: 50, r: 42 };
+    layout.legend = { ...layout.legend, x: 0, xanchor: "left" };
+  }
+  for (const name of axes) {
+    const { tickvals, ticktext } = layout[name];
+    if (!ticktext) continue;
+    const every = Math.ceil((ticktext.length * columns * 64) / (wide - 90));
+    const some = (values) => values.filter((_, i) => i % every === 0);
+    Object.assign(layout[name], { tickvals: some(tickvals), ticktext: some(ticktext) });
+  }
+}
+
 function draw(box) {
   const figure = parsed(box.dataset.figure);
   const { data, layout } = night.matches ? recoloured(figure) : figure;
   drawn.add(box);
+  fit(box, layout);
   Plotly.react(box, data, layout, { responsive: true, displaylogo: false });
 }
 
@@ -32,6 +58,9 @@ function drawSeen(entries) {
 const observer = new IntersectionObserver(drawSeen, { rootMargin: "600px" });
 boxes.forEach((box) => observer.observe(box));
 night.addEventListener("change", () => drawn.forEach(draw));
+for (const box of document.querySelectorAll("[data-charts]")) {
+  drawCharts(box, parsed(box.dataset.charts), newView());
+}
 addEventListener("beforeprint", () => boxes.forEach(draw));
 
 for (const field of document.querySelectorAll("input[data-filters]")) {

@@ -1,0 +1,147 @@
+"""How the panel, its charts and figures look, in a real Chromium: at both sizes, light and
+dark, at 200% and on a telephone nothing is cut, nothing lies on other text, all can be read.
+"""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from test_browser import open_notebook, outputs
+from test_browser_monitor import everything_is_text, hostile_runs, quiet  # noqa: F401
+
+from halos_nb.figures import NotebookRenderer, margin_histogram, reward_distributions
+from halos_nb.figures import training_curves
+from halos_nb.monitor import RunMonitor
+from halos_nb.page import report
+from halos_nb.rewards import kl_curve, length_and_reward, reward_vs_true
+from halos_nb.runs import read_run, with_truth
+
+pytestmark = pytest.mark.browser
+LOOKS = (ROOT / "tests/looks.js").read_text("utf-8")
+LAPTOP, SCREEN = (1366, 768), (1920, 1080)
+# a window at 200% has half of the laptop's pixels
+WINDOWS = [(*LAPTOP, "light"), (*SCREEN, "dark"), (683, 384, "light"), (390, 844, "dark")]
+
+
+def length_is_good(prompt, output):
+    return float(len(output) % 3)
+
+
+def look_at(page, selector):
+    assert not (wrong := page.evaluate(LOOKS, selector)), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("width, height, scheme", WINDOWS)
+def test_report_looks_well(width, height, scheme, quiet, hostile_runs, tmp_path):  # noqa: F811
+    page = quiet
+    made = report(hostile_runs / "one", tmp_path / "r.html", length_is_good, 2.0)
+    page.set_viewport_size(dict(width=width, height=height))
+    page.emulate_media(color_scheme=scheme)
+    page.goto(made.as_uri())
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws every figure
+    page.locator("[data-figure] .main-svg").last.wait_for(timeout=60_000)
+    look_at(page, "body")
+    everything_is_text(page.locator("body > :not(script)"))
+    assert page.locator("[data-charts] svg").count() == 5
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size(dict(width=1400, height=1600))
+
+
+def test_charts_can_be_smoothed_zoomed_and_made_logarithmic(quiet, hostile_runs, tmp_path):  # noqa: F811
+    page = quiet
+    page.set_viewport_size(dict(width=1366, height=768))
+    steps = [dict(step=i + 1, loss=0.7 - i / 90 + i % 2 / 20) for i in range(60)]
+    file = hostile_runs / "one/round-1/metrics.jsonl"
+    file.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    page.goto(report(hostile_runs / "one", tmp_path / "r.html").as_uri())
+    chart = page.locator(".halos-charts .panel", has_text="Loss")
+    paths = chart.locator("svg path")
+    before = paths.count()
+    page.get_by_label("smoothing").fill("20")
+    assert paths.count() == before + 1  # the pale line behind the mean
+    page.get_by_label("log axis").check()
+    assert "log axis" in chart.locator(".title").inner_text()
+    box = chart.locator("svg").bounding_box()
+    whole = chart.locator(".x").all_inner_texts()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.2 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.4 * box["width"], middle, steps=4)
+    page.mouse.up()
+    zoomed = chart.locator(".x").all_inner_texts()
+    assert zoomed != whole
+    # what is set otherwise leaves the zoom, and the button takes it back
+    page.get_by_label("smoothing").fill("0")
+    assert chart.locator(".x").all_inner_texts() == zoomed
+    page.get_by_role("button", name="whole range").click()
+    assert chart.locator(".x").all_inner_texts() == whole
+    page.set_viewport_size(dict(width=1400, height=1600))
+
+
+def output(bundle):
+    "An output of a saved notebook."
+    return dict(output_type="display_data", metadata={}, data=bundle)
+
+
+def saved_notebook(path, bundles):
+    "A notebook with these outputs, as papermill has left it: JupyterLab does not trust it."
+    cell = dict(cell_type="code", id="c", metadata={}, source=["shown"], execution_count=1)
+    cell["outputs"] = [output(bundle) for bundle in bundles]
+    kernel = dict(name="python3", display_name="python3", language="python")
+    whole = dict(cells=[cell], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    path.write_text(json.dumps(whole), "utf-8")
+
+
+def figures_of(run):
+    "What the drivers draw of a run."
+    found = read_run(run)
+    rounds = {row["round"]: found.samples(row["round"]) for row in found.rounds}
+    rounds = {name: with_truth(rows, length_is_good) for name, rows in rounds.items()}
+    pairs = json.loads((run / "round-1/feedback.json").read_text("utf-8"))
+    yield reward_distributions(rounds)
+    yield training_curves(found.metrics())
+    yield margin_histogram(pairs)
+    yield kl_curve(rounds)
+    yield reward_vs_true(rounds, best=2.0)
+    yield length_and_reward(rounds)
+
+
+def choose_theme(page, name):
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Settings$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Theme$")).hover()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
+    light = "true" if name == "JupyterLab Light" else "false"
+    page.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
+    page.wait_for_timeout(1000)
+
+
+def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tmp_path):  # noqa: F811
+    "The panel and the figures as stored, in JupyterLab: whole at once, light and dark."
+    page, run = quiet, hostile_runs / "one"
+    panel = RunMonitor(run, "static", truth=length_is_good).static()._repr_mimebundle_()
+    renderer = NotebookRenderer()
+    drawn = [renderer.to_mimebundle(fig.to_dict()) for fig in figures_of(run)]
+    saved_notebook(tmp_path / "saved.ipynb", [panel, *drawn])
+    page.set_viewport_size(dict(width=1366, height=768))
+    open_notebook(page, lab(kernels=False), "saved.ipynb", idle=False)
+    page.locator(".jp-Dialog button", has_text=re.compile("^No Kernel$")).click()
+    shown = ".jp-NotebookPanel .jp-OutputArea-output"
+    plots = outputs(page).locator(".js-plotly-plot")  # at once, not when the mouse comes
+    page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length === 6")
+    everything_is_text(outputs(page).locator(".jp-RenderedHTMLCommon"), "data:image/svg+xml")
+    look_at(page, shown)
+    for theme, (width, height) in (("JupyterLab Dark", SCREEN), ("JupyterLab Light", LAPTOP)):
+        page.set_viewport_size(dict(width=width, height=height))
+        choose_theme(page, theme)
+        look_at(page, shown)
+        # no white slab on a dark page: what lies behind a figure is the page
+        for i in range(plots.count()):
+            paper = plots.nth(i).locator(".main-svg").first
+            color = paper.evaluate("svg => getComputedStyle(svg).backgroundColor")
+            assert color == "rgba(0, 0, 0, 0)"
+    # no stripes where the mouse is
+    row = outputs(page).locator("tbody tr").first
+    row.hover()
+    assert row.evaluate("tr => getComputedStyle(tr).backgroundColor") == "rgba(0, 0, 0, 0)"
+    page.set_viewport_size(dict(width=1400, height=1600))
