@@ -182,7 +182,7 @@ def test_executed_notebook_opens_without_a_kernel(lab, page, tmp_path):
         for o in c["outputs"]
         if "application/vnd.plotly.v1+json" in (d := o.get("data", {}))
     ]
-    assert len(data) == 1 and "image/png" in data[0], (
+    assert len(data) == 1 and "data:image/png" in "".join(data[0]["text/html"]), (
         "the figure is saved for JupyterLab, and as a picture for everything else"
     )
     assert (tmp_path / "executed.ipynb").stat().st_size < 500_000
@@ -192,6 +192,11 @@ def test_executed_notebook_opens_without_a_kernel(lab, page, tmp_path):
     assert_shows_figure_and_pairs(page)
 
 
+# of a notebook's cells, from the first to the last
+HEIGHT = """() => {
+  const boxes = [...document.querySelectorAll('.jp-Cell')].map((c) => c.getBoundingClientRect())
+  return boxes.at(-1).bottom - boxes[0].top
+}"""
 DRIVERS = {  # small enough for a test: two rounds of eight prompts
     "online_loop": dict(
         run_name="lab",
@@ -212,5 +217,14 @@ def test_driver_runs_in_the_lab(name, lab, page, tmp_path):
     open_notebook(page, lab(), "driver.ipynb")
     run_all(page, seconds=600)
     area = outputs(page)
-    assert area.locator(f"{FIGURE}, {PICTURE}").count() >= 2
+    assert area.locator(".halos-charts svg").count() == 6
+    assert area.locator(".halos-monitor").count() == 1
+    table = area.locator("table", has_text="true reward")
+    assert table.first.locator("tbody tr").count() == 4  # start, two rounds, final
+    assert area.locator("summary", has_text="1. margin").first.is_visible()
+    page.set_viewport_size(dict(width=1366, height=768))
+    page.wait_for_timeout(1000)
+    tall = page.evaluate(HEIGHT)
+    page.set_viewport_size(dict(width=1400, height=1600))
+    assert tall <= 8 * 768, f"the notebook is {tall / 768:.1f} screens tall"
     assert (Path(os.environ["HALOS_NB_RUNS_DIR"]) / "lab/params.json").exists()

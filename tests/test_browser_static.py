@@ -10,11 +10,16 @@ from test_show import pair
 from test_widgets import make_run
 
 from halos_nb.compare import csv_cell, same_prompt, word_diff
-from halos_nb.show import pairs_table, render, samples_table, summary_table
+from halos_nb.figures import chart, chart_html, chart_line
+from halos_nb.monitor import Folded
+from halos_nb.show import CHOSEN, escape, pairs_table, paragraphs, render
+from halos_nb.show import samples_table, summary_table
 from halos_nb.widgets import browse_pairs
 
 pytestmark = pytest.mark.browser
-COUNT = "() => document.querySelectorAll('script, img, svg, iframe, object, embed, a').length"
+PICTURE = "img[src^='data:image/svg+xml;base64,']"  # of a chart, which holds no word
+ACTIVE = f"script, img:not({PICTURE}), svg, iframe, object, embed, a"
+COUNT = f"() => document.querySelectorAll(`{ACTIVE}`).length"
 TOUCH = """() => {
   for (const part of document.querySelectorAll('*')) {
     if (part.tagName === 'DETAILS') part.open = true
@@ -22,6 +27,13 @@ TOUCH = """() => {
       part.dispatchEvent(new Event(kind, {bubbles: true}))
   }
 }"""
+
+
+def board(text):
+    "The panel without a kernel, where all that it is told is this text."
+    said = dict(state=text, warning=text, told=text, note=[text], log=[text])
+    folded = [Folded(text, escape(text))]
+    return render("board.html", charts="", table="", pairs="", folded=folded, **said)
 
 
 def views_of(text):
@@ -32,6 +44,10 @@ def views_of(text):
     yield samples_table([sample], title=text).html
     yield summary_table([{text: text, "n": 1}], title=text).html
     yield render("table.html", title=text, heads=[text], cells=[[text]], right=[False])
+    yield paragraphs([text]).html
+    line = chart_line(text, CHOSEN, [0, 1], [0.5, 1.0])
+    yield chart_html([chart(text, [line], unit=text, x=text, names=[text, "b"], suffix=text)])
+    yield board(text)
     yield same_prompt([(text, [sample]), ("b", [other])]).html
     yield from word_diff(text, f"{text} more")
 
@@ -47,6 +63,7 @@ def test_no_cell_of_a_spreadsheet_is_a_formula(text):
 
 def test_no_text_runs_in_a_view_without_a_kernel(page, tmp_path):
     asked = []
+    page.goto("about:blank")  # an earlier test's page may still ask its server
     page.on("request", lambda request: asked.append(request.url))
     page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
     parts = [part for text in PAYLOADS for part in views_of(text)]
