@@ -168,6 +168,7 @@ def words_of(key: str) -> list[str]:
     data = key.encode()
     plain = [key, key[::-1], quote(key, safe=""), data.hex(), repr(list(data))[1:-1]]
     encoded = [*base64_forms(key), base64.b32encode(data).decode().rstrip("=")]
+    encoded += [code(data).decode() for code in (base64.b85encode, base64.a85encode)]
     return [*plain, json.dumps(key)[1:-1], *encoded]
 
 # %% ../nbs/31_api.ipynb #0768c46d

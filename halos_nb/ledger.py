@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'MARKS', 'OPEN_LEDGERS', 'OF_PATIENCE', 'NEVER_WRITTEN_AGAIN', 'PACKABLE', 'run_folder', 'looks_like_a_run',
-           'empty_run', 'NotOurs', 'read_object', 'made_by', 'check_owner', 'check_folder', 'claim', 'RunBusy',
+           'empty_run', 'NotOurs', 'object_if_any', 'made_by', 'check_owner', 'check_folder', 'claim', 'RunBusy',
            'lock_run', 'is_number', 'event_problem', 'Journal', 'read_journal', 'read_events', 'mend_journal',
            'RunFolder', 'identity_digest', 'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed',
            'may_be_had_again', 'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
@@ -102,7 +102,7 @@ class NotOurs(ValueError):
     "A run's folder that another driver has made."
 
 
-def read_object(path: Path) -> dict:
+def object_if_any(path: Path) -> dict:
     "A JSON object; {} where there is none that can be read."
     try:
         found = json.loads(path.read_bytes())
@@ -123,7 +123,7 @@ MARKS = {
 
 def made_by(run: Path) -> str:
     "Which driver has made a run's folder; empty if nobody has, or nobody knows."
-    if owner := read_object(run / "run.json").get("made_by"):
+    if owner := object_if_any(run / "run.json").get("made_by"):
         return str(owner)
     found = [owner for name, owner in MARKS.items() if (run / name).exists()]
     return found[0] if found and (run / "ledger.jsonl").exists() else ""
@@ -154,7 +154,7 @@ def check_folder(run: Path) -> None:
 
 def claim(run: Path, owner: str, **more: Any) -> None:
     "Say whose a run's folder is, where it does not say so."
-    if owner and not read_object(run / "run.json"):
+    if owner and not object_if_any(run / "run.json"):
         write_json(run / "run.json", dict(made_by=owner) | more)
 
 # %% ../nbs/56_ledger.ipynb #14bc41b1

@@ -50,6 +50,7 @@ from halos_nb.records import (
     on_disk,
     put_aside,
     read_jsonl,
+    read_object,
     read_objects,
     write_json,
     write_records,
@@ -113,8 +114,8 @@ from halos_nb.ledger import (
     claim,
     identity_digest,
     may_be_had_again,
+    object_if_any,
     read_journal,
-    read_object,
     run_folder,
     take_stage,
     what_changed,
@@ -822,7 +823,8 @@ def round_counts(
     counts = {}
     for stage, name in files.items():
         if (folder / name).exists():
-            counts[stage] = read_object(folder / name)
+            needs = ["prompts"] if stage in ("sample", "label") else []
+            counts[stage] = read_object(folder / name, *needs)
     return counts
 
 # %% ../nbs/57_loop.ipynb #9c8bbece
@@ -831,7 +833,7 @@ def drawn_at(folder: Path) -> dict[str, float]:
     config = folder / "sample.config.json"
     if not config.exists():
         return {}
-    told = read_object(config)
+    told = object_if_any(config)
     return {name: told[name] for name in ("temperature", "top_p") if name in told}
 
 
@@ -851,7 +853,7 @@ def scores_in(
 def combined_how(folder: Path) -> str | None:
     "How the scores of a round's labellers were put together; None: there was one."
     config = folder / "label.config.json"
-    return read_object(config).get("combine") if config.exists() else None
+    return object_if_any(config).get("combine") if config.exists() else None
 
 
 # whose score a sample has where others compared
@@ -1039,7 +1041,7 @@ def totals_before(run: Path, step: int) -> set[int]:
     "How many prompts sessions of a run were to have, with rounds of this size."
     journal = run / "ledger.jsonl"
     told = read_journal(journal).events if journal.is_file() else []
-    told.append(read_object(run / "params.json").get("parameters") or {})
+    told.append(object_if_any(run / "params.json").get("parameters") or {})
     alike = [told_once for told_once in told if told_once.get("prompts_per_round") == step]
     return {int(one["total_prompts"]) for one in alike if one.get("total_prompts")}
 
@@ -1152,7 +1154,7 @@ def set_aside(ledger: Ledger, stage: Stage) -> str:
         asked = {name: getattr(stage.config, name, None) for name in ASKED_HOW}
         now = dict(inputs=[ledger.hash(path) for path in stage.inputs], asked=asked)
         mark = path.with_suffix(".of.json")
-        was = read_object(mark) if mark.exists() else now
+        was = object_if_any(mark) if mark.exists() else now
         if path.exists() and was != now:
             number = len(list(path.parent.glob(f"{path.stem}.before-*")))
             old = path.with_name(f"{path.stem}.before-{number + 1}.jsonl")
@@ -1189,7 +1191,7 @@ def audit_stage(
 def as_policy_or_reward(path: str) -> dict[str, str]:
     "A model under the name of its kind in AuditConfig, by what its folder's config says."
     config = Path(path) / "config.json"
-    kinds = read_object(config).get("architectures") if config.is_file() else None
+    kinds = object_if_any(config).get("architectures") if config.is_file() else None
     is_reward = "SequenceClassification" in str(kinds)
     return {"reward_model_path" if is_reward else "model": path}
 
@@ -1216,7 +1218,7 @@ def what_it_needs(
     asked = json.loads(json.dumps(dict(parameters=asdict(cfg), profile=asdict(profile))))
     for name in ("fresh", "on_change"):
         asked["parameters"].pop(name)
-    known = read_object(file) if file.is_file() else {}
+    known = object_if_any(file) if file.is_file() else {}
     if known.get("asked") != asked:
         here = Profile(name="plan", threads=profile.threads)
         prepare(here)  # stages to come are copies of the same process
@@ -1225,7 +1227,7 @@ def what_it_needs(
             launch_job("plan", config, here, run / "plan", clear=[file]).wait(show=False)
         except StageError as e:
             return f"memory: not planned: {e}"
-        known = read_object(file) | dict(asked=asked)
+        known = object_if_any(file) | dict(asked=asked)
         write_json(file, known)
     return f"memory: {known['line']}"
 
@@ -1246,7 +1248,7 @@ def audited(
     if mode == "skip":
         return None
     ledger.run(stage, "audit", then.name if then else "", then=then)
-    report = read_object(stage.outputs[0])
+    report = object_if_any(stage.outputs[0])
     wrong = wrong_checks(report)
     if wrong and mode == "run":
         lines = "\n  ".join(wrong)
@@ -2024,7 +2026,7 @@ def round_of(model: Any) -> str:
 def other_final(self: Loop, stage: Stage) -> str:
     "Of which round's policy the sealed `final` is, if not of that which this stage asks."
     folder = self.folder("final")
-    was = round_of(read_object(folder / f"{stage.name}.config.json").get("model"))
+    was = round_of(object_if_any(folder / f"{stage.name}.config.json").get("model"))
     return "" if was == round_of(stage.config.model) else was
 
 
@@ -2239,7 +2241,7 @@ def stages_known(self: Loop) -> Iterator[Stage]:
         folder = self.folder(number)
         yield from self.stages(number, policy, used, self.planned[number])
         policy = folder / "policy/FINAL"
-        sampled = read_object(folder / COUNT_FILES["sample"])
+        sampled = object_if_any(folder / COUNT_FILES["sample"])
         if not {"prompts", "prompts_left"} <= set(sampled):
             return  # it is not known which prompts come next
         for name in CHECKS:
@@ -2388,7 +2390,7 @@ def ask_person(told: str) -> str:  # one of WAYS
 
 def base_of(run: Path) -> str:
     "The name of the run that this one, and others, have gone on beside; its own if it has not."
-    return str(read_object(run / "run.json").get("branch_of", run.name))
+    return str(object_if_any(run / "run.json").get("branch_of", run.name))
 
 
 def branches_of(run: Path) -> list[Path]:
@@ -2396,7 +2398,7 @@ def branches_of(run: Path) -> list[Path]:
     found = []
     for file in run.parent.glob("*/run.json"):
         number = file.parent.name.rpartition("-")[2]
-        if read_object(file).get("branch_of") == base_of(run) and number.isdecimal():
+        if object_if_any(file).get("branch_of") == base_of(run) and number.isdecimal():
             found.append((int(number), file.parent))
     return [folder for _, folder in sorted(found) if folder != run]
 
@@ -2423,7 +2425,7 @@ def is_busy_otherwise(run: Path, cfg: LoopConfig) -> bool:
     "Whether another process works on a run with other parameters."
     if run in OPEN_LEDGERS or not is_locked(run / ".lock"):
         return False
-    was = read_object(run / "params.json").get("parameters") or {}
+    was = object_if_any(run / "params.json").get("parameters") or {}
     now = json.loads(json.dumps(asdict(cfg)))
     return any(was.get(k) != v for k, v in now.items() if k not in NOT_OF_THE_RUN)
 
@@ -2456,7 +2458,7 @@ class Settled(NamedTuple):
 def fits(found: Outlook, beside: Path, look: Callable[[Path], Outlook]) -> bool:
     "Whether a run beside was begun for the same change, or has sealed what has changed."
     known = look(beside)
-    begun_for_it = read_object(beside / "run.json").get("begun_for") == found.asked
+    begun_for_it = object_if_any(beside / "run.json").get("begun_for") == found.asked
     assert found.changed
     place = found.changed.manifest.relative_to(found.run)
     sealed = [stage.manifest.relative_to(beside) for stage in known.standing]
@@ -2548,7 +2550,7 @@ def spared_policies(run: Path, cfg: LoopConfig) -> set[Path]:
         if journal.is_file()
         else []
     )
-    told.append(read_object(run / "params.json").get("parameters") or {})
+    told.append(object_if_any(run / "params.json").get("parameters") or {})
     others = {str(t["keep"]) for t in told if t.get("keep", cfg.keep) != cfg.keep}
     found = set(run.glob("round-*/policy/FINAL"))
     if not others or cfg.on_change == "redo" or len(found) < 2:

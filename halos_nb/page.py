@@ -417,7 +417,7 @@ def state_and_rounds(state: RunState, run: Run, truth: Truth | None) -> list[Par
 def audit_part(run: Path) -> Part:
     "What the run's audit found; None if nobody looked."
     file = run / "audit.json"
-    return audit_report(read_object(file)) if file.exists() else None
+    return audit_report(read_object(file, "checks")) if file.exists() else None
 
 # %% ../nbs/69_page.ipynb #757a21e7
 def health_part(run: Path) -> Part:

@@ -1231,10 +1231,17 @@ def as_object(
     return value
 
 
-def read_object(path: str | Path) -> dict:
+def read_object(
+    path: str | Path,
+    *names: str,  # fields that it has
+) -> dict:
     "The object in a JSON file; a RecordError names the file that holds something else."
     data = file_bytes(path)
-    return as_object(parse_json(as_utf8(data, path), str(path)), path)
+    found = as_object(parse_json(as_utf8(data, path), str(path)), path)
+    for name in names:
+        if name not in found:
+            raise RecordError(f"{path}: has no field `{name}`")
+    return found
 
 
 def read_objects(

@@ -7,18 +7,19 @@ __all__ = ['TAGS', 'THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISI
            'EXPONENT', 'NUMBER', 'PARTS', 'WORDS', 'CLOSE', 'POINTS', 'OF', 'OUT_OF', 'VALUE', 'HEDGES', 'REASON',
            'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED',
            'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE',
-           'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE', 'TAGGED',
-           'BRACKETED', 'DECODER', 'NAMED', 'SCORES', 'SCALES', 'SPAN', 'REVISES', 'LISTED', 'THINGS', 'A_WORD',
-           'NOT_MINE', 'SHARE', 'N', 'UP_TO', 'SCALE', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED',
-           'SUBJECT', 'VERDICT', 'OTHERS', 'BAD', 'GOOD', 'GAP', 'INTRODUCES', 'ELSEWHERE_READ', 'TAGGED_WINNER',
-           'WINNERS', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'SHORTLY', 'Reading', 'unread',
-           'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value', 'find_all', 'value_of', 'whole_value',
-           'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated', 'announced_value', 'values_behind',
-           'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values', 'no_key_twice',
-           'Found', 'json_objects', 'without_objects', 'is_number', 'fields_named', 'scale_in_json', 'value_in_json',
-           'json_values', 'Stated', 'short_sentences', 'is_taken_back', 'behind_all', 'taken_back', 'behind_marks',
-           'statements', 'other_scale', 'agreed', 'read_number', 'is_turned', 'is_settled', 'chosen', 'whole_choice',
-           'announced_winners', 'is_the_verdict', 'marked_winners', 'stated_winners', 'names_another', 'read_winner']
+           'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'CROSSED', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE',
+           'TAGGED', 'BRACKETED', 'DECODER', 'NAMED', 'SCORES', 'SCALES', 'SPAN', 'REVISES', 'LISTED', 'THINGS',
+           'A_WORD', 'NOT_MINE', 'SHARE', 'N', 'UP_TO', 'SCALE', 'REVERSED', 'TIE', 'KINDS', 'ANSWER', 'CHOICE',
+           'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BAD', 'GOOD', 'GAP', 'INTRODUCES', 'ELSEWHERE_READ',
+           'TAGGED_WINNER', 'WINNERS', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'SHORTLY', 'Reading',
+           'unread', 'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value', 'find_all', 'value_of',
+           'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated', 'announced_value',
+           'values_behind', 'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values',
+           'no_key_twice', 'Found', 'json_objects', 'without_objects', 'is_number', 'fields_named', 'scale_in_json',
+           'value_in_json', 'json_values', 'Stated', 'short_sentences', 'is_taken_back', 'behind_all', 'taken_back',
+           'behind_marks', 'statements', 'other_scale', 'agreed', 'read_number', 'is_turned', 'is_settled', 'chosen',
+           'whole_choice', 'announced_winners', 'is_the_verdict', 'marked_winners', 'stated_winners', 'names_another',
+           'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -115,6 +116,7 @@ HEDGES = re.compile(
     r"about|around|roughly|approx\w*|tentativ\w*|provision\w*|initial\w*|before|previous\w*|"
     r"was|would|could|should|may|might|percent|hundred|thousand|million|halved|doubled|"
     r"invalid|void|placeholder|example|kidding|joking|oder|bis|ou|nein|nicht|vielleicht|"
+    r"aber|peut-être|mais|plutôt|quizás?|tal\s+vez|talvez|pero|forse|oppure|invece|"
     + "|".join(WORDS)
     + r")\b|n['’]t\b",
     re.I,
@@ -202,8 +204,10 @@ ELSEWHERE = (
     r"if|unless|might|may|could|should|almost|nearly|tempted|initially|previous(?:ly)?|"
     r"expected|others?|someone|nobody|users?|asks?|asked|wants?|wanted|told|claims?|"
     r"instruct\w*|refuse\s+to|decline\s+to|"
-    r"forced|hard|difficult|doubt\w*|wish|pretend|far\s+from|anything\s+but"
+    r"forced|hard|difficult|doubt\w*|wish|pretend|far\s+from|anything\s+but|format"
 )
+# a box that is not ticked, and marks that cross out what follows them
+CROSSED = r"[❌✗✘✖☒🚫⛔]|\[ ?\]"
 # and these make what follows the text's own, which a judge only repeats
 REPEATS = re.compile(
     r"\b(?:contain|say|read|end|begin|include|demand|state|claim|ask|add|repeat|quote)s?\b"
@@ -226,7 +230,7 @@ def is_negated(before: str) -> bool:
 def is_elsewhere(before: str) -> bool:
     "Whether the sentence that these words begin speaks of another case than this."
     sentence = last_sentence(before)
-    return bool(re.search(rf"\b(?:{ELSEWHERE})\b", sentence, re.I))
+    return bool(re.search(rf"\b(?:{ELSEWHERE})\b|{CROSSED}", sentence, re.I))
 
 
 def is_repeated(before: str) -> bool:
@@ -259,6 +263,9 @@ def announced_value(
     if place["word"] and WORDS[place["word"].lower()] != value.x:
         return None
     before = stated.string[: place.start()]
+    ranges = re.findall(rf"\d\s*-\s*({NUMBER})", last_sentence(before))
+    if any(to_float(n.lstrip("+-")) != scale for n in ranges):
+        return None  # (1-5) Final Score: 4
     unsure = is_negated(before) or is_elsewhere(before) or is_repeated(before)
     return None if unsure else value
 
@@ -569,6 +576,14 @@ def other_scale(text: str, scale: float) -> float | None:
     return None
 
 
+# what turns the sense of a number or a winner, wherever it stands
+REVERSED = re.compile(
+    r"\b(?:opposite\s+day|lower\s+is\s+better"
+    r"|(?:[01]|one|zero)\s+(?:is|=|means)\s+(?:the\s+)?best)\b",
+    re.I,
+)
+
+
 def agreed(stated: Stated, scale: float) -> Reading:
     "The one number that all statements agree on."
     if not stated.values:
@@ -597,6 +612,8 @@ def read_number(
     other = other_scale(text, scale)
     if other is not None:
         return unread(f"a scale to {other:g}, not {scale:g}")
+    if REVERSED.search(text):
+        return unread("the reply turns the scale around")
     return agreed(statements(text, scale), scale)
 
 # %% ../nbs/41_replies.ipynb #55ba45bd
@@ -788,6 +805,8 @@ def read_winner(reply: str) -> Reading:
     text = plain_text(reply)
     if not text:
         return unread("the reply is empty")
+    if REVERSED.search(text):
+        return unread("the reply turns its words around")
     alone = whole_choice(text)
     winners = [alone] if alone else marked_winners(text) + announced_winners(text)
     winners += stated_winners(text)

@@ -1455,6 +1455,8 @@ ECHOES = {
     "basic": base64.b64encode(b"user:" + DATA).decode(),
     "basic, another offset": base64.b64encode(b"u:" + DATA + b"!").decode(),
     "base32": base64.b32encode(DATA).decode(),
+    "base85": base64.b85encode(DATA).decode(),
+    "ascii85": base64.a85encode(DATA).decode(),
     "hex": DATA.hex(),
     "HEX": DATA.hex().upper(),
     "hex with colons": ":".join(f"{b:02x}" for b in DATA),

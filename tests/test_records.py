@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import math
 import os
 import subprocess
@@ -350,3 +351,11 @@ def test_what_is_no_list_of_records_is_named(tmp_path, text):
     with pytest.raises(r.RecordError, match=WRONG[text]) as e:
         r.read_objects(path, "a")
     assert str(path) in str(e.value)
+
+
+def test_an_object_without_a_field_that_it_must_have_is_named(tmp_path):
+    path = tmp_path / "o.json"
+    path.write_text("{}", encoding="utf-8")
+    assert r.read_object(path) == {}
+    with pytest.raises(r.RecordError, match=re.escape(f"{path}: has no field `checks`")):
+        r.read_object(path, "checks")
