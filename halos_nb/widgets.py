@@ -118,7 +118,7 @@ class PairBrowser(MessageWidget):
             columns=list(columns),
             rounds=[visible(name) for name in self.pairs.names],
             parts=[visible(name) for name in self.pairs.parts],
-            colors=round_colors(len(self.pairs.names)),
+            colors=round_colors(self.pairs.names),
             total=len(self.pairs),
             **self.marks(),
             said=self.pairs.remarks(" pairs"),
