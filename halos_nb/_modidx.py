@@ -1674,6 +1674,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.loop.Scored.__str__': ('loop.html#scored.__str__', 'halos_nb/loop.py'),
                                'halos_nb.loop.Settled': ('loop.html#settled', 'halos_nb/loop.py'),
                                'halos_nb.loop.absolute': ('loop.html#absolute', 'halos_nb/loop.py'),
+                               'halos_nb.loop.also_changed': ('loop.html#also_changed', 'halos_nb/loop.py'),
                                'halos_nb.loop.answers_of': ('loop.html#answers_of', 'halos_nb/loop.py'),
                                'halos_nb.loop.answers_of_start': ('loop.html#answers_of_start', 'halos_nb/loop.py'),
                                'halos_nb.loop.as_policy_or_reward': ('loop.html#as_policy_or_reward', 'halos_nb/loop.py'),

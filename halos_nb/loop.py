@@ -19,8 +19,9 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by',
            'score_name', 'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'AsSealed',
            'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder',
-           'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'branch',
-           'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
+           'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed',
+           'branch', 'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds',
+           'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -99,6 +100,7 @@ from halos_nb.identity import (
     Stage,
     change,
     code_hash,
+    differing,
     hub_revisions,
     identity,
     read_manifest,
@@ -2273,6 +2275,7 @@ class Outlook:
     asked: str = ""  # what decides its result now, as a hash
     again: list[Stage] = field(default_factory=list)  # of evaluations: no round rests on them
     rounds_stand: bool = True
+    also: list[Difference] = field(default_factory=list)  # parameters of what is behind it
 
     def note(self, stage: Stage, why: list[Difference], now: dict) -> None:
         "Remember the first stage that would be done again."
@@ -2361,7 +2364,7 @@ def change_text(found: Outlook) -> str:
     where = f"{found.changed.folder.name} {found.changed.name}"
     return (
         f"{found.run.name}: what is sealed there was made otherwise, from {where} on:\n"
-        + "".join(f"  {one}\n" for one in found.why)
+        + "".join(f"  {one}\n" for one in [*found.why, *found.also])
         + f"would be done again: {len(redone)} sealed stages, {clock(max(0, seconds))} of work "
         f"({counted_by_folder(redone)})\n"
         f"would stand: {len(found.standing)} sealed stages"
@@ -2428,6 +2431,17 @@ def is_busy_otherwise(run: Path, cfg: LoopConfig) -> bool:
     was = object_if_any(run / "params.json").get("parameters") or {}
     now = json.loads(json.dumps(asdict(cfg)))
     return any(was.get(k) != v for k, v in now.items() if k not in NOT_OF_THE_RUN)
+
+
+def also_changed(found: Outlook, cfg: LoopConfig) -> Outlook:
+    "The same, and which parameters of the run are others beside what its first stage tells."
+    was = object_if_any(found.run / "params.json").get("parameters") or {}
+    now = json.loads(json.dumps(asdict(cfg)))
+    told = {one.what.partition(" ")[0] for one in found.why}
+    passed_over = {*NOT_OF_THE_RUN, *told, "total_prompts", "profile"}
+    known = {k: now[k] for k in was if k in now and k not in passed_over}
+    also = [*differing({k: was[k] for k in known}, known)]
+    return replace(found, also=also if found.changed else [])
 
 
 def branch(found: Outlook, beside: Path, owner: str) -> None:
@@ -2514,7 +2528,7 @@ def choose_run(
     asked = located(cfg)
     settled = settle(
         run,
-        lambda run: look_ahead(asked, run, profile),
+        lambda run: also_changed(look_ahead(asked, run, profile), cfg),
         cfg.on_change,
         "online_loop",
         ask,

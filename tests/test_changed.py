@@ -212,6 +212,15 @@ def test_what_has_changed_is_named(home, monkeypatch, capsys, what):
     assert re.search(expected[what], said), said
 
 
+def test_all_parameters_that_have_changed_are_named(home, capsys):
+    "Also those of stages behind the first that would be done again."
+    chosen = choose_run(home.config(temperature=0.5, beta=0.3, total_prompts=40), home.settings)
+    said = capsys.readouterr().out
+    assert chosen.run_name == "r-2"
+    assert "temperature 1.0 -> 0.5" in said and "beta 0.2 -> 0.3" in said
+    assert said.count("temperature") == 1 and "total_prompts" not in said
+
+
 def test_more_prompts_simply_go_on(home, capsys):
     "A shorter last round stays, and so does the final of the shorter run."
     home.go(total_prompts=25)
