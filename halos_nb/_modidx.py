@@ -2424,6 +2424,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.progress.in_kernel': ('progress.html#in_kernel', 'halos_nb/progress.py'),
                                    'halos_nb.progress.last_line': ('progress.html#last_line', 'halos_nb/progress.py'),
                                    'halos_nb.progress.mime_bundle': ('progress.html#mime_bundle', 'halos_nb/progress.py'),
+                                   'halos_nb.progress.number_text': ('progress.html#number_text', 'halos_nb/progress.py'),
                                    'halos_nb.progress.printable': ('progress.html#printable', 'halos_nb/progress.py'),
                                    'halos_nb.progress.terminal_descriptor': ('progress.html#terminal_descriptor', 'halos_nb/progress.py'),
                                    'halos_nb.progress.time_left': ('progress.html#time_left', 'halos_nb/progress.py')},
