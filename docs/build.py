@@ -455,8 +455,8 @@ FLOORS = {
 GUIDES = {
     "How to": "own_data own_judge many_gpus reproduce paper stages samplers slurm".split(),
     "Coming from": "from_halos from_trl".split(),
-    "Know": "inside methods rooms mistakes glossary promise repeat scale network architectures "
-    "beside_trl".split(),
+    "Know": "views inside methods rooms mistakes glossary promise repeat scale network "
+    "architectures beside_trl".split(),
 }
 
 
