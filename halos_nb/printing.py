@@ -64,9 +64,10 @@ def print_page(
         command = [find_browser(), "--headless", *as_root, *ALONE]
         command += [f"--user-data-dir={home}/browser", "--no-pdf-header-footer"]
         command += [f"--print-to-pdf={draft}", page.resolve().as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, timeout=seconds)
         if not draft.is_file():
-            raise RuntimeError(f"{page}: was not printed: {done.stderr.strip()[-500:]}")
+            said = done.stderr.decode("utf-8", "replace").strip()[-500:]
+            raise RuntimeError(f"{page}: was not printed: {said}")
         pdf.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(draft, pdf)
     return pdf

@@ -50,6 +50,9 @@ WRONG = {
 drivers = pytest.mark.parametrize("name", DRIVERS)
 
 
+HIDDEN = {"source_hidden": True}  # imports that a reader may open
+
+
 def code_cells(path):
     return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
 
@@ -154,11 +157,10 @@ def test_notebooks_are_clean_and_small(path):
         f"{path.name}: {path.stat().st_size / 1e6:.1f} MB; is a figure saved as HTML?"
     )
     for cell in code_cells(path):
-        assert cell["execution_count"] is None and set(cell["metadata"]) <= {
-            "tags",
-            "nbdev",
-            "hide_input",
-        }, f"{path.name}: run nbdev-clean"
+        kept = {"tags", "nbdev", "hide_input", "jupyter"}
+        assert cell["execution_count"] is None, f"{path.name}: run nbdev-clean"
+        assert set(cell["metadata"]) <= kept, f"{path.name}: run nbdev-clean"
+        assert cell["metadata"].get("jupyter", HIDDEN) == HIDDEN, path.name
         for out in cell["outputs"]:
             assert out["output_type"] != "error", f"{path.name}: a saved error"
             assert "<script" not in "".join(out.get("data", {}).get("text/html", "")), (
