@@ -40,7 +40,7 @@ def end_badly(mode, out):
     "What the last rank does instead of its work."
     if mode == "close":
         os.closerange(0, 3)
-    if mode == "raise":
+    if mode == "raise" and os.environ.get("WORLD_SIZE", "1") != "1":
         atexit.register(os.abort)  # as gloo's destructors do, now and then
     if mode in ("raise", "close", "both"):
         fail_with_a_cause()
