@@ -472,8 +472,8 @@ def test_anywidget_sends_script_and_style_and_shows_a_bundle():
     where = f"anywidget {anywidget.__version__}: see Panel and MessageWidget._repr_mimebundle_"
     panel = Panel()
     state = panel.get_state()
-    assert state["_esm"] == static_text("monitor.js"), where
-    assert state["_css"] == static_text("monitor.css"), where
+    assert state["_esm"] == static_text("charts.js") + static_text("monitor.js"), where
+    assert state["_css"] == static_text("charts.css") + static_text("monitor.css"), where
     data, metadata = panel._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data, where
     assert isinstance(metadata, dict), where

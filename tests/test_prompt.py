@@ -18,6 +18,7 @@ PROMISED = [
     "browse_pairs",
     "compare_runs",
     "report",
+    "pdf",
     "load_data",
     "plan",
     "model_card",

@@ -552,7 +552,7 @@ def test_driver_runs_and_converts_with_every_figure(runs, tmp_path):
         for o in c.get("outputs", [])
         if "application/vnd.plotly.v1+json" in o.get("data", {})
     ]
-    assert len(figures) == 3
+    assert len(figures) == 4
     assert (tmp_path / "t.csv").exists()
     assert (tmp_path / "out.ipynb").stat().st_size < 3e6
     if not all("data:image/png" in "".join(d.get("text/html", "")) for d in figures):
@@ -565,6 +565,6 @@ def test_driver_runs_and_converts_with_every_figure(runs, tmp_path):
         timeout=120,
     )
     page = (tmp_path / "out.html").read_text()
-    assert len(re.findall(r"<img[^>]*data:image/png", page)) == 3
+    assert len(re.findall(r"<img[^>]*data:image/png", page)) == 4
     assert "only parameters that differ" in page
     assert page.count("(median of 3)") == 9
