@@ -204,3 +204,25 @@ def test_no_text_runs_or_fetches_on_the_site(tmp_path):
         outside = [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
         assert not outside
         browser.close()
+
+
+PROFILE = re.compile(r"^ *\[profile (\w+)\]\n((?: *[\w.]+ *=.*\n)+)", re.M)
+PRINTED = [
+    pytest.param(name, lines, id=f"{page.stem} {name}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for name, lines in PROFILE.findall(page.read_text("utf-8"))
+]
+
+
+@pytest.mark.parametrize("name, lines", PRINTED)
+def test_a_profile_in_the_docs_is_taken_for_every_stage(name, lines, tmp_path):
+    text = "\n".join(line.strip() for line in lines.splitlines())
+    ini = tmp_path / "settings.ini"
+    ini.write_text(f"[halos_nb]\n[profile {name}]\n{text}\n", encoding="utf-8")
+    profile = load_settings(ini).get_profile(name)
+    for stage in ("sample", "label", "train"):
+        assert profile.for_stage(stage).num_processes >= 1
+
+
+def test_profiles_are_found_in_the_docs():
+    assert len(PRINTED) >= 3
