@@ -32,6 +32,10 @@ preload.PER_JOB += (
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
 
 
+# what CI has another one like it of, and not the minutes for
+every = pytest.mark.skipif(os.environ.get("HALOS_NB_LONG") != "every", reason="make test-every")
+
+
 def missing(what):
     "What a test cannot do without: its absence skips it on a laptop and fails it in CI."
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)

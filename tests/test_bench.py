@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import every
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -29,6 +30,7 @@ import tables
 import work
 
 
+@every
 def test_made_up_words_are_enough_for_every_job(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "SHARED", tmp_path / "none")
     # of 8k and 64k words; they need no texts
@@ -136,6 +138,7 @@ def test_labelling_is_measured(more, small):
     assert 0 < told["needed"] <= told["tokens"]
 
 
+@every
 def test_sampling_is_measured(small):
     flags = ["--pairs", small / "pairs.jsonl", "--n", "2", "--new", "4"]
     ours = run_bench("sample.py", small, *flags)
@@ -146,7 +149,12 @@ def test_sampling_is_measured(small):
     assert theirs["answers"] == ours["answers"] == 8
 
 
-@pytest.mark.parametrize("more", [[], ["--layout", "plain"], ["--way", "padded"]], ids=str)
+WAYS = [[], ["--layout", "plain"], ["--way", "padded"]]
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param(w, marks=[every] * bool(w)) for w in WAYS], ids=str
+)
 def test_scoring_of_samples_is_measured(small, more):
     told = run_bench("kl.py", small, "--samples", small / "samples.json", *more)
     assert told["n"] == 4 and 0 < told["needed"] <= told["tokens"]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import every
 from test_browser import DONE, open_notebook, outputs, run_all, wait_idle, write_notebook
 from job_helpers import alive
 
@@ -144,6 +145,7 @@ def press_stop(panel, run):
     return took
 
 
+@every
 def test_attach_from_another_kernel(lab, quiet, tmp_path, monkeypatch):
     "The run goes on in a script; its monitor's kernel is restarted, attaches, and stops it."
     monkeypatch.setenv("HALOS_NB_RUNS_DIR", str(tmp_path / "runs"))

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import every
 import torch
 from job_helpers import NEEDS_LINUX, quiet
 from test_judge import Server
@@ -174,6 +175,7 @@ def test_an_empty_comparison_is_a_tie(loop):
     assert "50.0% won of 16 pairs (0 better, 0 worse, 16 ties)" in str(final)
 
 
+@every
 def test_a_function_alone(loop, tmp_path, monkeypatch):
     (tmp_path / "rules.py").write_text("def length(prompt, output):\n    return len(output)\n")
     monkeypatch.chdir(tmp_path)
@@ -246,6 +248,7 @@ def test_several_reward_models_are_weighed_in_their_own_units(tmp_path, models):
         label(tmp_path, "x", both, units_from=str(tmp_path / "m0.counts.json"))
 
 
+@every
 def test_several_reward_models_in_the_loop(loop, tmp_path, models):
     both = f"{models[0]}*0.7, {models[1]}*0.3"
     start, first, second, final = loop(reward_checkpoint=both, method="grpo")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import every
 from job_helpers import NEEDS_LINUX, quiet
 
 from halos_nb import ledger
@@ -309,6 +310,7 @@ def test_the_best_policy_is_the_one_that_evaluations_say(evaluated, tmp_path):
     assert "Evaluation on prompts that no round trains on" in page
 
 
+@every
 def test_a_policy_that_is_gone_is_not_trained_again_to_be_evaluated(evaluated, tmp_path):
     evaluated(total_prompts=10, evaluate_every=0, eval_num_prompts=128, keep="last")
     rounds = evaluated(total_prompts=10, keep="last")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import every
 
 from halos_nb.health import Health, alarms
 from halos_nb.loop import AlarmError, Breakage
@@ -115,6 +116,7 @@ def finished(run):
     ]
 
 
+@every
 def test_a_sweep_is_widened_to_more_seeds(swept, tmp_path):
     "The first seed's run stands; the second differs in its samples, and both are in the table."
     first = run_of("dpo + humanline")
@@ -224,6 +226,7 @@ def test_runs_that_did_not_end_are_counted_in_the_table(swept, monkeypatch, tmp_
     assert "ppo" in here["doubted"]
 
 
+@every
 def test_headline_follows_a_run_on_held_out_prompts(monkeypatch):
     "The run is made longer round by round: what stands is not done again."
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
