@@ -3,12 +3,14 @@
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,11 @@ preload.PER_JOB += (
 # papermill, accelerate, jupyter of this environment
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
 
+
+# started in the background by a shell, a process and all that it starts are deaf to interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # what CI has another one like it of, and not the minutes for
 every = pytest.mark.skipif(os.environ.get("HALOS_NB_LONG") != "every", reason="make test-every")
