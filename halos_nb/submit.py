@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOCAL', 'Driver', 'literal_values', 'read_driver', 'papermill_value', 'check_parameters', 'Task', 'read_sweep',
-           'name_part', 'no_run', 'make_tasks', 'executed_notebook', 'driver_command', 'visible_gpus', 'gpu_slots',
-           'local_problems', 'make_slots', 'whereabouts', 'why_it_failed', 'Start', 'Pool', 'pool_line', 'side_by_side',
-           'loops_side_by_side', 'per_machine', 'machines', 'resource_options', 'option_text', 'check_path',
-           'refuse_secrets', 'Submission', 'exported', 'job_options', 'template_task', 'job_script', 'file_system',
-           'sharing_notes', 'sbatch_environment', 'require_sbatch', 'hand_over', 'plan', 'joining', 'write_files',
-           'submit', 'run_here', 'main']
+           'name_part', 'no_run', 'make_tasks', 'executed_notebook', 'driver_command', 'MachineNeeds', 'stage_forms',
+           'gpus_of', 'cores_of', 'engine_gpus', 'machine_needs', 'visible_gpus', 'gpu_slots', 'local_problems',
+           'make_slots', 'whereabouts', 'why_it_failed', 'Start', 'Pool', 'pool_line', 'side_by_side',
+           'loops_side_by_side', 'machines', 'counted', 'resource_problems', 'resource_options', 'option_text',
+           'check_path', 'refuse_secrets', 'Submission', 'exported', 'job_options', 'template_task', 'job_script',
+           'file_system', 'sharing_notes', 'sbatch_environment', 'require_sbatch', 'hand_over', 'plan', 'joining',
+           'write_files', 'submit', 'run_here', 'main']
 
 # %% ../nbs/58_submit.ipynb #30f5a949
 import ast
@@ -41,7 +42,7 @@ from halos_nb.configs import (
     make_config,
     refuse,
 )
-from .settings import Profile, Settings, load_settings, parse_args
+from .settings import STAGES, Profile, Settings, load_settings, parse_args
 from .failures import StageError, ending
 from .progress import StatusLine, amount, clock, last_line, printable
 from .jobs import Job, lock_log, remove, supervised
@@ -178,6 +179,54 @@ def driver_command(
         words += ["-p", name, value]
     return words
 
+# %% ../nbs/58_submit.ipynb #e561501f
+class MachineNeeds(NamedTuple):
+    "What a run has at once on each of its machines."
+
+    gpus: int
+    cores: int
+
+
+def stage_forms(profile: Profile) -> list[Profile]:
+    "The profile as it holds for each stage, and for those that have no form of their own."
+    return [profile, *[profile.for_stage(stage) for stage in STAGES]]
+
+
+def gpus_of(p: Profile) -> int:
+    "GPUs of a stage on each machine; where it names them, up to the last of these."
+    if p.cpu:
+        return 0
+    named = [int(name) for name in p.devices.split(",") if name.strip()]
+    return max(named) + 1 if named else p.num_processes // p.num_machines
+
+
+def cores_of(p: Profile) -> int:
+    "Cores of a stage on each machine."
+    return p.num_processes // p.num_machines * p.threads
+
+
+def engine_gpus(profile: Profile, run: Any) -> int:
+    "GPUs over which a run's engine spreads, where it has one that the profile does not place."
+    own = profile.for_stage("sample")
+    if getattr(run, "backend", "") != "vllm" or own.cpu or own.devices:
+        return 0
+    engine = run.sampling("vllm", model="-")
+    return engine.tensor_parallel_size * engine.data_parallel_size
+
+
+def machine_needs(
+    profile: Profile,
+    runs: Collection[Any] = (),  # the configs of what is to run
+) -> MachineNeeds:
+    "The most that any stage has, and of cores all that work at the same time."
+    gpus = [gpus_of(one) for one in stage_forms(profile)]
+    gpus += [engine_gpus(profile, run) for run in runs]
+    cores = max(cores_of(one) for one in stage_forms(profile))
+    ahead = [cores_of(profile.for_stage(stage)) for stage in ("sample", "label")]
+    if any(getattr(run, "staleness", 0) for run in runs):
+        cores = max(cores, cores_of(profile.for_stage("train")) + max(ahead))
+    return MachineNeeds(max(gpus), cores)
+
 # %% ../nbs/58_submit.ipynb #5e2c895f
 def visible_gpus() -> list[str]:
     "The GPUs of this machine, or those that the environment leaves us."
@@ -210,22 +259,23 @@ def local_problems(p: Profile) -> Iterator[str]:
 def make_slots(
     profile: Profile,
     wanted: int | None = None,  # runs at once (None: as many as there is room for)
+    runs: Collection[Any] = (),  # their configs
 ) -> list[dict[str, str]]:
     "The environment of each run that may be under way at the same time."
-    stages = [profile, *[profile.for_stage(stage) for stage in profile.stages]]
     if wanted != 1:
-        refuse(problem for one in stages for problem in local_problems(one))
-    each = max(one.num_processes for one in stages)
-    if all(one.cpu for one in stages):
+        problems = [told for one in stage_forms(profile) for told in local_problems(one)]
+        refuse(dict.fromkeys(problems))
+    needs = machine_needs(profile, runs)
+    if not needs.gpus:
         cores = os.cpu_count() or 1
-        room = max(1, cores // (each * profile.threads))
+        room = max(1, cores // needs.cores)
         if wanted and wanted > room:
             print(f"{wanted} runs at once, but {cores} cores have room for {room}: slow")
         return [{} for _ in range(wanted or room)]
-    slots = gpu_slots(visible_gpus(), each)
+    slots = gpu_slots(visible_gpus(), needs.gpus)
     if len(slots) < (wanted or 1):
         raise ValueError(
-            f"slots: {wanted or 1} runs with {each} GPUs each, but the GPUs here are "
+            f"slots: {wanted or 1} runs with {needs.gpus} GPUs each, but the GPUs here are "
             f"{','.join(visible_gpus()) or 'none'}; fewer slots, or another profile"
         )
     return slots[:wanted]
@@ -368,26 +418,52 @@ def loops_side_by_side(
         words = [sys.executable, "-m", "halos_nb.loop", "--config", str(config)]
         starts.append(Start(run.run_name, words))
     profile = settings.get_profile(next(iter(runs)).profile)
-    return side_by_side(starts, make_slots(profile, slots), home.parent, logs)
+    return side_by_side(starts, make_slots(profile, slots, runs), home.parent, logs)
 
 # %% ../nbs/58_submit.ipynb #954bdb76
-def per_machine(profile: Profile) -> int:
-    "Processes of a stage on one machine, of the stage that has most."
-    stages = [profile, *[profile.for_stage(stage) for stage in profile.stages]]
-    return max(one.num_processes // one.num_machines for one in stages)
-
-
 def machines(profile: Profile) -> int:
     "Machines of the stage that has most."
-    stages = [profile, *[profile.for_stage(stage) for stage in profile.stages]]
-    return max(one.num_machines for one in stages)
+    return max(one.num_machines for one in stage_forms(profile))
 
 
-def resource_options(profile: Profile) -> dict[str, str]:
-    "What sbatch is asked for, by the names of its options."
+def counted(
+    said: str,  # 8, a100:8, a100:4,h100:4, gpu:a100:8 or gpu
+    kind: str = "",  # only what begins so
+) -> int:
+    "How many of a thing an option of sbatch asks for."
+    total = 0
+    for item in said.split(","):
+        number = item.partition("(")[0].rpartition(":")[2]
+        if item and item.startswith(kind):
+            total += int(number) if number.isdigit() else 1
+    return total
+
+
+def resource_problems(profile: Profile, needs: MachineNeeds) -> Iterator[str]:
+    "What a job would be given too little of."
     slurm = profile.slurm
-    each = per_machine(profile)
-    gpus = "" if profile.cpu or slurm.gres else str(each)
+    asked = dict(
+        cpus=(counted(slurm.cpus), needs.cores),
+        gpus=(counted(slurm.gpus), needs.gpus),
+        gres=(counted(slurm.gres, "gpu"), needs.gpus),
+    )
+    for key, (number, needed) in asked.items():
+        if 0 < number < needed:
+            yield (
+                f"slurm.{key}: asks for {number} on each machine, but the stages of profile "
+                f"{profile.name} have {needed} there; leave it out, or ask for {needed}"
+            )
+
+
+def resource_options(
+    profile: Profile,
+    runs: Collection[Any] = (),  # the configs of what is submitted
+) -> dict[str, str]:
+    "What sbatch is asked for, by the names of its options; an error if that is too little."
+    slurm = profile.slurm
+    needs = machine_needs(profile, runs)
+    refuse(resource_problems(profile, needs))
+    gpus = str(needs.gpus) if needs.gpus and not slurm.gres else ""
     options = {
         "partition": slurm.partition,
         "account": slurm.account,
@@ -397,7 +473,7 @@ def resource_options(profile: Profile) -> dict[str, str]:
         "time": slurm.time,
         "nodes": str(machines(profile)),
         "ntasks-per-node": "1",
-        "cpus-per-task": slurm.cpus or str(each * profile.threads),
+        "cpus-per-task": slurm.cpus or str(needs.cores),
         "gpus-per-node": slurm.gpus or gpus,
         "gres": slurm.gres,
         "mem": slurm.mem,
@@ -439,6 +515,7 @@ class Submission(NamedTuple):
     tasks: list[Task]
     folder: Path  # for the script and the job's log
     runs_dir: Path  # where the runs' folders are
+    runs: Sequence[Any] = ()  # their configs
 
     @property
     def script(self) -> Path:
@@ -462,7 +539,7 @@ def job_options(
     slurm = profile.slurm
     several = len(job.tasks) > 1
     name = job.folder.parent.name
-    options = resource_options(profile) | {
+    options = resource_options(profile, job.runs) | {
         "job-name": re.sub(r"[^\w.+-]", "_", name),
         "output": str(job.folder / ("slurm-%A_%a.log" if several else "slurm-%j.log")),
         "open-mode": "append",
@@ -580,7 +657,8 @@ def plan(cfg: SubmitConfig, settings: Settings) -> tuple[Submission, Profile]:
         run_folder(settings, task.run_name)
     name = given.get("run_name", driver.defaults["run_name"]) if swept else tasks[0].run_name
     folder = run_folder(settings, name)
-    return Submission(driver, tasks, folder / "submit", folder.parent), profile
+    runs = [check_parameters(driver, task.parameters) for task in tasks]
+    return Submission(driver, tasks, folder / "submit", folder.parent, runs), profile
 
 
 def joining(job: Submission) -> str:
@@ -624,7 +702,7 @@ def submit(job: Submission, profile: Profile, cfg: SubmitConfig) -> None:
 def run_here(job: Submission, profile: Profile, cfg: SubmitConfig) -> None:
     "Run a sweep on this machine; an error at the end names the runs that failed."
     commands = [driver_command(job.driver, task, job.runs_dir) for task in job.tasks]
-    slots = make_slots(profile, cfg.slots)
+    slots = make_slots(profile, cfg.slots, job.runs)
     if cfg.dry_run:
         for command in commands:
             print(shlex.join(command))

@@ -180,3 +180,47 @@ def test_no_run_outlives_who_started_them(tmp_path, how):
         started.wait(60)
     until(lambda: not alive(tmp_path / "logs"), 15, "nothing alive")
     assert not (tmp_path / "logs/c.log").exists()
+
+
+STAGES_APART = """
+[profile apart]
+threads = 1
+cpu = no
+devices.sample = 6,7
+devices.label = 6
+devices.train = 0,1,2,3
+num_processes.train = 4
+threads.train = 8
+[profile of_cpus]
+cpu.train = no
+num_processes.train = 4
+[profile few]
+cpu = no
+num_processes = 8
+slurm.gpus = a100:4
+"""
+
+
+@pytest.mark.parametrize(
+    "words, lines",
+    [
+        (["apart"], ["#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=32"]),
+        (["apart", "-p", "staleness", "1"], ["#SBATCH --cpus-per-task=33"]),
+        (["of_cpus"], ["#SBATCH --gpus-per-node=4", "#SBATCH --cpus-per-task=4"]),
+    ],
+)
+@AGAIN
+def test_a_job_asks_for_the_most_that_a_stage_has(place, command, capsys, words, lines):
+    with open(place / "settings.ini", "a", encoding="utf-8") as f:
+        f.write(STAGES_APART)
+    command("--dry_run", "--profile", *words)
+    said = capsys.readouterr().out.splitlines()
+    assert set(lines) <= set(said)
+
+
+@AGAIN
+def test_a_job_that_would_have_too_little_is_refused(place, command):
+    with open(place / "settings.ini", "a", encoding="utf-8") as f:
+        f.write(STAGES_APART)
+    with pytest.raises(SystemExit, match="slurm.gpus: asks for 4 on each machine, .* have 8"):
+        command("--dry_run", "--profile", "few")
