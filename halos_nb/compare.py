@@ -528,7 +528,7 @@ def csv_cell(value: object) -> object:
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, Interval):
-        return number_text(value, ".4g")
+        return "–" if math.isnan(value.value) else format(value, ".4g")
     text = json.dumps(value) if isinstance(value, list | dict) else visible(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 

@@ -27,9 +27,9 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'SIGNED', 'SURE_KE
            'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems',
            'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds',
            'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
-           'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files',
-           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig',
-           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig',
+           'named_files', 'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig',
+           'AuditConfig', 'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -2237,6 +2237,26 @@ class RoundLabelConfig:
     guidelines: str = ""  # shown above the pairs
     # widget: somebody can press keys; static: nobody can
     mode: Literal["auto", "widget", "static"] = "auto"
+
+# %% ../nbs/02_configs.ipynb #8354b2ae
+@checked
+class RescoreConfig:
+    "What `halos_nb.rescore` needs: answers in, their tokens' log-probs under two policies out."
+
+    samples_file: str  # JSON array of answers: prompt, output, and how it was drawn
+    output_file: str  # where ids and log-probs go, an object for each answer, in order
+    model: str  # the policy that was trained: a checkpoint folder or hub name
+    reference: str  # the policy that it is held against
+    max_length: PositiveInt = 512  # longest prompt + answer, in tokens
+    max_prompt_length: PositiveInt = 256  # longest prompt, in tokens
+    # options of the chat template, as "enable_thinking=false" or a JSON object
+    template_options: str = ""
+    token_budget: PositiveInt = 4096  # tokens in one forward pass
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    # run code that comes with the model; leave off unless you have read it
+    trust_remote_code: bool = False
+    # stop if Accelerate started another number (None: not checked)
+    num_processes: PositiveInt | None = None
 
 # %% ../nbs/02_configs.ipynb #c213de5c
 @dataclass(kw_only=True)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'SCORE', 'HELD_OUT', 'DISTANCE', 'SERIES', 'INK', 'CAPTION', 'EDGE',
-           'GRID', 'NEUTRAL', 'PAPER', 'DARK', 'UNSEEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab',
+           'GRID', 'NEUTRAL', 'PAPER', 'DARK', 'UNSEEN', 'HYPHEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab',
            'display_mode', 'spelt_out', 'visible', 'escape', 'readable', 'labeller_name', 'templates', 'render',
-           'static_text', 'Shown', 'paragraphs', 'number_format', 'number_text', 'numeric_column', 'aligned',
+           'static_text', 'Shown', 'paragraphs', 'number_format', 'minus', 'number_text', 'numeric_column', 'aligned',
            'summary_table', 'escaped_words', 'word_diff', 'spread', 'Answer', 'Answered', 'answered', 'gallery',
            'side_of_pair', 'pairs_table', 'answer_of_sample', 'samples_table', 'ShownToken', 'drawn_tokens',
            'example_line', 'audit_report']
@@ -163,6 +163,14 @@ def number_format(x: Any) -> str:
     return ",.0f" if abs(x) >= 1000 else ".4g"
 
 # %% ../nbs/60_show.ipynb #2abd5e0f
+HYPHEN = re.compile(r"(?<![\w.])-(?=\d)")  # one that stands for a minus
+
+
+def minus(text: str) -> str:
+    "A number's text, with the sign that it has in print; that of an exponent stays."
+    return HYPHEN.sub("−", text)
+
+
 def number_text(
     x: Any,
     spec: str = "",  # a format such as ".1%" (empty: up to 4 digits)
@@ -173,9 +181,9 @@ def number_text(
     if isinstance(x, bool):
         return "yes" if x else "no"
     if isinstance(x, Interval):
-        return "–" if np.isnan(x.value) else format(x, spec or ".3g")
+        return "–" if np.isnan(x.value) else minus(format(x, spec or ".3g"))
     if isinstance(x, Number):
-        return format(x, spec or number_format(x))
+        return minus(format(x, spec or number_format(x)))
     return visible(x)
 
 # %% ../nbs/60_show.ipynb #195927d2

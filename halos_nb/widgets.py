@@ -47,14 +47,18 @@ from .monitor import answer_while_busy
 from halos_nb.pairs import (
     Pairs,
     StaticView,
+    ask_policies,
+    change_detail,
     export_pairs,
     flag_pair,
+    is_told,
     json_number,
     note_pair,
     pair_detail,
     pick,
     prompt_history,
     read_pairs,
+    scale_steps,
     static_view,
     token_detail,
 )
@@ -156,6 +160,14 @@ class PairBrowser(MessageWidget):
 
     def do_tokens(self, i: int) -> dict:
         return dict(tokens=token_detail(self.pairs, i), i=i)
+
+    # rows: pairs that are listed, and asked about with this one; []: nobody is asked
+    def do_changed(self, i: int, rows: list[int]) -> dict:
+        "What training changed in a pair; the policies are asked where they have not been."
+        if rows and not is_told(self.pairs, i):
+            ask_policies(self.pairs, rows, show=False)
+        steps = [[step.text, step.shade, step.mark, step.told] for step in scale_steps()]
+        return dict(changed=change_detail(self.pairs, i), steps=steps, i=i)
 
     def do_same(self, i: int) -> dict:
         return dict(history=prompt_history(self.pairs, i))

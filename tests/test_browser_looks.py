@@ -8,17 +8,21 @@ import re
 import pytest
 from conftest import ROOT
 from test_browser import open_notebook, outputs
+from test_widgets import tell_tokens
 from test_browser_monitor import everything_is_text, hostile_runs, quiet  # noqa: F401
 
 from halos_nb.figures import NotebookRenderer, margin_histogram, reward_distributions
 from halos_nb.figures import training_curves
 from halos_nb.monitor import RunMonitor
 from halos_nb.page import report
+from halos_nb.pairs import read_pairs, told_view
+from halos_nb.records import write_records
 from halos_nb.rewards import kl_curve, length_and_reward, reward_vs_true
 from halos_nb.runs import read_run, with_truth
 
 pytestmark = pytest.mark.browser
 LOOKS = (ROOT / "tests/looks.js").read_text("utf-8")
+TYPED = dict(type="pairwise_feedback")
 LAPTOP, SCREEN = (1366, 768), (1920, 1080)
 # a window at 200% has half of the laptop's pixels
 WINDOWS = [(*LAPTOP, "light"), (*SCREEN, "dark"), (683, 384, "light"), (390, 844, "dark")]
@@ -122,7 +126,10 @@ def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tm
     panel = RunMonitor(run, "static", truth=length_is_good).static()._repr_mimebundle_()
     renderer = NotebookRenderer()
     drawn = [renderer.to_mimebundle(fig.to_dict()) for fig in figures_of(run)]
-    saved_notebook(tmp_path / "saved.ipynb", [panel, *drawn])
+    pairs = json.loads((run / "round-1/feedback.json").read_text("utf-8"))
+    write_records(run / "told/feedback.json", [p | TYPED for p in pairs])
+    [shaded] = told_view(read_pairs(tell_tokens(run / "told")), 2)
+    saved_notebook(tmp_path / "saved.ipynb", [panel, *drawn, shaded._repr_mimebundle_()])
     page.set_viewport_size(dict(width=1366, height=768))
     open_notebook(page, lab(kernels=False), "saved.ipynb", idle=False)
     page.locator(".jp-Dialog button", has_text=re.compile("^No Kernel$")).click()
@@ -130,6 +137,9 @@ def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tm
     plots = outputs(page).locator(".js-plotly-plot")  # at once, not when the mouse comes
     page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length === 6")
     everything_is_text(outputs(page).locator(".jp-RenderedHTMLCommon"), "data:image/svg+xml")
+    first = outputs(page).locator("pre span").first  # its numbers and its shade are there
+    assert "nats: log-prob" in first.get_attribute("title")
+    assert "213, 94, 0" in first.evaluate("t => getComputedStyle(t).backgroundColor")
     look_at(page, shown)
     for theme, (width, height) in (("JupyterLab Dark", SCREEN), ("JupyterLab Light", LAPTOP)):
         page.set_viewport_size(dict(width=width, height=height))

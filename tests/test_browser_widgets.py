@@ -20,7 +20,7 @@ from test_browser import (
 )
 from hostile import PAYLOADS
 from looks import complaints
-from test_widgets import HOSTILE, make_round, make_run
+from test_widgets import HOSTILE, make_round, make_run, tell_tokens
 
 from halos_nb.show import visible
 from halos_nb.records import as_text, read_records, write_records
@@ -276,6 +276,7 @@ def test_pair_browser_at_all_sizes(lab, watched, tmp_path):
     page = watched
     for name in ("round-1", "round-2"):
         markdown_round(tmp_path / "run" / name)
+    tell_tokens(tmp_path / "run", [0, 1])
     open_browser(page, lab, tmp_path)
     page.locator(".hnb").evaluate("w => w.focus()")
     plain = look_at(page, "pairs")
@@ -304,9 +305,47 @@ def test_pair_browser_at_all_sizes(lab, watched, tmp_path):
     assert page.locator(".hnb .step b").all_inner_texts() == ["round-1", "round-2"]
     assert page.locator(".hnb .step ins").count()
     look_at(page, "one prompt")("as it is")
-    # no run of ours drew these: tokens are not shaded, and the reason is told
+    shades_of_tokens(page, read_pairs(tmp_path / "run").records[0])
+    # their sampler told nothing: that is not shaded, and the reason is told
     page.keyboard.press("t")
-    page.locator(".hnb .wrong", has_text="no policy with a tokenizer.json").wait_for()
+    page.locator(".hnb .wrong", has_text="its sampler told none").wait_for()
+
+
+def shades_of_tokens(page, record):
+    "What training changed: shades with their numbers in words, of pairs that were asked about."
+    page.keyboard.press("g")
+    tokens = page.locator(".hnb .side[data-side='A'] .gains > span")
+    tokens.first.wait_for()
+    assert "".join(tokens.all_text_contents()) == as_text(record["output_A"])
+    told = "−3.00 nats: log-prob −3.00 before, −6.00 now"
+    assert tokens.first.get_attribute("title") == told
+    assert page.get_by_role("img", name=f"#: {told}", exact=True).first.is_visible()
+    looks = [
+        tokens.nth(k).evaluate("t => getComputedStyle(t).textDecoration") for k in (0, 3, 6)
+    ]
+    assert ["underline" in look for look in looks] == [True, False, True]
+    assert "wavy" in looks[0] and "wavy" not in looks[2]
+    words = page.locator(".hnb .gains .legend").first.inner_text()
+    assert "gained: “" in words and "lost: “#” −3.00" in words
+    scale = page.locator(".hnb .scale")
+    assert "−2 or less" in scale.inner_text() and "under round-1 minus" in scale.inner_text()
+    for theme in ("Dark", "Light"):
+        set_theme(page, theme)
+        look_at(page, "changed")(theme)
+    # the next pair is shaded too; one that nobody asked about says how it can be
+    page.locator(".hnb").evaluate("w => w.focus()")
+    page.keyboard.press("j")
+    wait_here(page, 1)
+    tokens.first.wait_for()
+    page.keyboard.press("j")
+    wait_here(page, 2)
+    page.locator(".hnb .status", has_text="no policy was asked of this pair").wait_for()
+    assert tokens.count() == 0
+    page.keyboard.press("k")
+    wait_here(page, 1)
+    tokens.first.wait_for()
+    page.keyboard.press("g")
+    tokens.first.wait_for(state="detached")
 
 
 def test_answers_of_three_hundred_thousand_letters(lab, watched, tmp_path):
@@ -335,11 +374,14 @@ def test_hostile_text_is_text_in_the_pair_browser(lab, watched, tmp_path):
         )
     labels = tmp_path / "run/round-1/feedback.labels.jsonl"
     labels.write_text(labels.read_text().replace("rm:small", "rm:" + HOSTILE[1]))
+    tell_tokens(tmp_path / "run", words=HOSTILE[:2])
     open_browser(page, lab, tmp_path)
     pairs = read_pairs(tmp_path / "run")
     for i in range(len(pairs)):
         wait_here(page, i)
         page.locator(".hnb").evaluate("r => r.focus()")
+        page.keyboard.press("g")
+        page.locator(".hnb .gains").first.wait_for()
         for key in "ddm":
             page.keyboard.press(key)  # drawn with differences, plain again, as Markdown
         page.keyboard.press("j")

@@ -1,7 +1,13 @@
 "Labels reach the pair they were given to, or none: never another's."
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from halos_nb import pairs as room
+from halos_nb.models import small_llama
+from halos_nb.templates import byte_tokenizer
 from halos_nb.feedback import (
     convert_to_binary_feedback,
     convert_to_pairwise_feedback,
@@ -301,3 +307,50 @@ def test_seeds_of_a_reward_model_are_rounds(tmp_path):
     pairs = read_pairs(tmp_path)
     assert pairs.names == ["rm", "rm-s1", "rm-s2"]
     assert pairs.same[pairs.records[0]["prompt_id"]] == [0, 1, 2]
+
+
+# ---- what training changed
+
+
+def trained_run(folder):
+    "A run with two policies of fresh weights and a round's pairs."
+    tok = byte_tokenizer()
+    places = dict(sft=folder / "sft", now=folder / "run/round-1/policy/FINAL")
+    for seed, place in enumerate(places.values()):
+        torch.manual_seed(seed)
+        small_llama(tok, hidden_size=32, initializer_range=0.2).save_pretrained(place)
+        tok.save_pretrained(place)
+    run = folder / "run"
+    (run / "policy").symlink_to("round-1/policy/FINAL")
+    told = dict(parameters=dict(sft_checkpoint=str(places["sft"]), max_length=64))
+    (run / "params.json").write_text(json.dumps(told), "utf-8")
+    samples = scored(("Vega", 1.0), ("Sirius, I am sure.", 0.0)) + scored(
+        ("Deneb", 2.0), ("Mars", -1.0), prompt="q"
+    )
+    write_records(run / "round-1/feedback.json", widest(samples))
+    return run
+
+
+def test_policies_are_asked_once_about_what_is_shown(tmp_path):
+    "By a stage of its own; a policy that trains on is asked anew, and what it said stays."
+    run = trained_run(tmp_path)
+    pairs = read_pairs(run)
+    assert room.ask_policies(pairs, [0], show=False) == 2
+    assert room.is_told(pairs, 0) and not room.is_told(pairs, 1)
+    assert room.ask_policies(pairs, [0], show=False) == 0  # nothing is started
+    told = room.change_detail(read_pairs(run), 0)
+    assert told["scale"].startswith("log-prob under run/round-1 minus log-prob under ")
+    words = as_text(pairs.records[0]["output_A"])
+    assert "".join(cell[0] for cell in told["A"]["tokens"]).startswith(words)
+    [row, _] = [json.loads(x) for x in (run / "rescore/tokens.jsonl").open(encoding="utf-8")]
+    changes = [a - b for a, b in zip(row["policy_logps"], row["reference_logps"])]
+    assert told["A"]["words"].startswith(room.minus(f"{sum(changes):+.2f} nats over "))
+    # another policy
+    config = run / "round-1/policy/FINAL/config.json"
+    config.write_text(config.read_text("utf-8") + "\n", "utf-8")
+    assert room.change_detail(read_pairs(run), 0) is None
+    # no policy at all: what was told last is still known
+    (run / "policy").unlink()
+    assert room.change_scale(read_pairs(run), 0) == told["scale"]
+    with pytest.raises(ValueError, match="has no policy"):
+        room.ask_policies(read_pairs(run), [1])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from halos_nb import widgets
 from golden import without_ids
@@ -24,7 +25,8 @@ from halos_nb.feedback import (
 from halos_nb.verdicts import pair_of
 from halos_nb.people import Session, choose_pairs
 from halos_nb.records import append_jsonl, as_text, read_jsonl, read_records, write_records
-from halos_nb.pairs import export_pairs, flag_pair, pair_detail, pick, read_pairs, static_view
+from halos_nb.pairs import answer_key, export_pairs, flag_pair, pair_detail, pick, read_pairs
+from halos_nb.pairs import static_view
 from halos_nb.widgets import SessionView, HumanLabeler, PairBrowser, browse_pairs, finish
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +100,34 @@ def make_run(folder, rounds=(12, 12, 8), **how):
     for k, n in enumerate(rounds, 1):
         make_round(folder / f"round-{k}", n, seed=k, **how)
     return folder
+
+
+def byte_spelling():
+    "A tokenizer of bytes, as a policy's folder has it."
+    spelling = Tokenizer(models.BPE())
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    spelling.train_from_iterator([], trainer)
+    return spelling
+
+
+def tell_tokens(run, numbers=None, words=("sft", "round-1")):
+    "What two policies are to have said of some pairs (None: all); the policies are gone."
+    (run / "policy/FINAL").mkdir(parents=True, exist_ok=True)
+    spelling = byte_spelling()
+    spelling.save(str(run / "policy/FINAL/tokenizer.json"))
+    pairs = read_pairs(run)
+    for i in range(len(pairs)) if numbers is None else numbers:
+        for side in "AB":
+            ids = spelling.encode(as_text(pairs.records[i][f"output_{side}"])).ids
+            row = dict(answer=answer_key(pairs.records[i], side), marks="", names=words)
+            row |= dict(ids=ids, reference_logps=[-3.0] * len(ids))
+            row |= dict(policy_logps=[-3.0 + (k % 7 - 3) for k in range(len(ids))])
+            (run / "rescore").mkdir(exist_ok=True)
+            append_jsonl(run / "rescore/tokens.jsonl", row)
+    return run
 
 
 # ---- pairs
@@ -567,7 +597,8 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
     labels = run / "round-1/feedback.labels.jsonl"
     labels.write_text(labels.read_text().replace('"rm:small"', json.dumps(text)))
     view = view_of(tmp_path, texts=[text, "two"], n=4, others={text: {}})
-    pairs = read_pairs(run)
+    pairs = read_pairs(tell_tokens(run, words=(text, text)))
+    assert "token by token" in static_view(pairs).parts[-1].text
     for shown in [
         *static_view(pairs).parts,
         widgets.labelling_report(view),
@@ -581,8 +612,8 @@ def test_hostile_text_is_inert_without_a_kernel(text, tmp_path):
             }
             continue
         page = Page(shown.html)
-        assert set(page.tags) <= TAGS
-        assert page.attributes <= ATTRIBUTES
+        assert set(page.tags) <= TAGS | {"span"}  # tokens, each with its numbers as title
+        assert page.attributes <= ATTRIBUTES | {"title"}
         assert not page.stack
     assert visible(text) in static_view(pairs).parts[2].text
     for bundle in (

@@ -110,6 +110,8 @@ function render({ model, el: host }) {
     diff: false,
     rich: false, // are answers shown as Markdown?
     tokens: null, // of the pair shown, with log-probs
+    changing: false, // are tokens shaded by what training changed?
+    changed: null, // what it changed in the pair shown; null: nobody was asked
     same: false, // is the prompt followed through the rounds?
   };
   const fields = {
@@ -194,6 +196,7 @@ function render({ model, el: host }) {
     else if (message.kept != null) receiveOrder(message, buffers[0]);
     else if (message.history) showSame(message.history);
     else if (message.tokens) receiveTokens(message);
+    else if ("changed" in message) receiveChanged(message);
     else receivePair(message);
   }
 
@@ -236,7 +239,8 @@ function render({ model, el: host }) {
     if (rows) view.rows = rows;
     if (rows || flags || notes) showRows();
     if (pair) view.pair = pair;
-    if (pair) [view.same, view.tokens] = [false, null];
+    if (pair) [view.same, view.tokens, view.changed] = [false, null, null];
+    if (pair && view.changing) askChanged([]);
     if (pair || flags || notes) show();
     if (pair) draw();
   }
@@ -354,12 +358,15 @@ function render({ model, el: host }) {
     if (!pair) return;
     const marked = pattern();
     const way = view.rich ? markdown : (text) => plain(text, marked);
-    const one = (name) =>
-      view.tokens ? shaded(view.tokens[name]) : readPart(pair[name], way);
+    const one = (name) => {
+      if (view.changed) return gainsOf(view.changed[name]);
+      return view.tokens ? shaded(view.tokens[name]) : readPart(pair[name], way);
+    };
     const [a, b] = view.diff ? diffed(pair.A.text, pair.B.text) : ["A", "B"].map(one);
     detail.replaceChildren(
       headOf(pair),
       scrolling(turns(pair.prompt, marked)),
+      view.changed ? scaleOf(view.changed) : "",
       el("div", { class: "two" }, sideOf(pair, "A", a), sideOf(pair, "B", b)),
       el(
         "div",
@@ -387,6 +394,50 @@ function render({ model, el: host }) {
     const said = "shade: how unlikely to the policy that drew it";
     const key = el("div", { class: "legend" }, said);
     return el("pre", { class: "text", dir: "auto" }, key, ...tokens.map(token));
+  }
+
+  // ---- what training changed
+
+  // rows: the pairs that are asked about together; none: only what is known is shown
+  function askChanged(rows) {
+    const message = { do: "changed", i: view.pair.i, rows };
+    const busy = `both policies read ${rows.length} pairs; the models are loaded for that`;
+    link.ask(message, rows.length ? busy : "");
+  }
+
+  function receiveChanged({ i, changed, steps }) {
+    if (i !== view.pair?.i || !view.changing) return;
+    view.changed = changed && { ...changed, steps };
+    show();
+    if (changed) return;
+    status.textContent = "no policy was asked of this pair: g asks about those in the list";
+  }
+
+  function toggleChanged() {
+    view.changing = !(view.changing && view.changed); // of an unknown pair it asks
+    [view.changed, view.tokens, view.diff] = [null, null, false];
+    const listed = view.rows.map((row) => row.i);
+    if (view.changing) askChanged(listed.includes(view.pair.i) ? listed : [view.pair.i]);
+    else show();
+  }
+
+  // A token in its shade; the shade is said again in words and by a line.
+  function gain([text, shade, mark, told]) {
+    const rgb = shade > 0 ? "0, 114, 178" : "213, 94, 0";
+    const style = `background-color: rgba(${rgb}, ${(0.6 * Math.abs(shade)).toFixed(2)})`;
+    const label = `${text}: ${told}`;
+    return el("span", { role: "img", title: told, "aria-label": label, class: mark, style }, text);
+  }
+
+  function gainsOf({ tokens, words }) {
+    const said = el("div", { class: "legend" }, words);
+    return el("pre", { class: "text gains", dir: "auto" }, said, ...tokens.map(gain));
+  }
+
+  function scaleOf({ scale, steps }) {
+    const chips = steps.flatMap((step) => [gain(step), " "]);
+    const how = "more likely (underlined from half a nat on, waved where less likely)";
+    return el("div", { class: "legend scale" }, "Less likely ", ...chips, how, ": ", scale);
   }
 
   // An answer; where a model read only its beginning, a line says where it stopped.
@@ -424,6 +475,7 @@ function render({ model, el: host }) {
       button("diff", "key d", view.diff, () => press("d")),
       button("Markdown", "key m", view.rich, () => press("m")),
       button("tokens", "key t: log-probs", Boolean(view.tokens), () => press("t")),
+      button("changed", "key g: what training changed", view.changing, () => press("g")),
       count > 1 ? button(`same prompt (${count})`, "key c", view.same, () => press("c")) : "",
       button("⚑ flag", "key f", view.flags.has(pair.i), () => press("f")),
       note,
@@ -657,15 +709,17 @@ function render({ model, el: host }) {
       go(view.place - 1);
     } else if (key === "d") {
       view.diff = !view.diff;
+      [view.changed, view.changing] = [null, false];
       show();
     } else if (key === "m") {
       view.rich = !view.rich;
       show();
     } else if (key === "t" && view.pair) {
       if (!view.tokens) link.ask({ do: "tokens", i: view.pair.i });
-      view.tokens = null;
-      view.diff = false;
+      [view.tokens, view.changed, view.changing, view.diff] = [null, null, false, false];
       show();
+    } else if (key === "g" && view.pair) {
+      toggleChanged();
     } else if (key === "c" && view.pair) {
       if (view.same) show();
       else link.ask({ do: "same", i: view.pair.i });
@@ -727,6 +781,7 @@ function render({ model, el: host }) {
     ...hint("d", "diff"),
     ...hint("m", "Markdown"),
     ...hint("t", "tokens"),
+    ...hint("g", "changed by training"),
     ...hint("c", "same prompt"),
     ...hint("f", "flag"),
     ...hint("n", "note"),
