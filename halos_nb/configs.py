@@ -23,13 +23,14 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'SIGNED', 'SURE_KE
            'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares',
            'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
            'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
-           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'LoopConfig', 'preset_settings',
-           'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems',
-           'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds',
-           'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
-           'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig',
-           'named_files', 'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig',
-           'AuditConfig', 'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
+           'preset_settings', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
+           'stale_problems', 'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config',
+           'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig',
+           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig',
+           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
+           'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import difflib
@@ -1778,6 +1779,11 @@ class RunTrackerOptions:
     # rounds are one curve there; trackio gets each round's table, pairs and figures too
     report_to: str = "none"
 
+
+def tracker_names(report_to: str) -> list[str]:
+    "Names set apart by commas; `none` is nobody."
+    return [name for name in split_names(report_to) if name != "none"]
+
 # %% ../nbs/02_configs.ipynb #be11b0a8
 @checked
 class LoopConfig(
@@ -1994,9 +2000,10 @@ def stage_config(
     "The config of a stage of the loop; an error if the added options do not fit it."
     for name in options:
         if name in own:
-            raise ValueError(
-                f"{what}: {name} is set elsewhere; give it as a parameter of its own"
-            )
+            how = "leave it out, each round has its own"
+            if name in field_names(LoopConfig):
+                how = "give it as a parameter of its own"
+            raise ValueError(f"{what}: {name} is set elsewhere; {how}")
     try:
         return make_config(cls, **own, **options)
     except ValueError as e:

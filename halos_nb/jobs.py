@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -280,14 +280,16 @@ def check_launch(
     profile: Profile,
     precision: str,  # the experiment's
     *stages: str,  # that will be launched (none: all)
+    env: Mapping[str, str] = os.environ,  # what the driver will have
+    scheduled: bool = False,  # a scheduler will say which machines
 ) -> None:
     "An error if a stage cannot be launched as the profile says."
     for stage in stages or STAGES:
         own = profile.for_stage(stage)
-        check_precision(precision, config=own.accelerate_config)
+        check_precision(precision, env, own.accelerate_config)
         if own.python:
             ask_python(own.python)
-        if own.num_machines > 1:
+        if own.num_machines > 1 and not scheduled:
             hosts_of(own)
 
 

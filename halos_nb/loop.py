@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'LOOKED_AT', 'AT_ONCE', 'WAYS', 'NOT_OF_THE_RUN',
-           'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of', 'sample_stage', 'draw_stage', 'with_draw',
-           'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked', 'asked_in',
-           'Cap', 'labeller_stage', 'answers_of_start', 'people_stage', 'combining_stage', 'labelling_stages',
-           'train_stage', 'check_stage', 'eval_source', 'compared_with', 'evaluator_stages', 'journal_of',
-           'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate', 'wins_text', 'cost_text', 'sampler_line',
-           'estimate_text', 'evaluation_line', 'Round', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
-           'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError',
-           'Paid', 'paid_in', 'questions_in', 'tokens_of_question', 'dearest_question', 'prompts_sealed',
+           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'TRACKERS', 'LOOKED_AT', 'AT_ONCE', 'WAYS',
+           'NOT_OF_THE_RUN', 'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of', 'sample_stage', 'draw_stage',
+           'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked',
+           'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage', 'combining_stage',
+           'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with', 'evaluator_stages',
+           'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate', 'wins_text', 'cost_text',
+           'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'round_counts', 'drawn_at', 'scores_in',
+           'combined_how', 'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate',
+           'CostError', 'Paid', 'paid_in', 'questions_in', 'tokens_of_question', 'dearest_question', 'prompts_sealed',
            'totals_before', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations',
            'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'is_small',
            'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models',
-           'located_evaluation', 'located', 'check_sampler', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by',
-           'score_name', 'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'AsSealed',
-           'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder',
-           'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed',
-           'branch', 'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds',
-           'main']
+           'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers', 'Scored', 'Loop',
+           'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'round_of', 'prompts_asked',
+           'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_sources', 'as_if_named',
+           'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds', 'stands_so_far',
+           'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person', 'base_of', 'branches_of',
+           'next_branch', 'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits', 'settle', 'choose_run',
+           'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -33,10 +34,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -69,6 +71,7 @@ from halos_nb.configs import (
     PlanConfig,
     asks_judge,
     compares,
+    did_you_mean,
     evaluators,
     is_person,
     labellers,
@@ -76,7 +79,9 @@ from halos_nb.configs import (
     make_config,
     read_models,
     require_path,
+    tracker_names,
 )
+from .hub_sets import require_source
 from .settings import Profile, Settings, load_settings, parse_args, profile_record
 from .stats import Interval
 from halos_nb.health import (
@@ -90,7 +95,7 @@ from halos_nb.health import (
     measure_text,
 )
 from .failures import StageError
-from .jobs import Job, check_launch, remove, stage_module
+from .jobs import Job, ask_python, check_launch, remove, stage_module
 from .jobs import launch as launch_job
 from .jobs import prepare
 from halos_nb.identity import (
@@ -103,6 +108,8 @@ from halos_nb.identity import (
     differing,
     hub_revisions,
     identity,
+    installed,
+    path_state,
     read_manifest,
     reason_to_run,
     versions,
@@ -1379,6 +1386,53 @@ def check_sampler(cfg: LoopConfig, profile: Profile) -> dict[str, str]:
         )
     return versions() | {"vllm": vllm}
 
+# %% ../nbs/57_loop.ipynb #ba48e516
+# trackers by transformers' names, each with the packages of which it needs one
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml-core",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet-ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow", "mlflow-skinny"),
+    "neptune": ("neptune", "neptune-client"),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+
+def has_package(name: str, python: str) -> bool:
+    "Whether a Python has a package (empty: ours)."
+    if python:
+        return name in ask_python(python, name)
+    try:
+        return bool(installed(name, path_state()))
+    except PackageNotFoundError:
+        return False
+
+
+def check_trackers(report_to: str, profile: Profile) -> None:
+    "An error if training would not find a tracker that the run's metrics are to go to."
+    python = profile.for_stage("train").python
+    for name in tracker_names(report_to):
+        if name not in TRACKERS:
+            raise ValueError(
+                f"report_to: {name!r} is no tracker that transformers knows; "
+                f"{did_you_mean(name, TRACKERS)}"
+            )
+        packages = TRACKERS[name]
+        if packages and not any(has_package(package, python) for package in packages):
+            raise ValueError(
+                f"report_to: {name} needs the package {' or '.join(packages)}, and "
+                f"{python or sys.executable} has none, where profile {profile.name} trains; "
+                f"install it there (-m pip install {packages[0]}), or leave {name} out"
+            )
+
 # %% ../nbs/57_loop.ipynb #58b90dbf
 class Scored(NamedTuple):
     "How good a policy's own answers are, by the labeller of the run."
@@ -2189,6 +2243,104 @@ def check_apart(profile: Profile) -> None:
                 f"beside the training's; set devices.{stage} and devices.train"
             )
 
+# %% ../nbs/57_loop.ipynb #914fc5d1
+def names_all(cfg: LoopConfig) -> bool:
+    "Whether nothing of a run is left to the playground."
+    asks_model = "rm" in labellers(cfg)
+    return bool(
+        cfg.sft_checkpoint and cfg.prompts and (cfg.reward_checkpoint or not asks_model)
+    )
+
+
+def refuse_world_seed(seed: int) -> None:
+    "An error if a seed is given for a world that is not used."
+    if seed:
+        raise ValueError(
+            f"world_seed: {seed} would decide nothing, since everything else is named; leave "
+            "it out, or leave something to the playground"
+        )
+
+
+def check_sources(cfg: LoopConfig) -> None:
+    "An error if a model or data that a run names is not there."
+    for name in ("sft_checkpoint", "watch_reward"):
+        require_path(getattr(cfg, name), name)
+    for name in ("prompts", "heldout_prompts"):
+        if getattr(cfg, name):
+            require_source(getattr(cfg, name), name)
+    for one in read_models(cfg.reward_checkpoint):
+        require_path(one.model, "reward_checkpoint")
+    if names_all(cfg):
+        refuse_world_seed(cfg.world_seed)
+
+# %% ../nbs/57_loop.ipynb #b54175da
+def as_if_named(cfg: LoopConfig) -> LoopConfig:
+    "The config with names for what the playground will give, and two rounds at most."
+    asks_model = "rm" in labellers(cfg)
+    heldout = "" if cfg.prompts else "playground/heldout.json"
+    return replace(
+        cfg,
+        sft_checkpoint=cfg.sft_checkpoint or "playground/policy",
+        reward_checkpoint=cfg.reward_checkpoint or asks_model * "playground/reward",
+        prompts=cfg.prompts or "playground/prompts.json",
+        heldout_prompts=cfg.heldout_prompts or heldout,
+        total_prompts=min(cfg.total_prompts, 2 * cfg.prompts_per_round),
+    )
+
+
+def check_stages(cfg: LoopConfig) -> None:
+    "An error if a stage of the run would refuse what the parameters say of it."
+    cfg = as_if_named(cfg)
+    run = Path(os.devnull, cfg.run_name)  # nothing is there, and nothing is written
+    loop = Loop(cfg, cast(Ledger, RunFiles(run, Profile())))
+    policy = run / "round-1/policy/FINAL"
+    first = Path(cfg.sft_checkpoint)
+    for round, count in loop.planned.items():
+        loop.stages(round, None if round in ("start", 1) else policy, 0, count)
+        if round not in MEASURED and cfg.alarm != "skip":
+            check_stage(cfg, loop.folder(round), round, policy, 0, count)
+    if cfg.audit != "skip":
+        loop.first_looks()
+    if evaluators(cfg):
+        evaluation_stages(cfg, run, 0, first)
+        evaluation_stages(cfg, run, 1, policy, 0)
+
+# %% ../nbs/57_loop.ipynb #4627f993
+def check_run(
+    cfg: LoopConfig,
+    profile: Profile,
+    env: Mapping[str, str] = os.environ,  # what the driver will have
+    scheduled: bool = False,  # a scheduler will say which machines
+) -> dict[str, str]:
+    "The versions that a run's numbers depend on; an error for what its launch would refuse."
+    check_launch(profile, cfg.precision, env=env, scheduled=scheduled)
+    check_trackers(cfg.report_to, profile)
+    check_stages(cfg)
+    found = check_sampler(cfg, profile)
+    if cfg.staleness:
+        check_apart(profile)
+    return found
+
+
+def check_before(
+    cfg: LoopConfig,
+    settings: Settings,
+    env: Mapping[str, str] = os.environ,  # what the driver will have
+    scheduled: bool = False,  # a scheduler will say which machines
+) -> Estimate:  # of what labelling will cost
+    "An error for whatever a run would refuse before its first stage; nothing is written."
+    run = run_folder(settings, cfg.run_name)
+    check_sources(cfg)
+    check_run(cfg, settings.get_profile(cfg.profile), env, scheduled)
+    check_owner(run, "online_loop")
+    if names_all(cfg):
+        cfg = located(cfg)
+        if cfg.on_change == "stop":
+            choose_run(cfg, settings)  # which then only looks
+    costs = estimate(cfg, run)
+    check_costs(costs)
+    return costs
+
 # %% ../nbs/57_loop.ipynb #6c4e6ce1
 class AsSealed(RunFiles):
     "Takes each output of a sealed stage for what its manifest says, unless that has changed."
@@ -2587,10 +2739,7 @@ def run_rounds(
 ) -> Iterator[Round]:
     "All rounds as they are done, then `final`; with held-out prompts, `start` before them."
     profile = settings.get_profile(cfg.profile)
-    check_launch(profile, cfg.precision)
-    known: dict[str, Any] = dict(versions=check_sampler(cfg, profile))
-    if cfg.staleness:
-        check_apart(profile)
+    known: dict[str, Any] = dict(versions=check_run(cfg, profile))
     cfg = located(choose_run(cfg, settings))
     run = run_folder(settings, cfg.run_name)
     redo = cfg.on_change == "redo"

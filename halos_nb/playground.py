@@ -11,8 +11,7 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED
            'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'with_ratings', 'sample_record', 'make_data',
            'shared_questions', 'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts',
            'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build',
-           'train_reward', 'into_playground', 'refuse_world_seed', 'pairs_of_playground', 'models_of_playground',
-           'sweep_configs']
+           'train_reward', 'into_playground', 'pairs_of_playground', 'models_of_playground', 'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
@@ -34,13 +33,13 @@ from halos_nb.configs import (
     TrainConfig,
     did_you_mean,
     labellers,
-    read_models,
     require_path,
     seeds_of,
 )
 from .settings import Profile, Settings, load_settings
 from .hub_sets import require_source
 from .ledger import Ledger, RunBusy, Stage, run_folder
+from .loop import check_run, check_sources, names_all, refuse_world_seed
 
 # %% ../nbs/70_playground.ipynb #aa47841c
 TABLE = """
@@ -632,18 +631,11 @@ def train_reward(
 # %% ../nbs/70_playground.ipynb #e7ed8df4
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
-    for name in ("sft_checkpoint", "watch_reward"):
-        require_path(getattr(cfg, name), name)
-    for name in ("prompts", "heldout_prompts"):
-        if getattr(cfg, name):
-            require_source(getattr(cfg, name), name)
-    for one in read_models(cfg.reward_checkpoint):
-        require_path(one.model, "reward_checkpoint")
-    asks_model = "rm" in labellers(cfg)
-    if cfg.sft_checkpoint and cfg.prompts and (cfg.reward_checkpoint or not asks_model):
-        refuse_world_seed(cfg.world_seed)
+    check_sources(cfg)
+    if names_all(cfg):
         return cfg
-    settings.get_profile(cfg.profile)
+    check_run(cfg, settings.get_profile(cfg.profile))
+    asks_model = "rm" in labellers(cfg)
     world = build(settings, seed=cfg.world_seed)
     heldout = "" if cfg.prompts else str(world.heldout)
     by_truth = cfg.evaluate_every and not (cfg.prompts or cfg.eval_labeller or cfg.eval_prompts)
@@ -659,15 +651,6 @@ def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
 
 # who evaluates here, where nobody else is named: the truth, which no run is trained on
 TRUE_REWARD = "halos_nb.playground:true_reward"
-
-
-def refuse_world_seed(seed: int) -> None:
-    "An error if a seed is given for a world that is not used."
-    if seed:
-        raise ValueError(
-            f"world_seed: {seed} would decide nothing, since everything else is named; leave "
-            "it out, or leave something to the playground"
-        )
 
 # %% ../nbs/70_playground.ipynb #cc8d216c
 def pairs_of_playground(cfg: RewardConfig, settings: Settings) -> RewardConfig:

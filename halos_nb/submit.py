@@ -10,7 +10,7 @@ __all__ = ['LOCAL', 'Driver', 'literal_values', 'read_driver', 'papermill_value'
            'loops_side_by_side', 'machines', 'counted', 'resource_problems', 'resource_options', 'option_text',
            'check_path', 'refuse_secrets', 'Submission', 'exported', 'job_options', 'template_task', 'job_script',
            'file_system', 'sharing_notes', 'sbatch_environment', 'require_sbatch', 'hand_over', 'plan', 'joining',
-           'write_files', 'submit', 'run_here', 'main']
+           'job_environment', 'check_runs', 'write_files', 'submit', 'run_here', 'main']
 
 # %% ../nbs/58_submit.ipynb #30f5a949
 import ast
@@ -42,11 +42,19 @@ from halos_nb.configs import (
     make_config,
     refuse,
 )
-from .settings import STAGES, Profile, Settings, load_settings, parse_args
+from halos_nb.settings import (
+    STAGES,
+    Profile,
+    Settings,
+    SlurmOptions,
+    load_settings,
+    parse_args,
+)
 from .failures import StageError, ending
 from .progress import StatusLine, amount, clock, last_line, printable
-from .jobs import Job, lock_log, remove, supervised
+from .jobs import Job, check_launch, lock_log, remove, supervised
 from .ledger import event_problem, run_folder
+from .loop import check_before
 
 # %% ../nbs/58_submit.ipynb #538ecd24
 class Driver(NamedTuple):
@@ -668,6 +676,27 @@ def joining(job: Submission) -> str:
     out = job.folder.parent / notebook.name
     return shlex.join(["papermill", str(notebook), str(out), "-p", "runs", names])
 
+# %% ../nbs/58_submit.ipynb #40d99675
+def job_environment(slurm: SlurmOptions) -> dict[str, str]:
+    "Of our environment, what the job's driver will have."
+    names = exported(slurm.export)
+    if names == "ALL":
+        return dict(os.environ)
+    return {name: os.environ[name] for name in names.split(",") if name in os.environ}
+
+
+def check_runs(job: Submission, profile: Profile, settings: Settings, local: bool) -> None:
+    "An error for whatever a run would refuse when it is launched; says what labelling costs."
+    env = dict(os.environ) if local else job_environment(profile.slurm)
+    for task, run in zip(job.tasks, job.runs):
+        if not isinstance(run, LoopConfig):
+            precision = getattr(run, "precision", "float32")
+            check_launch(profile, precision, env=env, scheduled=not local)
+            continue
+        costs = check_before(run, settings, env, not local)
+        for line in str(costs).splitlines():
+            print(f"# {task.run_name}: {line}")
+
 # %% ../nbs/58_submit.ipynb #ac4a8149
 def write_files(job: Submission, script: str) -> None:
     "Write what is submitted, and make the folder that the log goes to."
@@ -678,9 +707,10 @@ def write_files(job: Submission, script: str) -> None:
         f.write(script)
 
 
-def submit(job: Submission, profile: Profile, cfg: SubmitConfig) -> None:
+def submit(job: Submission, profile: Profile, cfg: SubmitConfig, settings: Settings) -> None:
     "Hand the runs to the scheduler, or show what would be handed to it."
     script = job_script(job, profile, cfg.slots)
+    check_runs(job, profile, settings, local=False)
     if not cfg.dry_run:
         require_sbatch()
     for note in sharing_notes([job.runs_dir, Path(sys.executable)]):
@@ -699,10 +729,11 @@ def submit(job: Submission, profile: Profile, cfg: SubmitConfig) -> None:
     print(f"end:       scancel {number}")
 
 # %% ../nbs/58_submit.ipynb #8aafd4ad
-def run_here(job: Submission, profile: Profile, cfg: SubmitConfig) -> None:
+def run_here(job: Submission, profile: Profile, cfg: SubmitConfig, settings: Settings) -> None:
     "Run a sweep on this machine; an error at the end names the runs that failed."
     commands = [driver_command(job.driver, task, job.runs_dir) for task in job.tasks]
     slots = make_slots(profile, cfg.slots, job.runs)
+    check_runs(job, profile, settings, local=True)
     if cfg.dry_run:
         for command in commands:
             print(shlex.join(command))
@@ -717,8 +748,9 @@ def run_here(job: Submission, profile: Profile, cfg: SubmitConfig) -> None:
 
 def main(cfg: SubmitConfig, settings: Settings | None = None) -> None:
     "Submit as the config says."
-    job, profile = plan(cfg, settings or load_settings())
-    (run_here if cfg.local else submit)(job, profile, cfg)
+    settings = settings or load_settings()
+    job, profile = plan(cfg, settings)
+    (run_here if cfg.local else submit)(job, profile, cfg, settings)
     if len(job.tasks) > 1:
         print(f"afterwards: {joining(job)}")
 
@@ -726,5 +758,5 @@ def main(cfg: SubmitConfig, settings: Settings | None = None) -> None:
 if __name__ == "__main__" and "__file__" in globals():
     try:
         main(parse_args(SubmitConfig))
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))

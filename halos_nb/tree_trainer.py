@@ -8,8 +8,8 @@ __all__ = ['Metrics', 'OPTIMIZERS', 'IN_SHARES', 'as_share', 'Sums', 'Counters',
            'Reference', 'ProgressMade', 'Place', 'TreeTrainer', 'PerToken', 'BatchResult', 'need_number', 'Ahead',
            'keep_gradients_in_buckets', 'as_words', 'keeps_shares', 'parameters_of', 'whole_state', 'check_groups',
            'read_whole_state', 'names_in_order', 'save_in_shares', 'read_shares', 'as_numbered', 'bits_of',
-           'trained_bits', 'notes_of', 'MetricsFile', 'tracker_names', 'make_trackers', 'with_parameters', 'OneCurve',
-           'is_due', 'Timetable', 'PairScore', 'make_way']
+           'trained_bits', 'notes_of', 'MetricsFile', 'make_trackers', 'with_parameters', 'OneCurve', 'is_due',
+           'Timetable', 'PairScore', 'make_way']
 
 # %% ../nbs/22_tree_trainer.ipynb #7f73080b
 import copy
@@ -45,7 +45,7 @@ from halos_nb.records import (
     telling_full_disk,
     write_json,
 )
-from .configs import TrainConfig
+from .configs import TrainConfig, tracker_names
 from .templates import MISSING, template_was_missing
 from .trees import TreeBatch, make_batch, Work
 from .checkpoints import SEALED, seal
@@ -1047,12 +1047,6 @@ class MetricsFile(TrainerCallback):
             self.progress.close()
 
 # %% ../nbs/22_tree_trainer.ipynb #2dd4127d
-def tracker_names(report_to: str) -> list[str]:
-    "Names set apart by commas; `none` is nobody."
-    names = [name.strip() for name in report_to.split(",")]
-    return [name for name in names if name not in ("", "none")]
-
-
 def make_trackers(report_to: str) -> dict[str, TrainerCallback]:
     "Transformers' callback of each tracker; an error if there is none, or it is not installed."
     from transformers.integrations import get_reporting_integration_callbacks

@@ -27,6 +27,7 @@ from tiny_families import tiny_model
 
 from halos_nb import attention, generate, head, reference
 from halos_nb.configs import TrainConfig
+from halos_nb.loop import TRACKERS
 from halos_nb.models import (
     REFERENCE,
     TreePolicy,
@@ -207,6 +208,13 @@ def test_schedule_and_precision_are_ours(home):
     assert trainer.lr_scheduler.last_epoch == steps, moved("create_scheduler", "not stepped")
     said = trainer.accelerator.mixed_precision
     assert said == "no", moved("training_arguments", f"Accelerate computes in {said}")
+
+
+def test_the_trackers_are_those_that_the_loop_knows():
+    "loop.check_trackers looks for their packages before anything is started."
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(INTEGRATION_TO_CALLBACK) <= set(TRACKERS)
 
 
 def test_a_callback_asks_for_an_evaluation(home):

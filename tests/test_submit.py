@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from job_helpers import NEEDS_LINUX, alive, code_cell, until
 
-from halos_nb.configs import SubmitConfig
+from halos_nb.configs import LoopConfig, SubmitConfig
+from halos_nb.loop import run_rounds
+from halos_nb.playground import into_playground
+from halos_nb.settings import load_settings
 from halos_nb.submit import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,3 +227,65 @@ def test_a_job_that_would_have_too_little_is_refused(place, command):
         f.write(STAGES_APART)
     with pytest.raises(SystemExit, match="slurm.gpus: asks for 4 on each machine, .* have 8"):
         command("--dry_run", "--profile", "few")
+
+
+LIKE_A_LAUNCH = """
+[profile elsewhere]
+python.train = /no/such/python
+[profile on_gpus]
+cpu = no
+[profile stays]
+sampler = server
+"""
+JUDGED = dict(labeller="judge", api_model="j", reward_checkpoint="")
+
+
+def said_at_launch(cfg, settings):
+    "What the launch of a run says that refuses it."
+    with pytest.raises(Exception) as error:
+        next(run_rounds(into_playground(cfg, settings), settings))
+    return error.value
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (dict(train_options="seed=1"), "train_options: seed is set elsewhere; give it"),
+        (dict(train_options="exp_name=x"), "train_options: exp_name is set elsewhere; leave"),
+        (dict(label_options="seed=1"), "label_options: seed is set elsewhere"),
+        (dict(sampler_options="num_skip=1"), "sampler_options: num_skip is set elsewhere"),
+        (dict(report_to="wandbb"), "report_to: 'wandbb' is no tracker .* mean `wandb`?"),
+        (dict(report_to="comet_ml"), "report_to: comet_ml needs the package"),
+        (dict(profile="elsewhere"), "python: nothing is at /no/such/python"),
+        (dict(profile="on_gpus", staleness=1), "staleness: in profile on_gpus sample has no"),
+        (dict(precision="bfloat16", exported="fp16"), "configured for mixed_precision fp16"),
+        (dict(backend="vllm"), "backend: there is no vLLM in"),
+        (dict(sft_checkpoint="./gone/x"), "sft_checkpoint: nothing is at"),
+        (dict(prompts="gone.json"), "prompts: "),
+        (dict(evaluate_every=1, prompts="here.json"), "eval_prompts: an evaluation needs"),
+        (dict(owner="label_by_hand"), "was made by label_by_hand, and this is online_loop"),
+        (dict(max_requests=1, **JUDGED), "max_requests: .* are more than 1"),
+    ],
+)
+def test_the_dry_run_refuses_what_the_launch_refuses(place, monkeypatch, given, told, request):
+    "In the same words, and before the playground is built or anything is written."
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("HALOS_NB_RUNS_DIR", raising=False)
+    with open(place / "settings.ini", "a", encoding="utf-8") as f:
+        f.write(LIKE_A_LAUNCH)
+    (place / "here.json").write_text("[]")
+    (place / "sft").mkdir()
+    given = dict(sft_checkpoint="sft", prompts="here.json", reward_checkpoint="sft") | given
+    given |= dict(lr=1e-4, run_name="r")
+    if exported := given.pop("exported", ""):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", exported)
+    if owner := given.pop("owner", ""):
+        (place / "runs/r").mkdir(parents=True)
+        (place / "runs/r/run.json").write_text(json.dumps(dict(made_by=owner)))
+    before = sorted(place.rglob("*"))
+    words = [(name, str(value)) for name, value in given.items()]
+    with pytest.raises(Exception, match=told) as error:
+        main(SubmitConfig(notebook="driver.ipynb", dry_run=True, parameters=words))
+    assert sorted(place.rglob("*")) == before
+    at_launch = said_at_launch(LoopConfig(**given), load_settings())
+    assert (type(error.value), str(error.value)) == (type(at_launch), str(at_launch))
