@@ -191,7 +191,9 @@ def same_ids(rows, kind, rng):
 def too_deep(rows, kind, rng):
     i = rng.randrange(len(rows))
     name = rng.choice(["note", "meta", *rows[i]])
-    rows[i][name] = nested(rng.choice([50, 150, 199, 200, 201, 250, 260, 400]), rng)
+    rows[i][name] = nested(
+        rng.choice([50, 150, 200, 245, 246, 247, 248, 249, 250, 251, 252, 260, 400]), rng
+    )
     return "nested deep", 0, ""
 
 
@@ -476,14 +478,14 @@ def strictly(text):
 
 
 def check_finite(value):
-    """No number without end, nothing too deep: from 200 levels on a reader may refuse, and from
-    255 on, which its parser does not write again, it must.
-    """
+    "No number without end, nothing of more than 250 levels."
     left = [(value, 0)]
     while left:
         x, depth = left.pop()
-        if isinstance(x, float) and not math.isfinite(x) or depth > 255:
+        if isinstance(x, float) and not math.isfinite(x):
             raise Unreadable("a number")
+        if isinstance(x, dict | list) and depth >= 250:
+            raise Unreadable("too deep")
         if isinstance(x, int) and len(str(abs(x)) if abs(x) < 10**400 else "9" * 400) > 309:
             raise Unreadable("a number")
         if isinstance(x, dict | list):

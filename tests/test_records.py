@@ -335,7 +335,7 @@ WRONG = {
     "[7]": "record 1: should be an object",
     '[{"a": 1}, {}]': "record 2: has no field `a`",
     '[{"a": 1}': "line 1",
-    "[" * 100_000: "is nested more than 200 levels",
+    "[" * 100_000: "is nested more than 250 levels",
     "1" * 5_000: "o.json",
 }
 
