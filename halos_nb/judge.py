@@ -41,8 +41,8 @@ from halos_nb.records import (
     as_text,
     as_turns,
     check_record,
+    label_lines,
     lock_file,
-    read_jsonl,
     shortened,
     write_json,
 )
@@ -744,10 +744,7 @@ def read_journal(job: JudgeJob) -> list[dict]:
     "The lines of this job so far; a RecordError if the journal is another's."
     if not job.journal.exists():
         return []
-    rows = read_jsonl(job.journal)
-    for i, row in enumerate(rows, 1):
-        kind = "comparison" if row.get("type") == "comparison" else "label"
-        check_record(row, kind, f"{job.journal}, record {i}")
+    rows = label_lines(job.journal)
     refuse_other_judges(job, rows)
     refuse_changed_samples(job, rows)
     return rows

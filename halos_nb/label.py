@@ -38,6 +38,7 @@ from halos_nb.records import (
     on_disk,
     put_aside,
     read_jsonl,
+    label_lines,
     read_object,
     require_room,
     write_json,
@@ -320,16 +321,13 @@ def check_paid_labels_kept(
 # %% ../nbs/43_label.ipynb #b23d15b5
 def read_journal(path: str | Path) -> list[dict]:
     "The checked labels and comparisons of a journal; lines of before have no type."
-    rows = [{"type": "label"} | r for r in read_jsonl(path)]
-    if rows and "event" in rows[0]:
+    if "event" in next(iter(read_jsonl(path)), ()):
         raise RecordError(
             f"{path}: is a session of labelling by hand; write the records of "
             "halos_nb.people.comparisons or labels to a file, one per line, and give "
             "that"
         )
-    for number, row in enumerate(rows, 1):
-        kind = "comparison" if row["type"] == "comparison" else "label"
-        check_record(row, kind, f"{path}, record {number}")
+    rows = label_lines(path)
     if not rows:
         raise RecordError(f"{path}: holds no labels")
     return rows

@@ -11,18 +11,18 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with', 'evaluator_stages',
            'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate', 'wins_text', 'cost_text',
            'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'round_counts', 'drawn_at', 'scores_in',
-           'combined_how', 'round_scores', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate',
-           'CostError', 'Paid', 'paid_in', 'questions_in', 'tokens_of_question', 'dearest_question', 'prompts_sealed',
-           'totals_before', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations',
-           'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'is_small',
-           'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models',
-           'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers', 'Scored', 'Loop',
-           'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'round_of', 'prompts_asked',
-           'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_sources', 'as_if_named',
-           'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds', 'stands_so_far',
-           'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person', 'base_of', 'branches_of',
-           'next_branch', 'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits', 'settle', 'choose_run',
-           'choose_folder', 'spared_policies', 'run_rounds', 'main']
+           'combined_how', 'round_scores', 'check_labelled', 'round_samples', 'git', 'revision', 'write_params',
+           'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in', 'tokens_of_question',
+           'dearest_question', 'prompts_sealed', 'totals_before', 'prompts_of_rounds', 'folders_in_order',
+           'evaluations_planned', 'questions_of_evaluations', 'estimate', 'round_up', 'set_aside', 'AuditError',
+           'audit_stage', 'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage',
+           'AlarmError', 'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
+           'check_trackers', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
+           'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed',
+           'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
+           'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
+           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch',
+           'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -52,7 +52,8 @@ from halos_nb.records import (
     is_locked,
     on_disk,
     put_aside,
-    read_jsonl,
+    RecordError,
+    label_lines,
     read_object,
     read_objects,
     write_json,
@@ -851,7 +852,7 @@ def scores_in(
     combine: str | None = None,  # several labellers' scores, how
 ) -> dict[tuple, float | None]:  # nothing where answers were compared
     "What a journal says of each sample."
-    rows = read_jsonl(journal) if on_disk(journal).exists() else []
+    rows = label_lines(journal) if on_disk(journal).exists() else []
     if any("winner" in row for row in rows):
         return {}
     if combine:
@@ -877,11 +878,29 @@ def round_scores(folder: Path) -> dict[tuple, float | None]:
     return scores
 
 
+def check_labelled(
+    samples: list[dict],
+    scores: dict[tuple, float | None],  # nothing: nobody scored
+    folder: Path,  # the round's
+) -> None:
+    "A RecordError if a sample has no label, though others have."
+    for number, sample in enumerate(samples, 1):
+        key = sample["prompt_id"], sample["sample_id"]
+        if scores and key not in scores:
+            raise RecordError(
+                f"{folder / 'samples.json'}, record {number}: prompt_id {key[0]!r}, "
+                f"sample_id {key[1]} has no label in the journal beside it; was one of the two "
+                "changed?"
+            )
+
+
 def round_samples(folder: Path) -> list[dict]:
     "The samples of a round, each with its `reward`; None if it is unscored."
     scores = round_scores(folder)
     watched = scores_in(folder / "watch.labels.jsonl")
-    samples = read_objects(folder / "samples.json", "prompt_id", "sample_id")
+    samples = read_objects(folder / "samples.json", "sample")
+    for said in (scores, watched):
+        check_labelled(samples, said, folder)
     at = drawn_at(folder)  # samples of before do not say it themselves
     rows = []
     for sample in samples:
@@ -1003,10 +1022,10 @@ def paid_in(
     asked = 0
     cost = 0.0
     for journal in sorted(folder.glob("judge*.labels*.jsonl")):
-        for row in read_jsonl(journal):
-            if row["time"] is not None:
+        for row in label_lines(journal):
+            if row.get("time") is not None:
                 asked += 1
-                cost += dearest if row["cost"] is None else row["cost"]
+                cost += dearest if row.get("cost") is None else row["cost"]
     return Paid(asked, round(cost, 6))
 
 # %% ../nbs/57_loop.ipynb #ccc73db8

@@ -34,7 +34,7 @@ import traitlets
 from fastcore.basics import patch
 from markupsafe import Markup
 
-from .records import file_bytes, is_locked, on_disk, read_object
+from .records import is_locked, on_disk, read_object
 from .stats import Interval, finite_values, floats, order_accuracy
 from .failures import StageError
 from .progress import StatusLine, clock, describe, last_line
@@ -76,6 +76,7 @@ from halos_nb.runs import (
     held_out_words,
     is_finished,
     known_row,
+    read_feedback,
     stage_seconds,
     with_truth,
 )
@@ -482,7 +483,7 @@ def round_view(folder: Path, truth: Truth | None = None) -> RoundView:
         samples = with_truth(samples, truth)
     means = {key: round_means({"": samples}, key)[0, :3].tolist() for key in MEANS}
     file = on_disk(folder / "feedback.json")
-    records = json.loads(file_bytes(folder / "feedback.json")) if file.exists() else []
+    records = read_feedback(folder / "feedback.json") if file.exists() else []
     feedback = spread(records, 3) if records and "output_A" in records[0] else records[:3]
     name = folder.name.removeprefix("round-")
     scores = finite_values(samples)[0]

@@ -26,7 +26,6 @@ from plotly.offline import get_plotlyjs
 from halos_nb.records import (
     atomic_write,
     read_object,
-    read_objects,
     telling_read_only,
 )
 from .stats import Interval
@@ -73,6 +72,7 @@ from halos_nb.runs import (
     health_rows,
     held_out_right,
     interval_formats,
+    read_feedback,
     read_run,
     refuse_run_file,
     win_rows,
@@ -180,7 +180,7 @@ def feedback_by_round(run: Run) -> Rounds:
     for name, title in shown_rounds(run).items():
         if name not in MEASURED:
             file = run.round_folder(name) / "feedback.json"
-            found[title] = read_objects(file)
+            found[title] = read_feedback(file)
     return found
 
 # %% ../nbs/69_page.ipynb #03d96be7

@@ -49,6 +49,7 @@ from halos_nb.records import (
     files_like,
     on_disk,
     read_jsonl,
+    label_lines,
     read_object,
     read_objects,
     read_records,
@@ -241,7 +242,7 @@ def rows_of_others(
     for journal in files_like(file.parent, f"*{JOURNAL}"):
         if journal.name == file.stem + JOURNAL or speaks_of_others(journal, texts):
             continue
-        said.append([r for r in read_jsonl(journal) if r["labeller"] not in known])
+        said.append([r for r in label_lines(journal) if r["labeller"] not in known])
     return said
 
 # %% ../nbs/65_pairs.ipynb #a1c60e06
@@ -337,7 +338,7 @@ def labeller_margins(
         return [{} for _ in pairs]
     texts = texts_by_key(rows or pairs)
     journal = file.with_name(file.stem + JOURNAL)
-    own = list(read_jsonl(journal)) if on_disk(journal).exists() else []
+    own = label_lines(journal) if on_disk(journal).exists() else []
     others = rows_of_others(file, texts, own)
     doubtful = keys_of_two_texts(texts) | contradicted(others)
     named = names_of(pairs, samples or file.with_name("samples.json"), own)

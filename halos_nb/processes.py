@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'LOAD_ONCE', 'HEARTBEATS', 'IN_DDP', 'TELL_STACKS', 'HEARTS', 'LONGER', 'MEETING_SOCKET', 'STORES',
-           'CLOSES', 'is_on', 'asks_for_sharding', 'is_sharded', 'check_sharding', 'begin_sharding',
-           'collectives_begun', 'stack_of', 'waits_for_others', 'heartbeat', 'Heart', 'begin_heartbeat',
-           'end_heartbeat', 'broken_promises', 'meet_here', 'leave_by_error', 'start_processes', 'layers_of',
-           'set_sharding', 'in_float32', 'in_shares', 'is_shared_out', 'own_part', 'put_together', 'part_like',
-           'whole_weights', 'is_trained', 'put_whole', 'check_shares', 'share_out', 'reads_once', 'reading_once',
-           'with_room', 'from_main', 'computing_in', 'SharedRound', 'in_turns', 'shard', 'shards_of', 'finished',
-           'cut_unfinished', 'drop_shards', 'gather_padded', 'wait_for_all', 'end_process']
+           'ANOTHER_IS_GONE', 'HEAD_START', 'CLOSES', 'is_on', 'asks_for_sharding', 'is_sharded', 'check_sharding',
+           'begin_sharding', 'collectives_begun', 'stack_of', 'waits_for_others', 'heartbeat', 'Heart',
+           'begin_heartbeat', 'end_heartbeat', 'broken_promises', 'meet_here', 'lost_a_peer', 'leave_by_error',
+           'start_processes', 'layers_of', 'set_sharding', 'in_float32', 'in_shares', 'is_shared_out', 'own_part',
+           'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole', 'check_shares', 'share_out',
+           'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in', 'SharedRound', 'in_turns', 'shard',
+           'shards_of', 'finished', 'cut_unfinished', 'drop_shards', 'gather_padded', 'wait_for_all', 'end_process']
 
 # %% ../nbs/13_processes.ipynb #a19807f2
 import faulthandler
@@ -20,11 +20,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -236,20 +238,34 @@ def meet_here(timeout: timedelta) -> None:
     STORES.append(store)
 
 # %% ../nbs/13_processes.ipynb #b4617466
+ANOTHER_IS_GONE = ("by peer", "broken pipe", "remote process exited")  # gloo, TCP, NCCL
+HEAD_START = 8.0  # seconds
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    "Whether the error of a rank is that another one has left."
+    said = str(error).lower()
+    return any(words in said for words in ANOTHER_IS_GONE)
+
+
 def leave_by_error() -> None:
     "As one of several processes, leave at an error once it is said, without destructors."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     say = sys.excepthook
 
-    def say_and_leave(kind: type[BaseException], *rest: Any) -> None:
+    def say_and_leave(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
         if not issubclass(kind, Exception):
-            say(kind, *rest)
+            say(kind, error, trace)
             return
         with suppress(Exception):  # nobody may be there to hear it
-            say(kind, *rest)
+            say(kind, error, trace)
             sys.stdout.flush()
             sys.stderr.flush()
+        if lost_a_peer(error):
+            time.sleep(HEAD_START)
         os._exit(1)
 
     sys.excepthook = say_and_leave

@@ -19,7 +19,8 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_B
            'is_left_over', 'remove_left_over', 'clean_left_over', 'clean_beside', 'put_aside', 'atomic_write',
            'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
            'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl',
-           'as_object', 'read_object', 'read_objects', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file', 'file_hash',
+           'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -1273,7 +1274,7 @@ def read_object(
 
 def read_objects(
     path: str | Path,
-    *names: str,  # fields that each of them has
+    type: str = "",  # what each of them is, a key of `RECORDS`; empty: any object
 ) -> list[dict]:
     "The records that a stage of ours wrote; a RecordError names what in the file is none."
     data = file_bytes(path)
@@ -1286,9 +1287,17 @@ def read_objects(
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise RecordError(f"{path}, record {number}: should be an object with fields")
-        for name in names:
-            if name not in row:
-                raise RecordError(f"{path}, record {number}: has no field `{name}`")
+        if type:
+            check_record(row, type, f"{path}, record {number}")
+    return rows
+
+
+def label_lines(path: str | Path) -> list[dict]:
+    "The checked labels and comparisons of a journal; lines of before have no type."
+    rows = [{"type": "label"} | row for row in read_jsonl(path)]
+    for number, row in enumerate(rows, 1):
+        kind = "comparison" if row["type"] == "comparison" else "label"
+        check_record(row, kind, f"{path}, record {number}")
     return rows
 
 # %% ../nbs/00_records.ipynb #a74ce5ca

@@ -7,7 +7,8 @@ __all__ = ['STATE', 'ASIDE', 'ATTEMPTS', 'LAST_STEP', 'run_made_of', 'step_of', 
            'why_not', 'Found', 'find_step', 'told_by_main', 'say', 'by_hand', 'random_state', 'set_random_state',
            'own_numbers', 'common_numbers', 'metrics_files', 'state_file', 'write_state', 'read_state', 'parts_of',
            'take_numbers', 'take_weights', 'take_parts', 'reference_folder', 'moves', 'go_on', 'last_step', 'note_step',
-           'keep_lines', 'note_attempt', 'attempts', 'next_place', 'drop', 'drop_steps', 'StepCheckpoints']
+           'keep_lines', 'copy_of_metrics', 'copy_metrics', 'lines_kept', 'cut_metrics', 'note_attempt', 'attempts',
+           'next_place', 'drop', 'drop_steps', 'StepCheckpoints']
 
 # %% ../nbs/25_resume.ipynb #f147dc0b
 import hashlib
@@ -17,7 +18,9 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .records import append_jsonl, read_jsonl, read_object, write_json
+from .records import append_jsonl, atomic_write, read_jsonl, read_object, write_json
 from .configs import TrainConfig
 from halos_nb.checkpoints import (
     MANIFEST,
@@ -383,6 +386,50 @@ def keep_lines(metrics: Path, lines: int) -> int:
     return lines - kept
 
 
+def copy_of_metrics(run: Path, step: int, digest: str) -> Path:
+    "Where the lines of metrics before a checkpoint are kept; their digest is in the name."
+    return run / f".metrics-{step}-{digest}.jsonl"
+
+
+def copy_metrics(
+    metrics: Path,
+    lines: int,  # so many of them
+    run: Path,
+    step: int,  # of the checkpoint that is being made
+) -> None:
+    "Keep the lines of metrics as they are now."
+    with open(metrics, "rb") as file:
+        data = b"".join(islice(file, lines))
+    copy = copy_of_metrics(run, step, hashlib.sha256(data).hexdigest()[:16])
+    with atomic_write(copy) as out:
+        out.write(data.decode(errors="replace"))
+
+
+def lines_kept(run: Path, step: int) -> bytes | None:
+    "The lines of metrics that were kept beside a checkpoint; None if they are not whole."
+    for path in run.glob(copy_of_metrics(run, step, "*").name):
+        with suppress(OSError):
+            data = path.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()[:16]
+            if path == copy_of_metrics(run, step, digest):
+                return data
+    return None
+
+
+def cut_metrics(metrics: Path, lines: int, run: Path, step: int) -> str:
+    "Keep the lines of metrics before a checkpoint alone; says what was wrong with them."
+    kept = lines_kept(run, step)
+    if kept is None:  # of a version before, or damaged too
+        missing = keep_lines(metrics, lines)
+        return f"{missing} lines of before are missing" if missing else ""
+    if metrics.exists() and metrics.read_bytes().startswith(kept):
+        os.truncate(metrics, len(kept))
+        return ""
+    with atomic_write(metrics) as file:
+        file.write(kept.decode())
+    return f"lines of before were missing or changed; they are as they were at step {step}"
+
+
 def note_attempt(
     run: Path,
     now: dict[str, Any],  # what the run is made of
@@ -441,6 +488,8 @@ def drop_steps(
     mine = [folder for folder in step_folders(run) if read_made_of(folder) == now]
     for folder in mine[keep:]:
         drop(folder)
+        for copy in run.glob(copy_of_metrics(run, step_of(folder), "*").name):
+            copy.unlink()
     return [folder.name for folder in mine[keep:]]
 
 # %% ../nbs/25_resume.ipynb #04075bac
@@ -477,6 +526,11 @@ class StepCheckpoints(TrainerCallback):
             trainer.reference.save(reference_folder(folder), main)
         if main:
             write_json(folder / STATE / "made_of.json", self.now)
+            for file in metrics_files(trainer):
+                if file.lines:
+                    copy_metrics(
+                        Path(file.path), file.lines, self.run, trainer.state.global_step
+                    )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.steps = len(self.trainer.get_train_dataloader())

@@ -97,9 +97,9 @@ from halos_nb.resume import (
     StepCheckpoints,
     attempts,
     by_hand,
+    cut_metrics,
     drop_steps,
     find_step,
-    keep_lines,
     note_attempt,
     read_state,
     run_made_of,
@@ -603,8 +603,8 @@ def begin_attempt(cfg: TrainConfig, resumed: Resumed) -> None:
     if not (resumed.found and resumed.here):
         keep_earlier(run, [metrics])
         metrics.unlink(missing_ok=True)
-    elif missing := keep_lines(metrics, told["lines"]):
-        print(f"note: {metrics}: {missing} lines of before are missing", file=sys.stderr)
+    elif what := cut_metrics(metrics, told["lines"], run, told["step"]):
+        print(f"note: {metrics}: {what}", file=sys.stderr)
 
 
 def end_attempts(cfg: TrainConfig, resumed: Resumed) -> None:

@@ -92,7 +92,8 @@ def label(cfg):
     with open(out.with_suffix(".labels.jsonl"), "w") as f:
         for row in rows:
             ids = dict(prompt_id=row["prompt_id"], sample_id=row["sample_id"])
-            f.write(json.dumps(ids | dict(score=row["reward"])) + "\n")
+            said = dict(labeller="function:pretend", score=row["reward"], reason="")
+            f.write(json.dumps(ids | said) + "\n")
 
 
 def contrary(prompt, output):

@@ -333,7 +333,7 @@ WRONG = {
     "7": "should be a list of records",
     "{}": "should be a list of records",
     "[7]": "record 1: should be an object",
-    '[{"a": 1}, {}]': "record 2: has no field `a`",
+    '[{"a": 1}, {}]': "record 1: field `prompt_id` is missing",
     '[{"a": 1}': "line 1",
     "[" * 100_000: "is nested more than 250 levels",
     "1" * 5_000: "o.json",
@@ -346,10 +346,10 @@ def test_what_is_no_list_of_records_is_named(tmp_path, text):
     path = tmp_path / "o.json"
     path.write_text(text, encoding="utf-8")
     if not WRONG[text]:
-        assert r.read_objects(path, "a") == []
+        assert r.read_objects(path, "sample") == []
         return
     with pytest.raises(r.RecordError, match=WRONG[text]) as e:
-        r.read_objects(path, "a")
+        r.read_objects(path, "sample")
     assert str(path) in str(e.value)
 
 

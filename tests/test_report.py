@@ -313,6 +313,13 @@ def test_same_prompt_across_runs(runs):
     assert shown.html.count("<td") == 3
 
 
+def test_every_view_of_a_damaged_run_shows_it_or_names_the_file(runs, tmp_path):
+    from damage_views import look
+
+    n = 1000 if os.environ.get("HALOS_NB_LONG") == "soak" else 20
+    assert look(runs / "one", tmp_path, n) == []
+
+
 def test_damaged_runs_are_named_not_fatal(runs, tmp_path):
     import shutil
 
@@ -498,12 +505,10 @@ def test_report_of_a_large_run_stays_small(runs, tmp_path):
             for s in samples
         ]
         (tmp_path / "big" / folder / "samples.json").write_text(json.dumps(many))
+        said = dict(labeller="function:pretend", score=0.5, reason="")
+        labels = [said | {key: s[key] for key in ("prompt_id", "sample_id")} for s in many]
         (tmp_path / "big" / folder / "feedback.labels.jsonl").write_text(
-            "".join(
-                json.dumps(dict(prompt_id=s["prompt_id"], sample_id=s["sample_id"], score=0.5))
-                + "\n"
-                for s in many
-            )
+            "".join(json.dumps(row) + "\n" for row in labels)
         )
     page = report(tmp_path / "big")
     assert page.stat().st_size < 8e6
