@@ -1425,6 +1425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.ledger.empty_run': ('ledger.html#empty_run', 'halos_nb/ledger.py'),
                                  'halos_nb.ledger.event_problem': ('ledger.html#event_problem', 'halos_nb/ledger.py'),
                                  'halos_nb.ledger.identity_digest': ('ledger.html#identity_digest', 'halos_nb/ledger.py'),
+                                 'halos_nb.ledger.is_in_the_making': ('ledger.html#is_in_the_making', 'halos_nb/ledger.py'),
                                  'halos_nb.ledger.is_number': ('ledger.html#is_number', 'halos_nb/ledger.py'),
                                  'halos_nb.ledger.lock_run': ('ledger.html#lock_run', 'halos_nb/ledger.py'),
                                  'halos_nb.ledger.looks_like_a_run': ('ledger.html#looks_like_a_run', 'halos_nb/ledger.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KEPT', 'MARKS', 'OPEN_LEDGERS', 'OF_PATIENCE', 'NEVER_WRITTEN_AGAIN', 'PACKABLE', 'run_folder', 'looks_like_a_run',
            'empty_run', 'NotOurs', 'object_if_any', 'made_by', 'check_owner', 'check_folder', 'claim', 'RunBusy',
-           'lock_run', 'is_number', 'event_problem', 'Journal', 'read_journal', 'read_events', 'mend_journal',
-           'RunFolder', 'identity_digest', 'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed',
-           'may_be_had_again', 'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
+           'lock_run', 'is_number', 'event_problem', 'Journal', 'is_in_the_making', 'read_journal', 'read_events',
+           'mend_journal', 'RunFolder', 'identity_digest', 'Running', 'Ledger', 'asks_engine', 'RunChanged',
+           'what_changed', 'may_be_had_again', 'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
 
 # %% ../nbs/56_ledger.ipynb #49403efc
 import hashlib
@@ -212,10 +212,24 @@ class Journal(NamedTuple):
     problems: list[str]  # of the other lines
 
 
+def is_in_the_making(last: bytes) -> bool:  # what stands behind the last end of a line
+    "Whether it is a part of an event; anything else was not begun by a writer of ours."
+    if not last.startswith(b"{"):
+        return False
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        return True
+    return b'"event"' in last  # whole, but for its end
+
+
 def read_journal(path: Path) -> Journal:
     "A journal's events, and what is wrong with its other lines; a line in the making is none."
     found = Journal([], [], [])
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    *lines, last = path.read_bytes().split(b"\n")
+    if not is_in_the_making(last):
+        lines.append(last)
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
