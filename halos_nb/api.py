@@ -7,8 +7,8 @@ __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'WHOLE', 'CUT', 'FIR
            'letter_of', 'letters', 'only_letters', 'base64_forms', 'fragments', 'Hidden', 'spans_of', 'words_of',
            'places_of', 'decoded', 'encoded_places', 'said_places', 'without_secrets', 'hide', 'excerpt', 'ServerError',
            'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to', 'about_address', 'check_address', 'error_text',
-           'describe', 'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of', 'said_in', 'tokens_of',
-           'Limiter', 'connect', 'is_one_fault', 'ask_all']
+           'describe', 'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of', 'said_in', 'Limiter',
+           'connect', 'is_one_fault', 'ask_all']
 
 # %% ../nbs/31_api.ipynb #e3f87bfb
 import asyncio
@@ -435,11 +435,6 @@ def said_in(message: Any) -> Said:
     refusal = next((str(x) for x in refusals if x), "")
     thought = next((x if isinstance(x, str) else json.dumps(x) for x in thoughts if x), "")
     return Said(text_of(content), thought, refusal)
-
-# %% ../nbs/31_api.ipynb #502b5905
-def tokens_of(text: str) -> int:
-    "About how many tokens a text has; rather too many."
-    return len(text.encode()) // 3 + 4
 
 # %% ../nbs/31_api.ipynb #e69e50a4
 class Limiter:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS', 'AS_LETTER', 'FORMS', 'LIMITS', 'NAMED',
-           'OF_QUESTION', 'REFUSES', 'FAILURES', 'with_placeholders', 'fill', 'Judge', 'digest', 'Question',
-           'conversation', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns',
-           'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options',
-           'named_parts', 'parts_to_leave_out', 'complete', 'read_answer', 'writable', 'count_in', 'without_key',
-           'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of',
-           'refuse_other_judges', 'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines',
-           'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask',
-           'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
+           'OF_QUESTION', 'REFUSES', 'FAILURES', 'with_placeholders', 'fill', 'Judge', 'digest', 'Question', 'question',
+           'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns', 'in_range', 'of_samples',
+           'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options', 'named_parts',
+           'parts_to_leave_out', 'complete', 'read_answer', 'writable', 'count_in', 'without_key', 'blank_line',
+           'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of', 'refuse_other_judges',
+           'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines', 'latest_answers', 'unanswered',
+           'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask', 'lock_journal', 'JudgeResult',
+           'run_job', 'job_counts', 'total']
 
 # %% ../nbs/42_judge.ipynb #ac6e8a19
 import asyncio
@@ -46,6 +46,7 @@ from halos_nb.records import (
     shortened,
     write_json,
 )
+from .label_input import conversation, tokens_of
 from .configs import LabelConfig
 from halos_nb.api import (
     Limiter,
@@ -61,7 +62,6 @@ from halos_nb.api import (
     how_it_ended,
     run_async,
     said_in,
-    tokens_of,
     without_secrets,
 )
 from .replies import Reading, plain_text, read_number, read_winner, unread
@@ -201,11 +201,6 @@ class Question(NamedTuple):
         return digest([self.ids, self.texts])
 
 # %% ../nbs/42_judge.ipynb #5e50749a
-def conversation(turns: list[dict]) -> str:
-    "All turns, each under its role."
-    return "\n\n".join(f"[{t['role']}]\n{as_text([t])}" for t in turns)
-
-
 def question(
     sample: dict,  # a sample record
 ) -> Question:

@@ -6,7 +6,8 @@
 __all__ = ['FIELDS', 'SENTENCES', 'OF_THE_WORDS', 'check_field_names', 'other_fields', 'SeenSamples', 'read_samples',
            'from_alpaca', 'read_answers', 'match_by_prompt', 'check_prompts', 'rename_second', 'trim_to_sentence',
            'LabelInput', 'read_two_files', 'with_full_sentences', 'is_unfinished', 'count_unfinished', 'only_finished',
-           'read_label_input', 'by_words', 'pair_leftovers', 'differ', 'pair_up_samples', 'pairs_to_ask']
+           'read_label_input', 'by_words', 'pair_leftovers', 'differ', 'pair_up_samples', 'pairs_to_ask',
+           'conversation', 'tokens_of']
 
 # %% ../nbs/08_label_input.ipynb #77a8b607
 import difflib
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from halos_nb.records import (
     DRAWN_FIELDS,
     RecordError,
+    as_text,
     prompt_id,
     read_records,
     read_rows,
@@ -349,3 +351,13 @@ def pairs_to_ask(data: LabelInput, cfg: LabelConfig) -> list[tuple[int, int]]:
     for group in prompts.values():
         pairs += pair_up_samples(rng.sample(group, len(group)), data.samples)
     return pairs
+
+# %% ../nbs/08_label_input.ipynb #7e315847
+def conversation(turns: list[dict]) -> str:
+    "All turns, each under its role."
+    return "\n\n".join(f"[{t['role']}]\n{as_text([t])}" for t in turns)
+
+
+def tokens_of(text: str) -> int:
+    "About how many tokens a text has; rather too many."
+    return len(text.encode()) // 3 + 4

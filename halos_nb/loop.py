@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'TRACKERS', 'LOOKED_AT', 'AT_ONCE', 'WAYS',
-           'NOT_OF_THE_RUN', 'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of', 'sample_stage', 'draw_stage',
-           'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked',
-           'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage', 'combining_stage',
-           'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with', 'evaluator_stages',
-           'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate', 'wins_text', 'cost_text',
-           'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'round_counts', 'drawn_at', 'scores_in',
-           'combined_how', 'round_scores', 'check_labelled', 'round_samples', 'git', 'revision', 'write_params',
-           'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in', 'tokens_of_question',
-           'dearest_question', 'prompts_sealed', 'totals_before', 'prompts_of_rounds', 'folders_in_order',
-           'evaluations_planned', 'questions_of_evaluations', 'estimate', 'round_up', 'set_aside', 'AuditError',
-           'audit_stage', 'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage',
-           'AlarmError', 'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
-           'check_trackers', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
-           'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed',
-           'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
-           'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
-           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch',
-           'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
+           'TOKENS_OF_ONE', 'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'TRACKERS', 'LOOKED_AT', 'AT_ONCE',
+           'WAYS', 'NOT_OF_THE_RUN', 'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of', 'sample_stage',
+           'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage',
+           'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
+           'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with',
+           'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate',
+           'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'round_counts',
+           'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled', 'round_samples', 'git',
+           'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
+           'lengths_in', 'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer', 'tokens_beside',
+           'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'totals_before', 'prompts_of_rounds',
+           'folders_in_order', 'evaluations_planned', 'questions_of_evaluations', 'people_asked', 'ToAsk',
+           'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward',
+           'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute',
+           'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers',
+           'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'round_of',
+           'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_sources',
+           'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds',
+           'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person',
+           'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits',
+           'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -34,10 +36,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -47,6 +49,7 @@ from fastcore.basics import patch
 
 from .verdicts import combine_labels
 from halos_nb.records import (
+    as_text,
     file_bytes,
     file_hash,
     is_locked,
@@ -59,7 +62,7 @@ from halos_nb.records import (
     write_json,
     write_records,
 )
-from .label_input import read_answers
+from .label_input import conversation, read_answers, tokens_of
 from halos_nb.configs import (
     LONGEST_NAME,
     AuditConfig,
@@ -82,7 +85,7 @@ from halos_nb.configs import (
     require_path,
     tracker_names,
 )
-from .hub_sets import require_source
+from .hub_sets import load_prompts, require_source, source_state
 from .settings import Profile, Settings, load_settings, parse_args, profile_record
 from .stats import Interval
 from halos_nb.health import (
@@ -958,7 +961,10 @@ class Estimate:
 
     judge: str = ""  # its name; empty: none is asked
     questions: dict[str, int] = field(default_factory=dict)  # by round, still to ask
-    read: int = 0  # tokens, of one question
+    costs: dict[str, float | None] = field(default_factory=dict)  # USD, likewise
+    longest: int = 0  # tokens of the longest prompt, whole
+    counted: bool = True  # the prompts were read, not taken for max_prompt_length
+    read: int = 0  # tokens, of one question with that prompt
     written: int = 0  # tokens, of its reply
     at_most: float | None = None  # USD for all of them; None: no price is known
     asked: int = 0  # questions, before
@@ -976,11 +982,18 @@ class Estimate:
             lines.append(
                 f"judge {self.judge}: {self.asked:,} questions asked before, at most "
                 f"{number:,} to ask ({rounds}), each with up to {self.read:,} tokens to read "
-                f"and {self.written:,} to write; {self.money()}"
+                f"({self.what_is_read()}) and {self.written:,} to write; {self.money()}"
             )
         for name, pairs in self.people.items():
             lines.append(f"{name}: at most {pairs:,} pairs to label in all rounds")
         return "\n".join(lines)
+
+    def what_is_read(self) -> str:
+        "What was counted, in words."
+        answers = f"{TOKENS_OF_ONE} for each token of an answer"
+        if self.counted:
+            return f"prompts whole, the longest about {self.longest:,}; {answers}"
+        return f"not all prompts can be read here, so max_prompt_length for those; {answers}"
 
     def money(self) -> str:
         "What it costs, in words."
@@ -1040,22 +1053,107 @@ def questions_in(cfg: LoopConfig, round: int | str, prompts: int) -> int:
     pairs = samples if round in MEASURED else samples // 2
     return 2 * prompts * pairs  # in both orders
 
+# %% ../nbs/57_loop.ipynb #cc323062
+TOKENS_OF_ONE = 2  # a judge's, for one of the policy's
 
-def tokens_of_question(cfg: LoopConfig) -> tuple[int, int]:
-    "Tokens that the judge reads and writes for one question, at most."
+
+@lru_cache(maxsize=16)
+def lengths_in(
+    source: str,  # data with prompts
+    split: str | None,
+    most: int,  # prompts that are looked at
+    state: str,  # of its files, so that a change is noticed
+) -> tuple[int, ...]:
+    "Tokens of each of the first prompts, as a judge is shown them; none if nothing is there."
+    try:
+        examples = load_prompts(source, split).examples[:most]
+    except (OSError, ValueError, RuntimeError):  # sampling will say why
+        return ()
+    return tuple(tokens_of(conversation(example.prompt)) for example in examples)
+
+
+def lengths_of(cfg: LoopConfig, source: str) -> tuple[int, ...]:
+    "Tokens of the prompts of a source that a run might ask about."
+    most = cfg.total_prompts + 2 * cfg.prompts_per_round + cfg.eval_num_prompts
+    split = cfg.sampling("transformers", model="-").split
+    return lengths_in(source, split, most, str(source_state([source]))) if source else ()
+
+
+def lengths_asked(
+    cfg: LoopConfig,
+    name: str,  # of the folder: start, round-1, final, evaluate-0, evaluate-file
+) -> tuple[int, ...]:
+    "Tokens of the prompts that a judge is asked about there; none if they cannot be read."
+    if name == "evaluate-file":
+        shown = [conversation(row["prompt"]) for row in read_answers(cfg.eval_against)]
+        return tuple(map(tokens_of, shown))
+    if name.startswith("evaluate-"):
+        source, skip = eval_source(cfg)
+        return lengths_of(cfg, source)[skip : skip + cfg.eval_num_prompts]
+    step = cfg.prompts_per_round
+    if name in MEASURED and cfg.heldout_prompts:
+        return lengths_of(cfg, cfg.heldout_prompts)[:step]
+    if name == "final":  # the next ones, or those of a round once more
+        return lengths_of(cfg, cfg.prompts)
+    # a run that was made longer may have a shorter round before, so its neighbours count too
+    number = int(name.rpartition("-")[2])
+    return lengths_of(cfg, cfg.prompts)[max(number - 2, 0) * step : number * step]
+
+# %% ../nbs/57_loop.ipynb #748b6899
+def tokens_to_read(
+    lengths: Sequence[int],  # of the prompts; none: they are not known
+    questions: int,
+    each: int,  # questions about one prompt
+    otherwise: int,  # tokens of a prompt that is not known
+) -> int:
+    "Tokens of the prompts in so many questions, those about the longest."
+    total = 0
+    for length in sorted(lengths, reverse=True):
+        number = min(questions, each)
+        total += number * length
+        questions -= number
+    return total + questions * max(lengths, default=otherwise)
+
+
+def longest_answer(cfg: LoopConfig) -> int:
+    "Tokens of the longest answer that a judge is shown."
+    most = TOKENS_OF_ONE * cfg.max_new_tokens
+    if cfg.eval_against and "judge" in evaluators(cfg):
+        told = [tokens_of(as_text(row["output"])) for row in read_answers(cfg.eval_against)]
+        most = max([most, *told])
+    return most
+
+
+def tokens_beside(cfg: LoopConfig) -> tuple[int, int]:
+    "Tokens that the judge reads beside a prompt, and writes, for one question, at most."
     asked = labelling(cfg, "judge", samples_file="s", output_file="f")
     own = (asked.system_prompt or "") + (asked.label_prompt or "")
     answers = 2 if cfg.judge == "pairwise" else 1
-    read = FRAME + len(own.encode()) // 3 + cfg.max_prompt_length
-    return read + answers * cfg.max_new_tokens, asked.max_tokens
+    return FRAME + len(own.encode()) // 3 + answers * longest_answer(cfg), asked.max_tokens or 0
+
+
+def longest_prompt(cfg: LoopConfig) -> int:
+    "Tokens of the longest prompt that a judge is shown; max_prompt_length if none is known."
+    names = ["final", *["start"] * bool(cfg.heldout_prompts)]
+    if "judge" in evaluators(cfg):
+        names += ["evaluate-0", *["evaluate-file"] * bool(cfg.eval_against)]
+    found = [lengths_asked(cfg, name) for name in names]
+    if cfg.heldout_prompts:
+        found.append(lengths_of(cfg, cfg.prompts))
+    return max(max(lengths, default=cfg.max_prompt_length) for lengths in found)
+
+
+def cost_of(cfg: LoopConfig, read: int, written: int) -> float | None:
+    "USD for so many tokens; None: no price is known."
+    if cfg.input_price is None or cfg.output_price is None:
+        return None
+    return (read * cfg.input_price + written * cfg.output_price) / 1e6
 
 
 def dearest_question(cfg: LoopConfig) -> float | None:
     "USD for one question, at most; None: no price is known."
-    if cfg.input_price is None or cfg.output_price is None:
-        return None
-    read, written = tokens_of_question(cfg)
-    return (read * cfg.input_price + written * cfg.output_price) / 1e6
+    beside, written = tokens_beside(cfg)
+    return cost_of(cfg, longest_prompt(cfg) + beside, written)
 
 # %% ../nbs/57_loop.ipynb #d05024b8
 def prompts_sealed(run: Path, number: int) -> int:
@@ -1129,38 +1227,63 @@ def questions_of_evaluations(cfg: LoopConfig) -> dict[str, int]:  # by folder
     return found
 
 # %% ../nbs/57_loop.ipynb #029e9822
+def people_asked(cfg: LoopConfig, run: Path) -> dict[str, int]:
+    "At most how many pairs each person is to label in all rounds."
+    found: dict[str, int] = {}
+    for round, prompts in prompts_of_rounds(cfg, run).items():
+        for name in filter(is_person, asked_in(cfg, round).comparing):
+            pairs = prompts * (cast(int, cfg.num_samples_per_prompt) // 2)
+            found[name] = found.get(name, 0) + min(pairs, cfg.num_pairs or pairs)
+    return found
+
+
+class ToAsk(NamedTuple):
+    "What a judge is still to be asked in a folder, at most."
+
+    questions: int
+    each: int  # about one prompt
+
+
+def still_to_ask(cfg: LoopConfig, run: Path) -> dict[str, ToAsk]:
+    "By folder; those that are sealed have nothing to ask."
+    found = {}
+    for round, prompts in prompts_of_rounds(cfg, run).items():
+        name = round if isinstance(round, str) else f"round-{round}"
+        questions = questions_in(cfg, round, prompts)
+        if questions and not (run / name / "judge.manifest.json").exists():
+            left = max(0, questions - paid_in(run / name).asked)
+            found[name] = ToAsk(left, math.ceil(questions / prompts))
+    for name, questions in questions_of_evaluations(cfg).items():
+        if not (run / name / "evaluate.manifest.json").exists():
+            left = max(0, questions - paid_in(run / name).asked)
+            prompts = cfg.eval_num_prompts if name != "evaluate-file" else questions
+            found[name] = ToAsk(left, math.ceil(questions / max(prompts, 1)))
+    return found
+
+
 def estimate(
     cfg: LoopConfig,
     run: Path,  # its folder, where an earlier session may have left something
 ) -> Estimate:
     "What labelling the whole run takes, at most, beside what was paid already."
-    dearest = dearest_question(cfg)
     found = Estimate(max_cost=cfg.max_cost, max_requests=cfg.max_requests)
-    people = [name for name in labellers(cfg) if is_person(name)]
-    to_ask: dict[str, int] = {}
-    for round, prompts in prompts_of_rounds(cfg, run).items():
-        name = round if isinstance(round, str) else f"round-{round}"
-        done = (run / name / "judge.manifest.json").exists()
-        questions = questions_in(cfg, round, prompts)
-        if questions and not done:
-            asked = paid_in(run / name).asked
-            to_ask[name] = max(0, questions - asked)
-        for person in people:
-            if person in asked_in(cfg, round).comparing:
-                pairs = prompts * (cast(int, cfg.num_samples_per_prompt) // 2)
-                shown = min(pairs, cfg.num_pairs or pairs)
-                found.people[person] = found.people.get(person, 0) + shown
-    for name, questions in questions_of_evaluations(cfg).items():
-        if not (run / name / "evaluate.manifest.json").exists():
-            to_ask[name] = max(0, questions - paid_in(run / name).asked)
+    found.people = people_asked(cfg, run)
     if not asks_judge(cfg):
         return found
+    beside, written = tokens_beside(cfg)
+    found.judge, found.longest = cfg.api_model, longest_prompt(cfg)
+    found.read, found.written = found.longest + beside, written
+    dearest = cost_of(cfg, found.read, written)
+    for name, (questions, each) in still_to_ask(cfg, run).items():
+        lengths = lengths_asked(cfg, name)
+        read = tokens_to_read(lengths, questions, each, cfg.max_prompt_length)
+        cost = cost_of(cfg, read + questions * beside, questions * written)
+        found.questions[name], found.costs[name] = questions, cost
+        found.counted = found.counted and bool(lengths)
     paid = [paid_in(folder, dearest or 0.0) for folder in sorted(run.glob("*/"))]
-    found.judge, found.questions = cfg.api_model, to_ask
-    found.read, found.written = tokens_of_question(cfg)
     found.asked = sum(one.asked for one in paid)
     if dearest is not None:
-        found.at_most = round_up(sum(to_ask.values()) * dearest)
+        found.at_most = round_up(sum(cost or 0.0 for cost in found.costs.values()))
         found.spent = round_up(sum(one.cost for one in paid))
     return found
 
@@ -1544,7 +1667,7 @@ def beyond_cap(self: Loop, stages: list[Stage]) -> str:
     only = {folder.name: found.questions.get(folder.name, 0)}
     found.questions = only
     if found.at_most is not None:
-        found.at_most = round_up(only[folder.name] * (dearest_question(self.cfg) or 0))
+        found.at_most = round_up(found.costs.get(folder.name) or 0.0)
     why = found.beyond()
     if not why:
         return ""

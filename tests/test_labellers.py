@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from halos_nb import ledger
 from halos_nb.configs import LabelConfig, LoopConfig
 from halos_nb.failures import StageError
-from halos_nb.judge import Budget, Judge, Question
+from halos_nb.judge import Budget, Judge, Question, question, questions_of_pair
 from halos_nb.label import main
-from halos_nb.loop import FRAME, CostError, round_samples, run_rounds
+from halos_nb.loop import FRAME, CostError, estimate, round_samples, run_rounds
 from halos_nb.page import report
 from halos_nb.records import as_turns, read_jsonl, read_records, write_records
 from halos_nb.runs import run_summary
@@ -416,6 +416,39 @@ def test_an_estimate_is_no_less_than_what_is_read():
     for kind, names in (("scalar", ["output"]), ("pairwise", ["output_A", "output_B"])):
         nothing = Question({}, dict.fromkeys(["prompt", *names], ""))
         assert Budget(Judge("m", kind)).tokens(nothing) <= FRAME
+
+
+def test_an_estimate_counts_the_prompts_as_a_judge_is_shown_them(tmp_path):
+    "It is no less than what the judge's stage holds back for all the questions of the run."
+    words = [3, 900, 40, 7, 2000, 1]
+    turns = [as_turns(f"{n} " + "Name a star. " * n) for n in words]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(dict(prompt=one)) + "\n" for one in turns))
+    for kind in ("scalar", "pairwise"):
+        given = dict(judge=kind, labeller="judge", api_model="j", lr=1e-4, **PRICES)
+        given |= dict(sft_checkpoint="a", prompts=str(prompts), label_measured="no")
+        cfg = LoopConfig(**given, **FEW | dict(total_prompts=6))
+        told = estimate(cfg, tmp_path / "run")
+        judge = Judge("j", kind, max_tokens=told.written)
+        budget = Budget(judge, cfg.input_price, cfg.output_price)
+        held = longest = 0.0
+        for number, prompt in enumerate(turns):
+            answers = []
+            for sample_id in range(FEW["num_samples_per_prompt"]):
+                said = "answer " * cfg.max_new_tokens
+                ids = dict(prompt_id=str(number), sample_id=sample_id)
+                answers.append(ids | dict(prompt=prompt, output=said[: 6 * cfg.max_new_tokens]))
+            asked = [question(answer) for answer in answers]
+            if kind == "pairwise":
+                asked = questions_of_pair(*answers[:2]) + questions_of_pair(*answers[2:])
+            held += sum(map(budget.dearest, asked))
+            longest = max(longest, *map(budget.tokens, asked))
+        assert sum(told.questions.values()) == 24
+        assert longest <= told.read < 1.2 * longest
+        assert held <= told.at_most < 1.5 * held
+        assert f"prompts whole, the longest about {told.longest:,}" in str(told)
+    unread = estimate(LoopConfig(**given | dict(prompts="gone"), **FEW), tmp_path / "run")
+    assert "not all prompts can be read here, so max_prompt_length" in str(unread)
 
 
 KILLED = """
