@@ -20,7 +20,7 @@ help:
 	@echo 'make test-hosts  a stage on two machines: two network namespaces of this one, made as root (3 minutes)'
 	@echo 'make test-long   1,000 pretended rounds and a file of a million prompts: what a round costs early and late (some minutes)'
 	@echo 'make test-resume trainings and samplings killed at random points, each must end in the same bits (half an hour)'
-	@echo 'make soak        what breaks, for longer: kills at every file operation and system call, damaged files, ranks that stop or die (needs strace); 10,000 questions of a judge and 20 kills; 10,000 malformed files and replies; a full disk at twenty points (as root); paths with umlauts (two hours on idle cores)'
+	@echo 'make soak        what breaks, for longer: kills at every file operation and system call, damaged files, ranks that stop or die (needs strace); 10,000 questions of a judge and 20 kills; 10,000 malformed files and replies; forty hostile texts in every live view; a full disk at twenty points (as root); paths with umlauts (two hours on idle cores)'
 	@echo 'make types       set up, then check the types of all rooms (mypy)'
 	@echo 'make air         how much air the code has: a table, and the longest statements'
 	@echo 'make test-lowest the tests with the lowest versions that pyproject.toml allows, in build/lowest (gigabytes; an hour)'
@@ -149,7 +149,8 @@ soak: setup
 	@command -v strace >/dev/null || { echo 'soak needs strace: apt-get install strace'; exit 1; }
 	@pytest -v -s --timeout 3600 -k soak tests/test_judge.py
 	@pytest -v -s --timeout 3600 tests/test_malformed.py
-	@pytest -v -s tests/test_faults.py tests/test_checkpoints.py -k 'killed or damage or names or named'
+	@pytest -v -s --timeout 3600 tests/test_faults.py tests/test_checkpoints.py tests/test_report.py -k 'killed or damage or names or named'
+	@pytest -v --timeout 3600 tests/test_browser_monitor.py tests/test_browser_widgets.py -k 'hostile or runs_nothing or even_if or says_is or comparer_live'
 	@python tests/soak_machine.py
 
 # The same environment as the bench's.

@@ -2749,6 +2749,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'halos_nb.resume.copy_of_metrics': ('resume.html#copy_of_metrics', 'halos_nb/resume.py'),
                                  'halos_nb.resume.cut_metrics': ('resume.html#cut_metrics', 'halos_nb/resume.py'),
                                  'halos_nb.resume.drop': ('resume.html#drop', 'halos_nb/resume.py'),
+                                 'halos_nb.resume.drop_copies': ('resume.html#drop_copies', 'halos_nb/resume.py'),
                                  'halos_nb.resume.drop_steps': ('resume.html#drop_steps', 'halos_nb/resume.py'),
                                  'halos_nb.resume.find_step': ('resume.html#find_step', 'halos_nb/resume.py'),
                                  'halos_nb.resume.go_on': ('resume.html#go_on', 'halos_nb/resume.py'),

@@ -7,8 +7,8 @@ __all__ = ['STATE', 'ASIDE', 'ATTEMPTS', 'LAST_STEP', 'run_made_of', 'step_of', 
            'why_not', 'Found', 'find_step', 'told_by_main', 'say', 'by_hand', 'random_state', 'set_random_state',
            'own_numbers', 'common_numbers', 'metrics_files', 'state_file', 'write_state', 'read_state', 'parts_of',
            'take_numbers', 'take_weights', 'take_parts', 'reference_folder', 'moves', 'go_on', 'last_step', 'note_step',
-           'keep_lines', 'copy_of_metrics', 'copy_metrics', 'lines_kept', 'cut_metrics', 'note_attempt', 'attempts',
-           'next_place', 'drop', 'drop_steps', 'StepCheckpoints']
+           'keep_lines', 'copy_of_metrics', 'copy_metrics', 'drop_copies', 'lines_kept', 'cut_metrics', 'note_attempt',
+           'attempts', 'next_place', 'drop', 'drop_steps', 'StepCheckpoints']
 
 # %% ../nbs/25_resume.ipynb #f147dc0b
 import hashlib
@@ -32,7 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .records import append_jsonl, atomic_write, read_jsonl, read_object, write_json
+from halos_nb.records import (
+    append_jsonl,
+    atomic_write,
+    read_jsonl,
+    read_object,
+    remove_left_over,
+    write_json,
+)
 from .configs import TrainConfig
 from halos_nb.checkpoints import (
     MANIFEST,
@@ -388,7 +395,7 @@ def keep_lines(metrics: Path, lines: int) -> int:
 
 def copy_of_metrics(run: Path, step: int, digest: str) -> Path:
     "Where the lines of metrics before a checkpoint are kept; their digest is in the name."
-    return run / f".metrics-{step}-{digest}.jsonl"
+    return run / f".metrics-{step}-{digest}.jsonl"  # see `drop_copies`
 
 
 def copy_metrics(
@@ -403,6 +410,15 @@ def copy_metrics(
     copy = copy_of_metrics(run, step, hashlib.sha256(data).hexdigest()[:16])
     with atomic_write(copy) as out:
         out.write(data.decode(errors="replace"))
+
+
+def drop_copies(run: Path) -> None:
+    "Remove the copies of metrics that have no checkpoint, and what their dead writers left."
+    remove_left_over(run.glob("..metrics-*.tmp"))
+    there = {step_of(folder) for folder in step_folders(run)}
+    for copy in run.glob(".metrics-*-*.jsonl"):
+        if int(copy.name.split("-")[1]) not in there:
+            copy.unlink()
 
 
 def lines_kept(run: Path, step: int) -> bytes | None:
@@ -488,8 +504,7 @@ def drop_steps(
     mine = [folder for folder in step_folders(run) if read_made_of(folder) == now]
     for folder in mine[keep:]:
         drop(folder)
-        for copy in run.glob(copy_of_metrics(run, step_of(folder), "*").name):
-            copy.unlink()
+    drop_copies(run)
     return [folder.name for folder in mine[keep:]]
 
 # %% ../nbs/25_resume.ipynb #04075bac

@@ -98,6 +98,7 @@ from halos_nb.resume import (
     attempts,
     by_hand,
     cut_metrics,
+    drop_copies,
     drop_steps,
     find_step,
     note_attempt,
@@ -597,6 +598,8 @@ def begin_attempt(cfg: TrainConfig, resumed: Resumed) -> None:
     run, metrics = run_folder(cfg), metrics_path(cfg)
     for half in run.glob("step-*.partial") if resumed.made else []:
         shutil.rmtree(half)
+    if resumed.made:
+        drop_copies(run)
     told = read_state(Path(resumed.found), 0) if resumed.found else dict(step=0, lines=0)
     if resumed.made:
         note_attempt(run, resumed.made, told["step"])

@@ -1,5 +1,7 @@
 "Forty texts that a model, a file's name or a server's error could say, and that want to run."
 
+import os
+
 HIT = "window.hit=1"
 HOST = "http://203.0.113.7"
 PAYLOADS = [
@@ -44,3 +46,6 @@ PAYLOADS = [
     '=HYPERLINK("http://203.0.113.7/","x") | @SUM(1) | +1 | -1',
     "</pre></td></tr></table></div></details><script>window.hit=1</script>",
 ]
+
+# the rest of them, where a view is tried with a few in CI and with all in a soak
+IN_A_SOAK = PAYLOADS if os.environ.get("HALOS_NB_LONG") == "soak" else []

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import every
+from hostile import IN_A_SOAK
 from test_browser import DONE, open_notebook, outputs, run_all, wait_idle, write_notebook
 from job_helpers import alive
+
+from halos_nb.show import visible
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.browser
@@ -25,6 +28,7 @@ XSS = [
     "[x](javascript:window.hit=1)",
     "</script><script>window.hit=1</script>",
 ]
+XSS = IN_A_SOAK or XSS
 
 
 @pytest.fixture
@@ -229,10 +233,11 @@ def test_what_a_stage_says_is_text(lab, quiet, tmp_path):
     run_all(page)
     panel = outputs(page).locator(".halos-monitor")
     panel.locator("summary", has_text="Log").click()
-    assert panel.locator("pre").inner_text() == "\n".join(XSS)
+    said = "\n".join(map(visible, XSS[-20:]))  # the end of a log is shown
+    assert panel.locator("pre").inner_text() == said
     static = outputs(page).locator("div.tex2jax_ignore")
     static.locator("summary").click()
-    assert static.locator("pre").inner_text() == "\n".join(XSS)
+    assert static.locator("pre").inner_text() == said
     for where in (panel, static):
         everything_is_text(where, "data:image/svg+xml;base64")
     zoom_outlives_new_values(page, panel, run / "round-1/metrics.jsonl")
@@ -292,7 +297,9 @@ def hostile_runs(tmp_path):
                         dict(
                             prompt_id=s["prompt_id"],
                             sample_id=s["sample_id"],
+                            labeller="rm:x",
                             score=n + 0.1 * s["sample_id"],
+                            reason="",
                         )
                     )
                     + "\n"
@@ -312,6 +319,7 @@ def hostile_runs(tmp_path):
                     reward_A=1.0,
                     reward_B=0.1 * i,
                     reward_difference=1 - 0.1 * i,
+                    type="pairwise_feedback",
                 )
                 for i in range(len(XSS))
             ]

@@ -18,7 +18,7 @@ from test_browser import (
     with_parameters,
     write_notebook,
 )
-from hostile import PAYLOADS
+from hostile import IN_A_SOAK, PAYLOADS
 from looks import complaints
 from test_widgets import HOSTILE, make_round, make_run, tell_tokens
 
@@ -62,11 +62,12 @@ def watched(page):
         page.on(name, handler)
     yield page
     title = page.title()
+    was_hit = page.evaluate("window.hit")
     page.goto("about:blank")
     for name, handler in handlers.items():
         page.remove_listener(name, handler)
     assert not seen, "\n".join(seen)
-    assert title != "ran", "a text was run"
+    assert title != "ran" and was_hit is None, "a text was run"
 
 
 def widget(page):
@@ -365,12 +366,12 @@ def test_answers_of_three_hundred_thousand_letters(lab, watched, tmp_path):
 
 def test_hostile_text_is_text_in_the_pair_browser(lab, watched, tmp_path):
     page = watched
-    for k, text in enumerate(HOSTILE, 1):
+    for k, text in enumerate([*HOSTILE, *IN_A_SOAK], 1):
         make_round(
             tmp_path / f"run/round-{k}",
             1,
-            prompt=text.replace("{", "").replace("}", ""),
-            output=text,
+            prompt=text.replace("{", "{{").replace("}", "}}"),
+            output=text.replace("{", "{{").replace("}", "}}"),
         )
     labels = tmp_path / "run/round-1/feedback.labels.jsonl"
     labels.write_text(labels.read_text().replace("rm:small", "rm:" + HOSTILE[1]))
@@ -731,6 +732,7 @@ def test_labeller_at_all_sizes(lab, watched, tmp_path):
 
 def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
     page = watched
+    texts = [*HOSTILE, *IN_A_SOAK]
     write_records(
         tmp_path / "round/samples.json",
         [
@@ -741,7 +743,7 @@ def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
                 output=t + " end" * k,
                 type="sample",
             )
-            for i, t in enumerate(HOSTILE)
+            for i, t in enumerate(texts)
             for k in range(2)
         ],
     )
@@ -750,7 +752,7 @@ def test_hostile_text_is_text_in_the_labeller(lab, watched, tmp_path):
         page.keyboard.press("m")  # raw, as Markdown again, then the differences
         page.keyboard.press("m")
         page.keyboard.press("d")
-        assert {x.removesuffix(" end") for x in shown(page)} <= set(map(visible, HOSTILE))
+        assert {x.removesuffix(" end") for x in shown(page)} <= set(map(visible, texts))
         press(page, "3")
         assert page.locator(".hnb :is(img, script, iframe, svg, a, b b)").count() == 0
 

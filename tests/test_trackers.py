@@ -207,6 +207,7 @@ def run(home, tmp_path):
         said |= dict(prompt=[dict(role="user", content="Is it?")], reference_logps=-2.0)
         samples.append(said | dict(policy_logps=-1.0))
         label = dict(prompt_id=f"p{i // 2}", sample_id=i % 2, score=None if i == 3 else i)
+        label |= dict(labeller="rm:x", reason="")
         append_jsonl(folder / "feedback.labels.jsonl", label)
     write_records(folder / "samples.json", samples)
     pair = dict(prompt_id="p0", prompt=samples[0]["prompt"], type="pairwise_feedback", label=1)
