@@ -2125,6 +2125,11 @@ class HandPairOptions:
     # others disagree
     choose: Literal["spread", "uncertain", "disputed"] = "spread"
     num_pairs: PositiveInt = 20  # how many
+    # which of them comes next: drawn beforehand, or the one that your answers until now and the
+    # first other labeller (if there is one) are least sure of
+    next_pair: Literal["drawn", "uncertain"] = "drawn"
+    # next_pair uncertain: the share that is drawn at random all the same
+    random_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     repeats: NonNegativeFloat = 0.05  # share of the pairs shown twice, sides changed
     guidelines: str = ""  # shown above the pairs
     # pairs that nobody answered, where nobody is there: as the first other labeller says, left

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Reply', 'MessageWidget', 'page_code', 'PairBrowser', 'browse_pairs', 'save_feedback', 'states_text', 'share_text',
-           'report_rows', 'SessionView', 'visible_item', 'speed_text', 'others_of', 'view_content', 'labelling_report',
-           'HumanLabeler', 'label_pairs', 'open_round', 'label_round', 'LabelsMissing', 'judge_comparison',
-           'judge_open_pairs', 'check_pending', 'finish']
+           'report_rows', 'SessionView', 'visible_item', 'speed_text', 'others_of', 'rule_text', 'view_content',
+           'labelling_report', 'HumanLabeler', 'label_pairs', 'open_round', 'label_round', 'LabelsMissing',
+           'judge_comparison', 'judge_open_pairs', 'check_pending', 'finish']
 
 # %% ../nbs/67_widgets.ipynb #e90df662
 import json
@@ -37,6 +37,7 @@ from halos_nb.show import (
 from .figures import round_colors
 from .configs import PeopleConfig, make_config
 from halos_nb.people import (
+    OfferRule,
     Session,
     comparisons,
     open_questions,
@@ -236,6 +237,12 @@ def report_rows(
         kappa = f"{a.kappa.value:.2f} [{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
         agreed = f"{share_text(a.rate)} of {a.items}, kappa {kappa}"
         lines[f"agrees with {labeller_name(a.second)}"] = agreed
+    if r["offered"]:
+        counted = [f"{n} {why}" for why, n in r["offered"].items()]
+        lines["offered next because"] = ", ".join(counted)
+        for a in r["agreement_random"]:
+            told = f"{share_text(a.rate)} of {a.items}"
+            lines[f"agrees with {labeller_name(a.second)}, of those drawn at random"] = told
     return [{"": name, "value": str(value)} for name, value in lines.items()]
 
 # %% ../nbs/67_widgets.ipynb #bb27d632
@@ -255,6 +262,7 @@ class SessionView:
         then_text: str = "continue: train on these pairs",
         # what colleagues have said until now, as comparisons; it goes into the same feedback
         colleagues: Callable[[], list[dict]] | None = None,
+        rule: OfferRule | None = None,  # how the next item is chosen (None: as they were drawn)
     ) -> None:
         self.session = session
         self.file = Path(feedback) if feedback else None
@@ -264,13 +272,19 @@ class SessionView:
         self.then = then
         self.then_text = then_text
         self.colleagues = colleagues or (lambda: [])
-        self.numbers = {item.name: i for i, item in enumerate(session.items)}
+        self.rule = rule
         self.position = self.first_open()
 
+    def place(self, name: str) -> int:
+        "Where an item stands in the order in which they come."
+        return [item.name for item in self.session.order].index(name)
+
     def first_open(self) -> int:
-        "The number of the first open item; of items, where none is open."
+        "The place of the item that comes next; behind all, where none is open."
+        if self.rule:
+            self.session.offer(self.rule)
         item = self.session.current
-        return self.numbers[item.name] if item else len(self.session.items)
+        return self.place(item.name) if item else len(self.session.items)
 
 # %% ../nbs/67_widgets.ipynb #a2d7840f
 @patch
@@ -299,7 +313,7 @@ def undo(self: SessionView) -> bool:
     name = self.session.undo()
     if name is None:
         return False
-    self.save(self.numbers[name])
+    self.save(self.place(name))
     return True
 
 # %% ../nbs/67_widgets.ipynb #c5f4d856
@@ -324,7 +338,7 @@ def visible_item(view: SessionView) -> dict | None:
     session = view.session
     if view.position >= len(session.items):
         return None
-    item = session.show(session.items[view.position])
+    item = session.show(session.order[view.position])
     item["prompt"] = [
         dict(role=visible(turn["role"]), content=visible(turn["content"]))
         for turn in item["prompt"]
@@ -347,6 +361,14 @@ def others_of(view: SessionView) -> dict:
     return (view.others or {}) | pair_table(view.colleagues())
 
 
+def rule_text(view: SessionView) -> str:
+    "How the next item is chosen, said where it is not as they were drawn."
+    if view.rule is None:
+        return ""
+    share = f"{view.rule.share:.0%}"
+    return f" · next comes what is least sure; {share} of them are drawn at random"
+
+
 def view_content(view: SessionView) -> dict:
     "All that the page shows; the report once there is no item left."
     r = session_report(view.session)
@@ -358,7 +380,7 @@ def view_content(view: SessionView) -> dict:
         total=len(view.session.items),
         answered=r["answered"],
         speed=speed_text(r),
-        pairs=states_text(view.session),
+        pairs=states_text(view.session) + rule_text(view),
         then=view.then_text if view.then and view.file else "",
         report=[[visible(row[""]), visible(row["value"])] for row in rows],
         guidelines=visible(view.guidelines),
