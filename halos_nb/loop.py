@@ -116,6 +116,7 @@ from halos_nb.identity import (
     path_state,
     read_manifest,
     reason_to_run,
+    require_function,
     versions,
 )
 from halos_nb.ledger import (
@@ -1495,7 +1496,9 @@ def located_evaluation(cfg: LoopConfig) -> dict[str, Any]:
 
 
 def located(cfg: LoopConfig) -> LoopConfig:
-    "The config with its paths made absolute; an error if one is empty."
+    "The config with its paths made absolute; an error if one is empty or names nothing."
+    if cfg.function:
+        require_function(cfg.function)
     heldout = cfg.heldout_prompts
     return replace(
         cfg,
@@ -2404,7 +2407,10 @@ def refuse_world_seed(seed: int) -> None:
 
 
 def check_sources(cfg: LoopConfig) -> None:
-    "An error if a model or data that a run names is not there."
+    "An error if a model, data or a function that a run names is not there."
+    for name in ("function", "eval_function"):
+        if getattr(cfg, name):
+            require_function(getattr(cfg, name), name)
     for name in ("sft_checkpoint", "watch_reward"):
         require_path(getattr(cfg, name), name)
     for name in ("prompts", "heldout_prompts"):

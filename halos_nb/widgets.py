@@ -45,6 +45,7 @@ from halos_nb.people import (
     session_report,
 )
 from .monitor import answer_while_busy
+from .runs import run_folders
 from halos_nb.pairs import (
     Pairs,
     StaticView,
@@ -444,7 +445,8 @@ def open_round(
     run: Path,  # a run's folder
     labeller: str = "",  # whom it waits for; human:<name> (empty: whoever that is)
 ) -> PeopleConfig | None:
-    "What a run is waiting for; None if it waits for nobody."
+    "What a run is waiting for; None if it waits for nobody; an error if there is no such run."
+    run_folders(run.parent, [run.name])
     mine = f"human-{labeller.removeprefix('human:') or '*'}.config.json"
     found = sorted(run.glob(f"*/{mine}"), key=lambda path: path.stat().st_mtime_ns)
     for config in reversed(found):

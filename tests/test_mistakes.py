@@ -36,6 +36,12 @@ NOTEBOOKS = [
     ("online_loop", dict(prompts="pompts.jsonl"), "did you mean `prompts.jsonl`?"),
     ("online_loop", dict(prompts="ultrafedback"), "did you mean `ultrafeedback_armorm`?"),
     ("online_loop", dict(profile="cpu11"), "no section [profile cpu11]; did you mean `cpu1`?"),
+    (
+        "online_loop",
+        dict(function="rules:scor"),
+        "rules.py has no scor; did you mean `score`?",
+    ),
+    ("label_round", dict(run_name="onlin"), "no run is called onlin; did you mean `online`?"),
     ("compare_runs", dict(runs="onlin"), "no run is called onlin; did you mean `online`?"),
     ("compare_methods", dict(methods="dpo, ktoo"), "'ktoo' is none; did you mean `kto`?"),
     ("compare_methods", dict(seeds="0,a"), "seeds: should be a number or 0, 1, 2, got '0,a'"),
@@ -96,6 +102,7 @@ def desk(tmp_path, monkeypatch):
         "notes.md": "# Stars\n",
         "odd.csv": "q,a\n1,2\n",
         "broken.json": "{beta",
+        "rules.py": "def score(prompt, output):\n    return len(output)\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
