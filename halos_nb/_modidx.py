@@ -2169,6 +2169,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.paper.comparison_table': ('paper.html#comparison_table', 'halos_nb/paper.py'),
                                 'halos_nb.paper.difference_of': ('paper.html#difference_of', 'halos_nb/paper.py'),
                                 'halos_nb.paper.is_value': ('paper.html#is_value', 'halos_nb/paper.py'),
+                                'halos_nb.paper.latex_letter': ('paper.html#latex_letter', 'halos_nb/paper.py'),
                                 'halos_nb.paper.latex_table': ('paper.html#latex_table', 'halos_nb/paper.py'),
                                 'halos_nb.paper.latex_text': ('paper.html#latex_text', 'halos_nb/paper.py'),
                                 'halos_nb.paper.markdown_text': ('paper.html#markdown_text', 'halos_nb/paper.py'),
