@@ -156,9 +156,10 @@ def some_rounds(names: Sequence[str], most: int = MOST_ROUNDS) -> list[str]:
     names = list(names)
     if len(names) <= most:
         return names
-    places = np.linspace(2, len(names) - 3, most - 4).round().astype(int)
-    between = [names[i] for i in np.unique(places)]
-    return [*names[:2], *between, *names[-2:]]
+    step = 2
+    while len(range(step, len(names) - 2, step)) > most - 4:
+        step *= 2
+    return [*names[:2], *names[step:-2:step], *names[-2:]]
 
 
 def forget_old(rounds: dict[str, Any], most: int = 12) -> None:

@@ -1237,7 +1237,7 @@ def people_asked(cfg: LoopConfig, run: Path) -> dict[str, int]:
             found[name] = found.get(name, 0) + min(pairs, cfg.num_pairs or pairs)
     return found
 
-
+# %% ../nbs/57_loop.ipynb #de3b3324
 class ToAsk(NamedTuple):
     "What a judge is still to be asked in a folder, at most."
 
@@ -1261,7 +1261,7 @@ def still_to_ask(cfg: LoopConfig, run: Path) -> dict[str, ToAsk]:
             found[name] = ToAsk(left, math.ceil(questions / max(prompts, 1)))
     return found
 
-
+# %% ../nbs/57_loop.ipynb #4412e6c6
 def estimate(
     cfg: LoopConfig,
     run: Path,  # its folder, where an earlier session may have left something

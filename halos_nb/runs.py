@@ -7,8 +7,8 @@ __all__ = ['SAID_IN_WORDS', 'AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROW
            'DAMAGED', 'kl_estimate', 'step_sizes', 'mean_over_steps', 'metric_problem', 'read_metrics', 'round_metrics',
            'scores_of_model', 'other_journals', 'agreement_with', 'agreement_columns', 'held_out_right',
            'held_out_words', 'labelling_columns', 'read_feedback', 'summary_row', 'sampled_by_older', 'row_code',
-           'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'is_finished', 'run_summary',
-           'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'win_rows',
+           'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'add_seconds', 'is_finished',
+           'run_summary', 'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'win_rows',
            'interval_formats', 'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack',
            'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of',
            'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
@@ -344,12 +344,17 @@ def stage_seconds(events: list[dict]) -> dict[str, dict[str, float]]:
     "Round's folder -> stage -> seconds, of the stages that are done."
     rounds: dict[str, dict[str, float]] = {}
     for event in events:
-        if event["event"] in ("finished", "skipped"):
-            done = rounds.setdefault(event["folder"], {})
-            done[event["stage"]] = event["seconds"]
-        elif event["event"] == "started":
-            rounds.get(event["folder"], {}).pop(event["stage"], None)
+        add_seconds(rounds, event)
     return rounds
+
+
+def add_seconds(rounds: dict[str, dict[str, float]], event: dict) -> None:
+    "Add an event of the ledger to what `stage_seconds` has of those before."
+    if event["event"] in ("finished", "skipped"):
+        done = rounds.setdefault(event["folder"], {})
+        done[event["stage"]] = event["seconds"]
+    elif event["event"] == "started":
+        rounds.get(event["folder"], {}).pop(event["stage"], None)
 
 # %% ../nbs/63_runs.ipynb #fdf36bce
 def is_finished(folder: str, stages: Sequence[str]) -> bool:

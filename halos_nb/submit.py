@@ -462,7 +462,7 @@ def resource_problems(profile: Profile, needs: MachineNeeds) -> Iterator[str]:
                 f"{profile.name} have {needed} there; leave it out, or ask for {needed}"
             )
 
-
+# %% ../nbs/58_submit.ipynb #aa9abf66
 def resource_options(
     profile: Profile,
     runs: Collection[Any] = (),  # the configs of what is submitted

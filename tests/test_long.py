@@ -16,6 +16,7 @@ from halos_nb.data import Example
 from halos_nb.health import Health
 from halos_nb.hub_sets import PromptFile, distinct_prompts, load_data, load_prompts
 from halos_nb.loop import AlarmError, Loop, Round, round_samples
+from halos_nb.figures import some_rounds
 from halos_nb.monitor import Panel, RunMonitor
 from halos_nb.page import report
 from halos_nb.pairs import feedback_files
@@ -211,6 +212,27 @@ def test_a_monitor_reads_each_round_once(pretend, tmp_path, monkeypatch):
     assert read == ["round-1", "round-2", "round-3", "final"]
     assert watching.summary() == run_summary(run)
     assert list(watching.metrics()) == ["round-1", "round-2", "round-3"]
+
+
+def test_what_a_look_reads_does_not_grow_with_the_run(pretend, tmp_path, monkeypatch):
+    "Of each round config and answers are read once, also when its policy was pruned since."
+    configs, views = [], []
+    metrics_file, round_view = monitor.metrics_file, monitor.round_view
+    monkeypatch.setattr(
+        monitor, "metrics_file", lambda path: configs.append(path) or metrics_file(path)
+    )
+    monkeypatch.setattr(
+        monitor, "round_view", lambda *given: views.append(given[0].name) or round_view(*given)
+    )
+    monkeypatch.setattr(monitor, "some_rounds", lambda names: some_rounds(names, 6))
+    watching = RunMonitor(tmp_path / "runs/r", mode="static")
+    watching.panel = Panel()
+    most = dict(total_prompts=20, prompts_per_round=2)
+    pretend(look=lambda this: watching.refresh(), **most)
+    watching.refresh()
+    assert len(configs) <= 10 + 1  # the one that is under way is looked at again
+    assert sorted(views) == sorted(set(views))
+    assert [view.name for view in watching.shown_rounds()][:2] == ["1", "2"]
 
 
 # ---- prompts by their number

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from halos_nb.configs import LoopConfig, SampleConfig
 from halos_nb.settings import Profile, Settings
 from halos_nb.failures import StageError
+from halos_nb.figures import end_to_end
 from halos_nb.jobs import launch
 from halos_nb.progress import last_line
 from halos_nb.loop import run_rounds
@@ -29,12 +31,14 @@ from halos_nb.monitor import (
     is_active,
     log_tail,
     look,
+    metric_charts,
     panels,
     stop_run,
     supervisors,
     time_left,
 )
 from halos_nb.records import append_jsonl, is_locked
+from halos_nb.stats import floats
 
 HERE = Path(__file__).resolve().parent
 SLOW = (
@@ -404,6 +408,29 @@ def test_damaged_files_are_told(tmp_path):
     assert watching.metrics() == {"round-1": [dict(step=1, loss=0.7)]}
     assert "1 lines of metrics cannot be read" in watching.warning(watching.look())
     assert watching.look().state == "killed"
+
+
+def test_curves_of_earlier_looks_are_kept_and_are_those_of_all_lines():
+    "Steps that go on or begin anew, values that are missing, a file that was begun again."
+    rng = random.Random(0)
+    known, metrics, step = {}, {}, 0
+    for number in range(12):
+        rows = metrics[f"round-{number}"] = []
+        step = step if number % 3 else 0
+        for _ in range(rng.choice([0, 1, 5])):
+            step += 1
+            row = dict(step=step, loss=rng.random(), grad_norm=rng.choice([None, 2.0]))
+            rows.append(row if rng.random() < 0.8 else dict(step=step, lr=1e-3))
+            charts = metric_charts(metrics, known)
+            assert charts == metric_charts(metrics)
+        if number == 6:  # the training was done again: other lines, as many
+            metrics["round-4"] = [row | dict(loss=9.0) for row in metrics["round-4"]]
+    rows, ends = end_to_end(metrics)
+    [loss] = [chart for chart in charts if chart["title"] == "Loss"]
+    told = [row for row in rows if "loss" in row]
+    assert loss["lines"][0]["x"] == floats(told, "step").tolist()
+    assert loss["lines"][0]["y"] == [round(row["loss"], 6) for row in told]
+    assert loss["ends"] == ends[1:-1]
 
 
 def test_time_left_follows_progress_and_history():
