@@ -940,7 +940,8 @@ def plan(
     if isinstance(cfg, Mapping):
         cfg = config_of(cfg)
     if not isinstance(profile, Profile):
-        profile = load_settings().get_profile(profile or getattr(cfg, "profile", ""))
+        named = str(profile or getattr(cfg, "profile", ""))
+        profile = load_settings().get_profile(named)
     given = configs or {}
     made = needs_of(cfg, profile, given, memory_gb)
     if made.fits is False:
