@@ -7,9 +7,9 @@ __all__ = ['CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'SCORE', 'HELD_OUT', 'DIS
            'GRID', 'NEUTRAL', 'PAPER', 'DARK', 'UNSEEN', 'HYPHEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab',
            'display_mode', 'spelt_out', 'visible', 'escape', 'readable', 'labeller_name', 'templates', 'render',
            'static_text', 'Shown', 'paragraphs', 'number_format', 'minus', 'number_text', 'numeric_column', 'aligned',
-           'summary_table', 'escaped_words', 'word_diff', 'spread', 'Answer', 'Answered', 'answered', 'gallery',
-           'side_of_pair', 'pairs_table', 'answer_of_sample', 'samples_table', 'ShownToken', 'drawn_tokens',
-           'example_line', 'audit_report']
+           'TableParts', 'column_names', 'table_parts', 'summary_table', 'escaped_words', 'word_diff', 'spread',
+           'Answer', 'Answered', 'answered', 'gallery', 'side_of_pair', 'pairs_table', 'answer_of_sample',
+           'samples_table', 'ShownToken', 'drawn_tokens', 'example_line', 'audit_report']
 
 # %% ../nbs/60_show.ipynb #8818d359
 import difflib
@@ -205,17 +205,35 @@ def aligned(lines: list[list[str]], right: list[bool]) -> list[str]:
     return found
 
 # %% ../nbs/60_show.ipynb #d9d580fd
+class TableParts(NamedTuple):
+    "What stands in a table, as text."
+
+    heads: list[str]
+    cells: list[list[str]]
+    right: list[bool]  # which columns stand right: those of numbers
+
+
+def column_names(rows: list[dict]) -> list[str]:
+    "The columns of some rows, in the order in which they first appear."
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def table_parts(rows: list[dict], formats: dict[str, str] | None = None) -> TableParts:
+    "Rows as the cells of a table."
+    formats = formats or {}
+    names = column_names(rows)
+    cells = [[number_text(row.get(n), formats.get(n, "")) for n in names] for row in rows]
+    right = [numeric_column(rows, name) for name in names]
+    return TableParts([visible(name) for name in names], cells, right)
+
+
 def summary_table(
     rows: list[dict],  # one per line; columns in the order in which they first appear
     formats: dict[str, str] | None = None,  # column -> format, such as {"accuracy": ".1%"}
     title: str = "",
 ) -> Shown:
     "Rows as a table, numbers formatted and to the right."
-    formats = formats or {}
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    heads = [visible(name) for name in names]
-    right = [numeric_column(rows, name) for name in names]
-    cells = [[number_text(row.get(n), formats.get(n, "")) for n in names] for row in rows]
+    heads, cells, right = table_parts(rows, formats)
     page = render("table.html", title=title, heads=heads, cells=cells, right=right)
     lines = aligned([heads, *cells], right)
     if title:

@@ -1,9 +1,13 @@
 // What is wrong with how a page looks: text that is cut, lies on other text or is hard to read,
-// words broken inside, rings of the focus that leave their box. Returns sentences.
-(selector) => {
+// words broken inside, rings of the focus that leave their box. what: an element, or a selector
+// of some. Returns sentences.
+(what) => {
   const wrong = [];
-  const roots = [...document.querySelectorAll(selector)];
-  const named = (node) => (node.textContent ?? "").trim().replace(/\s+/g, " ").slice(0, 60);
+  const roots = typeof what === "string" ? [...document.querySelectorAll(what)] : [what];
+  const named = (node) => {
+    const text = node.getAttribute("aria-label") || node.textContent || node.tagName;
+    return text.trim().replace(/\s+/g, " ").slice(0, 60);
+  };
 
   // ---- colours
   const canvas = document.createElement("canvas");
@@ -55,9 +59,22 @@
     return document.documentElement;
   }
   const scrolls = (node) => ["auto", "scroll"].includes(getComputedStyle(node).overflowX);
+  const FIELDS = "input, select, canvas, textarea, progress";
   const inside = (a, b) =>
     a.left >= b.left - 1.5 && a.right <= b.right + 1.5 && a.top >= b.top - 1.5 &&
     a.bottom <= b.bottom + 1.5;
+
+  // the part of a box that those who hold it let through; null: none
+  function seen(node, { left, right, top, bottom }) {
+    for (let n = node; n; n = n.parentElement) {
+      const isInline = getComputedStyle(n).display === "inline";
+      if (isInline || !(clips(n, "X") || clips(n, "Y"))) continue;
+      const frame = n.getBoundingClientRect();
+      [left, right] = [Math.max(left, frame.left), Math.min(right, frame.right)];
+      [top, bottom] = [Math.max(top, frame.top), Math.min(bottom, frame.bottom)];
+    }
+    return right - left > 1 && bottom - top > 1 ? { left, right, top, bottom } : null;
+  }
 
   const texts = [];
   for (const root of roots) {
@@ -74,15 +91,26 @@
       if (boxes.length) texts.push({ node, boxes, text: text.data.trim() });
     }
   }
+  // what is no text has a place all the same
+  for (const node of roots.flatMap((root) => [...root.querySelectorAll(FIELDS)])) {
+    if (!node.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    const box = node.getBoundingClientRect();
+    if (box.width > 1) texts.push({ node, boxes: [box], text: named(node), isField: true });
+  }
   const page = document.documentElement;
   if (page.scrollWidth > page.clientWidth + 1) {
     wrong.push(`the page is ${page.scrollWidth} pixels wide in a window of ${page.clientWidth}`);
   }
-  for (const { node, boxes, text } of texts) {
-    if (contrast(node) < 4.5 && !node.closest(":disabled")) {
+  for (const { node, boxes, text, isField } of texts) {
+    if (!isField && contrast(node) < 4.5 && !node.closest(":disabled")) {
       wrong.push(`contrast ${contrast(node).toFixed(2)}: ${text.slice(0, 60)}`);
     }
     if (getComputedStyle(node).wordBreak === "break-all") wrong.push(`breaks words: ${named(node)}`);
+    const own = getComputedStyle(node);
+    const isTold = own.textOverflow === "ellipsis" || scrolls(node) || own.display === "inline";
+    if (!isField && !isTold && node.scrollWidth > node.clientWidth + 1 && clips(node, "X")) {
+      wrong.push(`cut: ${named(node)}, ${node.scrollWidth} in ${node.clientWidth}`);
+    }
     const around = boxAround(node);
     if (around === page || scrolls(around)) {
       if (around === page && boxes.some((b) => b.left < -1 || b.right > page.clientWidth + 1)) {
@@ -104,14 +132,15 @@
   }
 
   // ---- text on text
-  const flat = texts.flatMap((t) => t.boxes.map((box) => ({ ...t, box })));
+  // a sign of more text lies on the text that it speaks of
+  const lies = texts.filter(({ node }) => !node.matches(".more"));
+  const places = lies.flatMap((t) => t.boxes.map((box) => ({ ...t, box: seen(t.node, box) })));
+  const flat = places.filter(({ box }) => box);
   flat.sort((a, b) => a.box.top - b.box.top);
   for (let i = 0; i < flat.length; i++) {
     for (let j = i + 1; j < flat.length && flat[j].box.top < flat[i].box.bottom - 3; j++) {
       const [a, b] = [flat[i], flat[j]];
       if (a.node === b.node || a.node.contains(b.node) || b.node.contains(a.node)) continue;
-      const [p, q] = [boxAround(a.node), boxAround(b.node)];
-      if (p !== q && (scrolls(p) || scrolls(q))) continue; // one of them may be scrolled away
       const across = Math.min(a.box.right, b.box.right) - Math.max(a.box.left, b.box.left);
       if (across > 2) wrong.push(`on each other: ${a.text.slice(0, 40)} | ${b.text.slice(0, 40)}`);
     }
@@ -128,7 +157,11 @@
     const room = Math.max(0, parseFloat(style.outlineWidth) + parseFloat(style.outlineOffset));
     const box = node.getBoundingClientRect();
     const frame = boxAround(node).getBoundingClientRect();
-    if (box.left - room < frame.left - 0.6 || box.right + room > frame.right + 0.6) {
+    const holder = getComputedStyle(boxAround(node)); // what scrolls follows the focus
+    const isFixed = (axis) => !["auto", "scroll"].includes(holder[`overflow${axis}`]);
+    const isBeside = box.left - room < frame.left - 0.6 || box.right + room > frame.right + 0.6;
+    const isAbove = box.top - room < frame.top - 0.6 || box.bottom + room > frame.bottom + 0.6;
+    if ((isFixed("X") && isBeside) || (isFixed("Y") && isAbove)) {
       wrong.push(`its ring is cut: ${named(node) || node.type}`);
     }
   }

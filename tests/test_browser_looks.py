@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from looks import look_at
 from test_browser import open_notebook, outputs
 from test_widgets import tell_tokens
 from test_browser_monitor import everything_is_text, hostile_runs, quiet  # noqa: F401
@@ -21,7 +21,6 @@ from halos_nb.rewards import kl_curve, length_and_reward, reward_vs_true
 from halos_nb.runs import read_run, with_truth
 
 pytestmark = pytest.mark.browser
-LOOKS = (ROOT / "tests/looks.js").read_text("utf-8")
 TYPED = dict(type="pairwise_feedback")
 LAPTOP, SCREEN = (1366, 768), (1920, 1080)
 # a window at 200% has half of the laptop's pixels
@@ -30,10 +29,6 @@ WINDOWS = [(*LAPTOP, "light"), (*SCREEN, "dark"), (683, 384, "light"), (390, 844
 
 def length_is_good(prompt, output):
     return float(len(output) % 3)
-
-
-def look_at(page, selector):
-    assert not (wrong := page.evaluate(LOOKS, selector)), "\n".join(wrong)
 
 
 @pytest.mark.parametrize("width, height, scheme", WINDOWS)

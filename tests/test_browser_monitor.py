@@ -12,6 +12,7 @@ from conftest import every
 from hostile import IN_A_SOAK
 from test_browser import DONE, open_notebook, outputs, run_all, wait_idle, write_notebook
 from job_helpers import alive
+from looks import complaints
 
 from halos_nb.show import visible
 
@@ -431,6 +432,26 @@ def test_report_would_hold_even_if_a_text_came_through(page, hostile_runs):
     assert page.evaluate("window.hit") is None
 
 
+def headers_sort(page, live):
+    "A click or a key on a header sorts; the focus stays, and aria-sort says which way."
+    head = live.get_by_role("columnheader", name="run", exact=True)
+    runs = live.locator(".sorted tbody td:first-child")
+    assert live.locator(".sorted th[aria-sort=none]").count() > 3
+    assert live.locator(".widget-dropdown").count() == 1  # of prompts
+    head.get_by_role("button").click()
+    live.locator(".sorted th[aria-sort=ascending]").wait_for()
+    assert runs.all_inner_texts() == ["one", "two"]
+    page.keyboard.press("Enter")  # the header that was clicked still has the keyboard
+    live.locator(".sorted th[aria-sort=descending]").wait_for()
+    assert runs.all_inner_texts() == ["two", "one"]
+    assert head.get_attribute("aria-sort") == "descending"
+    page.keyboard.press("Tab")
+    page.keyboard.press(" ")
+    live.locator(".sorted .status", has_text="sorted by rounds").wait_for()
+    assert head.get_attribute("aria-sort") == "none"
+    assert not (wrong := complaints(live.locator(".sorted"))), wrong
+
+
 def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
     write_notebook(
         tmp_path / "compare.ipynb",
@@ -448,6 +469,7 @@ def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
     assert live.locator("th", has_text="total_prompts").count() == 0
     live.locator("input[type=checkbox]").uncheck()
     live.locator("th", has_text="total_prompts").wait_for(timeout=10_000)
+    headers_sort(page, live)
     for i in range(3):
         prompt.select_option(index=i)
         live.locator("pre").first.wait_for()
