@@ -902,7 +902,7 @@ def round_samples(folder: Path) -> list[dict]:
     "The samples of a round, each with its `reward`; None if it is unscored."
     scores = round_scores(folder)
     watched = scores_in(folder / "watch.labels.jsonl")
-    samples = read_objects(folder / "samples.json", "sample")
+    samples = read_objects(folder / "samples.json", type="sample")
     for said in (scores, watched):
         check_labelled(samples, said, folder)
     at = drawn_at(folder)  # samples of before do not say it themselves

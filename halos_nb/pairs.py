@@ -976,8 +976,10 @@ def is_told(pairs: Pairs, i: int) -> bool:
     return all(told_side(pairs, i, side) for side in "AB")
 
 # %% ../nbs/65_pairs.ipynb #f7cf5e58
-OF_THE_RUN = ("max_length", "max_prompt_length", "template_options", "precision")
-OF_THE_RUN += ("token_budget", "trust_remote_code")
+OF_THE_RUN = (
+    *("max_length", "max_prompt_length", "template_options", "precision"),
+    *("token_budget", "trust_remote_code"),
+)
 
 
 def rescore_config(folder: Path, both: Policies) -> RescoreConfig:

@@ -1274,6 +1274,7 @@ def read_object(
 
 def read_objects(
     path: str | Path,
+    *names: str,  # fields that each of them has
     type: str = "",  # what each of them is, a key of `RECORDS`; empty: any object
 ) -> list[dict]:
     "The records that a stage of ours wrote; a RecordError names what in the file is none."
@@ -1287,6 +1288,9 @@ def read_objects(
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise RecordError(f"{path}, record {number}: should be an object with fields")
+        for name in names:
+            if name not in row:
+                raise RecordError(f"{path}, record {number}: has no field `{name}`")
         if type:
             check_record(row, type, f"{path}, record {number}")
     return rows

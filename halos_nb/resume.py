@@ -542,7 +542,7 @@ class StepCheckpoints(TrainerCallback):
         if main:
             write_json(folder / STATE / "made_of.json", self.now)
             for file in metrics_files(trainer):
-                if file.lines:
+                if file.path and file.lines:
                     copy_metrics(
                         Path(file.path), file.lines, self.run, trainer.state.global_step
                     )

@@ -346,10 +346,10 @@ def test_what_is_no_list_of_records_is_named(tmp_path, text):
     path = tmp_path / "o.json"
     path.write_text(text, encoding="utf-8")
     if not WRONG[text]:
-        assert r.read_objects(path, "sample") == []
+        assert r.read_objects(path, type="sample") == []
         return
     with pytest.raises(r.RecordError, match=WRONG[text]) as e:
-        r.read_objects(path, "sample")
+        r.read_objects(path, type="sample")
     assert str(path) in str(e.value)
 
 
