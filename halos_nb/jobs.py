@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SRUN', 'ASK_PYTHON', 'SAID', 'stage_module', 'stage_kind', 'hosts_of', 'on_hosts', 'meeting_point',
-           'accelerate_options', 'launcher', 'command', 'inherited', 'promised', 'device_variables',
-           'network_variables', 'environment', 'Listener', 'listeners', 'ask_python', 'check_launch', 'say_set_aside',
-           'lock_log', 'remove', 'Job', 'JobLine', 'supervised', 'start_process', 'launch', 'server_environment',
-           'prepare']
+           'accelerate_options', 'launcher', 'command', 'inherited', 'promised_gpus', 'promised', 'device_variables',
+           'network_variables', 'environment', 'Listener', 'listeners', 'ask_python', 'is_here', 'one_host_problems',
+           'check_launch', 'say_set_aside', 'lock_log', 'remove', 'Job', 'JobLine', 'supervised', 'start_process',
+           'launch', 'server_environment', 'prepare']
 
 # %% ../nbs/54_jobs.ipynb #cd75cde6
 import json
@@ -15,11 +15,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -31,7 +32,7 @@ from fastcore.basics import patch
 
 import halos_nb
 from .records import atomic_write, lock_file, telling_full_disk
-from .configs import config_json
+from .configs import config_json, refuse
 from halos_nb.settings import (
     LEFT_OUT,
     STAGES,
@@ -39,6 +40,7 @@ from halos_nb.settings import (
     accelerate_path,
     check_precision,
     is_left_out,
+    layer_problems,
     set_aside,
 )
 from .supervise import LAUNCHER_SAYS, read_ranks
@@ -154,6 +156,18 @@ def inherited() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not is_left_out(k)}
 
 
+def promised_gpus(profile: Profile) -> int:
+    "How many GPUs each machine must have; 0 where a profile takes what there is."
+    each = profile.num_processes // profile.num_machines
+    if profile.cpu:
+        return 0
+    if profile.device_names:
+        return len(profile.device_names)
+    said = profile.accelerate.values if profile.accelerate else {}
+    named = said.get("use_cpu") is False and said["distributed_type"] != "NO"
+    return each if named or each > 1 else 0
+
+
 def promised(profile: Profile) -> dict[str, Any]:
     "What a stage may expect, and compares with what it finds."
     return {
@@ -161,6 +175,7 @@ def promised(profile: Profile) -> dict[str, Any]:
         "processes": profile.num_processes,
         "machines": profile.num_machines,
         "sharded": profile.sharded,
+        "gpus": promised_gpus(profile),
     }
 
 
@@ -169,7 +184,7 @@ def device_variables(profile: Profile) -> dict[str, str]:
     if profile.cpu:
         return {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     if profile.devices:
-        return {"CUDA_VISIBLE_DEVICES": profile.devices.replace(" ", "")}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(profile.device_names)}
     if profile.num_processes == profile.num_machines:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return {"CUDA_VISIBLE_DEVICES": first}
@@ -276,12 +291,42 @@ def ask_python(
 SAID: set[str] = set()  # by this process
 
 
+def is_here(host: str) -> bool:
+    "Whether this is a name or an address of this machine."
+    place = host.rpartition("@")[2].lower()
+    ours = socket.gethostname().lower()
+    if place in ("localhost", ours):
+        return True
+    if place.startswith(f"{ours}.") or ours.startswith(f"{place}."):
+        return True  # with and without its domain
+    with suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(
+            place, 0, type=socket.SOCK_STREAM
+        ):
+            with suppress(OSError), socket.socket(family, kind) as tried:
+                tried.bind(address)  # only an address of this machine can be
+                return True
+    return False
+
+
+def one_host_problems(p: Profile) -> Iterator[str]:
+    "What is said of one machine that is named, and is not this one."
+    for host in p.host_names if p.num_machines == 1 else []:
+        if not is_here(host):
+            yield (
+                f"hosts: [profile {p.name}] names one machine, {host}, and this is "
+                f"{socket.gethostname()}: a stage of one machine runs where the notebook does; "
+                "start the notebook there, and leave hosts out"
+            )
+
+
 def check_launch(
     profile: Profile,
     precision: str,  # the experiment's
     *stages: str,  # that will be launched (none: all)
     env: Mapping[str, str] = os.environ,  # what the driver will have
     scheduled: bool = False,  # a scheduler will say which machines
+    model: str = "",  # the run's, where it is known
 ) -> None:
     "An error if a stage cannot be launched as the profile says."
     for stage in stages or STAGES:
@@ -291,6 +336,8 @@ def check_launch(
             ask_python(own.python)
         if own.num_machines > 1 and not scheduled:
             hosts_of(own)
+        refuse(one_host_problems(own))
+        refuse(layer_problems(own, model))
 
 
 def say_set_aside(profile: Profile) -> None:
@@ -350,7 +397,8 @@ def give_config(
     "Write its config, which is what a waiting process waits for."
     for path in clear:
         remove(Path(path))
-    check_launch(profile, getattr(cfg, "precision", "float32"), self.stage)
+    precision, model = getattr(cfg, "precision", "float32"), getattr(cfg, "model", "")
+    check_launch(profile, precision, self.stage, model=str(model or ""))
     cfg = replace(cfg, num_processes=profile.num_processes)
     with atomic_write(self.file("config.json")) as f:
         f.write(config_json(cfg))

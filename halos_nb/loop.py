@@ -2377,12 +2377,13 @@ def check_costs(costs: Estimate) -> None:
 # %% ../nbs/57_loop.ipynb #2535a5b6
 def check_apart(profile: Profile) -> None:
     "An error if training would share its devices with what draws and scores meanwhile."
-    if profile.cpu:
-        return  # they share the cores
-    train = set(profile.for_stage("train").devices.replace(",", " ").split())
+    train = profile.for_stage("train")
     for stage in ("sample", "label"):
-        own = set(profile.for_stage(stage).devices.replace(",", " ").split())
-        if not own or not train or own & train:
+        own = profile.for_stage(stage)
+        both = [*own.device_names, *train.device_names]
+        named = own.device_names and train.device_names
+        on_gpus = not own.cpu and not train.cpu  # on a CPU they share the cores
+        if on_gpus and (not named or len({*both}) < len(both)):
             raise ValueError(
                 f"staleness: in profile {profile.name} {stage} has no devices of its own "
                 f"beside the training's; set devices.{stage} and devices.train"
@@ -2461,7 +2462,7 @@ def check_run(
     scheduled: bool = False,  # a scheduler will say which machines
 ) -> dict[str, str]:
     "The versions that a run's numbers depend on; an error for what its launch would refuse."
-    check_launch(profile, cfg.precision, env=env, scheduled=scheduled)
+    check_launch(profile, cfg.precision, env=env, scheduled=scheduled, model=cfg.sft_checkpoint)
     check_trackers(cfg.report_to, profile)
     check_stages(cfg)
     found = check_sampler(cfg, profile)

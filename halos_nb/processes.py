@@ -6,11 +6,12 @@
 __all__ = ['REFUSED', 'LOAD_ONCE', 'HEARTBEATS', 'IN_DDP', 'TELL_STACKS', 'HEARTS', 'LONGER', 'MEETING_SOCKET', 'STORES',
            'ANOTHER_IS_GONE', 'HEAD_START', 'CLOSES', 'is_on', 'asks_for_sharding', 'is_sharded', 'check_sharding',
            'begin_sharding', 'collectives_begun', 'stack_of', 'waits_for_others', 'heartbeat', 'Heart',
-           'begin_heartbeat', 'end_heartbeat', 'broken_promises', 'meet_here', 'lost_a_peer', 'leave_by_error',
-           'start_processes', 'layers_of', 'set_sharding', 'in_float32', 'in_shares', 'is_shared_out', 'own_part',
-           'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole', 'check_shares', 'share_out',
-           'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in', 'SharedRound', 'in_turns', 'shard',
-           'shards_of', 'finished', 'cut_unfinished', 'drop_shards', 'gather_padded', 'wait_for_all', 'end_process']
+           'begin_heartbeat', 'end_heartbeat', 'promises', 'check_gpus', 'broken_promises', 'meet_here', 'lost_a_peer',
+           'leave_by_error', 'start_processes', 'layers_of', 'set_sharding', 'in_float32', 'in_shares', 'is_shared_out',
+           'own_part', 'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole', 'check_shares',
+           'share_out', 'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in', 'SharedRound',
+           'in_turns', 'shard', 'shards_of', 'finished', 'cut_unfinished', 'drop_shards', 'gather_padded',
+           'wait_for_all', 'end_process']
 
 # %% ../nbs/13_processes.ipynb #a19807f2
 import faulthandler
@@ -32,16 +33,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .settings import check_precision
+from .settings import FSDP_REFUSED, check_precision, is_said
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # %% ../nbs/13_processes.ipynb #8f53386c
-REFUSED = {
-    "FSDP_OFFLOAD_PARAMS": "weights cannot wait on the CPU; take more processes, or LoRA",
-    "FSDP_IGNORED_MODULES": "all weights are shared out",
-}
+# by the variable that Accelerate reads
+REFUSED = {name.upper(): why for name, why in FSDP_REFUSED.items()}
 
 
 def is_on(name: str) -> bool:
@@ -69,7 +68,7 @@ def check_sharding() -> None:
         )
     for name, why in REFUSED.items():
         value = os.environ.get(name, "")
-        if value.lower() not in ("", "0", "false", "no", "off", "none"):
+        if is_said(value):
             raise ValueError(f"{name}: is {value!r}, and {why}; leave it out")
 
 # %% ../nbs/13_processes.ipynb #ac0c1446
@@ -195,9 +194,31 @@ def end_heartbeat() -> None:
     HEARTS.clear()
 
 # %% ../nbs/13_processes.ipynb #eaf28ac5
+def promises() -> dict[str, Any]:
+    "What the launcher promised this stage; nothing if it had none."
+    return json.loads(os.environ.get("HALOS_NB_PROMISED", "{}"))
+
+
+def check_gpus() -> None:
+    "An error if this machine has fewer GPUs than the profile promised this stage."
+    promised = promises()
+    wanted = promised.get("gpus", 0)
+    if not wanted:
+        return
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if found < wanted:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise RuntimeError(
+            f"devices: [profile {promised['profile']}] in settings.ini promises {wanted} "
+            f"GPU{'s' * (wanted > 1)} on each machine, this stage found {found} with torch "
+            f"{torch.__version__}, CUDA_VISIBLE_DEVICES: {seen}; give it cpu = yes to have it "
+            "run on a CPU"
+        )
+
+
 def broken_promises(accelerator: "Accelerator") -> Iterator[str]:
     "What the launcher promised this stage (`54_jobs`) and is not so."
-    promised = json.loads(os.environ.get("HALOS_NB_PROMISED", "{}"))
+    promised = promises()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     found = {
         "processes": accelerator.num_processes,
@@ -282,6 +303,7 @@ def start_processes(
     if precision is not None:
         check_precision(precision)
     minutes = float(os.environ.get("HALOS_NB_TIMEOUT_MINUTES", 10))
+    check_gpus()
     begin_heartbeat(60 * minutes)
     timeout = timedelta(minutes=minutes) + LONGER
     meet_here(timeout)
@@ -311,9 +333,15 @@ def start_processes(
 def layers_of(model: Any) -> list[str]:
     "The classes of the layers that are shared out one by one: as asked for, or as it says."
     found = {type(module).__name__ for module in model.modules()}
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
-    own = getattr(model, "_no_split_modules", None) or []
-    return sorted(found & set(named)) or sorted(found & set(own))
+    said = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    named = set(said.replace(",", " ").split())
+    own = sorted(found & set(getattr(model, "_no_split_modules", None) or []))
+    if named and not named & found:
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap: {type(model).__name__} has no {said}; its "
+            f"layers are {', '.join(own)}, which are taken where the key is left out"
+        )
+    return sorted(found & named) or own
 
 
 def set_sharding(

@@ -624,6 +624,19 @@ def test_accelerate_configurations_have_the_keys_we_know():
         assert used <= options & {*FSDP_KEYS}, f"{file}: {used - options}"
 
 
+def test_accelerate_s_words_stand_where_they_are_read():
+    "Without importing it; see accelerate_words and TRUTHS of halos_nb.settings."
+    from accelerate.utils import PrecisionType, constants
+    from accelerate.utils.environment import str_to_bool
+
+    from halos_nb.settings import FSDP_WORDS, TRUTHS, accelerate_words
+
+    for name in FSDP_WORDS.values():
+        assert list(accelerate_words(name)) == getattr(constants, name)
+    assert list(accelerate_words("PrecisionType")) == PrecisionType.list()
+    assert {str_to_bool(word) for word in TRUTHS} == {0, 1}
+
+
 def test_what_accelerate_launch_sets_can_be_asked_for():
     "Its parser, its reading of a file, and what it makes of both; see accelerate_variables."
     from halos_nb.jobs import accelerate_options

@@ -1,11 +1,13 @@
 "Command lines and this machine: every field is a flag, and a wrong value is named."
 
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -306,6 +308,8 @@ def test_a_file_s_precision_must_be_the_experiment_s(mine, tmp_path):
         ("gpus = 4", "gpus: unknown parameter"),
         ("gpus.train = 4", "train: Profile: gpus: unknown parameter"),
         ("env = x", "a variable is env.NAME"),
+        ("env. = x", "a variable is env.NAME"),
+        ("env.train. = x", "a variable is env.NAME"),
     ],
 )
 def test_what_a_profile_gets_wrong_is_named(mine, tmp_path, line, wrong):
@@ -345,3 +349,334 @@ def test_what_a_configuration_gets_wrong_is_named(mine, tmp_path, text, wrong):
         file.write("num_processes = 4\n")
     with pytest.raises(ValueError, match=wrong):
         mine()
+
+
+FILE_PROBLEMS = [
+    ("num_processes: 2.7", "num_processes: should be a whole number such as 8, got 2.7"),
+    ("num_processes: two", "num_processes: should be a whole number"),
+    ("num_processes: true", "num_processes: should be a whole number"),
+    ("num_processes: -4", "num_processes: should be a whole number"),
+    ("num_machines: 1.5", "num_machines: should be a whole number"),
+    ("main_process_port: auto", "main_process_port: should be a whole number"),
+    ("main_process_port: 70000", "main_process_port: .*65535"),
+    ("main_process_ip: 7", "main_process_ip: should be a name or address"),
+    ("use_cpu: flase", "use_cpu: should be true or false, got 'flase'"),
+    ("use_cpu: 'false'", "without quotes"),
+    ("same_network: ture", "same_network: should be true or false"),
+    ("mixed_precision: bf61", "mixed_precision: .*did you mean `bf16`"),
+    ("gpu_ids: 0", "gpu_ids: should be 'all', got 0; .*devices = 0"),
+    ("gpu_ids: 0,1", "gpu_ids: .*devices = 0,1"),
+    ("gpu_ids: [0, 1]", "gpu_ids: .*devices = 0,1"),
+    ("fsdp_config: [1]", "fsdp_config: should hold keys and values"),
+    ("fsdp_config: FSDP", "fsdp_config: should hold keys and values"),
+    ("7: 8", "7: unknown parameter"),
+    ("num_processes: 4\nnum_processes: 8", "num_processes: stands there twice"),
+    ("distributed_type: NO", "distributed_type: .*in quotes: 'NO'"),
+    ("distributed_type: MULTI_GPUS", "distributed_type: .*did you mean `MULTI_GPU`"),
+]
+SHARDING_PROBLEMS = [
+    ("fsdp_state_dict_type: NONSENSE", "should be SHARDED_STATE_DICT or FULL_STATE_DICT, got"),
+    ("fsdp_state_dict_type: SHARDED_STATE", "did you mean `SHARDED_STATE_DICT`"),
+    ("fsdp_state_dict_type: LOCAL_STATE_DICT", "fsdp_state_dict_type: .*SHARDED_STATE_DICT"),
+    ("fsdp_auto_wrap_policy: TRANSFORMER_WRAP", "did you mean `TRANSFORMER_BASED_WRAP`"),
+    ("fsdp_reshard_after_forward: FULL_SHARD", "fsdp_reshard_after_forward: .*true or false"),
+    ("fsdp_activation_checkpointing: flase", "fsdp_activation_checkpointing: .*true or false"),
+    ("fsdp_cpu_ram_efficient_loading: 2", "fsdp_cpu_ram_efficient_loading: .*true or false"),
+    ("fsdp_offload_params: null", "fsdp_offload_params: .*true or false"),
+    ("fsdp_offload_params: true", "fsdp_offload_params: weights cannot wait on the CPU"),
+    ("fsdp_ignored_modules: lm_head", "fsdp_ignored_modules: all weights are shared out"),
+    ("fsdp_min_num_params: 1e8", "fsdp_min_num_params: should be a whole number"),
+    ("fsdp_activation_checkpointing_offload: true", "needs fsdp_activation_checkpointing"),
+    ("fsdp_transformer_layer_cls_to_wrap: [A]", "should be names set apart by commas"),
+    ("fsdp_version: 1", "should be 2, got 1"),
+    ("version: 2\n  fsdp_version: 2", "fsdp_version: stands there twice"),
+]
+
+
+@pytest.mark.parametrize("text, wrong", FILE_PROBLEMS)
+def test_a_value_of_accelerate_s_file_is_looked_at_when_it_is_read(tmp_path, text, wrong):
+    file = tmp_path / "theirs.yaml"
+    if not text.startswith("distributed_type"):
+        kind = "FSDP" if text.startswith("fsdp") else "MULTI_GPU"
+        text = f"distributed_type: {kind}\n{text}\n"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=wrong) as raised:
+        read_accelerate(file)
+    assert str(raised.value).startswith(str(file))
+
+
+@pytest.mark.parametrize("text, wrong", SHARDING_PROBLEMS)
+def test_a_value_of_sharding_is_looked_at_when_it_is_read(tmp_path, text, wrong):
+    file = tmp_path / "theirs.yaml"
+    version = "" if "version" in text else "  fsdp_version: 2\n"
+    file.write_text(f"distributed_type: FSDP\nfsdp_config:\n{version}  {text}\n")
+    with pytest.raises(ValueError, match=wrong) as raised:
+        read_accelerate(file)
+    assert str(raised.value).startswith(str(file))
+
+
+def test_what_accelerate_takes_is_taken(tmp_path):
+    "In the forms in which its own questions and people write it."
+    file = tmp_path / "theirs.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: FSDP\n"
+        "downcast_bf16: 'no'\nenable_cpu_affinity: false\nfsdp_config:\n"
+        "  fsdp_activation_checkpointing: false\n"
+        "  fsdp_auto_wrap_policy: transformer_based_wrap\n"
+        "  fsdp_cpu_ram_efficient_loading: 'true'\n  fsdp_offload_params: 'False'\n"
+        "  fsdp_reshard_after_forward: yes\n  fsdp_state_dict_type: full_state_dict\n"
+        "  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer,Qwen2DecoderLayer\n"
+        "  fsdp_version: 2\nmachine_rank: 0\nmain_training_function: main\n"
+        "mixed_precision: no\nnum_machines: 1\nnum_processes: '4'\nrdzv_backend: static\n"
+        "same_network: true\ntpu_env: []\ntpu_use_cluster: false\nuse_cpu: false\n"
+        "gpu_ids:\nmain_process_port: null\nmain_process_ip:\n"
+    )
+    assert Profile(accelerate_config=str(file), cpu=False).num_processes == 4
+    for text in ("gpu_ids: all", "num_processes: -1", "num_processes: 0", "debug: no"):
+        file.write_text(f"distributed_type: MULTI_GPU\n{text}\n")
+        assert Profile(accelerate_config=str(file), num_processes=2).num_processes == 2
+
+
+def test_a_layer_that_no_model_has_is_told_before_any_work(tmp_path):
+    from halos_nb.jobs import check_launch
+
+    file = tmp_path / "theirs.yaml"
+    text = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config:\n  fsdp_version: 2\n"
+    text += "  fsdp_transformer_layer_cls_to_wrap: {}\n"
+
+    def check(layers, kind=""):
+        file.write_text(text.format(layers))
+        if kind:
+            (tmp_path / "config.json").write_text(json.dumps(kind))
+        profile = Profile(accelerate_config=str(file))
+        check_launch(profile, "float32", model=str(tmp_path) if kind else "org/model")
+
+    check("LlamaDecoderLayer, Embedding")
+    with pytest.raises(ValueError, match="theirs.yaml.*LlamaDecodrLayer.*`LlamaDecoderLayer`"):
+        check("LlamaDecodrLayer")
+    with pytest.raises(ValueError, match="fsdp_transformer_layer_cls_to_wrap: .*NoSuchLayer"):
+        check("LlamaDecoderLayer,NoSuchLayer")
+    # of another architecture than the run's
+    check("LlamaDecoderLayer,Qwen2DecoderLayer", {"model_type": "llama"})
+    check("LlamaDecoderLayer", {"model_type": "seen", "text_config": {"model_type": "llama"}})
+    check("LlamaDecoderLayer", {"model_type": "not here"})
+    with pytest.raises(
+        ValueError, match="type llama has no Qwen2DecoderLayer; .*LlamaDecoderLayer"
+    ):
+        check("Qwen2DecoderLayer", {"model_type": "llama"})
+
+
+def test_a_stage_s_own_configuration_takes_the_numbers_that_it_says(mine, tmp_path):
+    "And leaves the profile's where it says none."
+    ddp = dict(accelerate_config="ddp")
+    eight = Profile(num_processes=8, stages={"train": ddp})
+    assert eight.for_stage("train").num_processes == 8
+    two = Profile(num_processes=8, num_machines=2, stages={"train": ddp})
+    train = two.for_stage("train")
+    assert (train.num_processes, train.num_machines) == (8, 2)
+    one = Profile(num_processes=8, stages={"train": dict(accelerate_config="gpu1")})
+    assert one.for_stage("train").num_processes == 1
+    four = dict(accelerate_config="fsdp2_gpu4")
+    assert (
+        Profile(num_processes=8, cpu=False, stages={"train": four})
+        .for_stage("train")
+        .num_processes
+        == 4
+    )
+    # for one process by its kind, though it does not say so
+    (tmp_path / "no.yaml").write_text("distributed_type: 'NO'\nmixed_precision: 'no'\n")
+    own = dict(accelerate_config=str(tmp_path / "no.yaml"))
+    assert Profile(num_processes=8, stages={"train": own}).for_stage("train").num_processes == 1
+    # a file for one machine, of a profile for two
+    hosts = dict(hosts="a, b", start="ssh {host}", num_processes=2)
+    gpu1 = Profile(**hosts, stages={"label": dict(accelerate_config="gpu1")})
+    assert gpu1.for_stage("label").host_names == []
+
+
+OWNED = [
+    ("CUDA_VISIBLE_DEVICES", "devices = 0,1"),
+    ("OMP_NUM_THREADS", "threads"),
+    ("RANK", "num_processes"),
+    ("WORLD_SIZE", "num_processes"),
+    ("LOCAL_WORLD_SIZE", "num_processes"),
+    ("LOCAL_RANK", "num_processes"),
+    ("NODE_RANK", "num_processes"),
+    ("MASTER_ADDR", "main_process_ip"),
+    ("MASTER_PORT", "main_process_port"),
+    ("TORCHELASTIC_RESTART_COUNT", "num_processes"),
+    ("PET_NNODES", "num_processes"),
+    ("PMI_RANK", "num_processes"),
+    ("OMPI_COMM_WORLD_SIZE", "num_processes"),
+    ("MV2_COMM_WORLD_LOCAL_RANK", "num_processes"),
+    ("MPI_LOCALNRANKS", "num_processes"),
+    ("SLURM_PROCID", "num_processes"),
+    ("SLURM_NTASKS", "num_processes"),
+    ("ACCELERATE_USE_CPU", "cpu"),
+    ("ACCELERATE_USE_FSDP", "accelerate_config"),
+    ("FSDP_VERSION", "accelerate_config"),
+    ("HALOS_NB_PROMISED", "is set for each stage"),
+    ("HALOS_NB_RANKS", "is set for each stage"),
+    ("HALOS_NB_MEETING_SOCKET", "is set for each stage"),
+    ("HALOS_NB_TIMEOUT_MINUTES", "timeout_minutes"),
+    ("HALOS_NB_RUNS_DIR", r"runs_dir .*\[halos_nb\]"),
+    ("HALOS_NB_PROFILE", r"profile .*\[halos_nb\]"),
+    ("PYTHONUTF8", "UTF-8"),
+    ("PYTHONUNBUFFERED", "is set for each stage"),
+    ("cuda_visible_devices", "devices"),
+    ("MY-VARIABLE", "is no name of a variable"),
+]
+
+
+@pytest.mark.parametrize("name, instead", OWNED)
+def test_a_variable_that_a_launch_sets_is_refused(tmp_path, name, instead):
+    "With what to write in its place."
+    file = tmp_path / "settings.ini"
+    for key in ("env.", "ENV.", "Env.Train."):
+        file.write_text(f"[profile mine]\ncpu = no\n{key}{name} = 0,1\n")
+        with pytest.raises(ValueError, match=rf"env\.{name}: .*{instead}") as raised:
+            load_settings(file, env={})
+        assert str(raised.value).startswith(f"{file}, line 3: [profile mine]")
+
+
+def test_every_variable_of_a_launch_is_refused():
+    "None that the launcher decides can be given beside it, but for the network's."
+    from halos_nb.jobs import environment
+
+    two = Profile(hosts="a, b", start="ssh {host}", cpu=False, devices="0")
+    fsdp = Profile(accelerate_config="fsdp2_cpu2")
+    for profile in (Profile(), two, fsdp):
+        told = environment(profile, Path("p"))
+        decided = {*told} - {*environment.__globals__["inherited"]()}
+        for name in decided - {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}:
+            with pytest.raises(ValueError, match=rf"env\.{name}: "):
+                Profile(env={name: "7"})
+
+
+def test_a_variable_of_one_s_own_is_given(tmp_path):
+    file = tmp_path / "settings.ini"
+    names = ["Mixed_Case", "HF_HOME", "OMPI_MCA_btl", "I_MPI_FABRICS", "http_proxy"]
+    names += ["HALOS_NB_CACHE_DIR", "HALOS_NB_NO_LOCKS", "HALOS_NB_NO_ROOM_CHECK"]
+    names += ["ACCELERATE_DEBUG_MODE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"]
+    names += ["CUDA_DEVICE_ORDER", "TOKENIZERS_PARALLELISM", "MKL_NUM_THREADS", "SLURM_CONF"]
+    lines = "\n".join(f"Env.{name} = 1" for name in names)
+    more = "env.PYTHONUTF8 = 1\nEnv.Train.More = 2"
+    file.write_text(f"[profile mine]\n{lines}\n{more}\n")
+    profile = load_settings(file, env={}).get_profile("mine")
+    assert profile.env == dict.fromkeys([*names, "PYTHONUTF8"], "1")
+    assert profile.for_stage("train").env["More"] == "2"
+
+
+HOSTS = [
+    ("node[1-3]", "node1 node2 node3"),
+    ("node[08-11]", "node08 node09 node10 node11"),
+    ("a[1,3-4],b", "a1 a3 a4 b"),
+    ("a[1-2] b[1-2]-ib", "a1 a2 b1-ib b2-ib"),
+    ("r[1-2]n[1-2]", "r1n1 r1n2 r2n1 r2n2"),
+    ("10.0.0.1, 10.0.0.2", "10.0.0.1 10.0.0.2"),
+    ("fd00::1, fd00::2", "fd00::1 fd00::2"),
+    ("me@n1, n2", "me@n1 n2"),
+    ("node1 ,node2", "node1 node2"),
+]
+
+
+@pytest.mark.parametrize("text, names", HOSTS)
+def test_hosts_are_named_as_a_scheduler_names_them(text, names):
+    profile = Profile(hosts=text, start="ssh {host}", main_process_ip="10.0.0.1")
+    assert profile.host_names == names.split()
+    assert profile.num_machines == len(names.split())
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("a, a", "hosts: a is named twice"),
+        ("node[1-2], Node2", "hosts: Node2 is named twice"),
+        ("node[2-1]", r"hosts: .*node\[2-1\]"),
+        ("node[1-", r"hosts: .*node\[1-"),
+        ("node[]", "hosts: .*node"),
+        ("node{1..2}", "hosts: .*node"),
+        ("node1:8, node2:8", "hosts: 'node1:8' is no name"),
+        ("node1;node2", "hosts: 'node1;node2' is no name"),
+        ("node1 slots=8, node2 slots=8", "hosts: 'slots=8' is no name"),
+        ("/etc/hosts", "hosts: '/etc/hosts' is no name"),
+        ("-oProxyCommand=x, b", "hosts: '-oProxyCommand=x' is no name"),
+        (",", "hosts: names no machine"),
+        ("me@n1, n2", "main_process_ip: "),
+    ],
+)
+def test_hosts_that_name_no_machines_are_told(text, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        Profile(hosts=text, start="ssh {host}")
+
+
+def test_one_host_is_this_one_or_told_before_any_work(monkeypatch):
+    "A stage of one machine runs where the notebook does."
+    import socket
+
+    from halos_nb.jobs import check_launch
+
+    for here in ("localhost", "127.0.0.1", socket.gethostname()):
+        check_launch(Profile(hosts=here), "float32")
+    with pytest.raises(ValueError, match="hosts: .*not-here.invalid.*start the notebook there"):
+        check_launch(Profile(hosts="not-here.invalid"), "float32")
+    two = Profile(hosts="a, b", start="ssh {host}", stages={"label": {"num_machines": "1"}})
+    check_launch(two, "float32")
+
+
+@pytest.mark.parametrize("devices", ["0, 0", "0,00", "1,01", "²,1", "0;1", "0 1", "-1", "0,"])
+def test_devices_are_different_numbers(devices):
+    with pytest.raises(ValueError, match="devices: should be different numbers"):
+        Profile(cpu=False, devices=devices)
+
+
+def test_a_device_has_one_name():
+    from halos_nb.jobs import environment
+
+    profile = Profile(cpu=False, num_processes=2, devices=" 00, 1 ")
+    assert environment(profile, Path("p"))["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_samplers_and_trainers_are_apart_by_what_their_stages_have():
+    from halos_nb.loop import check_apart
+
+    def check(sample="1", train="0"):
+        devices = dict(sample=sample, label="2", train=train)
+        stages = {stage: dict(devices=named) for stage, named in devices.items() if named}
+        check_apart(Profile(cpu=False, stages=stages))
+
+    check()
+    for sample, train in (("0", "0"), ("00", "0"), ("0", "00"), ("", "0"), ("1", "")):
+        with pytest.raises(ValueError, match="staleness: .* devices.sample and devices.train"):
+            check(sample, train)
+    # who is on a CPU takes no GPU from the other
+    on_cpu = dict(cpu=True)
+    check_apart(Profile(cpu=False, stages=dict(train=on_cpu)))
+    check_apart(Profile(cpu=False, stages=dict(sample=on_cpu, label=on_cpu)))
+    own = dict(sample=dict(cpu=False, devices="0"), train=dict(cpu=False, devices="0"))
+    with pytest.raises(ValueError, match="staleness: "):
+        check_apart(Profile(stages=own))
+    check_apart(Profile())
+
+
+def test_gpus_that_are_promised_are_looked_for(tmp_path, monkeypatch):
+    "By the stage, before it waits for others; who takes what there is has promised none."
+    from halos_nb.jobs import environment
+    from halos_nb.processes import check_gpus
+
+    named = ",".join(map(str, range(1000)))
+    thousand = tmp_path / "thousand.yaml"
+    thousand.write_text((SHIPPED / "fsdp2_gpu8.yaml").read_text().replace("es: 8", "es: 1000"))
+    promising = [
+        Profile(cpu=False, devices=named),
+        Profile(cpu=False, num_processes=1000),
+        Profile(cpu=False, accelerate_config=str(thousand)),
+        Profile(cpu=False, accelerate_config="ddp", num_processes=1000),
+    ]
+    name = "HALOS_NB_PROMISED"
+    for profile in promising:
+        monkeypatch.setenv(name, environment(profile, Path("p"))[name])
+        with pytest.raises(RuntimeError, match=r"devices: \[profile cpu1\].*promises \d+ GPUs"):
+            check_gpus()
+    for profile in (Profile(), Profile(cpu=False), Profile(accelerate_config="fsdp2_cpu2")):
+        monkeypatch.setenv(name, environment(profile, Path("p"))[name])
+        check_gpus()
