@@ -251,8 +251,9 @@ def outputs(run):
 
 
 def leftovers(run):
-    "Files of writers that are no more."
-    return [p.name for p in run.rglob("*") if p.name.endswith((".tmp", ".partial"))]
+    "What writers that are no more have left; a folder called so was made by no writer."
+    found = [p for p in run.rglob("*") if p.name.endswith((".tmp", ".partial"))]
+    return [p.name for p in found if p.is_file() or p.suffix == ".partial"]
 
 
 # ---- what was seen
