@@ -292,7 +292,7 @@ def versions_there(
     python: str,  # that runs it
 ) -> dict[str, str]:
     "As `versions`, in another Python."
-    found = ask_python(python, *LIBRARIES, "peft", *VLLM_NAMES)
+    found = dict(ask_python(python, *LIBRARIES, "peft", *VLLM_NAMES))  # which is remembered
     vllm = [f"{name} {found.pop(name)}" for name in VLLM_NAMES if name in found]
     if getattr(config, "backend", "") == "vllm":
         found["vllm"] = vllm[0] if vllm else "not found"
