@@ -665,6 +665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.data.ratings_of': ('data.html#ratings_of', 'halos_nb/data.py'),
                                'halos_nb.data.score_in': ('data.html#score_in', 'halos_nb/data.py'),
                                'halos_nb.data.split_pair': ('data.html#split_pair', 'halos_nb/data.py'),
+                               'halos_nb.data.told_in_both': ('data.html#told_in_both', 'halos_nb/data.py'),
                                'halos_nb.data.transcript': ('data.html#transcript', 'halos_nb/data.py'),
                                'halos_nb.data.transcript_pairs': ('data.html#transcript_pairs', 'halos_nb/data.py'),
                                'halos_nb.data.turns_of': ('data.html#turns_of', 'halos_nb/data.py'),

@@ -76,6 +76,12 @@ def checked(cls: type[Config]) -> type[Config]:
             check(self, *args, **given)
         except ValidationError as e:
             raise ValueError(config_error(e, type(self))) from None
+        for name, text in given.items():
+            # pydantic leaves out leading zeros, and so reads `0-3` as -3
+            is_number = type(getattr(self, name)) is int and isinstance(text, str)
+            if is_number and not re.fullmatch(r"\s*[+-]?\d[\d_]*(\.0*)?\s*", text):
+                what = f"{name}: should be a whole number, got {text!r}"
+                raise ValueError(f"{type(self).__name__}: {what}")
 
     made.__init__ = say_it_plainly  # type: ignore[method-assign] # in our words
     return made

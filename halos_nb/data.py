@@ -6,9 +6,9 @@
 __all__ = ['NOTHING_KNOWN', 'NEITHER', 'NO_RATING', 'ADD_FEEDBACK', 'NUMBERS', 'TRUTHS', 'OPTIONAL', 'TABLES', 'DELIMITERS',
            'READ', 'TURN_MARK', 'TRANSCRIPT_ROLES', 'TURNS', 'TURNS_AS_TEXT', 'TextOrTurns', 'SYSTEM_COLUMNS',
            'OFFERED_COLUMNS', 'FORMATS', 'QUESTIONS', 'ANSWERS', 'Facts', 'Example', 'find_answer', 'note_fact',
-           'add_answer', 'best_index', 'Dataset', 'of_split', 'add_single', 'pair_up', 'ratings_of', 'add_pair',
-           'is_equal_pair', 'get_feedback', 'get_sampled_data', 'typed_row', 'fields_of_any_length', 'csv_lines',
-           'csv_rows', 'without_nulls', 'plain_row', 'arrow_rows', 'line_rows', 'file_rows', 'transcript',
+           'add_answer', 'best_index', 'Dataset', 'told_in_both', 'of_split', 'add_single', 'pair_up', 'ratings_of',
+           'add_pair', 'is_equal_pair', 'get_feedback', 'get_sampled_data', 'typed_row', 'fields_of_any_length',
+           'csv_lines', 'csv_rows', 'without_nulls', 'plain_row', 'arrow_rows', 'line_rows', 'file_rows', 'transcript',
            'ends_answered', 'transcript_pairs', 'clean_turn', 'check_text', 'turns_of', 'answer_of', 'common_start',
            'common_turns', 'common_words', 'PromptPair', 'implicit_pair', 'explicit_pair', 'split_pair', 'with_system',
            'offered', 'with_columns', 'id_at', 'example_of', 'score_in', 'add_preference', 'add_judged',
@@ -215,6 +215,18 @@ class Dataset:
                 "had before; were files joined whose ids are only numbers?"
             )
         return ex
+
+# %% ../nbs/04_data.ipynb #a275d8c5
+def told_in_both(train: Dataset, test: Dataset) -> str:
+    "How many held-out prompts are trained on too, in words; empty if none is."
+    trained = {ex.prompt_id for ex in train}
+    both = [ex for ex in test if ex.prompt_id in trained]
+    if not both:
+        return ""
+    return (
+        f"{len(both)} of {len(test)} held-out prompts are trained on too "
+        f"(the first: {both[0].where}), so what is said of them is no held-out result"
+    )
 
 # %% ../nbs/04_data.ipynb #4d9549b5
 def of_split(

@@ -1068,6 +1068,8 @@ def key_problems(key: str, stage: str, more: list[str]) -> Iterator[str]:
     "What is wrong with a key of a profile."
     if key.partition(".")[0] in ("name", "stages") or re.fullmatch(r"env(\.|\..*\.)?", key):
         yield f"{key}: is no key; a variable is env.NAME, a key of one stage KEY.STAGE"
+    if key.startswith("sampler."):
+        yield f"{key}: whether an engine stays holds for the whole run; write sampler = ..."
     if more or stage not in ("", *STAGES):
         known = ", ".join(STAGES)
         yield f"{key}: no stage is called {'.'.join([*more, stage])}; stages are {known}"

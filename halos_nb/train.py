@@ -42,7 +42,7 @@ from halos_nb.records import (
 )
 from .configs import COMPARING, TrainConfig, refuse_own_inputs, require_path
 from .settings import parse_args
-from .data import Example
+from .data import Example, told_in_both
 from .hub_sets import load_data
 from .templates import check_template, template_notes
 from .trees import Tree, TreeBatch, Work
@@ -354,8 +354,9 @@ def make_loaders(cfg: TrainConfig, tokenizer: Any, accelerator: "Accelerator") -
     "The method's loaders over the data sets or files that the config names."
     make = TRAINERS[cfg.loss].loader_class
     options = common_options(cfg, accelerator) | loader_options(cfg)
+    trained = load_data(cfg.train_datasets, "train")
     train = make(
-        load_data(cfg.train_datasets, "train"),
+        trained,
         tokenizer,
         max_prompt_count=cfg.max_prompt_count,
         n_examples=cfg.n_examples,
@@ -364,6 +365,8 @@ def make_loaders(cfg: TrainConfig, tokenizer: Any, accelerator: "Accelerator") -
     if not cfg.test_datasets:
         return Loaders(train, None)
     test = load_data(cfg.test_datasets, "test")
+    said = told_in_both(trained, test)
+    say([said] if said else [], accelerator)
     held_out = make(test, tokenizer, shuffle=False, n_examples=cfg.n_eval_examples, **options)
     return Loaders(train, held_out)
 

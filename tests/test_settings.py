@@ -301,6 +301,7 @@ def test_a_file_s_precision_must_be_the_experiment_s(mine, tmp_path):
         ("devices.train = 0,1,2,2", "different numbers"),
         ("env.FSDP_VERSION = 1", "belongs into the file that accelerate_config names"),
         ("env.sample.HF_TOKEN = x", "a secret is exported"),
+        ("sampler.sample = server", "holds for the whole run"),
         (
             "env.HTTPS_PROXY = http://me:hunter2@proxy:3128",
             "env: holds an address with a password",
