@@ -47,6 +47,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'halos_nb.api.Said': ('api.html#said', 'halos_nb/api.py'),
                               'halos_nb.api.ServerError': ('api.html#servererror', 'halos_nb/api.py'),
                               'halos_nb.api.about_address': ('api.html#about_address', 'halos_nb/api.py'),
+                              'halos_nb.api.address_of': ('api.html#address_of', 'halos_nb/api.py'),
                               'halos_nb.api.answer_or_error': ('api.html#answer_or_error', 'halos_nb/api.py'),
                               'halos_nb.api.api_key': ('api.html#api_key', 'halos_nb/api.py'),
                               'halos_nb.api.ask_all': ('api.html#ask_all', 'halos_nb/api.py'),

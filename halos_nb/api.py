@@ -6,9 +6,9 @@
 __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'WHOLE', 'CUT', 'FIRST', 'run_async', 'api_key', 'Letter',
            'letter_of', 'letters', 'only_letters', 'base64_forms', 'fragments', 'Hidden', 'spans_of', 'words_of',
            'places_of', 'decoded', 'encoded_places', 'said_places', 'without_secrets', 'hide', 'excerpt', 'ServerError',
-           'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to', 'about_address', 'check_address', 'error_text',
-           'describe', 'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of', 'said_in', 'Limiter',
-           'connect', 'is_one_fault', 'ask_all']
+           'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to', 'about_address', 'check_address', 'address_of',
+           'error_text', 'describe', 'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of', 'said_in',
+           'Limiter', 'connect', 'is_one_fault', 'ask_all']
 
 # %% ../nbs/31_api.ipynb #e3f87bfb
 import asyncio
@@ -32,7 +32,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .records import shortened
-from .configs import KEY_PREFIX, is_mixed, secret_values
+from .configs import KEY_PREFIX, is_mixed, secret_in, secret_values
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -342,16 +342,32 @@ def about_address(error: BaseException) -> str:
     return ""
 
 
-def check_address(base_url: str | None) -> None:
-    "A ValueError if this is no address of a server."
+def check_address(base_url: str | None, name: str = "base_url") -> None:
+    "A ValueError if this is no address of a server, or one that says more than where it is."
     parts = urlsplit(base_url or "https://api.openai.com/v1")
     if parts.username or parts.password:
-        raise ValueError("base_url: no user or password in it; the key is OPENAI_API_KEY")
+        raise ValueError(f"{name}: no user or password in it; the key is OPENAI_API_KEY")
+    if secret_in(name, base_url) or without_secrets(base_url or "").times:
+        raise ValueError(
+            f"{name}: holds a secret, and an address is written to files; a key belongs in "
+            "OPENAI_API_KEY alone"
+        )
+    if parts.query or parts.fragment:
+        raise ValueError(
+            f"{name}: no query (?...) and no # in an address; a key belongs in OPENAI_API_KEY"
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
-            f"base_url: {hide(str(base_url))!r} is no address of a server; one begins with "
+            f"{name}: {hide(str(base_url))!r} is no address of a server; one begins with "
             "http:// or https:// and mostly ends in /v1"
         )
+
+
+def address_of(base_url: str | None) -> str | None:  # None: OpenAI's own
+    "The address that is asked, given or the environment's, once it is checked."
+    address = base_url or os.environ.get("OPENAI_BASE_URL")
+    check_address(address, "base_url" if base_url else "OPENAI_BASE_URL")
+    return address
 
 # %% ../nbs/31_api.ipynb #bb97fce9
 def error_text(error: Exception) -> str:
@@ -495,7 +511,7 @@ async def connect(
         if before_sending is not None:
             await before_sending(request.content.decode())
 
-    check_address(base_url or os.environ.get("OPENAI_BASE_URL"))
+    address_of(base_url)
     client = openai.AsyncOpenAI(
         api_key=api_key() or "none",
         base_url=base_url,

@@ -43,6 +43,7 @@ from .generate import Row, all_ends, plan
 from halos_nb.api import (
     ServerError,
     about_address,
+    address_of,
     answer_or_error,
     api_key,
     ask_all,
@@ -865,6 +866,7 @@ def sample_with_server(cfg: SampleConfig) -> dict:  # the counts
             "backend: OPENAI_API_KEY is not set; the key is read from the environment "
             "and from nowhere else (any text, for a server that wants none)"
         )
+    address_of(cfg.base_url)
     start = time.monotonic()
     path = Path(cfg.output_file)
     data, examples = choose_prompts(cfg)

@@ -19,7 +19,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import re
 import time
 import warnings
@@ -47,10 +46,11 @@ from halos_nb.records import (
     write_json,
 )
 from .label_input import conversation, tokens_of
-from .configs import LabelConfig
+from .configs import LabelConfig, refuse_secrets
 from halos_nb.api import (
     Limiter,
     ServerError,
+    address_of,
     answer_or_error,
     api_key,
     ask_all,
@@ -654,13 +654,7 @@ async def process_samples_with_api(
 # %% ../nbs/42_judge.ipynb #8b459ef6
 def judge_of(cfg: LabelConfig) -> Judge:
     "The judge that a config names."
-    base_url = cfg.base_url or os.environ.get("OPENAI_BASE_URL")
-    if re.search(r"@|\?", base_url or ""):
-        raise ValueError(
-            "base_url: holds a password or a query; it is written to files, so a key "
-            "belongs in OPENAI_API_KEY"
-        )
-    return Judge(
+    judge = Judge(
         cfg.api_model or "",
         cfg.judge,
         system_prompt=cfg.system_prompt,
@@ -670,8 +664,11 @@ def judge_of(cfg: LabelConfig) -> Judge:
         temperature=cfg.temperature,
         max_tokens=cfg.max_tokens,
         structured=cfg.structured,
-        base_url=base_url,
+        base_url=address_of(cfg.base_url) if cfg.api_type else None,
     )
+    said = asdict(judge)
+    refuse_secrets(said, said)  # it is written down
+    return judge
 
 # %% ../nbs/42_judge.ipynb #1aa87ca4
 @dataclass

@@ -997,6 +997,8 @@ def main(
 ) -> dict:  # the counts, as in the counts file; on the main process
     "Label as the config says, on all processes."
     start = time.monotonic()
+    if cfg.api_type:
+        judge_of(cfg)  # an address that holds a secret stops here
     data = read_label_input(cfg)
     asked = only_finished(data, cfg)
     make_feedback([], cfg)  # a threshold that does not fit stops here

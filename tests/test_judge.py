@@ -1583,3 +1583,35 @@ def test_soak_10000_requests_and_20_kills(tmp_path):
     assert len(rows) == n
     for i, key in enumerate(keys):
         assert rows[key]["score"] == truth(i)
+
+
+# ---- what a server or an environment says that no file may hold, or takes
+
+ADDRESSES = dict(
+    path=f"http://h/v1/{KEY}",
+    query=f"http://h/v1?key={KEY}",
+    other="http://h/v1?key=x",
+    fragment="http://h/#x",
+)
+
+
+@pytest.mark.parametrize("where", ["given", "environment"])
+@pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES)
+def test_an_address_with_a_secret_is_refused_before_any_work(
+    tmp_path, monkeypatch, where, address
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", address if where == "environment" else "http://x/v1")
+    cfg = config(SimpleNamespace(url=address if where == "given" else None), tmp_path)
+    name = "base_url" if where == "given" else "OPENAI_BASE_URL"
+    with pytest.raises(ValueError, match=f"{name}: ") as told:  # there are no samples to read
+        main(cfg)
+    assert KEY not in str(told.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_judges_identity_holds_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for more in (dict(label_prompt=f"Rate! {KEY}"), dict(system_prompt=KEY)):
+        with pytest.raises(ValueError, match="holds the value of OPENAI_API_KEY"):
+            main(config(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path, 2, **more))
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.json"]

@@ -1791,3 +1791,24 @@ def test_a_batch_tells_how_far_it_is_and_its_samples_are_the_same_bits(
     main(SampleConfig(**given, output_file=str(tmp_path / "alone.json")))
     watched, alone = tmp_path / "watched.json", tmp_path / "alone.json"
     assert watched.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize("where", ["given", "environment"])
+@pytest.mark.parametrize("path", ["?key=x", f"/{KEY}", f"?key={KEY}"])
+def test_an_address_with_a_secret_is_refused_before_any_work(
+    tmp_path, monkeypatch, where, path
+):
+    address = f"http://127.0.0.1:9/v1{path}"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", address if where == "environment" else "http://x/v1")
+    cfg = SampleConfig(
+        model="m",
+        backend="openai",
+        datasets=["not there"],
+        output_file=str(tmp_path / "s.json"),
+        base_url=address if where == "given" else None,
+    )
+    name = "base_url" if where == "given" else "OPENAI_BASE_URL"
+    with pytest.raises(ValueError, match=f"{name}: ") as told:
+        main(cfg)
+    assert KEY not in str(told.value) and list(tmp_path.iterdir()) == []
