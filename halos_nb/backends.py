@@ -7,10 +7,10 @@ __all__ = ['ENGINE_SETTINGS', 'DrawerOf', 'DRAWING', 'sample_seed', 'JobSeeds', 
            'can_process_logps', 'engine_options', 'running_engine', 'EngineAnswer', 'sampling_params', 'engine_answer',
            'generate_with_engine', 'Drawer', 'own_engine', 'own_end_tokens', 'check_rows', 'visible_gpus', 'gpu_groups',
            'counts_file', 'seeds_of_batches', 'run_engine', 'sample_with_vllm', 'take_counts', 'Question', 'wishes',
-           'request_options', 'ids_hash', 'drawn_tokens', 'read_reply', 'refused_wishes', 'Wishes', 'ask_once',
-           'ask_first', 'ask_for_sample', 'ask_for_samples', 'settings_hash', 'question_key', 'AnswerJournal',
-           'ServerTokens', 'server_tokens', 'why_not_ours', 'questions_of', 'ask_missing', 'answered_record',
-           'answered_records', 'sample_with_server']
+           'request_options', 'ids_hash', 'are_ids', 'drawn_tokens', 'read_reply', 'refused_wishes', 'Wishes',
+           'ask_once', 'ask_first', 'ask_for_sample', 'ask_for_samples', 'settings_hash', 'question_key',
+           'AnswerJournal', 'ServerTokens', 'server_tokens', 'why_not_ours', 'questions_of', 'ask_missing',
+           'answered_record', 'answered_records', 'sample_with_server']
 
 # %% ../nbs/33_backends.ipynb #26d00ac6
 import asyncio
@@ -48,11 +48,14 @@ from halos_nb.api import (
     api_key,
     ask_all,
     connect,
+    count_in,
     IN_DATA,
+    error_in,
     error_text,
     excerpt,
     how_it_ended,
     is_down,
+    mended,
     run_async,
     said_in,
     without_secrets,
@@ -507,13 +510,18 @@ def ids_hash(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
+def are_ids(told: Any) -> bool:
+    "Whether what a server tells is a list of token ids."
+    return isinstance(told, list) and all(type(x) is int and 0 <= x < 2**31 for x in told)
+
+
 def drawn_tokens(
     reply: Any,  # a chat completion
 ) -> dict:  # output_ids, prompt_hash, output_logps; what the server told of them
     "Which tokens a server says that it read and drew."
     ids = getattr(reply.choices[0], "token_ids", None)
     read = getattr(reply, "prompt_token_ids", None)
-    if ids is None or read is None:
+    if not are_ids(ids) or not are_ids(read):
         return {}
     drawn: dict = dict(output_ids=ids, prompt_hash=ids_hash(read))
     told = getattr(reply.choices[0], "logprobs", None)
@@ -530,6 +538,8 @@ def read_reply(
     choices = getattr(reply, "choices", None)
     if not choices:
         return dict(reason="no choices", detail=excerpt(reply))
+    if error := error_in(reply):
+        return dict(reason="an error beside the answer", detail=error)
     said = said_in(choices[0].message)
     ended = how_it_ended(choices[0].finish_reason)
     if ended not in ("whole", "cut"):
@@ -543,8 +553,8 @@ def read_reply(
     answer = dict(
         output=said.text,
         finished=ended == "whole",
-        tokens=getattr(usage, "completion_tokens", None) or 0,
-        input_tokens=getattr(usage, "prompt_tokens", None) or 0,
+        tokens=count_in(usage, "completion_tokens") or 0,
+        input_tokens=count_in(usage, "prompt_tokens") or 0,
     )
     return answer | drawn_tokens(reply)
 
@@ -728,6 +738,7 @@ class AnswerJournal:
 
     def keep(self, question: Question, answer: dict) -> None:
         "Write down an answer, or why there is none, before anything else happens."
+        answer = mended(answer)
         prompt, sample, seed = question_key(question)
         line = dict(settings=self.settings, prompt_id=prompt, sample_id=sample, seed=seed)
         append_jsonl(self.path, line | dict(time=time.time()) | answer, sync=True)

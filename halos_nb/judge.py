@@ -7,8 +7,8 @@ __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS'
            'OF_QUESTION', 'REFUSES', 'FAILURES', 'with_placeholders', 'fill', 'Judge', 'digest', 'Question', 'question',
            'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns', 'in_range', 'of_samples',
            'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options', 'named_parts',
-           'parts_to_leave_out', 'complete', 'read_answer', 'writable', 'count_in', 'without_key', 'blank_line',
-           'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of', 'refuse_other_judges',
+           'parts_to_leave_out', 'complete', 'read_answer', 'without_key', 'blank_line', 'ask_judge',
+           'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of', 'refuse_other_judges',
            'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines', 'latest_answers', 'unanswered',
            'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask', 'lock_journal', 'JudgeResult',
            'run_job', 'job_counts', 'total']
@@ -42,6 +42,7 @@ from halos_nb.records import (
     check_record,
     label_lines,
     lock_file,
+    read_object,
     shortened,
     write_json,
 )
@@ -55,11 +56,14 @@ from halos_nb.api import (
     api_key,
     ask_all,
     connect,
+    count_in,
     IN_DATA,
     describe,
+    error_in,
     error_text,
     excerpt,
     how_it_ended,
+    mended,
     run_async,
     said_in,
     without_secrets,
@@ -305,6 +309,8 @@ def meaning(
 ) -> Reading:
     "What a reply says, all that is known of it considered."
     ended = how_it_ended(row.get("finish", "stop"))
+    if row.get("error"):
+        return unread(f"the server sent {row['error']}")
     if ended == "cut":
         length = row.get("output_tokens")
         return unread(f"the reply was cut off at max_tokens, {length} tokens")
@@ -535,7 +541,7 @@ async def complete(
 # %% ../nbs/42_judge.ipynb #6f350b78
 def read_answer(
     answer: Any,  # what the client returned, of whatever kind
-) -> dict:  # reply, finish, both counts of tokens; refusal, reasoning
+) -> dict:  # reply, finish, both counts of tokens; refusal, reasoning, error
     "What is in the server's answer; a ValueError if it is none."
     try:
         choice = answer.choices[0]
@@ -544,36 +550,24 @@ def read_answer(
         page = "; a web page: is base_url the API's, which mostly ends in /v1?"
         hint = page if str(answer).lstrip().startswith("<") else ""
         raise ValueError(f"the server sent no answer: {excerpt(answer)}{hint}") from None
+    error = error_in(answer)
+    if error and not said.text:
+        raise ValueError(error)
     usage = getattr(answer, "usage", None)
     row: dict = dict(
-        reply=writable(said.text or ""),
+        reply=said.text or "",
         finish=str(getattr(choice, "finish_reason", None)),
         input_tokens=count_in(usage, "prompt_tokens"),
         output_tokens=count_in(usage, "completion_tokens"),
     )
-    if said.refusal:
-        row["refusal"] = writable(said.refusal)
-    if said.reasoning:
-        row["reasoning"] = writable(said.reasoning)
-    return row
-
-
-def writable(text: str) -> str:
-    "A text without halves of characters."
-    return text.encode("utf-8", "replace").decode()
-
-# %% ../nbs/42_judge.ipynb #8511e375
-def count_in(usage: Any, name: str) -> int | None:
-    "How many tokens a server says it used; None if it does not say."
-    n = getattr(usage, name, None)
-    is_count = isinstance(n, int) and not isinstance(n, bool) and n >= 0
-    return n if is_count else None
+    more = dict(refusal=said.refusal, reasoning=said.reasoning, error=error)
+    return mended(row | {name: text for name, text in more.items() if text})
 
 # %% ../nbs/42_judge.ipynb #511e7351
 def without_key(row: dict) -> dict:
     "A journal line that was read, its words without the key."
     clean, times = dict(row), 0
-    for name in ("reply", "refusal", "reasoning", "finish", "reason"):
+    for name in ("reply", "refusal", "reasoning", "error", "finish", "reason"):
         if isinstance(row.get(name), str):
             clean[name], found = without_secrets(row[name], IN_DATA)
             times += found
@@ -617,7 +611,8 @@ async def ask_judge(
     elif isinstance(said, Exception):
         said = dict(reason=f"no answer: {describe(said)}")
     now = round(time.time(), 3)
-    return without_key(interpret(blank_line(judge, question) | said | dict(time=now), judge))
+    line = mended(blank_line(judge, question) | said | dict(time=now))
+    return without_key(interpret(line, judge))
 
 # %% ../nbs/42_judge.ipynb #6f386cbb
 async def process_samples_with_api(
@@ -708,8 +703,11 @@ def refuse_other_judges(job: JudgeJob, rows: list[dict]) -> None:
     others = [r for r in rows if r.get("judge") != digest(identity)]
     if not others:
         return
-    was = json.loads(job.identity_file.read_bytes()) if job.identity_file.exists() else {}
-    differs = []
+    was, differs = {}, []
+    try:
+        was = read_object(job.identity_file) if job.identity_file.exists() else {}
+    except (RecordError, OSError) as e:
+        differs.append(f"how they differ is not known: {shortened(e, 300)}")
     for name, value in identity.items():
         if name in was and was[name] != value:
             differs.append(f"{name} was {shortened(was[name])}, is {shortened(value)}")
@@ -953,9 +951,12 @@ def run_job(job: JudgeJob) -> JudgeResult:
     )
     for name in run.terms.refused:
         counts[f"refused by the server ({name})"] = 1
-    hidden = [row for row in answers.values() if row.get("key_hidden")]
-    if hidden:
-        counts["replies_with_the_key"] = len(hidden)
+    told = dict(
+        replies_with_the_key="key_hidden", replies_with_half_a_character="halves_replaced"
+    )
+    for name, sign in told.items():
+        if found := [row for row in answers.values() if row.get(sign)]:
+            counts[name] = len(found)
     return JudgeResult(answers, counts)
 
 # %% ../nbs/42_judge.ipynb #a864f6a5

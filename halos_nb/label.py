@@ -13,11 +13,11 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'label_by_reward_model', 'label_by_function', 'questions_about', 'judge_job', 'label_by_judge',
            'fitting_questions', 'read_letters', 'comparison_row', 'letter_counts', 'label_by_letters', 'keys_of_row',
            'check_can_compare', 'scored_by', 'scores_from_labels', 'label_from_journal', 'dry_run', 'timed',
-           'label_in_one_process', 'check_outputs', 'require_room_for', 'main']
+           'label_in_one_process', 'module_file', 'check_outputs', 'require_room_for', 'main']
 
 # %% ../nbs/43_label.ipynb #51f9daca
 import copy
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -963,12 +963,23 @@ def label_in_one_process(data: LabelInput, cfg: LabelConfig) -> Labelled:
     return label_from_journal(data, cfg)
 
 # %% ../nbs/43_label.ipynb #78e71a31
+def module_file(spec: str) -> str | None:  # "module:name"
+    "Where a function's module stands; None if it is not found, or is no file."
+    try:
+        found = importlib.util.find_spec(spec.partition(":")[0]) if spec else None
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found.origin if found and found.has_location else None
+
+
 def check_outputs(cfg: LabelConfig) -> None:
     "An error if a file that is read would be written."
     journals = split_names(cfg.from_labels or [])
     models = read_models(cfg.reward_model_path or "")
     labels = companion_file(cfg.output_file, "labels.jsonl")
+    beside = [companion_file(cfg.output_file, name) for name in ("counts.json", "judge.json")]
     reads: dict[str, Any] = dict(
+        function=[module_file(cfg.function or "")],
         samples_file=[cfg.samples_file],
         second_samples_path=[cfg.second_samples_path],
         reward_model_path=[one.model for one in models],
@@ -976,10 +987,8 @@ def check_outputs(cfg: LabelConfig) -> None:
         units_from=[cfg.units_from],
         from_labels=journals,
     )
-    refuse_own_inputs(
-        reads,
-        dict(output_file=[cfg.output_file, companion_file(cfg.output_file, "counts.json")]),
-    )
+    kept = [scores_beside(cfg, one.model) for one in models]
+    refuse_own_inputs(reads, dict(output_file=[cfg.output_file, *beside, *kept]))
     if len(journals) == 1:  # it may be converted where it is
         del reads["from_labels"]
     refuse_own_inputs(reads, dict(output_file=[labels]))

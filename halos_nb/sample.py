@@ -331,6 +331,7 @@ def check_outputs(cfg: SampleConfig) -> None:
     "An error if a file that is read would be written."
     out = Path(cfg.output_file)
     beside = [out.with_name(f"{out.stem}.{kind}.json") for kind in ("counts", "samples")]
+    beside.append(out.with_name(f"{out.stem}.answers.jsonl"))
     drawn = Path(cfg.drawn) if cfg.drawn else None
     reads: dict[str, Any] = dict(
         datasets=cfg.datasets,

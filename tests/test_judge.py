@@ -1615,3 +1615,77 @@ def test_a_judges_identity_holds_no_secret(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="holds the value of OPENAI_API_KEY"):
             main(config(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path, 2, **more))
     assert [p.name for p in tmp_path.iterdir()] == ["samples.json"]
+
+
+ODD_USAGE = (10**400, -1, "40", float("nan"), 1.5, True, [1])
+
+
+@pytest.mark.parametrize("kind", ["scalar", "pairwise"])
+def test_what_no_file_and_no_sum_takes_loses_no_reply(tmp_path, monkeypatch, kind):
+    "Half a character in any text, odd counts with prices, an error beside the reply."
+    said = "Winner: A" if kind == "pairwise" else "Final Score: 3"
+    whole = completion(said)
+    end = dict(index=0, message=dict(role="assistant", content=said))
+    bad = [http(200, whole | dict(usage=dict(prompt_tokens=n))) for n in ODD_USAGE]
+    bad += [
+        told(end | dict(finish_reason="\ud800")),
+        message(said, reasoning="\udc00"),
+        message(said, refusal="\ud800"),
+        http(200, whole | error("overloaded \ud800")),
+        told(end | dict(finish_reason="stop", error=dict(message="overloaded"))),
+        http(200, completion("") | error("overloaded")),
+        flagged(400, "bad \ud800"),
+    ]
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Server(lambda body, times: bad[(len(server.heard) - 1) % len(bad)]) as server:
+        more = dict(judge=kind, input_price=1, output_price=1, batch_size=1)
+        # one winner in both orders is a tie: there is nothing to learn from then
+        tied = pytest.raises(ValueError, match="nothing to learn")
+        with tied if kind == "pairwise" else contextlib.nullcontext():
+            main(config(server, tmp_path, 16, max_retries=0, **more))
+    counts = json.loads((tmp_path / "feedback.counts.json").read_bytes())
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert len(rows) == len(server.heard) == counts["asked"]
+    first = rows[: len(bad)]
+    n = len(ODD_USAGE)
+    assert all(r["cost"] is None and r["reason"] == "" for r in first[:n])
+    ended, thought, refused, beside, inside, empty, flat = first[n:]
+    assert ended["finish"] == "?" and "finish_reason ?" in ended["reason"]
+    assert thought["reasoning"] == "?" and thought["reason"] == ""
+    assert refused["refusal"] == "?" and "refused" in refused["reason"]
+    assert (
+        beside["reply"] == inside["reply"] == said and empty["reply"] is flat["reply"] is None
+    )
+    for row in (beside, inside, empty):
+        assert "an error beside the answer" in row["reason"] and "overloaded" in row["reason"]
+        assert row.get("score") is row.get("winner") is None
+    assert [bool(r.get("halves_replaced")) for r in first[n : n + 3]] == [True] * 3
+    assert counts["replies_with_half_a_character"] >= 3
+
+
+def test_a_cut_identity_is_named(tmp_path):
+    with Server(score_of) as server:
+        main(config(server, tmp_path, 4))
+        identity = tmp_path / "feedback.judge.json"
+        for cut in (identity.read_bytes()[:40], b"[]"):
+            identity.write_bytes(cut)
+            with pytest.raises(RecordError, match=r"holds other labels.*feedback\.judge\.json"):
+                main(config(server, tmp_path, temperature=1))
+        assert main(config(server, tmp_path))["answered_before"] == 4  # the same judge goes on
+
+
+def test_what_stands_beside_feedback_never_replaces_an_input(tmp_path, monkeypatch):
+    write_records(tmp_path / "f.judge.json", make_samples(4))
+    before = (tmp_path / "f.judge.json").read_bytes()
+    given = dict(samples_file=str(tmp_path / "f.judge.json"))
+    with pytest.raises(ValueError, match="over samples_file"):
+        url = SimpleNamespace(url="http://127.0.0.1:9/v1")
+        main(config(url, tmp_path, **given, output_file=str(tmp_path / "f.json")))
+    assert (tmp_path / "f.judge.json").read_bytes() == before
+    rules = tmp_path / "rules_of_test.py"
+    rules.write_text("def score(prompt, output):\n    return len(output)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    more = dict(function="rules_of_test:score", output_file=str(rules))
+    with pytest.raises(ValueError, match="over function"):
+        main(LabelConfig(**given, **more))
+    assert "def score" in rules.read_text(encoding="utf-8")

@@ -1269,6 +1269,8 @@ NEVER = {  # (reply, why there is no answer)
     "not json": ("{oops", "JSONDecodeError"),
     "bytes": (b"\xff\xfe{", "UnicodeDecodeError"),
     "half a character": (reply("\ud800"), "UnicodeEncodeError"),
+    "half an end": (reply("I wo", "\ud800"), "finish_reason ?"),
+    "error beside": (reply("fine", error=dict(message="no")), "an error beside the answer"),
     "400": (400, "http 400"),
     "always 500": (500, "http 500"),
     "empty body": ("", "JSONDecodeError"),
