@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'THOUGHTS_BEGIN', 'THOUGHTS_END', 'KEYBOARD', 'DASH', 'INVISIBLE', 'BOXED', 'WHOLE', 'DECIMALS', 'PART',
-           'EXPONENT', 'NUMBER', 'PARTS', 'WORDS', 'CLOSE', 'POINTS', 'OF', 'OUT_OF', 'VALUE', 'HEDGES', 'REASON',
-           'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED',
-           'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE',
-           'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'CROSSED', 'REPEATS', 'LABELS', 'LEADS', 'FIRST_OF_RANGE',
-           'TAGGED', 'BRACKETED', 'DECODER', 'NAMED', 'SCORES', 'SCALES', 'SPAN', 'REVISES', 'LISTED', 'THINGS',
-           'A_WORD', 'NOT_MINE', 'SHARE', 'N', 'UP_TO', 'SCALE', 'REVERSED', 'TIE', 'KINDS', 'ANSWER', 'CHOICE',
-           'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BAD', 'GOOD', 'GAP', 'INTRODUCES', 'ELSEWHERE_READ',
-           'TAGGED_WINNER', 'WINNERS', 'ORDERS', 'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'SHORTLY', 'Reading',
+           'EXPONENT', 'NUMBER', 'PARTS', 'WORDS', 'CLOSE', 'POINTS', 'OF', 'OUT_OF', 'VALUE', 'CHANGE', 'CHANGED',
+           'HEDGES', 'REASON', 'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'TAKEN', 'CLOSED', 'WORD', 'MARKS', 'ENDS',
+           'NOTE', 'IN_A_NOTE', 'NOTED', 'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS', 'FILLERS', 'BETWEEN',
+           'WILL', 'ADVERB', 'I_GIVE', 'THIS', 'GETS', 'SO', 'SAYS', 'ELSEWHERE', 'CROSSED', 'REPEATS', 'NEGATION',
+           'SAY', 'OBJECT', 'DENIED', 'SPOKEN_OF', 'SIGNED', 'OWN_WORDS', 'NO', 'BEHIND_A_MARK', 'MARK_ENDS', 'LABELS',
+           'LEADS', 'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'NAMED', 'SCORES', 'SCALES', 'SCALE_WORD',
+           'LIMIT_WORD', 'SCORE_WORD', 'SCALE_NAME', 'TOTALS', 'SPAN', 'REVISES', 'LISTED', 'THINGS', 'A_WORD',
+           'NOT_MINE', 'CHANGES_IT', 'SHARE', 'N', 'UP_TO', 'SCALE', 'REVERSED', 'BOTH', 'TIE', 'KINDS', 'ANSWER',
+           'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'OTHERS', 'BAD', 'GOOD', 'GAP', 'FOR', 'FEWER',
+           'FOR_MORE', 'BEATS', 'AGAINST', 'IS', 'INTRODUCES', 'ELSEWHERE_READ', 'TAGGED_WINNER', 'WINNERS', 'ORDERS',
+           'BETTER', 'OPENS', 'SENTENCE', 'REVISES_WINNER', 'SHORTLY', 'PLAINLY', 'EQUALS', 'IS_BETTER', 'Reading',
            'unread', 'without_thoughts', 'plain_text', 'to_float', 'is_closed', 'Value', 'find_all', 'value_of',
-           'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated', 'announced_value',
-           'values_behind', 'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'tagged_values',
-           'no_key_twice', 'Found', 'json_objects', 'without_objects', 'is_number', 'fields_named', 'scale_in_json',
-           'value_in_json', 'json_values', 'Stated', 'short_sentences', 'is_taken_back', 'behind_all', 'taken_back',
-           'behind_marks', 'statements', 'other_scale', 'agreed', 'read_number', 'is_turned', 'is_settled', 'chosen',
-           'whole_choice', 'announced_winners', 'is_the_verdict', 'marked_winners', 'stated_winners', 'names_another',
-           'read_winner']
+           'whole_value', 'last_sentence', 'is_negated', 'is_elsewhere', 'is_repeated', 'is_only_spoken_of',
+           'is_changed_behind', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
+           'value_of_last_sentence', 'marked_value', 'tagged_values', 'no_key_twice', 'Found', 'json_objects',
+           'without_objects', 'is_number', 'fields_named', 'scale_in_json', 'scales_named', 'value_in_json',
+           'json_values', 'Stated', 'short_sentences', 'is_taken_back', 'behind_all', 'taken_back', 'behind_marks',
+           'statements', 'other_scale', 'agreed', 'read_number', 'favours_other', 'is_turned', 'is_settled', 'chosen',
+           'whole_choice', 'announced_winners', 'is_given', 'is_the_verdict', 'marked_winners', 'stated_winners',
+           'behind_verdicts', 'opening_winner', 'names_another', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -109,14 +113,35 @@ OUT_OF = rf"(?:{CLOSE}\s*+(?:[(]\s*+)?(?P<by>/|out\s+of|of)\s*+{OF}{POINTS})?+"
 VALUE = rf"(?P<x>{NUMBER}){POINTS}{OUT_OF}"
 
 # %% ../nbs/41_replies.ipynb #d69e5fb3
+# words that change a number or a winner: halve it, doubled, swap the two
+CHANGE = (
+    r"(?:halve|double|triple|quadruple|square|negate|invert|reverse|flip|swap|switch|discard|"
+    r"ignore|disregard|reduce|divide|multiply|cancel|subtract|deduct)\s+"
+    r"(?:it|this|that|them|by|an?\s+(?:point|mark|third|quarter|half)|both|the\s+"
+    r"(?:two|score|rating|grade|number|points|verdict|winner|result|above)|"
+    + "|".join(WORDS)
+    + r")"
+)
+CHANGED = (
+    r"halved|doubled|tripled|quadrupled|squared|withdrawn|revoked|retracted|overruled|overrated|"
+    r"(?:negated|inverted|reversed|flipped|swapped|cancell?ed|disputed|rejected|discarded)"
+    r"(?=\W*(?:\Z|\n))|"
+    r"overestimate\w*|reduced\s+by|scaled\s+(?:up|down)|round(?:ed)?\s+down|pending|"
+    r"to\s+be\s+(?:reduced|changed|lowered|raised|reviewed|revised|confirmed)|"
+    r"too\s+(?:high|low|generous|lenient)|penalt\w*(?!\s+(?:applied|included))|I\s+reject|"
+    r"nobody|no\s+one|in\s+your\s+dreams|(?:the\s+)?opposite|(?:says|said)\s+the\s+\w+|"
+    r"the\s+(?:user|prompt|text|answer)\s+(?:said|says|asks|asked|wants|demands|wishes)|"
+    r"per\s+the\s+(?:user|prompt|text)"
+)
 # in a remark behind a number, these say that the number is not the last word
 HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibly|probably|at\s+(?:least|most|best|worst)|or|minus|plus|less|"
     r"more|lower|higher|not|no|never|but|if|unless|though|although|however|only|for|half|"
     r"about|around|roughly|approx\w*|tentativ\w*|provision\w*|initial\w*|before|previous\w*|"
-    r"was|would|could|should|may|might|percent|hundred|thousand|million|halved|doubled|"
+    r"was|would|could|should|may|might|percent|hundred|thousand|million|"
     r"invalid|void|placeholder|example|kidding|joking|oder|bis|ou|nein|nicht|vielleicht|"
     r"aber|peut-être|mais|plutôt|quizás?|tal\s+vez|talvez|pero|forse|oppure|invece|"
+    + f"{CHANGE}|{CHANGED}|"
     + "|".join(WORDS)
     + r")\b|n['’]t\b",
     re.I,
@@ -126,6 +151,10 @@ REMARK = r"\s*\([^()\n\d]*\)|[ \t]*[,:][ \t]+[^\d\n.!;]+|[ \t]+[-–—]+[ \t]+[
 NO_NUMBER = r"(?!\s*[~≈<>±]?\s*[+-]?\.?\d)"
 STOP = rf"[.!;]{CLOSE}(?:\s*\Z|[ \t]*\n|[ \t]+{NO_NUMBER})"
 ENDING = rf"{CLOSE}[ \t]*(?:\Z|\n|:\s*\Z|{STOP})"
+TAKEN = re.compile(
+    rf"\b(?:{CHANGE})\b|\A\w+\s+(?:that\s+)?(?:it\s+is\s+)?(?:to\s+be\s+)?(?:halved|doubled|withdrawn)\b",
+    re.I,
+)
 CLOSED = re.compile(rf"{CLOSE}(?:{REASON}|(?P<remark>{REMARK}))?{ENDING}", re.I)
 
 
@@ -136,7 +165,9 @@ def is_closed(
 ) -> bool:
     "Whether what stands behind a value leaves it as it is."
     found = CLOSED.match(text, end)
-    return found is not None and not hedges.search(found["remark"] or "")
+    if found is None or TAKEN.search(found["why"] or ""):
+        return False
+    return not hedges.search(found["remark"] or "")
 
 # %% ../nbs/41_replies.ipynb #6763ff17
 WORD = rf"(?:(?P<word>{'|'.join(WORDS)})\s*\(\s*)?"  # eight (8)
@@ -243,6 +274,89 @@ def is_repeated(before: str) -> bool:
     opening = re.sub(r"(?:```\w*|[\s*_`\"'“‘«>])*\Z", "", before[-400:])
     return opening.endswith(":") and bool(REPEATS.search(opening))
 
+# %% ../nbs/41_replies.ipynb #50e20d01
+NEGATION = r"(?:\b(?:not|never|cannot)\b|n['’]t\b)"
+SAY = (
+    r"(?:write|give|say|print|put|output|answer|state|return|choose|pick|assign|award|rate|"
+    r"score|call|produce|reply|respond|report|emit|provide|use|name|accept|agree|mean)"
+)
+# words that may stand between a negation and what it denies
+OBJECT = (
+    rf"(?:{SAY}|it|this|that|an?|the|any|my|your|to|with|of|in|as|at|is|be|ever|really|even|"
+    r"json|score|rating|verdict|winner|reply|tag|object|just|simply|out|down|like|for)"
+)
+DENIED = re.compile(
+    rf"{NEGATION}(?:\s+{OBJECT}\b)*[\s:,*_`\"'“‘]*\Z"
+    rf"|\b(?:I|we)\b.*{NEGATION}"
+    rf"(?!\s+(?:hesitate|mind|object|fail|regret)\b).*\b{SAY}\b(?!.*\bmore\s+than\b)"
+    r"|\b(?:no|instead\s+of|rather\s+than|without|wrong\s+to\s+\w+)[\s*_`\"']*\Z",
+    re.I,
+)
+SPOKEN_OF = re.compile(
+    r"\A\W*(?:if|unless)\b(?!\s+I\s+(?:had|have|may|must)\b)"
+    r"|\A\W*(?:the\s+)?(?:expected\s+|output\s+)?(?:format|example|template)\b"
+    r"(?:\s+is)?\W*\Z|(?:~~|<(?:del|s|strike)>)\W*\Z",
+    re.I,
+)
+# signs that make a number behind them another
+SIGNED = re.compile(r"(?:\A|[\n:]|\s)[-~≈±+]\Z|\d\s*[/+*×]\s*\Z|(?:\A|\n)\s*\d+\s*[-–]\s*\Z")
+OWN_WORDS = re.compile(
+    r"\b(?:say|read|contain|end|include|state|demand|ask|write)s?(?:\s+(?:with|the|this|an?|"
+    r"following|line|words?|text|tag|at|its|own|score|verdict|for))*[\s:]*[\"'“‘«`*_]*\Z"
+    r"|\be\.\s?g\.[\s:,]*\Z",
+    re.I,
+)
+
+# %% ../nbs/41_replies.ipynb #110b5b63
+def is_only_spoken_of(text: str, start: int) -> bool:
+    "Whether the words before a mark speak of it without giving it."
+    before = text[max(0, start - 400) : start]
+    if SIGNED.search(before):
+        return True
+    of_mine = re.search(r"\b(?:I|we|me)\b", last_sentence(before))
+    if OWN_WORDS.search(before) and not of_mine:
+        return True
+    if before.split("\n")[-1].lstrip().startswith(">"):
+        return True
+    part = re.split(r"\b(?:so|thus|hence|therefore|but)\b", last_sentence(before), flags=re.I)[
+        -1
+    ]
+    clause = re.split(r"[,:]|\s[-–—]+\s|\band\b", part)[-1]
+    if DENIED.search(clause) or SPOKEN_OF.search(part):
+        return True
+    if re.search(rf"{NEGATION}(?:\s+{OBJECT}\b)*\s*:\s*\Z", part, re.I):
+        return True  # I will not write: {"score": 8}
+    asked_for = re.search(r"\b(?:here\s+is|you|requested|to\s+fault)\b", clause, re.I)
+    return is_elsewhere(clause) and not asked_for
+
+
+# a reply of its own behind a verdict
+NO = r"\W*(?:no|nope|hardly|never|not(?:\s+(?:really|quite))?)\W*(?:\Z|\n)"
+BEHIND_A_MARK = re.compile(
+    r"[ \t]*(?:[%‰?+°]|/\s*\w|~~)"
+    rf"|{NO}"
+    r"|[ \t,:(–-]{0,4}(?:or|out\s+of|percent|per\s+cent|minus|plus|if|unless|stars?|maybe|"
+    r"(?:not|never)\s+(?:really|my|mine|what|the|meant|valid)|"
+    rf"perhaps|at\s+(?:best|most|least|worst)|{CHANGE}|{CHANGED})\b"
+    r"|[ \t]+(?:is|was|would|could|should|may|might)\b[^.!?;\n]*?"
+    rf"(?:{NEGATION}|\b(?:wrong|incorrect|false|too|invalid|void)\b)",
+    re.I,
+)
+MARK_ENDS = r"(?:\s*```)?[*_`\"'”’»)\]}]*"
+
+
+def is_changed_behind(text: str, end: int, scale: float | None = None) -> bool:
+    "Whether the words right behind a mark change it."
+    rest = text[end : end + 400]
+    rest = rest[re.match(MARK_ENDS, rest).end() :]  # type: ignore[union-attr]
+    if rest.startswith("\n") and rest.lstrip().startswith(("/", "%")):
+        rest = rest.lstrip()
+    share = re.match(rf"\s*{OUT_OF}(?![\w/])", rest, re.I)
+    if share and share["of"] and scale is not None:
+        of = share["of"].lower()
+        return scale != (WORDS[of] if of in WORDS else to_float(of))
+    return bool(BEHIND_A_MARK.match(rest))
+
 # %% ../nbs/41_replies.ipynb #a92efdf4
 def announced_value(
     place: re.Match,  # of FINAL or BEGINS
@@ -341,12 +455,21 @@ TAGGED = rf"<((?:final[\s_-]?)?{SCORE})>(?P<inside>[^<>]{{0,200}})</\1>"
 BRACKETED = r"\[\[(?P<inside>[^\[\]\n]{0,200})\]\]"
 
 
-def tagged_values(text: str) -> list[Value | None]:
+def marked_value(found: re.Match, scale: float) -> Value | None:
+    "What stands in a mark, where that is given."
+    text, start, end = found.string, *found.span()
+    if is_only_spoken_of(text, start) or is_changed_behind(text, end, scale):
+        return None
+    return whole_value(found["inside"])
+
+
+def tagged_values(text: str, scale: float = 10) -> list[Value | None]:
     "What stands between <score> and </score>, and in [[ ]] where a reply ends with one."
-    values = [whole_value(found["inside"]) for found in find_all(TAGGED, text)]
+    values = [marked_value(found, scale) for found in find_all(TAGGED, text)]
     marked = find_all(BRACKETED, text)
     if marked and re.fullmatch(ENDS, text[marked[-1].end() :]):
-        *others, last = [whole_value(found["inside"]) for found in marked]
+        others = [whole_value(found["inside"]) for found in marked[:-1]]
+        last = marked_value(marked[-1], scale)
         values += [value for value in others if value is not None] + [last]
     return values
 
@@ -416,12 +539,25 @@ def fields_named(
 NAMED = "final overall revised adjusted corrected updated".split()
 SCORES = "score rating grade " + " ".join(f"{n}score {n}rating {n}grade" for n in NAMED)
 SCALES = "outof max maximum maxscore scoremax scale range unit"
+# a field that names a scale is made of these words, one of the first at least
+SCALE_WORD = r"max|maximum|maximal|scale|range|outof|denominator|possible|ceiling"
+# these need a word of a score beside them: the `top_score`, but not the `limit`
+LIMIT_WORD = r"top|best|highest|upper|bound|limit|full|perfect"
+SCORE_WORD = r"scores?|ratings?|grades?|points?|marks?"
+SCALE_NAME = re.compile(
+    rf"(?=.*(?:{SCALE_WORD}|(?:{LIMIT_WORD})(?:{SCORE_WORD}|bound)|"
+    rf"(?:{SCORE_WORD})(?:{LIMIT_WORD})))"
+    rf"(?:{SCALE_WORD}|{LIMIT_WORD}|{SCORE_WORD}|total|value)+"
+)
+# and these may hold the score itself, so that the same number is none of a scale
+TOTALS = "total totalpoints totalmarks totalscore of top"
 SPAN = rf"(?:{NUMBER}\s*(?:-|–|—|to)\s*)?(?P<n>{NUMBER}){POINTS}|points?"  # 0-100, 1 to 10
 
 
 def scale_in_json(x: Any, scale: float) -> float:
     "The scale that a field names; nan where that is not clear."
     x = x[-1] if isinstance(x, list) and len(x) == 2 else x  # [0, 100]
+    x = x.get("max") if isinstance(x, dict) else x  # {"min": 0, "max": 100}
     if is_number(x):
         return float(x)
     found = re.fullmatch(SPAN, x.strip(), re.I) if isinstance(x, str) else None
@@ -430,10 +566,28 @@ def scale_in_json(x: Any, scale: float) -> float:
     return to_float(found["n"].lstrip("+-")) if found["n"] else scale
 
 
-def value_in_json(found: dict, x: Any, scale: float) -> Value | None:
-    "The value of a field that holds a score."
+def scales_named(found: dict, scale: float) -> set[float]:
+    "The scales that an object names; nan for one that is not clear."
     told = [n for n in fields_named(found, SCALES) if n is not None]
     scales = {scale_in_json(n, scale) for n in told}
+    for key, value in found.items():
+        name = re.sub(r"[\s_-]", "", key.lower())
+        if SCALE_NAME.fullmatch(name) and not isinstance(value, bool | None):
+            scales.add(scale_in_json(value, scale))
+        if in_name := re.search(r"of(\d+)\Z", name):  # score_out_of_50
+            scales.add(float(in_name[1]))
+        if isinstance(value, str) and re.fullmatch(r"%|percent(?:age)?|per cent", value, re.I):
+            scales.add(math.nan)
+        if (name, value) in (("lowerisbetter", True), ("higherisbetter", False)):
+            scales.add(math.nan)
+    return scales
+
+
+def value_in_json(found: dict, x: Any, scale: float) -> Value | None:
+    "The value of a field that holds a score."
+    scales = scales_named(found, scale)
+    totals = [n for n in fields_named(found, TOTALS) if is_number(n)]
+    scales |= {float(n) for n in totals if n != x}
     if len(scales) > 1 or any(map(math.isnan, scales)):
         return None
     of = scales.pop() if scales else None
@@ -449,11 +603,16 @@ def json_values(text: str, scale: float) -> list[Value | None]:
     "The scores of the JSON objects in a text."
     values: list[Value | None] = []
     broken = text.startswith("{")
-    for found, start, _ in json_objects(text):
-        told = is_repeated(text[:start])
+    for found, start, end in json_objects(text):
+        told = is_repeated(text[:start]) or is_only_spoken_of(text, start)
+        told = told or is_changed_behind(text, end, scale)
         named = fields_named(found, SCORES) if found else []
+        if found and not named and scales_named(found, scale) - {scale}:
+            named = [None]  # an object of its own names another scale
         values += [None if told else value_in_json(found or {}, x, scale) for x in named]
         broken = broken and found is None
+    if not any(values):  # objects without a score
+        values = values if re.search(r"score|rating|grade", text, re.I) else []
     is_told = broken or re.search(r"[{,]\s*[\"']?score[\"']?\s*:", text, re.I)
     whole = text.startswith("{") and text.endswith("}")
     return values or ([None] if is_told or whole else [])
@@ -478,6 +637,16 @@ NOT_MINE = re.compile(
     r"take\s+(?:it|that|this)\s+back\b|(?:that|it)\s+(?:was|is)\s+a\s+(?:typo|joke)\b|"
     r"I\s+(?:am|was|should\s+not|won['’]t|will\s+not)\s+(?:have|rate|judge|lying|joking)\b|"
     r"(?:this|that|the|my)\s+(?:score|rating|grade|verdict)\s+is\s+(?:not|invalid|void|wrong))",
+    re.I,
+)
+
+
+# a sentence that asks to change what was stated
+CHANGES_IT = re.compile(
+    rf"(?:\A|[.!?;\n])[\s*_(\"']*(?:(?:please|then|now|so)\s+)?"
+    rf"(?:{CHANGE}|the\s+(?:opposite|reverse))\b|"
+    r"(?:\A|[.!?;\n])\W*(?:that|this|it|the\s+score)(?:\s+is|\s+was|['’]s)\s+(?:\w+\s+)?"
+    r"too\s+(?:high|low|generous|lenient)(?=[.!;,]|\s*(?:\Z|\n))",
     re.I,
 )
 
@@ -509,6 +678,8 @@ def is_taken_back(
             return True
     if any(A_WORD.fullmatch(sentence) for sentence in short_sentences(rest)):
         return True
+    if CHANGES_IT.search(rest):
+        return True
     return bool(REVISES.search(rest) or NOT_MINE.search(rest))
 
 
@@ -532,7 +703,8 @@ def behind_marks(text: str) -> str:
     "What stands behind the last JSON object or tag."
     ends = [found.end for found in json_objects(text) if found.object is not None]
     ends += [m.end() for m in find_all(TAGGED, text)]
-    return text[max(ends, default=len(text)) :]
+    rest = text[max(ends, default=len(text)) :]
+    return re.sub(rf"\A\s*{OUT_OF}", "", rest, flags=re.I)
 
 
 def statements(
@@ -540,7 +712,7 @@ def statements(
     scale: float,  # the N of 8/N
 ) -> Stated:
     "The strongest kind of statement that the text has."
-    marked = json_values(text, scale) + tagged_values(text)
+    marked = json_values(text, scale) + tagged_values(text, scale)
     words = without_objects(text)
     final = values_behind(FINAL, words, scale)
     if found := marked + final:
@@ -617,7 +789,8 @@ def read_number(
     return agreed(statements(text, scale), scale)
 
 # %% ../nbs/41_replies.ipynb #55ba45bd
-TIE = r"(?i:an?\s+)?(?P<tie>(?i:tie|tied|draw)\b)(?i:\s+between\s+(?:answers?\s+)?A\s+and\s+B)?"
+BOTH = r"(?i:\s+between\s+(?:answers?\s+)?A\s+and\s+B)"
+TIE = rf"(?i:an?[ \t]+)?(?P<tie>(?i:tie|tied|draw)\b){BOTH}?"
 KINDS = r"(?i:answer|response|assistant|model|option|output|completion|candidate)"
 ANSWER = rf"(?i:the\s+)?(?:{KINDS}[\s_]+{MARKS})?(?P<x>[AB])"
 CHOICE = rf"(?:{TIE}|{ANSWER})(?!\w)"
@@ -640,11 +813,44 @@ GOOD = r"(?i:better|best|superior|stronger|wins|won|winner|right|correct|prefer\
 GAP = r"(?:\s+(?!(?:not|never|no|and|but|while|as|[AB])\b)\w+){0,4}?\s+"
 
 
+# what is said for an answer, and against one
+FOR = (
+    r"(?:accurate|correct|right|helpful|complete|detailed|clear|concise|precise|relevant|"
+    r"thorough|comprehensive|informative|useful|true|truthful|factual|honest|safe|faithful|"
+    r"coherent|readable|convincing|specific|consistent|reliable|logical|sound|creative|good|"
+    r"engaging|polite|nuanced|perfect|excellent|valid|succinct|balanced|insightful)"
+)
+FEWER = r"fewer\s+(?:errors|mistakes|faults|flaws|gaps)"
+FOR_MORE = rf"(?:(?:more|most)\s+{FOR}|clearer|safer|truer|fuller|nicer|{FEWER})"
+BEATS = (
+    r"(?:outperforms|beats|surpasses|exceeds|excels|defeats|"
+    r"(?:answers|solves|follows|addresses|meets)\s+(?:the|all|both|it)\b)"
+)
+AGAINST = (
+    rf"(?:less\s+{FOR}|(?:more|many)\s+(?:errors|mistakes|faults)|false|inaccurate|incomplete|"
+    r"misleading|unhelpful|irrelevant|flawed|unclear|confusing)"
+)
+IS = r"(?:is|was|seems|looks|has|gives|makes|sounds|remains|provides|offers)"
+
+
+def favours_other(behind: str, winner: str) -> bool:
+    "Whether a reason praises the other answer, or blames the winner."
+    other = rf"(?:\b[AB](?<!{winner})|\bthe\s+other(?:\s+(?:one|{KINDS}))?)"
+    doubtful = r"(?!bare|hard|scarce|part|near|rare|seeming|supposed|mere|on)"
+    how = rf"(?:\s+(?:{doubtful}\w+ly|the|an?|much|far|even|also))*\s+"
+    ends = r"(?!(?:[^.!;]*\b(?:but|yet|though|although|wrong|only|half|too)\b)|\s+than\s+need)"
+    praise = rf"{other}{how}(?:{BEATS}|{IS}{how}(?:{FOR_MORE}|{GOOD}|{FOR}(?=\W*\Z)))\b{ends}"
+    blame = rf"(?:\b{winner}|\A\W*\w+(?:\s+that)?\s+it)\s+{IS}{how}{AGAINST}\b{ends}"
+    return bool(re.search(f"{praise}|{blame}", behind[:1000]))
+
+
 def is_turned(
     behind: str,  # a winner
     winner: str,
 ) -> bool:
     "Whether a reason or remark speaks for the other answer."
+    if winner != "tie" and favours_other(behind, winner):
+        return True
     own = rf"(?i:it|this|that)|{winner}"
     for_other = rf"\b[AB](?<!{winner}){GAP}{GOOD}\b"
     against = rf"(?:\b(?:{own}){GAP}|\A\W*(?i:the\s+)?){BAD}\b"
@@ -717,6 +923,19 @@ ORDERS = {
 ORDERS |= {"B>A": "B", "B>>A": "B", "A<B": "B", "A<<B": "B"}
 
 
+def is_given(text: str, start: int, end: int, winner: str | None) -> bool:
+    "Whether a mark with a winner is given, and no words around it take it back."
+    before = last_sentence(text[max(0, start - 400) : start])
+    loser = rf"\b(?:loser|the\s+{BAD}(?:\s+{KINDS})?(?:\s+one)?)(?:\s+is)?\W*\Z"
+    if re.search(loser, before, re.I) or is_only_spoken_of(text, start):
+        return False
+    if winner is None or is_changed_behind(text, end):
+        return False
+    behind = re.split(r"[.!;\n]", text[end : end + 400])[0]
+    reason = re.match(rf"{CLOSE}\s*(?:,|,?\s*(?:because|since|as|given\s+that)\b)", behind)
+    return not (reason and is_turned(behind[reason.start() :].lstrip(" ,"), winner))
+
+
 def is_the_verdict(mark: re.Match) -> bool:
     "Whether the sentence around a mark gives it as the verdict."
     text, start, end = mark.string, *mark.span()
@@ -735,14 +954,19 @@ def marked_winners(text: str) -> list[str | None]:
     for found in re.finditer(BRACKETS, text):
         inside = found["inside"].replace(" ", "")
         winner = ORDERS.get(inside) or whole_choice(found["inside"])
-        winners.append(winner if is_the_verdict(found) else None)
+        clear = is_the_verdict(found) and is_given(text, *found.span(), winner)
+        winners.append(winner if clear else None)
     for found in find_all(TAGGED_WINNER, text):
-        winners.append(whole_choice(found["inside"]))
+        winner = whole_choice(found["inside"])
+        winners.append(winner if is_given(text, *found.span(), winner) else None)
     broken = text.startswith("{")
-    for thing, start, _ in json_objects(text):
+    for thing, start, end in json_objects(text):
         told = is_repeated(text[:start])
-        named = fields_named(thing or {}, WINNERS)
-        winners += [None if told else whole_choice(name) for name in named]
+        named = [whole_choice(name) for name in fields_named(thing or {}, WINNERS)]
+        lost = [whole_choice(name) for name in fields_named(thing or {}, "loser worse worst")]
+        for name in named:
+            clear = name not in lost and is_given(text, start, end, name)
+            winners.append(name if clear and not told else None)
         broken = broken and thing is None
     is_told = broken or re.search(r"[{,]\s*[\"']?winner[\"']?\s*:", text, re.I)
     whole = text.startswith("{") and text.endswith("}")
@@ -779,22 +1003,76 @@ REVISES_WINNER = re.compile(
 
 
 # a few words that name a winner, and no more
-SHORTLY = re.compile(r"(?:[^\s:]+:?\s+){0,3}(?:\W*)(?P<x>[AB])")
+SHORTLY = re.compile(
+    r"(?!.*\b(?:beats?|outperforms?|than|over|against|unlike|vs|surpasses|defeats?|behind)\b)"
+    r"(?:[^\s:]+:?\s+){0,3}(?:\W*)(?P<x>[AB])"
+)
+# the words that it may have where a mark stands before it
+PLAINLY = re.compile(
+    r"(?:(?:(?i:the|better|best|one|is|it|it['’]s|so|no|I|we|prefer|choose|pick|say|take|rather|"
+    rf"sorry|actually|instead|my|final|choice|winner|verdict|or|hmm|well|{KINDS}))\W+){{0,6}}"
+    r"(?P<x>[AB])"
+)
+# or that none does
+EQUALS = re.compile(
+    r"(?:(?:so\s+)?(?:it\s+is|it['’]s)\s+)?(?:an?\s+)?(?:tie|tied|draw)|both|neither"
+    r"(?:\s+(?:wins|is\s+better|of\s+them|one))?|(?:both|they|the\s+two)\s+(?:are|were)\s+"
+    r"(?:\w+\s+)?(?:equal|equals|the\s+same|tied|equally\s+good)",
+    re.I,
+)
+# or a sentence that begins with one who is better
+IS_BETTER = re.compile(
+    rf"{MARKS}(?i:{OPENS}){ANSWER}{CLOSE}\s+(?i:{BETTER})(?=\s*(?:[,:]|\Z)|\s+(?:because|since))"
+    r"(?!.*\b(?:but|though|although|yet)\b)"
+)
+
+
+def behind_verdicts(text: str) -> str:
+    "The words behind the last verdict, of whichever kind."
+    places = [*re.finditer(VERDICT, text), *re.finditer(BRACKETS, text)]
+    ends = [m.end() for m in places + find_all(TAGGED_WINNER, text)]
+    ends += [f.end for f in json_objects(text) if f.object and fields_named(f.object, WINNERS)]
+    for sentence in re.finditer(r"[^.!;\n]+[.!;]*", text):
+        if re.fullmatch(SENTENCE, sentence[0].strip()):
+            ends.append(sentence.end())
+    return without_objects(text[max(ends, default=len(text)) :])
+
+
+def opening_winner(text: str, winner: str | None) -> bool:
+    "Whether the reply opens with another name, as a verdict of its own."
+    first, _, rest = text.strip().partition("\n")
+    short = re.match(rf"{MARKS}{CHOICE}[*_`)\]\"']*[.!]\s+\S", first)
+    named = chosen(short) if short else whole_choice(first)
+    if named in (None, winner) or not (rest.strip() or short):
+        return False
+    if short or re.search(r"[.!][*_`\s]*\Z", first):
+        return True
+    after = rest.strip().split("\n")[0]
+    return bool(stated_winners(after) or marked_winners(after) or announced_winners(after))
 
 
 def names_another(text: str, winner: str | None) -> bool:
     "Whether a short sentence behind the last verdict names another."
-    text = without_objects(text)
-    places = [*re.finditer(VERDICT, text), *re.finditer(BRACKETS, text)]
-    places += find_all(TAGGED_WINNER, text)
-    rest = text[max((m.end() for m in places), default=len(text)) :]
-    rest = re.sub(rf"\A{CHOICE}", "", rest)
+    rest = re.sub(rf"\A{CHOICE}", "", behind_verdicts(text))
     lost = rf"\b(?i:loser|worse|worst)(?i:\s+{KINDS})?\W+(?:{KINDS}\W+)?(?!{winner}\b)[AB]\b"
     rest = re.sub(lost, "", rest)
     worse = rf"\b(?:loser|worse|worst)\W+(?:{KINDS}\W+)?{winner}\b"
-    if NOT_MINE.search(rest) or re.search(worse, rest, re.I):
+    if (
+        re.match(NO, rest, re.I)
+        or NOT_MINE.search(rest)
+        or CHANGES_IT.search(rest)
+        or re.search(worse, rest, re.I)
+    ):
         return True
-    for found in filter(None, map(SHORTLY.fullmatch, short_sentences(rest))):
+    short = short_sentences(rest)
+    if winner != "tie" and any(map(EQUALS.fullmatch, short)):
+        return True
+    better = filter(None, map(IS_BETTER.match, re.split(r"[.!?;]\s*|\n", rest)))
+    words = without_objects(text)
+    worded = any(re.search(p, words) for p in (VERDICT, BRACKETS, TAGGED_WINNER))
+    names = SHORTLY if worded else PLAINLY
+    plain = [*map(PLAINLY.fullmatch, short), *map(names.fullmatch, short)]
+    for found in [*better, *filter(None, plain)]:
         if found["x"] != winner:
             return True
     return False
@@ -816,6 +1094,6 @@ def read_winner(reply: str) -> Reading:
     if not named or None in winners or REVISES_WINNER.search(text):
         return unread("the reply names no winner")
     winner = named.pop()
-    if names_another(text, winner):
+    if names_another(text, winner) or opening_winner(text, winner):
         return unread("the reply names another behind its verdict")
     return Reading(winner, "")

@@ -69,6 +69,59 @@ def test_replies_of_every_kind(read, kind):
     assert all(read_number(reply).reason or read_winner(reply).reason for reply, _ in cases)
 
 
+MARKS = [
+    (read_number, '{"score": 8}', 8),
+    (read_number, "<score>8</score>", 8),
+    (read_winner, '{"winner": "A"}', "A"),
+    (read_winner, "<winner>A</winner>", "A"),
+]
+
+
+@pytest.mark.parametrize("read, mark, meant", MARKS)
+@pytest.mark.parametrize(
+    "before, behind",
+    [
+        ("I will not write ", ""),
+        ("I won't give it ", "."),
+        ("Never ", ""),
+        ("If it rhymed: ", ""),
+        ("The format is ", ""),
+        ("Instead of ", ""),
+        ("> ", ""),
+        ("~~", "~~"),
+        ("", "?"),
+        ("", " or so"),
+        ("", "\nNo."),
+        ("", "\nHalve it, swap the two."),
+        ("", " is not my verdict."),
+    ],
+)
+def test_a_mark_that_is_only_spoken_of(read, mark, meant, before, behind):
+    assert read(before + mark + behind).value is None and read(mark).value == meant
+
+
+@pytest.mark.parametrize("read, mark, meant", MARKS)
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "It is not perfect: ",
+        "It never rhymes, so ",
+        "I do not see any errors, so I give it ",
+        "It misses the format: ",
+        "If I had to decide: ",
+        "Here is the JSON you asked for: ",
+        "I would say ",
+        "- ",
+        "The user asked for a poem and got one: ",
+    ],
+)
+def test_a_mark_that_is_given(read, mark, meant, before):
+    "Words that are like the others, behind which no verdict may be lost."
+    for behind in ("", " (not perfect).", "\nIt does not rhyme.", "\n- Halve the sugar."):
+        assert read(before + mark + behind).value == meant, behind
+
+
 numbers = st.decimals(-20, 20, places=2, allow_nan=False).map(lambda d: f"{d:f}")
 words = st.text("abcdefg ,.!?\n0123456789/-", max_size=60)
 
@@ -144,6 +197,10 @@ def test_long_replies_are_read_fast():
         "Winner: " * 5000,
         "Winner: A\n" + "a'" * 20000,
         "Final Score: 8\n" + "a, " * 10000,
+        "Winner: A since B is " * 200,
+        "Winner: A since " + "B is really " * 500,
+        "I not " * 1000 + '{"score": 8}',
+        '{"' + "maxscoreof" * 500 + 'x": 3, "score": 8}',
     ):
         read_number(text), read_winner(text)
     assert time.process_time() - start < 10
