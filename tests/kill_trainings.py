@@ -140,7 +140,9 @@ def until_it_ends(stage, profile, done, targets, rng, then=list):
         watch = killing(lambda n=number: done(n), target, rng.uniform(0, 0.05))
         with Ledger(stage.folder, profile, watch=watch) as ledger, suppress(StageError):
             ledger.run(stage)
-            raise SystemExit(f"{stage.folder}: it ended before it was killed")
+            print(f"it ended before kill {number + 1} of {len(targets)}", flush=True)
+            assert number > 0.8 * len(targets)
+            return reached
         reached.append(done(number))
         then()
     with Ledger(stage.folder, profile, watch=quiet) as ledger:
