@@ -123,7 +123,8 @@ CHANGE = (
     + r")"
 )
 CHANGED = (
-    r"halved|doubled|tripled|quadrupled|squared|withdrawn|revoked|retracted|overruled|overrated|"
+    r"halved|doubled|tripled|quadrupled|squared|withdrawn|revoked|retracted|overruled|"
+    r"overrated|"
     r"(?:negated|inverted|reversed|flipped|swapped|cancell?ed|disputed|rejected|discarded)"
     r"(?=\W*(?:\Z|\n))|"
     r"overestimate\w*|reduced\s+by|scaled\s+(?:up|down)|round(?:ed)?\s+down|pending|"
@@ -152,7 +153,8 @@ NO_NUMBER = r"(?!\s*[~≈<>±]?\s*[+-]?\.?\d)"
 STOP = rf"[.!;]{CLOSE}(?:\s*\Z|[ \t]*\n|[ \t]+{NO_NUMBER})"
 ENDING = rf"{CLOSE}[ \t]*(?:\Z|\n|:\s*\Z|{STOP})"
 TAKEN = re.compile(
-    rf"\b(?:{CHANGE})\b|\A\w+\s+(?:that\s+)?(?:it\s+is\s+)?(?:to\s+be\s+)?(?:halved|doubled|withdrawn)\b",
+    rf"\b(?:{CHANGE})\b|"
+    r"\A\w+\s+(?:that\s+)?(?:it\s+is\s+)?(?:to\s+be\s+)?(?:halved|doubled|withdrawn)\b",
     re.I,
 )
 CLOSED = re.compile(rf"{CLOSE}(?:{REASON}|(?P<remark>{REMARK}))?{ENDING}", re.I)
@@ -1009,8 +1011,9 @@ SHORTLY = re.compile(
 )
 # the words that it may have where a mark stands before it
 PLAINLY = re.compile(
-    r"(?:(?:(?i:the|better|best|one|is|it|it['’]s|so|no|I|we|prefer|choose|pick|say|take|rather|"
-    rf"sorry|actually|instead|my|final|choice|winner|verdict|or|hmm|well|{KINDS}))\W+){{0,6}}"
+    r"(?:(?:(?i:the|better|best|one|is|it|it['’]s|so|no|I|we|prefer|choose|pick|say|take|"
+    r"rather|sorry|actually|instead|my|final|choice|winner|verdict|or|hmm|well|"
+    rf"{KINDS}))\W+){{0,6}}"
     r"(?P<x>[AB])"
 )
 # or that none does
@@ -1022,7 +1025,8 @@ EQUALS = re.compile(
 )
 # or a sentence that begins with one who is better
 IS_BETTER = re.compile(
-    rf"{MARKS}(?i:{OPENS}){ANSWER}{CLOSE}\s+(?i:{BETTER})(?=\s*(?:[,:]|\Z)|\s+(?:because|since))"
+    rf"{MARKS}(?i:{OPENS}){ANSWER}{CLOSE}\s+(?i:{BETTER})"
+    r"(?=\s*(?:[,:]|\Z)|\s+(?:because|since))"
     r"(?!.*\b(?:but|though|although|yet)\b)"
 )
 
