@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING, TypeGuard
 
 import torch
 from transformers import AutoConfig, GenerationConfig
@@ -510,7 +510,7 @@ def ids_hash(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
-def are_ids(told: Any) -> bool:
+def are_ids(told: Any) -> TypeGuard[list[int]]:
     "Whether what a server tells is a list of token ids."
     return isinstance(told, list) and all(type(x) is int and 0 <= x < 2**31 for x in told)
 

@@ -350,7 +350,8 @@ MARK_ENDS = r"(?:\s*```)?[*_`\"'”’»)\]}]*"
 def is_changed_behind(text: str, end: int, scale: float | None = None) -> bool:
     "Whether the words right behind a mark change it."
     rest = text[end : end + 400]
-    rest = rest[re.match(MARK_ENDS, rest).end() :]  # type: ignore[union-attr]
+    closing = re.match(MARK_ENDS, rest)
+    rest = rest[closing.end() if closing else 0 :]
     if rest.startswith("\n") and rest.lstrip().startswith(("/", "%")):
         rest = rest.lstrip()
     share = re.match(rf"\s*{OUT_OF}(?![\w/])", rest, re.I)
