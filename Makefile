@@ -77,7 +77,7 @@ test-latest: build/latest.txt
 test-every: export OMP_NUM_THREADS := 1
 test-every: export HALOS_NB_LONG := every
 test-every: setup
-	@pytest -v tests/test_trainers.py tests/test_bench.py tests/test_methods.py tests/test_browser_monitor.py tests/test_labellers.py tests/test_loop.py
+	@pytest -v tests/test_trainers.py tests/test_bench.py tests/test_methods.py tests/test_browser_monitor.py tests/test_browser_widgets.py tests/test_bench_gpu.py tests/test_labellers.py tests/test_loop.py
 
 # Every method, every way of going on; CI has a few of them.
 test-fsdp: export OMP_NUM_THREADS := 1

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from conftest import every
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -32,6 +33,7 @@ def of(smoke, case, side):
     return [one for one in smoke.lines if one["case"] == case and one["side"] == side]
 
 
+@every
 def test_every_case_has_its_lines(smoke):
     for case, side in (
         ("ceiling", "float32"),
@@ -48,12 +50,14 @@ def test_every_case_has_its_lines(smoke):
         assert found and all(one.get("per_s") for one in found), found
 
 
+@every
 def test_both_ways_of_attention_and_of_scoring_give_the_same(smoke):
     compared = [one for one in smoke.lines if "off" in one]
     assert len(compared) == 4 + 3
     assert all(one["off"] < 1e-4 for one in compared)
 
 
+@every
 def test_trees_are_trained_without_padding(smoke):
     [told] = of(smoke, "dpo gemma", "halos_nb")
     assert told["positions"] == told["needed"] and "tree" in told["variant"]

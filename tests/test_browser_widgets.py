@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from conftest import every
 from test_browser import (
     DONE,
     FAILED,
@@ -471,6 +472,7 @@ SEARCH = """text => {
 }"""
 
 
+@every  # it has a time, and times are for idle machines
 def test_many_pairs_are_quick(lab, watched, tmp_path):
     "20,000 pairs: open in 2 s, a filter in 0.3 s, longer where processes share a core; < 3 MB."
     page = watched
