@@ -370,7 +370,12 @@ LAST_STEP = ".last_step"  # beside it: the last step that was made
 def last_step(run: Path) -> int:
     "The last step that an attempt has made; 0 if nobody knows."
     file = run / LAST_STEP
-    return int(file.read_text("utf-8") or 0) if file.exists() else 0
+    try:
+        return int(file.read_text("utf-8") or 0) if file.exists() else 0
+    except ValueError:
+        what = "holds no number; how many steps are made again is not known"
+        print(f"note: {file}: {what}", file=sys.stderr)
+        return 0
 
 
 def note_step(run: Path, step: int) -> None:
