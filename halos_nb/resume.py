@@ -384,7 +384,7 @@ def note_step(run: Path, step: int) -> None:
     os.pwrite(file, f"{step:>12}\n".encode(), 0)
     os.close(file)
 
-
+# %% ../nbs/25_resume.ipynb #4c0fff90
 def keep_lines(metrics: Path, lines: int) -> int:
     "Cut off all lines but the first ones; how many of these are missing."
     if not metrics.exists():
@@ -416,7 +416,7 @@ def copy_metrics(
     with atomic_write(copy) as out:
         out.write(data.decode(errors="replace"))
 
-
+# %% ../nbs/25_resume.ipynb #6a9a597f
 def drop_copies(run: Path) -> None:
     "Remove the copies of metrics that have no checkpoint, and what their dead writers left."
     remove_left_over(run.glob("..metrics-*.tmp"))
@@ -450,7 +450,7 @@ def cut_metrics(metrics: Path, lines: int, run: Path, step: int) -> str:
         file.write(kept.decode())
     return f"lines of before were missing or changed; they are as they were at step {step}"
 
-
+# %% ../nbs/25_resume.ipynb #12da9033
 def note_attempt(
     run: Path,
     now: dict[str, Any],  # what the run is made of

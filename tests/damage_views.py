@@ -110,7 +110,7 @@ def problem(view, run):
     try:
         view()
     except (ValueError, OSError) as e:
-        return "" if str(run) in str(e) or run.name in str(e) else f"no path: {e!r}"
+        return "" if str(run.parent) in str(e) else f"no path: {e!r}"
     except Exception as e:
         import traceback
 
