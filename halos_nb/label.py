@@ -10,10 +10,11 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'score_differences', 'pair_verdicts', 'wins_of_files', 'feedback_from_scores', 'feedback_from_comparisons',
            'other_thresholds', 'nothing_to_learn', 'what_was_made', 'write_feedback', 'with_dropped', 'penalised',
            'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units', 'together',
-           'label_by_reward_model', 'label_by_function', 'questions_about', 'judge_job', 'label_by_judge',
-           'fitting_questions', 'read_letters', 'comparison_row', 'letter_counts', 'label_by_letters', 'keys_of_row',
-           'check_can_compare', 'scored_by', 'scores_from_labels', 'label_from_journal', 'dry_run', 'timed',
-           'label_in_one_process', 'module_file', 'check_outputs', 'require_room_for', 'main']
+           'label_by_reward_model', 'label_by_function', 'compared_before', 'tell_kept_pairs', 'questions_about',
+           'judge_job', 'label_by_judge', 'fitting_questions', 'read_letters', 'comparison_row', 'letter_counts',
+           'label_by_letters', 'keys_of_row', 'check_can_compare', 'scored_by', 'scores_from_labels',
+           'label_from_journal', 'dry_run', 'timed', 'label_in_one_process', 'module_file', 'check_outputs',
+           'require_room_for', 'main']
 
 # %% ../nbs/43_label.ipynb #51f9daca
 import copy
@@ -726,20 +727,50 @@ def label_by_function(data: LabelInput, cfg: LabelConfig) -> Labelled:
     return Labelled(scored, label_rows(data.samples, scored, f"function:{cfg.function}"), {})
 
 # %% ../nbs/43_label.ipynb #6d3779cc
-def questions_about(data: LabelInput, cfg: LabelConfig) -> list[Question]:
+def compared_before(journal: Path) -> list[tuple]:
+    "prompt_id, sample_id_A, sample_id_B of each pair that a journal has a line about."
+    if not journal.exists():
+        return []
+    looks = [row for row in label_lines(journal) if row["type"] == "comparison"]
+    names = ("prompt_id", "sample_id_A", "sample_id_B")
+    return list(dict.fromkeys(tuple(row[name] for name in names) for row in looks))
+
+
+def tell_kept_pairs(journal: Path, kept: int) -> None:
+    "A line where pairs of before stand in for pairs that would be drawn now."
+    if kept:
+        print(
+            f"note: {kept} pairs are not those that the seed draws from these samples, for "
+            f"{journal} holds answers about others, which are kept; to compare pairs drawn "
+            "anew, give another output_file",
+            file=sys.stderr,
+        )
+
+
+def questions_about(
+    data: LabelInput,
+    cfg: LabelConfig,
+    before: Iterable[tuple] = (),  # pairs that were asked about
+) -> list[Question]:
     "The questions for a judge: each sample, or each pair in both orders."
     if cfg.judge == "scalar":
         return [question(s) for s in data.samples]
     questions = []
-    for i, j in pairs_to_ask(data, cfg):
+    for i, j in pairs_to_ask(data, cfg, before):
         questions += questions_of_pair(data.samples[i], data.samples[j])
     return questions
 
 
 def judge_job(data: LabelInput, cfg: LabelConfig) -> JudgeJob:
     "The questions for an API judge, and its journal."
-    questions = questions_about(data, cfg)
-    return JudgeJob(cfg, questions, companion_file(cfg.output_file, "labels.jsonl"))
+    journal = companion_file(cfg.output_file, "labels.jsonl")
+    before = compared_before(journal) if cfg.judge == "pairwise" else []
+    job = JudgeJob(cfg, questions_about(data, cfg, before), journal)
+    if before:
+        drawn = {frozenset(q.key[:3]) for q in questions_about(data, cfg)}
+        kept = {frozenset(q.key[:3]) for q in job.questions} - drawn
+        tell_kept_pairs(journal, len(kept))
+    return job
 
 # %% ../nbs/43_label.ipynb #4ec53ae9
 def label_by_judge(data: LabelInput, cfg: LabelConfig) -> Labelled:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -855,6 +855,32 @@ def test_pairwise_judge(tmp_path, asked, expected):
         assert again["records"] == 12
         assert len(server.heard) == 24
         assert len(json.loads((tmp_path / "again.json").read_text())) == 12
+
+
+@pytest.mark.parametrize("changed", ["seed", "order", "one more"])
+def test_pairs_are_paid_once_whatever_is_drawn(tmp_path, changed, capsys):
+    "Another seed or order of the samples would draw other pairs, or turn them round."
+
+    def reply(body, times):
+        a, b = map(int, re.findall(r"Answer #(\d+)#", body["messages"][-1]["content"]))
+        return json.dumps(dict(why="", winner="A" if truth(a) > truth(b) else "B"))
+
+    with Server(reply) as server:
+        cfg = config(server, tmp_path, 24, judge="pairwise")
+        main(cfg)
+        before = read_records(tmp_path / "feedback.json", "pairwise_feedback")
+        samples = read_records(tmp_path / "samples.json", "sample")
+        if changed == "order":
+            write_records(tmp_path / "samples.json", samples[::-1])
+        if changed == "one more":
+            more = samples[0] | dict(sample_id=4, output="Answer #99#")
+            write_records(tmp_path / "samples.json", [more, *samples])
+        main(replace(cfg, seed=5) if changed == "seed" else cfg)
+    assert len(server.heard) == 24
+    made = read_records(tmp_path / "feedback.json", "pairwise_feedback")
+    said = lambda r: {str(r["output_A"]), str(r["output_B"])}
+    assert len(made) == 12 and all(said(r) in map(said, made) for r in before)
+    assert "which are kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lost", ["unread", "no answer", "budget"])
