@@ -347,8 +347,8 @@ def numbers_of(asked: Iterable[tuple], samples: list[dict]) -> Pairs:
     "Pairs that were asked about, as numbers of the samples; those that are still there."
     number = {(s["prompt_id"], s["sample_id"]): i for i, s in enumerate(samples)}
     found: dict[frozenset, tuple[int, int]] = {}
-    for prompt_id, *two in asked:
-        a, b = [number.get((prompt_id, one)) for one in two]
+    for prompt, *two in asked:
+        a, b = [number.get((prompt, one)) for one in two]
         if a is not None and b is not None:
             found.setdefault(frozenset((a, b)), (a, b))
     return list(found.values())
@@ -396,9 +396,9 @@ def pairs_to_ask(
         asked_of.setdefault(samples[pair[0]]["prompt_id"], []).append(pair)
     rng = random.Random(cfg.seed)
     pairs = []
-    for prompt_id, group in prompts.items():
+    for prompt, group in prompts.items():
         shuffled = rng.sample(group, len(group))
-        pairs += drawn_or_kept(shuffled, samples, asked_of.get(prompt_id, []))
+        pairs += drawn_or_kept(shuffled, samples, asked_of.get(prompt, []))
     return pairs
 
 # %% ../nbs/08_label_input.ipynb #7e315847

@@ -14,17 +14,17 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled', 'round_samples', 'git',
            'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
            'lengths_in', 'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer', 'tokens_beside',
-           'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'totals_before', 'prompts_of_rounds',
-           'folders_in_order', 'evaluations_planned', 'questions_of_evaluations', 'people_asked', 'ToAsk',
-           'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward',
-           'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute',
-           'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers',
-           'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'round_of',
-           'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_sources',
-           'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds',
-           'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text', 'ask_person',
-           'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits',
-           'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
+           'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before', 'totals_before',
+           'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations', 'people_asked',
+           'ToAsk', 'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
+           'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError',
+           'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
+           'check_trackers', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
+           'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed',
+           'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
+           'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
+           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch',
+           'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -128,6 +128,7 @@ from halos_nb.ledger import (
     claim,
     identity_digest,
     may_be_had_again,
+    is_count,
     object_if_any,
     read_journal,
     run_folder,
@@ -1164,13 +1165,20 @@ def prompts_sealed(run: Path, number: int) -> int:
     return asked if isinstance(asked, int) else 0
 
 
+def parameters_before(run: Path) -> dict:
+    "The parameters of the last session of a run; {} where its file does not tell."
+    told = object_if_any(run / "params.json").get("parameters")
+    return told if isinstance(told, dict) else {}
+
+
 def totals_before(run: Path, step: int) -> set[int]:
     "How many prompts sessions of a run were to have, with rounds of this size."
     journal = run / "ledger.jsonl"
     told = read_journal(journal).events if journal.is_file() else []
-    told.append(object_if_any(run / "params.json").get("parameters") or {})
+    told.append(parameters_before(run))
     alike = [told_once for told_once in told if told_once.get("prompts_per_round") == step]
-    return {int(one["total_prompts"]) for one in alike if one.get("total_prompts")}
+    totals = [one.get("total_prompts") for one in alike]
+    return {total for total in totals if is_count(total)}
 
 
 def prompts_of_rounds(
@@ -2498,14 +2506,24 @@ class AsSealed(RunFiles):
         super().__init__(run, profile)
         self.changed: list[Stage] = []  # their outputs would be others
         self.to_come: dict[str, str] = {}  # hashes of files that will be written anew
+        self.trusting = True  # the manifests; else the files that are there
 
     def hash(self, path: str | Path) -> str:
         place = str(Path(path).absolute())
         maker = self.maker(path)
         if maker in self.changed:
             return f"not made yet: {self.name(path)}"
-        told = maker.sealed().get("outputs", {}).get(self.name(path)) if maker else None
+        told = None
+        if maker and (self.trusting or not on_disk(path).exists()):
+            told = maker.sealed().get("outputs", {}).get(self.name(path))
         return told or self.to_come.get(place) or super().hash(path)
+
+    def as_found(self, stage: Stage) -> dict:
+        "A stage's identity by the files that it reads, whatever manifests say of them."
+        self.trusting = False
+        found = identity(self, stage)
+        self.trusting = True
+        return found
 
 # %% ../nbs/57_loop.ipynb #7a20cbbd
 @patch
@@ -2617,6 +2635,8 @@ def stands_so_far(run: Path, files: AsSealed, stages: Iterable[Stage]) -> Outloo
             found.standing += [stage] if stands else []
             continue
         why = what_changed(stage, now)
+        if why and not what_changed(stage, files.as_found(stage)):
+            why = []  # a manifest is damaged, its file is not: the ledger says so
         if why:
             found.note(stage, why, now)
         if not why and sealed:
@@ -2729,14 +2749,14 @@ def is_busy_otherwise(run: Path, cfg: LoopConfig) -> bool:
     "Whether another process works on a run with other parameters."
     if run in OPEN_LEDGERS or not is_locked(run / ".lock"):
         return False
-    was = object_if_any(run / "params.json").get("parameters") or {}
+    was = parameters_before(run)
     now = json.loads(json.dumps(asdict(cfg)))
     return any(was.get(k) != v for k, v in now.items() if k not in NOT_OF_THE_RUN)
 
 
 def also_changed(found: Outlook, cfg: LoopConfig) -> Outlook:
     "The same, and which parameters of the run are others beside what its first stage tells."
-    was = object_if_any(found.run / "params.json").get("parameters") or {}
+    was = parameters_before(found.run)
     now = json.loads(json.dumps(asdict(cfg)))
     told = {one.what.partition(" ")[0] for one in found.why}
     passed_over = {*NOT_OF_THE_RUN, *told, "total_prompts", "profile"}
@@ -2865,7 +2885,7 @@ def spared_policies(run: Path, cfg: LoopConfig) -> set[Path]:
         if journal.is_file()
         else []
     )
-    told.append(object_if_any(run / "params.json").get("parameters") or {})
+    told.append(parameters_before(run))
     others = {str(t["keep"]) for t in told if t.get("keep", cfg.keep) != cfg.keep}
     found = set(run.glob("round-*/policy/FINAL"))
     if not others or cfg.on_change == "redo" or len(found) < 2:

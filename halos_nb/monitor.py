@@ -42,7 +42,7 @@ from .failures import StageError
 from .progress import StatusLine, clock, describe, last_line
 from .jobs import Job
 from .identity import fingerprint
-from .ledger import OPEN_LEDGERS, event_problem
+from .ledger import OPEN_LEDGERS, event_problem, is_count
 from .loop import MEASURED, STOPPED_BY_ALARM, round_samples
 from halos_nb.show import (
     CHOSEN,
@@ -451,9 +451,8 @@ def last_written(run: Path, job: Job) -> float:
 def planned_rounds(params: dict) -> int | None:
     "How many rounds a run has by its params.json; None if it does not say."
     given = params.get("parameters", {})
-    if not given.get("prompts_per_round"):
-        return None
-    return math.ceil(given["total_prompts"] / given["prompts_per_round"])
+    total, step = given.get("total_prompts"), given.get("prompts_per_round")
+    return math.ceil(total / step) if is_count(total) and is_count(step) else None
 
 
 def round_title(folder: str, rounds: int | None) -> str:

@@ -20,7 +20,7 @@ from halos_nb.ledger import NotOurs, RunChanged, read_journal
 from halos_nb.loop import choose_run, run_rounds
 from halos_nb.monitor import look
 from halos_nb.page import report
-from halos_nb.records import temporary, write_records
+from halos_nb.records import temporary, write_json, write_records
 from halos_nb.runs import health_rows, run_summary
 from halos_nb.settings import Profile, Settings
 
@@ -400,8 +400,28 @@ def test_a_damaged_manifest_is_set_aside_and_its_stage_stands(home, capsys, kind
     assert summaries(home) == TOLD
 
 
+@pytest.mark.parametrize("kind", ["no outputs", "another hash", "another output"])
+def test_a_manifest_that_is_not_its_stages_is_named(home, capsys, kind):
+    "It can be read, and says of the stage's files what is not so."
+    manifest = home.runs / "r/round-1/label.manifest.json"
+    sealed = json.loads(manifest.read_text())
+    outputs = sealed["outputs"]
+    if kind == "another hash":
+        wrong = {name: "0" * 64 for name in outputs}
+    else:
+        wrong = {"round-1/other.json": "0" * 64} if kind == "another output" else {}
+    write_json(manifest, sealed | dict(outputs=wrong))
+    assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]
+    assert json.loads(manifest.read_text()) == sealed
+    said = capsys.readouterr().err
+    assert "round-1/label.manifest.json: field `outputs`" in said and "sealed again" in said
+
+
 LINES = {name: text for name, text in WRONG.items() if name not in ("empty", "binary")}
 LINES |= {"bytes": b"\xff\xfe\x00", "a stage's": b'{"event": "finished", "stage": 1}'}
+LINES |= {"a total": b'{"event": "run", "total_prompts": "a", "prompts_per_round": 8}'}
+LINES |= {"endless": b'{"event": "run", "total_prompts": Infinity, "prompts_per_round": 8}'}
+LINES |= {"pruned": b'{"event": "pruned", "stage": "train", "folder": "round-1", "outputs": 1}'}
 LINES |= {"a time": b'{"event": "run", "time": "now"}', "no seconds": b'{"event": "skipped"}'}
 
 
