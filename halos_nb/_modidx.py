@@ -3076,6 +3076,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.settings.assigned': ('settings.html#assigned', 'halos_nb/settings.py'),
                                    'halos_nb.settings.check_letters': ('settings.html#check_letters', 'halos_nb/settings.py'),
                                    'halos_nb.settings.check_precision': ('settings.html#check_precision', 'halos_nb/settings.py'),
+                                   'halos_nb.settings.check_spelling': ('settings.html#check_spelling', 'halos_nb/settings.py'),
                                    'halos_nb.settings.classes_in': ('settings.html#classes_in', 'halos_nb/settings.py'),
                                    'halos_nb.settings.command_name': ('settings.html#command_name', 'halos_nb/settings.py'),
                                    'halos_nb.settings.default_profiles': ('settings.html#default_profiles', 'halos_nb/settings.py'),

@@ -6,26 +6,28 @@
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_KEYS', 'LAYERS', 'FSDP_WORDS', 'FSDP_TRUTHS',
            'FSDP_REFUSED', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES', 'RANK', 'WORLD', 'MEETING', 'MPI', 'TASK',
            'LEFT_OUT', 'FROM_PROFILE', 'RANKS', 'FOR_STAGES', 'SET_FOR_STAGES', 'OURS_TO_GIVE', 'TELLS', 'AS_IT_IS',
-           'VARIABLE', 'QUOTED', 'COMMANDS', 'OF_A_CELL', 'IPYTHON_NAMES', 'PAPERMILL_NAMES', 'DEFINITIONS',
-           'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path', 'sources_of', 'accelerate_words', 'should_be',
-           'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said', 'fsdp_problems',
-           'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems', 'accelerate_problems',
-           'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions',
-           'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions', 'seconds_of', 'slurm_problems',
-           'Profile', 'fill_from_accelerate', 'is_left_out', 'tells_rank', 'said_elsewhere', 'why_no_fork',
-           'launcher_problems', 'variable_problems', 'device_problems', 'machine_problems',
+           'VARIABLE', 'QUOTED', 'COMMANDS', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES',
+           'PAPERMILL_NAMES', 'DEFINITIONS', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path', 'sources_of',
+           'accelerate_words', 'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said',
+           'fsdp_problems', 'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems',
+           'accelerate_problems', 'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate', 'ProcessOptions',
+           'PlaceOptions', 'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions', 'seconds_of',
+           'slurm_problems', 'Profile', 'fill_from_accelerate', 'is_left_out', 'tells_rank', 'said_elsewhere',
+           'why_no_fork', 'launcher_problems', 'variable_problems', 'device_problems', 'machine_problems',
            'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'numbers_of', 'profile_of_stage',
            'stage_problems', 'classes_in', 'model_kinds', 'layer_like', 'layer_problems', 'profile_record', 'Settings',
            'find_settings', 'expanded', 'plain_value', 'value_problems', 'settings_text', 'line_of', 'spoken_of',
-           'IniFile', 'read_ini', 'environment_values', 'key_problems', 'path_value', 'profile_values', 'read_profiles',
-           'key_case', 'check_letters', 'moved_precision', 'load_settings', 'MixedPrecision', 'accelerate_file',
-           'mixed_precision', 'check_precision', 'set_aside', 'first_words', 'folded_traceback', 'show_error',
-           'fold_tracebacks', 'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'ours_for',
-           'said_here', 'old_problems', 'flag_values', 'command_name', 'read_config', 'said_in_a_line', 'parse_args']
+           'IniFile', 'read_ini', 'check_spelling', 'environment_values', 'key_problems', 'path_value',
+           'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision', 'load_settings',
+           'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside', 'first_words',
+           'folded_traceback', 'show_error', 'fold_tracebacks', 'assigned', 'of_startup', 'is_text_only',
+           'text_problems', 'notebook_config', 'ours_for', 'said_here', 'old_problems', 'flag_values', 'command_name',
+           'read_config', 'said_in_a_line', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
 import configparser
+import difflib
 import html
 import importlib.util
 import ipaddress
@@ -932,6 +934,11 @@ def expanded(text: str, env: Mapping[str, str]) -> str:
         text = os.path.expanduser(text)
         if text.startswith("~"):
             raise ValueError(f"{text}: this machine knows no such home; write the path out")
+    if "$" in VARIABLE.sub("", text):
+        raise ValueError(
+            f"{text}: a variable is $NAME or ${{NAME}}; a value in which $ means itself stands "
+            "in single quotes"
+        )
     return VARIABLE.sub(value, text)
 
 # %% ../nbs/03_settings.ipynb #530fb479
@@ -963,6 +970,8 @@ def plain_value(
 
 def value_problems(said: str) -> Iterator[str]:
     "What could be meant in two ways."
+    if found := re.search(r"^[“”„«»‘’‚]|[“”„«»‘’]$", said):
+        yield f"{said}: {found[0]} is no quotation mark here; take \" or '"
     if said[:1] in ("'", '"'):
         yield f"{said}: quotes go around the whole value, up to its end"
     if re.search(r"\s;", said):
@@ -1039,10 +1048,12 @@ def read_ini(path: Path | None, env: Mapping[str, str]) -> IniFile:
         raise ValueError(f"{path}: {' '.join(str(e).split())}") from None
     found = IniFile(path, text, {})
     for section in ini.sections():
-        values = found.sections.setdefault(" ".join(section.split()), {})
+        name = " ".join(section.split())
+        if name in found.sections:
+            line = text.split(f"[{section}]")[0].count("\n") + 1
+            raise ValueError(f"{path}, line {line}: [{name}] is there twice, with other spaces")
+        values = found.sections.setdefault(name, {})
         for key, said in ini[section].items():
-            if key in values:
-                raise ValueError(f"{path}: [{section}] is there twice")
             try:
                 values[key] = plain_value(key, said, env)
             except ValueError as e:
@@ -1050,15 +1061,29 @@ def read_ini(path: Path | None, env: Mapping[str, str]) -> IniFile:
     return found
 
 # %% ../nbs/03_settings.ipynb #f618de67
+OF_SETTINGS = ("RUNS_DIR", "PROFILE", "PRECISION")  # behind HALOS_NB_
+# variables of a person, beside those
+OF_PERSONS = ("CACHE_DIR", "NO_LOCKS", "NO_ROOM_CHECK", "VLLM_PYTHON", "PROGRESS")
+
+
+def check_spelling(env: Mapping[str, str]) -> None:
+    "An error if a variable looks like one of ours that is spelt wrongly."
+    ours = [f"HALOS_NB_{name}" for name in (*OF_SETTINGS, *OF_PERSONS)]
+    for name in sorted(env):
+        near = difflib.get_close_matches(name.upper(), ours, 1, 0.92)
+        if near and name not in ours:
+            raise ValueError(f"{name}: is no variable of ours; did you mean {near[0]}?")
+
+
 def environment_values(env: Mapping[str, str]) -> dict[str, str]:
     "The settings that environment variables give, by their names; an empty one gives none."
+    check_spelling(env)
     values = {}
     for name, value in env.items():
-        key = name.removeprefix("HALOS_NB_").lower()
-        known = key in ("runs_dir", "profile", "precision")
-        if name.startswith("HALOS_NB_") and known and value.strip():
+        key = name.removeprefix("HALOS_NB_")
+        if name.startswith("HALOS_NB_") and key in OF_SETTINGS and value.strip():
             try:
-                values[key] = expanded(value, env)
+                values[key.lower()] = expanded(value, env)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from None
     return values
