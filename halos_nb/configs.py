@@ -633,6 +633,8 @@ class FeedbackOptions:
     threshold: Threshold | None = None
     # compare with these samples: pairs are the k-th sample of a prompt here and the k-th there
     second_samples_path: str | None = None
+    # no feedback at all is a result too, as of an evaluation, and no error
+    empty_ok: bool = False
 
 # %% ../nbs/02_configs.ipynb #9ba2d28c
 @dataclass(kw_only=True)
@@ -784,7 +786,7 @@ def ensemble_problems(how: str, models: list[Weighted]) -> Iterator[str]:
         yield f"ensemble: {how} asks every reward model alike; leave the weights out"
 
 
-def several_models_problems(c: LabelConfig) -> Iterator[str]:
+def several_models_problems(c: "LabelConfig | EvaluateConfig") -> Iterator[str]:
     "What is wrong with the reward models that are named."
     try:
         models = read_models(c.reward_model_path or "")
@@ -2306,12 +2308,24 @@ class EvaluatedOptions:
     # data sets that were trained on: their prompts are left out, and counted
     seen: list[str] = field(default_factory=list)
     best_of: NonNegativeInt = 0  # the best-of-n curve of these answers, up to n (0: none)
-    # who decides how good they are (empty: the first of the labellers)
+    # who decides how good they are: LABELLER, or LABELLER@NAME by its win rate against NAME
+    # (first, where it is not among those against: these answers themselves, a draw; empty: the
+    # first of the labellers)
     decides: str = ""
     # a file for AlpacaEval, with the first answer to each prompt (None: none is written)
     alpaca_file: str | None = None
-    # labeller: a reward model, or several with their weights, as "A*0.7, B*0.3"
+    # labeller: a reward model, or several with their weights, as "A*0.7, B*0.3": each in
+    # standard deviations of its scores of the first file against
     reward_model_path: str | None = None
+    # several reward models: their weighted mean, the lowest of their scores (worst), or the
+    # mean less the standard deviation between them (mean-spread)
+    ensemble: Literal["mean", "worst", "mean-spread"] = "mean"
+    # several reward models: the counts file that says what each one's mean and standard
+    # deviation are (None: those of the first file against)
+    units_from: str | None = None
+    # labeller: a language model, checkpoint folder or hub name, that compares these answers
+    # with those against, by its log-probs of the letters A and B, in both orders
+    judge_model_path: str | None = None
     # labeller: "module:name" of a Python function (prompt turns, output text) -> number
     function: str | None = None
     # labeller: a judge behind an OpenAI-compatible server; key only from OPENAI_API_KEY
@@ -2321,7 +2335,8 @@ class EvaluatedOptions:
 @checked
 class EvaluateConfig(BudgetOptions, JudgeOptions, ReadingOptions, EvaluatedOptions):
     """What `halos_nb.evaluate` needs: answers in, win rates, scores, KL and length out.
-    Name labellers (reward_model_path, function, api_type), or journals in labels."""
+    Name labellers (reward_model_path, function, api_type, judge_model_path), or journals in
+    labels."""
 
     precision: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
     # run code that comes with the model; leave off unless you have read it
@@ -2359,12 +2374,15 @@ def evaluate_problems(c: EvaluateConfig) -> Iterator[str]:
         _, sign, other = name.partition("@")
         if sign and other not in against:
             yield f"labels: {name} speaks of {other}, which is not among those against"
-    asked = [c.reward_model_path, c.function, c.api_type]
+    asked = [c.reward_model_path, c.function, c.api_type, c.judge_model_path]
     if not labels and not any(asked) and not c.decides:
         yield (
-            "labeller: name one or more of reward_model_path, function and api_type, or what "
-            "was said before in labels"
+            "labeller: name one or more of reward_model_path, function, api_type and "
+            "judge_model_path, or what was said before in labels"
         )
+    if c.judge_model_path and not against:
+        yield "judge_model_path: it compares with others' answers; name them in against"
+    yield from several_models_problems(c)
     if (c.api_type is None) != (c.api_model is None):
         yield "api_model: api_type and api_model go together"
     if c.judge == "pairwise" and not c.api_type:

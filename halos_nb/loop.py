@@ -346,7 +346,7 @@ def labeller_stage(
     called = called or name
     files = label_files(folder, called)
     more = dict(output_file=str(files[0])) | reading(cfg, folder, round)
-    more |= dict(unfinished="drop" if cfg.unfinished == "drop" else "keep")
+    more |= dict(unfinished="drop" if cfg.unfinished == "drop" else "keep", empty_ok=True)
     inputs: list[str | Path] = [folder / "samples.json"]
     keeps: list[Path] = []
     if compares(name, cfg):
@@ -602,6 +602,7 @@ def estimating_stage(
     labels: dict[str, Path],  # journals by name
 ) -> Stage:
     "What was said of answers to win rates, scores, KL and length."
+    decides, *_ = evaluators(cfg)
     config = EvaluateConfig(
         samples_file=str(folder / "samples.json"),
         output_file=str(folder / "evaluation.json"),
@@ -609,7 +610,7 @@ def estimating_stage(
         labels=[f"{name}={file}" for name, file in labels.items()],
         seen=[cfg.prompts],
         best_of=cfg.best_of if folder.name == "evaluate-0" else 0,
-        decides=evaluators(cfg)[0],
+        decides=f"{decides}@first" if compares(decides, cfg) else decides,
         seed=cfg.seed,
     )
     inputs: list[str | Path] = [folder / "samples.json", *against.values()]
@@ -1927,8 +1928,9 @@ def heed(self: Loop, stage: Stage, now: Health, start: Health | None) -> None:
 
 # %% ../nbs/57_loop.ipynb #aab856d9
 def better(a: Scored | None, b: Scored) -> Scored:
-    "The one whose answers score higher, the first if they score the same."
-    return b if a is None or b.score.value > a.score.value else a
+    "The one whose answers score higher, the first if they score the same; a number beats none."
+    worth = [-math.inf if math.isnan(x.score.value) else x.score.value for x in (a or b, b)]
+    return b if a is None or worth[1] > worth[0] else a
 
 
 @patch
@@ -2114,7 +2116,7 @@ def add_evaluation(
     by = f"round-{number}" if number else "start"
     new = Scored(policy, by, f"evaluate-{number}", Interval(*value), decides["what"])
     known = [one for one in (self.best, self.gone) if one]
-    is_best = all(new.score.value > one.score.value for one in known)
+    is_best = all(better(one, new) is new for one in known)
     self.waited = 0 if is_best else self.waited + 1
     if policy.exists():
         self.best = better(self.best, new)

@@ -73,7 +73,7 @@ def test_all_that_is_wrong_is_told_at_once():
 ORDER = {
     SampleConfig: "model num_samples_per_prompt temperature num_processes "
     "tensor_parallel_size extra_body",
-    LabelConfig: "samples_file combine feedback_type second_samples_path trim_to_sentence "
+    LabelConfig: "samples_file combine feedback_type empty_ok trim_to_sentence "
     "split api_model structured max_retries dry_run precision num_processes",
     TrainConfig: "loss metrics_file beta centring old_policy advantage_constant cliprange "
     "ppo_epochs reference ema_decay humanline sync_reference lr "

@@ -1,0 +1,133 @@
+"""Evaluation where it could go wrong without a word: units, opponents, answers without a score,
+prompts that were trained on.
+"""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from halos_nb.configs import EvaluateConfig
+from halos_nb.evaluate import main
+from halos_nb.records import as_turns, prompt_id, read_jsonl, write_records
+from halos_nb.templates import byte_tokenizer
+
+RULES = """
+def length(prompt, output):
+    open(__file__ + ".asked", "a").write("x")
+    return float(len(output))
+
+def nothing(prompt, output):
+    return float("nan")
+"""
+
+
+@pytest.fixture
+def rules(tmp_path, monkeypatch):
+    "A module of labellers under a name of its own."
+    name = f"rules_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def answers(outputs):
+    "One answer a prompt."
+    rows = []
+    for i, output in enumerate(outputs):
+        prompt = as_turns(f"{i}?", "user")
+        row = dict(prompt_id=prompt_id(prompt), sample_id=0, prompt=prompt, output=output)
+        rows.append(row | dict(generator="g", dataset="d", split="test", type="sample"))
+    return rows
+
+
+def evaluate(folder, ours, theirs, **more):
+    "The evaluation of ours against theirs."
+    write_records(folder / "ours.json", ours)
+    write_records(folder / "theirs.json", theirs)
+    given = dict(samples_file=str(folder / "ours.json"), output_file=str(folder / "out.json"))
+    return main(EvaluateConfig(**given, against=[f"b={folder / 'theirs.json'}"], **more))
+
+
+@pytest.fixture
+def models(tmp_path):
+    "Two reward models of one opinion, the second's scores a hundred times the first's."
+    tok = byte_tokenizer()
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    ids = dict(vocab_size=len(tok), pad_token_id=0, eos_token_id=2, bos_token_id=None)
+    config = LlamaConfig(num_labels=1, num_attention_heads=2, **ids, **shape)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    paths = []
+    for name in ("a", "b"):
+        paths.append(str(tmp_path / name))
+        model.save_pretrained(paths[-1])
+        tok.save_pretrained(paths[-1])
+        model.score.weight.data *= 100
+    return paths
+
+
+def test_several_reward_models_have_one_unit_for_all_files(tmp_path, models, capsys):
+    rows = answers("abcdefgh"), answers("ijklmnop")
+    evaluate(tmp_path, *rows, reward_model_path=models[0])
+    said = [read_jsonl(tmp_path / f"out.{name}.labels.jsonl") for name in ("rm", "rm@b")]
+    better, worse = [], []
+    for row, other, a, b in zip(*rows, *said):
+        better.append(row if a["score"] > b["score"] else other)
+        worse.append(other if a["score"] > b["score"] else row)
+    both = evaluate(tmp_path, better, worse, reward_model_path=", ".join(models))
+    both = both["labellers"]["rm"]
+    assert both["against"]["b"]["win_rate"][0] == 1  # in units of its own file it was a half
+    assert "standard deviations above the mean of b" in capsys.readouterr().out
+    theirs = [row["score"] for row in read_jsonl(tmp_path / "out.rm@b.labels.jsonl")]
+    assert sum(theirs) == pytest.approx(0, abs=1e-5)
+    assert both["score"][0] > 0.1
+
+
+def test_nothing_scored_is_unknown_and_no_error(tmp_path, rules):
+    rows = answers(["a", "bb", "ccc"])
+    found = evaluate(tmp_path, rows, rows, function=f"{rules}:nothing")
+    row = found["labellers"]["function"]
+    assert (row["score"], row["unscored"]) == ([None] * 3, 3)
+    assert row["against"]["b"]["win_rate"] == [None] * 3
+    assert row["against"]["b"]["undecided"] == 3
+    assert found["decides"]["value"] == [None] * 3
+
+
+def test_prompts_that_were_trained_on_are_neither_labelled_nor_exported(tmp_path, rules):
+    ours, theirs = answers("abcdefghij"), answers(["yy"] * 10)
+    write_records(tmp_path / "trained.json", [dict(prompt=row["prompt"]) for row in ours[:8]])
+    seen = dict(seen=[str(tmp_path / "trained.json")], alpaca_file=str(tmp_path / "al.json"))
+    found = evaluate(tmp_path, ours, theirs, function=f"{rules}:length", **seen)
+    assert (found["prompts"], found["seen_prompts"], found["alpaca_answers"]) == (2, 8, 2)
+    assert len((tmp_path / f"{rules}.py.asked").read_text()) == 4
+    assert len(json.loads((tmp_path / "al.json").read_text())) == 2
+
+
+def test_who_decides_must_say_something(tmp_path, rules):
+    rows = answers(["a", "bb", "ccc"])
+    with pytest.raises(
+        ValueError, match="decides: zorro says nothing here; known are function"
+    ):
+        evaluate(tmp_path, rows, rows, function=f"{rules}:length", decides="zorro")
+    assert not (tmp_path / f"{rules}.py.asked").exists()  # before anybody is asked
+    with pytest.raises(ValueError, match="decides: .*known are b"):
+        evaluate(tmp_path, rows, rows, function=f"{rules}:length", decides="function@zorro")
+    found = evaluate(tmp_path, rows, rows, function=f"{rules}:length", decides="function@b")
+    assert found["decides"]["what"] == "win rate against b by function"
+
+
+SHORT = dict(system_prompt="Judge.", label_prompt="{prompt} A: {output_A} B: {output_B}")
+
+
+def test_a_judge_here_compares_in_an_evaluation(tmp_path):
+    from tiny_models import save_small
+
+    path = save_small("llama", tmp_path / "lm")
+    byte_tokenizer().save_pretrained(path)
+    ours, theirs = answers(["ab", "cd"]), answers(["xy", "cd"])
+    found = evaluate(tmp_path, ours, theirs, judge_model_path=path, **SHORT)
+    row = found["labellers"]["lm"]["against"]["b"]
+    assert (row["comparisons"], row["undecided"]) == (2, 0)
+    assert found["decides"]["what"] == "win rate against b by lm"
