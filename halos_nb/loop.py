@@ -82,6 +82,7 @@ from halos_nb.configs import (
     labelling,
     make_config,
     read_models,
+    require_function,
     require_path,
     tracker_names,
 )
@@ -116,7 +117,6 @@ from halos_nb.identity import (
     path_state,
     read_manifest,
     reason_to_run,
-    require_function,
     versions,
 )
 from halos_nb.ledger import (

@@ -462,7 +462,7 @@ OPTIMISER = {"adamw": 8, "adamw_8bit": 2}  # bytes of the two moments of a numbe
 def longest(cfg: TrainConfig) -> Lengths:
     "What a training config lets through."
     answer = cfg.max_length - cfg.max_prompt_length
-    return Lengths(cfg.max_prompt_length, answer, BRANCHES.get(cfg.loss, 2))
+    return Lengths(cfg.max_prompt_length, answer, BRANCHES.get(cfg.family, 2))
 
 
 def training_pass(cfg: TrainConfig, place: Place, lengths: Lengths) -> Pass:
@@ -507,7 +507,7 @@ def in_shares(passing: Needs, size: Size, cfg: TrainConfig, how: Pass) -> list[N
 # %% ../nbs/27_plan.ipynb #980622fd
 def keeps_reference(cfg: TrainConfig, targets: int) -> bool:
     "Whether the reference stays in memory while the policy trains."
-    if cfg.loss not in COMPARING or cfg.use_peft:
+    if cfg.family not in COMPARING or cfg.use_peft:
         return False  # there is none, or it is the model without its adapters
     moves = cfg.sync_reference or cfg.reference == "ema"
     return bool(moves or targets > KEPT_TARGETS and not cfg.reference_cache)
@@ -522,7 +522,7 @@ def training_needs(
 ) -> dict[str, Needs]:
     "What training needs, and before it the reference that is asked first."
     lora = cfg if cfg.use_peft else None
-    model = Model(config, cfg.loss == "bradley-terry", lora=lora)
+    model = Model(config, cfg.family == "bradley-terry", lora=lora)
     size = size_of(model)
     whole = 4.0 * size.weights / place.shards
     trained = size.trained / place.shards
@@ -530,7 +530,7 @@ def training_needs(
     how = training_pass(cfg, place, lengths)
     held = rehearsed(model, how)
     found = {}
-    if cfg.loss in COMPARING and not kept and not cfg.use_peft:
+    if cfg.family in COMPARING and not kept and not cfg.use_peft:
         asked = rehearsed(model, how._replace(learns=False, checkpointing=False))
         found["train: asking the reference"] = Needs(
             weights=whole,
@@ -709,7 +709,7 @@ def loop_stages(cfg: LoopConfig, place: Callable[[str], Place], given: Configs) 
     training = cfg.training(load_from=cfg.sft_checkpoint, online=True)
     answers = int(cfg.num_samples_per_prompt or 1)
     branches = dict(grpo=answers) | BRANCHES
-    lengths = Lengths(cfg.max_prompt_length, cfg.max_new_tokens, branches.get(cfg.method, 2))
+    lengths = Lengths(cfg.max_prompt_length, cfg.max_new_tokens, branches.get(cfg.family, 2))
     targets = cfg.prompts_per_round * answers * cfg.max_new_tokens
     sampling = cfg.sampling(
         cfg.backend, model=cfg.sft_checkpoint, num_prompts=cfg.prompts_per_round

@@ -11,7 +11,8 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED
            'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'with_ratings', 'sample_record', 'make_data',
            'shared_questions', 'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts',
            'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build',
-           'train_reward', 'into_playground', 'pairs_of_playground', 'models_of_playground', 'sweep_configs']
+           'train_reward', 'into_playground', 'pairs_of_playground', 'models_of_playground', 'method_label',
+           'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
@@ -32,7 +33,9 @@ from halos_nb.configs import (
     RewardConfig,
     TrainConfig,
     did_you_mean,
+    is_own,
     labellers,
+    own_name,
     require_path,
     seeds_of,
 )
@@ -712,19 +715,28 @@ SHARED = (
 )
 
 # %% ../nbs/70_playground.ipynb #4e422ba9
+def method_label(
+    name: str,  # of SWEEP, or a trainer of one's own
+) -> str:
+    "What a method's runs are called by."
+    label = own_name(name) if is_own(name) else name
+    return label.replace(" + ", "-").replace(":", "-").lower()
+
+
 def sweep_configs(
     cfg: CompareConfig, settings: Settings
 ) -> dict[tuple[str, int], LoopConfig]:  # (method, seed) -> its run, seed by seed
     "The runs of a sweep: all methods with the first seed, then with the next."
     for name in cfg.methods:
-        if name not in SWEEP:
+        if name not in SWEEP and not is_own(name):
             raise ValueError(f"methods: {name!r} is none; {did_you_mean(name, SWEEP)}")
     shared = {name: getattr(cfg, name) for name in SHARED}
     seeds = seeds_of(cfg)
     runs = {}
     for name in cfg.methods or SWEEP:
-        run_name = f"{cfg.run_name}-{name.replace(' + ', '-').lower()}"
-        run = LoopConfig(run_name=run_name, seed=seeds[0], **shared, **SWEEP[name])
+        run_name = f"{cfg.run_name}-{method_label(name)}"
+        own = SWEEP.get(name, dict(method=name))
+        run = LoopConfig(run_name=run_name, seed=seeds[0], **shared, **own)
         runs[name, seeds[0]] = into_playground(run, settings)
     first = list(runs.items())
     for seed in seeds[1:]:

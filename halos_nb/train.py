@@ -89,7 +89,7 @@ from halos_nb.tree_trainer import (
     make_trackers,
     work_of,
 )
-from .trainers import TRAINERS
+from .trainers import trainer_class
 from halos_nb.resume import (
     ATTEMPTS,
     LAST_STEP,
@@ -140,7 +140,7 @@ def checkpoints_of(cfg: TrainConfig) -> dict[str, str]:
     found = {"model": cfg.model, "from_checkpoint": cfg.from_checkpoint}
     if cfg.from_checkpoint and not cfg.use_peft:
         del found["model"]
-    if TRAINERS[cfg.loss].use_reference_model:
+    if trainer_class(cfg.loss).use_reference_model:
         found["load_from"] = cfg.load_from
     return {name: str(path) for name, path in found.items() if path}
 
@@ -165,7 +165,7 @@ def check_kinds(
     for name, path in paths.items():
         if name == "from_checkpoint" and cfg.use_peft:
             continue  # what is loaded is its adapter
-        if cfg.loss != "bradley-terry":
+        if cfg.family != "bradley-terry":
             refuse_reward_model(path, cfg.trust_remote_code)
             continue
         kind = architecture(path, cfg.trust_remote_code)
@@ -184,7 +184,7 @@ MODEL_LOADERS: dict[str, Callable] = {
 
 def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
     "The model to be trained, with a row for each of the tokenizer's tokens."
-    load = MODEL_LOADERS.get(cfg.loss, load_policy)
+    load = MODEL_LOADERS.get(cfg.family, load_policy)
     # an adapter belongs to the weights it was made for
     start = cfg.model if cfg.use_peft else cfg.from_checkpoint or cfg.model
     how: dict = dict(trust_remote_code=cfg.trust_remote_code, attention=cfg.attention)
@@ -196,7 +196,7 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.dropout is not None:
         set_dropout(model, cfg.dropout)
-    return pad_as(model, tokenizer) if cfg.loss == "bradley-terry" else model
+    return pad_as(model, tokenizer) if cfg.family == "bradley-terry" else model
 
 
 def control_tokens(cfg: TrainConfig) -> dict[str, str]:
@@ -208,16 +208,16 @@ def make_tokenizer(cfg: TrainConfig) -> Any:
     "The tokenizer of the model that training starts from; an error if it cannot teach an end."
     start = str(cfg.from_checkpoint or cfg.model)
     tokenizer = load_tokenizer(start, cfg.trust_remote_code, cfg.template_options)
-    if cfg.loss == "csft":
+    if cfg.family == "csft":
         add_control_tokens(tokenizer, control_tokens(cfg))
-    if cfg.loss != "bradley-terry":
+    if cfg.family != "bradley-terry":
         check_template(tokenizer, start)
-    return own_padding(tokenizer) if cfg.loss == "bradley-terry" else tokenizer
+    return own_padding(tokenizer) if cfg.family == "bradley-terry" else tokenizer
 
 # %% ../nbs/26_train.ipynb #d2a9acd9
 def check_no_chance(cfg: TrainConfig, model: Any, layout: str) -> None:
     "An error if what is compared with a reference would be drawn at random."
-    if cfg.loss not in COMPARING:
+    if cfg.family not in COMPARING:
         return
     off = training_difference(model, layout)
     if off > 1e-5:
@@ -283,7 +283,7 @@ def new_tokens(cfg: TrainConfig, tokenizer: Any) -> list[int]:
     "The tokens that were added to those of the base model, and occur in what is trained."
     own = load_whole_tokenizer(str(cfg.model), cfg.trust_remote_code).get_vocab()
     added = {i for token, i in tokenizer.get_vocab().items() if token not in own}
-    if cfg.loss == "bradley-terry":
+    if cfg.family == "bradley-terry":
         added -= {tokenizer.pad_token_id}
     return sorted(added)
 
@@ -311,16 +311,16 @@ def with_adapters(cfg: TrainConfig, model: Any, tokenizer: Any) -> Any:
 # %% ../nbs/26_train.ipynb #ef4278c1
 def loader_options(cfg: TrainConfig) -> dict[str, Any]:
     "What the method's own loader takes beside the common options."
-    options = dict(TRAINERS[cfg.loss].loader_options)
+    options = dict(trainer_class(cfg.loss).loader_options)
     if cfg.objectives:
         options["objectives"] = cfg.objectives
-    if cfg.loss == "csft":
+    if cfg.family == "csft":
         options["control_tokens"] = control_tokens(cfg)
-    if cfg.loss == "grpo":
+    if cfg.family == "grpo":
         options["advantage_scale"] = cfg.advantage_scale
         options["advantage_fraction"] = cfg.advantage_fraction
         options["advantage_constant"] = cfg.advantage_constant
-    if cfg.loss in ("csft", "kto", "ppo", "grpo"):
+    if cfg.family in ("csft", "kto", "ppo", "grpo"):
         options["frac_unique_desirable"] = cfg.frac_unique_desirable
         options["frac_unique_undesirable"] = cfg.frac_unique_undesirable
     return options
@@ -352,7 +352,7 @@ class Loaders(NamedTuple):
 
 def make_loaders(cfg: TrainConfig, tokenizer: Any, accelerator: "Accelerator") -> Loaders:
     "The method's loaders over the data sets or files that the config names."
-    make = TRAINERS[cfg.loss].loader_class
+    make = trainer_class(cfg.loss).loader_class
     options = common_options(cfg, accelerator) | loader_options(cfg)
     trained = load_data(cfg.train_datasets, "train")
     train = make(
@@ -408,7 +408,7 @@ def planned_passes(cfg: TrainConfig, loader: TreeDataLoader) -> list[Pass]:
     "The forward passes that training will make on the epochs that a loader keeps."
     passes = []
     for rank, trees in loader.kept_batches():
-        for meanings in TRAINERS[cfg.loss].passes:
+        for meanings in trainer_class(cfg.loss).passes:
             parts = []
             for tree in trees:
                 which = list(range(len(tree.branches)))
@@ -525,7 +525,7 @@ def prepare_reference(
     accelerator: "Accelerator",
 ) -> Reference | None:
     "The method's reference, or None; what is known of it beforehand is in the loaders' trees."
-    if not TRAINERS[cfg.loss].use_reference_model:
+    if not trainer_class(cfg.loss).use_reference_model:
         return None
     make = reference_maker(cfg, model, tokenizer, accelerator)
     if not is_asked_first(cfg, loaders):
@@ -688,7 +688,7 @@ def make_attempt(cfg: TrainConfig) -> Attempt:
     if cfg.use_peft:
         model = with_adapters(cfg, model, tokenizer)
     reference = prepare_reference(cfg, model, tokenizer, loaders, layout.name, accelerator)
-    trainer = TRAINERS[cfg.loss](
+    trainer = trainer_class(cfg.loss)(
         model,
         cfg,
         loaders.train,

@@ -8,7 +8,8 @@ __all__ = ['TwoLogps', 'FourLogps', 'TRAINERS', 'SFTTrainer', 'ConditionalSFTTra
            'DPONormTrainer', 'SimPOTrainer', 'SLiCTrainer', 'BradleyTerryTrainer', 'median_margin', 'length_ratio',
            'odds_of_length', 'UnpairedPreferenceTrainer', 'kto_metrics', 'KTOTrainer', 'answer_margins', 'GRPOTrainer',
            'normaliser', 'Rollout', 'EpisodeBatch', 'with_rollout', 'reward_at_last_token', 'label_rewards',
-           'episode_rewards', 'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer', 'value_weights']
+           'episode_rewards', 'Repeated', 'episode_metrics', 'with_variances', 'PPOTrainer', 'value_weights',
+           'trainer_class']
 
 # %% ../nbs/24_trainers.ipynb #6acba4ba
 import math
@@ -22,6 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .configs import is_own, load_named, module_and_name, own_spec
 from .trees import Tree, TreeBatch
 from halos_nb.loaders import (
     BestOfDataLoader,
@@ -795,3 +797,17 @@ TRAINERS: dict[str, type[TreeTrainer]] = {
     "raft": RAFTTrainer,
     "bradley-terry": BradleyTerryTrainer,
 }
+
+# %% ../nbs/24_trainers.ipynb #5a7f03c7
+def trainer_class(
+    method: str,  # a shipped method, or a trainer of one's own as my_method.py:MyTrainer
+) -> type[TreeTrainer]:
+    "The class that trains by a method."
+    if not is_own(method):
+        return TRAINERS[method]
+    module, _ = module_and_name(method)
+    _, name = own_spec(method, "loss")
+    found = load_named(f"{module}:{name}", "loss")
+    if not (isinstance(found, type) and issubclass(found, TreeTrainer)):
+        raise ValueError(f"loss: {method} is no trainer; derive it from one of these")
+    return found

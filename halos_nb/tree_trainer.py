@@ -160,7 +160,7 @@ def read_counters(checkpoint: str | Path | None) -> Counters:
 # %% ../nbs/22_tree_trainer.ipynb #02c5689d
 def updates_per_step(cfg: TrainConfig) -> int:
     "How many optimiser steps are taken on each step of the loader."
-    return cfg.ppo_epochs if cfg.loss == "ppo" else 1
+    return cfg.ppo_epochs if cfg.family == "ppo" else 1
 
 
 def steps_between_saves(cfg: TrainConfig) -> int | None:
@@ -658,7 +658,7 @@ def say_what_stays(self: TreeTrainer) -> None:
     "Name the numbers of the config that a checkpoint's optimiser has its own of."
     cfg = self.config
     asked: list[tuple[str, str, Any]] = [("lr", "initial_lr", cfg.lr)]
-    if cfg.loss == "ppo" and cfg.critic_lr is not None:
+    if cfg.family == "ppo" and cfg.critic_lr is not None:
         asked.append(("critic_lr", "initial_lr", cfg.critic_lr))
     asked.append(("adam_beta1, adam_beta2", "betas", (cfg.adam_beta1, cfg.adam_beta2)))
     asked.append(("adam_epsilon", "eps", cfg.adam_epsilon))

@@ -157,6 +157,26 @@ def test_a_function_is_its_code_and_what_it_imports_beside_it(labeller, tmp_path
     assert labeller(rules__in__more="x = (\n") != first  # broken: the stage will say so
 
 
+def test_a_training_counts_the_trainer_of_ones_own(tmp_path, monkeypatch):
+    "What the file says is part of the identity; by which path it is named is none."
+    text = "from halos_nb.trainers import DPOTrainer\nclass Hinge(DPOTrainer): beta = 1\n"
+    (tmp_path / "mine.py").write_text(text, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    files = RunFiles(run, ONE)
+    named = ("mine:Hinge", "mine.py:Hinge", f"{tmp_path}/mine.py", "./mine.py")
+    stages = [stage("train", run, loss=name) for name in named]
+    first, *others = [i.identity(files, one) for one in stages]
+    assert others == [first] * 3 and first["config"]["loss"] == "mine:Hinge"
+    (tmp_path / "mine.py").write_text(text.replace("1", "2"), "utf-8")
+    now = i.identity(files, stages[0])
+    assert i.change(first, now) == "changed: method"
+    (difference,) = i.differences(first, now, stages[0])
+    assert str(difference).startswith("method mine:Hinge contents ")
+    (tmp_path / "mine.py").unlink()  # a view of the run is no error
+    assert i.identity(files, stages[0])["method"] == "no source mine"
+
+
 def test_a_labelling_stage_counts_its_function(labeller, tmp_path):
     labeller(rules__in__words="def score(p, o): return 1\n")
     one = stage("label", tmp_path, function="rules.words:score")

@@ -41,6 +41,26 @@ NOTEBOOKS = [
         dict(function="rules:scor"),
         "rules.py has no scor; did you mean `score`?",
     ),
+    (
+        "online_loop",
+        dict(method="my_metod.py:Hinge"),
+        "did you mean `my_method.py`?",
+    ),
+    (
+        "online_loop",
+        dict(method="my_method:Hing"),
+        "my_method.py has no Hing; did you mean `Hinge`?",
+    ),
+    (
+        "online_loop",
+        dict(method="rules.py:score"),
+        "score of rules.py is no trainer; derive a class",
+    ),
+    (
+        "online_loop",
+        dict(method="hinge"),
+        "'raft', or a trainer of yours, my_method.py:MyTrainer; got 'hinge'",
+    ),
     ("label_round", dict(run_name="onlin"), "no run is called onlin; did you mean `online`?"),
     ("compare_runs", dict(runs="onlin"), "no run is called onlin; did you mean `online`?"),
     ("compare_methods", dict(methods="dpo, ktoo"), "'ktoo' is none; did you mean `kto`?"),
@@ -58,7 +78,7 @@ COMMANDS = [
     (SampleConfig, "m --num_prompts 0", "num_prompts: should be greater than 0, got 0"),
     (SampleConfig, "m --temperature -1", "temperature: should be greater than 0, got -1.0"),
     (LabelConfig, "samples.json out.json", "labeller: name exactly one of"),
-    (TrainConfig, "--loss dpoo --model m", "invalid choice 'dpoo' for argument '--loss'"),
+    (TrainConfig, "--loss dpoo --model m", "got 'dpoo'; did you mean `dpo`?"),
     (TrainConfig, "--config gone.json", "--config: nothing is at gone.json"),
     (TrainConfig, "--config broken.json", "--config: broken.json is no JSON"),
 ]
@@ -102,6 +122,7 @@ def desk(tmp_path, monkeypatch):
         "notes.md": "# Stars\n",
         "odd.csv": "q,a\n1,2\n",
         "broken.json": "{beta",
+        "my_method.py": "from halos_nb.trainers import DPOTrainer\nclass Hinge(DPOTrainer): 1",
         "rules.py": "def score(prompt, output):\n    return len(output)\n",
     }
     for name, text in files.items():
