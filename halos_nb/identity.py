@@ -483,8 +483,10 @@ def identity(files: RunFiles, stage: Stage) -> dict:
     if config.get("function"):
         found["function"] = function_hash(config["function"])
     if is_own(config.get("loss", "")):  # wherever its file lies
-        found["method"] = function_hash(config["loss"])
+        module, _ = module_and_name(config["loss"])
         found["config"]["loss"] = own_name(config["loss"])
+        name = found["config"]["loss"].rpartition(":")[2]
+        found["method"] = function_hash(f"{module}:{name}")
     if profile.accelerate and profile.sharded:
         found["sharding"] = profile.accelerate.values["fsdp_config"]
     return found

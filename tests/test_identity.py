@@ -1,5 +1,6 @@
 """Identity: what decides a stage's result, and what does not."""
 
+from dataclasses import replace
 import pytest
 
 from halos_nb import identity as i
@@ -165,7 +166,8 @@ def test_a_training_counts_the_trainer_of_ones_own(tmp_path, monkeypatch):
     run = tmp_path / "run"
     files = RunFiles(run, ONE)
     named = ("mine:Hinge", "mine.py:Hinge", f"{tmp_path}/mine.py", "./mine.py")
-    stages = [stage("train", run, loss=name) for name in named]
+    one = stage("train", run)
+    stages = [replace(one, config=replace(one.config, loss=name)) for name in named]
     first, *others = [i.identity(files, one) for one in stages]
     assert others == [first] * 3 and first["config"]["loss"] == "mine:Hinge"
     (tmp_path / "mine.py").write_text(text.replace("1", "2"), "utf-8")
