@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OWN', 'ASKED', 'seen_prompts', 'only_unseen', 'Comparisons', 'characters', 'by_prompt', 'reward_of', 'compare_scores',
            'compare_looks', 'three', 'win_row', 'Said', 'read_said', 'with_scores', 'scored_by', 'against_one',
-           'labeller_row', 'sizes_up_to', 'best_of_curve', 'labeller_names', 'who_decides', 'decision', 'evaluation',
-           'as_text_of', 'told', 'Task', 'tasks_of', 'label_config', 'unit_in_words', 'ask_labellers', 'made_beside',
-           'for_labellers', 'write_alpaca', 'to_same_prompts', 'check_outputs', 'main']
+           'labeller_row', 'sizes_up_to', 'best_of_curve', 'orders', 'labeller_names', 'who_decides', 'decision',
+           'evaluation', 'as_text_of', 'told', 'Task', 'tasks_of', 'label_config', 'unit_in_words', 'ask_labellers',
+           'made_beside', 'for_labellers', 'write_alpaca', 'to_same_prompts', 'check_outputs', 'main']
 
 # %% ../nbs/45_evaluate.ipynb #ab68f129
 import math
@@ -32,6 +32,7 @@ from halos_nb.stats import (
     kl_terms,
     length_controlled,
     mean_interval,
+    order_accuracy,
     prompts_of,
     rate_interval,
 )
@@ -271,6 +272,22 @@ def best_of_curve(scored: dict[str, list[dict]], chooser: str, most: int) -> lis
         curve.append(point)
     return curve
 
+# %% ../nbs/45_evaluate.ipynb #aa9b0764
+def orders(
+    scored: dict[str, list[dict]],  # the answers, by each labeller with scores
+    by: str,  # whose word is taken
+) -> list[dict]:
+    "How often each other score puts the better of two answers first."
+    found = []
+    for name in scored if by in scored else ():
+        if name == by:
+            continue
+        both = [a | dict(other=b["reward"]) for a, b in zip(scored[by], scored[name])]
+        right = order_accuracy(both, "reward", "other")
+        row = dict(score=name, by=by, right=three(right.share))
+        found.append(row | dict(pairs=right.pairs, prompts=right.prompts))
+    return found
+
 # %% ../nbs/45_evaluate.ipynb #2d001d6b
 OWN = (
     "first"  # the first policy's answers, among others; without others, the answers themselves
@@ -336,6 +353,7 @@ def evaluation(
     found["decides"] = decision(labellers, decider, other)
     scored = {name: scored_by(labels, name, rows) for name in names}
     known = {name: some for name, some in scored.items() if some is not None}
+    found["orders"] = orders(known, decider)
     found["best_of_n"] = {}
     for name in known if most else {}:
         found["best_of_n"][name] = best_of_curve(known, name, most)
@@ -368,6 +386,11 @@ def told(found: dict) -> list[str]:
                 f"length {as_text_of(one['length_controlled'])} ({one['comparisons']} "
                 f"comparisons, {one['ties']} ties{lost})"
             )
+    for one in found.get("orders", []):
+        lines.append(
+            f"{one['score']} puts the better of two answers first, by {one['by']}: "
+            f"{as_text_of(one['right'])} of {one['pairs']} pairs of {one['prompts']} prompts"
+        )
     lines.append(
         f"KL {as_text_of(found['kl'])} nats, {as_text_of(found['characters'])} characters"
     )

@@ -754,6 +754,9 @@ def evaluation_line(
         for other, one in row["against"].items():
             rate = estimate_text(one["win_rate"])
             parts.append(f"wins against {other} by {labeller} {rate}")
+    for one in found.get("orders", []):
+        right = estimate_text(one["right"])
+        parts.append(f"{one['score']} orders two answers as {one['by']} does: {right}")
     return "; ".join([*parts, f"KL {estimate_text(found['kl'])}"])
 
 # %% ../nbs/57_loop.ipynb #e667b27a
@@ -1625,6 +1628,7 @@ class Loop:
     gone: Scored | None = None  # the best of those that are not on disk any more
     last_evaluated: int | None = None  # rounds that were done at the last evaluation
     waited: int = 0  # evaluations since there was a new best
+    evaluated: int = 0  # policies, on the same prompts
     started: str = ""  # the evaluation of the first policy, on one line
 
     @property
@@ -1987,6 +1991,8 @@ def best_told(self: Loop) -> dict:
     place = os.path.relpath(best.policy, self.ledger.run_dir)
     how = f"{best.what} of its own answers in {best.answers}, 95% interval over prompts"
     told = dict(policy=place, by=best.by, measured=how, words=str(best))
+    if self.evaluated > 1:  # the highest of several is too high by chance
+        told["words"] += f"; as the best of {self.evaluated} on the same prompts it flatters"
     if not best.policy.exists():
         told["words"] += "; it is not on disk any more (keep=best keeps it)"
     if self.gone and better(best, self.gone) is self.gone:
@@ -2115,6 +2121,7 @@ def add_evaluation(
     value = [math.nan if x is None else x for x in decides["value"]]
     by = f"round-{number}" if number else "start"
     new = Scored(policy, by, f"evaluate-{number}", Interval(*value), decides["what"])
+    self.evaluated += 1
     known = [one for one in (self.best, self.gone) if one]
     is_best = all(better(one, new) is new for one in known)
     self.waited = 0 if is_best else self.waited + 1

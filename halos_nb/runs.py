@@ -426,6 +426,8 @@ def evaluation_row(number: int, found: dict) -> dict:
         if one["score"]:
             row[f"score by {labeller}"] = as_interval(one["score"])
         unscored += one["unscored"] or 0
+    for one in found.get("orders", []):
+        row[f"{one['score']} right by {one['by']}"] = as_interval(one["right"])
     row["KL"] = as_interval(found["kl"])
     row["characters"] = as_interval(found["characters"])
     return row | dict(cut=found.get("cut"), unscored=unscored)

@@ -17,6 +17,7 @@ from halos_nb.benchmarks import SECTIONS, main
 from halos_nb.configs import BenchmarkConfig
 from halos_nb.evaluate import write_alpaca
 from halos_nb.records import append_jsonl, as_turns, prompt_id, write_json
+from halos_nb.stats import share_interval
 
 
 def needs(name):
@@ -108,8 +109,8 @@ def test_a_task_of_ones_own_is_asked_by_the_harness(tmp_path):
     share = sum(p == row["label"] for p, row in zip(picked, rows)) / len(rows)
     value, low, high = found["tasks"]["tiny_sums"]["acc"]
     assert value == pytest.approx(share)
-    error = (share * (1 - share) / (len(rows) - 1)) ** 0.5
-    assert (high - low) / 2 == pytest.approx(1.96 * error, abs=1e-5)
+    right = share_interval(share * len(rows), len(rows))
+    assert (low, high) == pytest.approx(right[1:], abs=1e-5)
 
 
 # ---- AlpacaEval

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from halos_nb.configs import EvaluateConfig
 from halos_nb.evaluate import main
+from halos_nb.label import write_labels
 from halos_nb.records import as_turns, prompt_id, read_jsonl, write_records
 from halos_nb.templates import byte_tokenizer
 
@@ -131,3 +132,20 @@ def test_a_judge_here_compares_in_an_evaluation(tmp_path):
     row = found["labellers"]["lm"]["against"]["b"]
     assert (row["comparisons"], row["undecided"]) == (2, 0)
     assert found["decides"]["what"] == "win rate against b by lm"
+
+
+def test_the_score_that_trains_is_judged_on_the_answers_it_meets(tmp_path, rules):
+    rows = []
+    for number in range(3):
+        rows += [row | dict(sample_id=number) for row in answers(["a" * (number + 1)] * 4)]
+    label = dict(labeller="rm", reason="", truncated=False, type="label")
+    journal = []
+    for row in rows:  # the longest is taken for the worst
+        score = -5.0 if row["sample_id"] == 2 else float(row["sample_id"])
+        journal.append(label | dict(prompt_id=row["prompt_id"], sample_id=row["sample_id"]))
+        journal[-1]["score"] = score
+    write_labels(tmp_path / "rm.labels.jsonl", journal)
+    said = dict(labels=[f"rm={tmp_path / 'rm.labels.jsonl'}"], decides="function")
+    [row] = evaluate(tmp_path, rows, rows, function=f"{rules}:length", **said)["orders"]
+    assert (row["score"], row["by"], row["pairs"]) == ("rm", "function", 12)
+    assert row["right"][0] == pytest.approx(1 / 3, abs=1e-5)
