@@ -8,7 +8,8 @@ __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'WHOLE', 'CUT', 'MOS
            'words_of', 'places_of', 'decoded', 'encoded_places', 'said_places', 'without_secrets', 'hide', 'excerpt',
            'ServerError', 'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to', 'about_address', 'check_address',
            'address_of', 'error_text', 'describe', 'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of',
-           'said_in', 'writable', 'mended', 'count_in', 'error_in', 'Limiter', 'connect', 'is_one_fault', 'ask_all']
+           'as_json', 'said_in', 'writable', 'mended', 'count_in', 'error_in', 'Limiter', 'connect', 'is_one_fault',
+           'ask_all']
 
 # %% ../nbs/31_api.ipynb #e3f87bfb
 import asyncio
@@ -417,6 +418,7 @@ class Said(NamedTuple):
     text: str | None  # None: no text at all
     reasoning: str  # thoughts that the server has told apart
     refusal: str
+    other: str = ""  # as JSON: what stands where a text should
 
 # %% ../nbs/31_api.ipynb #f7b8805b
 def field_of(x: Any, name: str) -> Any:
@@ -426,17 +428,22 @@ def field_of(x: Any, name: str) -> Any:
 
 def text_of(content: Any) -> str | None:
     "The text of a message's content: a text, or a list of parts; thoughts are left out."
-    if content is None or isinstance(content, str):
-        return content
     if not isinstance(content, list | tuple):
-        raise TypeError(f"content is {type(content).__name__}")
+        return content if isinstance(content, str) else None
     texts = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)
         elif field_of(part, "type") in ("text", "output_text"):
-            texts.append(field_of(part, "text") or "")
+            text = field_of(part, "text")
+            text = text.get("value") if isinstance(text, dict) else text
+            texts.append(text if isinstance(text, str) else as_json(text) if text else "")
     return "".join(texts) if texts else None
+
+
+def as_json(x: Any) -> str:
+    "What stands where a text should, as JSON; what JSON does not know by its name."
+    return json.dumps(x, ensure_ascii=False, default=str)
 
 
 def said_in(message: Any) -> Said:
@@ -450,7 +457,8 @@ def said_in(message: Any) -> Said:
     thoughts += [field_of(p, "thinking") for p in parts]
     refusal = next((str(x) for x in refusals if x), "")
     thought = next((x if isinstance(x, str) else json.dumps(x) for x in thoughts if x), "")
-    return Said(text_of(content), thought, refusal)
+    is_odd = not isinstance(content, str | list | tuple | None)
+    return Said(text_of(content), thought, refusal, as_json(content) if is_odd else "")
 
 # %% ../nbs/31_api.ipynb #b1177960
 MOST_TOKENS = 10**9  # that one request may be said to have used

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS', 'AS_LETTER', 'FORMS', 'LIMITS', 'NAMED',
-           'OF_QUESTION', 'REFUSES', 'FAILURES', 'with_placeholders', 'fill', 'Judge', 'digest', 'Question', 'question',
-           'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns', 'in_range', 'of_samples',
-           'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options', 'named_parts',
-           'parts_to_leave_out', 'complete', 'read_answer', 'without_key', 'blank_line', 'ask_judge',
-           'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of', 'refuse_other_judges',
-           'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines', 'latest_answers', 'unanswered',
-           'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask', 'lock_journal', 'JudgeResult',
-           'run_job', 'job_counts', 'total']
+           'OF_QUESTION', 'REFUSES', 'NOT_OTHERWISE', 'FAILURES', 'with_placeholders', 'fill', 'Judge', 'digest',
+           'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns',
+           'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options',
+           'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'complete', 'read_answer',
+           'without_key', 'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of',
+           'refuse_other_judges', 'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines',
+           'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask',
+           'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
 
 # %% ../nbs/42_judge.ipynb #ac6e8a19
 import asyncio
@@ -383,8 +383,8 @@ NAMED = {  # part of a request: what an error about it says
     "json_object": r"response_format|json.?object|json mode|structured|grammar",
     "guided_json": r"guided|extra|unrecogni[sz]ed|unexpected|unknown|schema|grammar",
     "temperature": r"temperature|sampling param",
-    "max_tokens": r"max.?tokens",
-    "max_completion_tokens": r"max.?completion.?tokens",
+    "max_tokens": r"max.?tokens|(?:tokens?|\d) in the completion|completion tokens",
+    "max_completion_tokens": r"max.?completion.?tokens|(?:tokens?|\d) in the completion",
     "system": r"system.?(?:role|message|prompt|instruction)|role.{0,20}system|developer instr",
 }
 # what an error about one question says
@@ -394,6 +394,8 @@ OF_QUESTION = re.compile(
     re.I,
 )
 REFUSES = (400, 404, 405, 415, 422, 501)  # statuses of a request that was not understood
+# and of one that is not asked otherwise: no key, no money, too late, too many at a time
+NOT_OTHERWISE = (401, 402, 408, 429)
 
 # %% ../nbs/42_judge.ipynb #b2b461ec
 @dataclass
@@ -444,26 +446,32 @@ def named_parts(error: Exception, parts: Iterable[str]) -> list[str]:
     return named
 
 
-def parts_to_leave_out(
-    error: Exception,
+def is_doubtful(error: Exception) -> bool:
+    "Whether an error that names a part may still be about its question, or the server's state."
+    status = getattr(error, "status_code", None)
+    return status not in REFUSES or bool(OF_QUESTION.search(error_text(error)))
+
+
+def parts_refused(error: Exception, parts: list[str], terms: Terms) -> list[str]:
+    "The parts of a request that an error names and that can be left out."
+    status = getattr(error, "status_code", None)
+    if status is None or status in NOT_OTHERWISE:
+        return []
+    named = named_parts(error, parts)
+    return [name for name in named if not (terms.keep_limit and name == LIMITS[-1])]
+
+
+def parts_to_try_without(
+    error: Exception,  # that names nothing
     parts: list[str],  # of the request
     terms: Terms,
     tried: list[list[str]],  # what was left out before, without a name
 ) -> list[str]:
     "What to leave out of a request that was refused; nothing if that is no use."
     status = getattr(error, "status_code", None)
-    if OF_QUESTION.search(error_text(error)):
+    if is_doubtful(error) or status == 404:  # no such model
         return []
-    if status == 500:  # some break over a schema; two questions must agree on that
-        forms = [name for name in named_parts(error, parts) if name in FORMS]
-        return forms if forms not in tried else []
-    if status not in REFUSES:
-        return []
-    firm = {"max_completion_tokens"} if terms.keep_limit else set()
-    if named := [name for name in named_parts(error, parts) if name not in firm]:
-        return named
-    if status == 404:  # no such model
-        return []
+    firm = {LIMITS[-1]} if terms.keep_limit else set()
     rest = [name for name in parts if name not in terms.taken | firm | {"system"}]
     groups = [list(FORMS) if name in FORMS else [name] for name in rest]
     groups.append([name for group in groups for name in group])
@@ -508,8 +516,8 @@ async def complete(
     terms: Terms,  # what the server does not take; more may be found out
 ) -> Any:
     "The server's answer to one question, without what it does not take."
-    left_out: dict[str, str] = {}  # what errors have named, and what they said
-    guess: dict[str, str] = {}  # likewise, where they named nothing
+    left_out: dict[str, str] = {}  # what errors have surely named, and what they said
+    guess: dict[str, str] = {}  # likewise, what they may have meant
     tried: list[list[str]] = []
     while True:
         without = {*terms.refused, *left_out, *guess}
@@ -520,18 +528,20 @@ async def complete(
         except Exception as error:
             if terms.refused.keys() - without:
                 continue  # another question has found it out meanwhile
+            said = excerpt(error_text(error))
+            if names := parts_refused(error, parts, terms):
+                if is_doubtful(error):
+                    guess |= dict.fromkeys(names, said)
+                else:
+                    left_out |= dict.fromkeys(names, said)
+                    guess = {}
+                continue
             parts = parts_of(judge, {*terms.refused, *left_out})
-            names = parts_to_leave_out(error, parts, terms, tried)
+            names = parts_to_try_without(error, parts, terms, tried)
             if not names:
                 raise
-            said = dict.fromkeys(names, excerpt(error_text(error)))
-            is_sure = getattr(error, "status_code", None) != 500
-            if is_sure and set(names) <= set(named_parts(error, parts)):
-                left_out |= said
-                guess = {}
-            else:
-                tried.append(names)
-                guess = said
+            tried.append(names)
+            guess = dict.fromkeys(names, said)
             continue
         terms.settle(question, parts, left_out | guess, set(left_out))
         with suppress(AttributeError, IndexError, TypeError, KeyError):  # no answer at all
@@ -551,11 +561,12 @@ def read_answer(
         hint = page if str(answer).lstrip().startswith("<") else ""
         raise ValueError(f"the server sent no answer: {excerpt(answer)}{hint}") from None
     error = error_in(answer)
-    if error and not said.text:
+    reply = said.text or said.other
+    if error and not reply:
         raise ValueError(error)
     usage = getattr(answer, "usage", None)
     row: dict = dict(
-        reply=said.text or "",
+        reply=reply or "",
         finish=str(getattr(choice, "finish_reason", None)),
         input_tokens=count_in(usage, "prompt_tokens"),
         output_tokens=count_in(usage, "completion_tokens"),

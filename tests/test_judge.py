@@ -1178,6 +1178,7 @@ SCORED = {
     "a last line": lambda v, j: message(f"Fine.\n{v}"),
     "JSON": lambda v, j: message(j),
     "JSON in a fence": lambda v, j: message(f"```json\n{j}\n```\nThat is all."),
+    "an object": lambda v, j: message(json.loads(j)),
     "parts": lambda v, j: message([part("Fine."), part(f"\n{v}")]),
     "parts and thoughts": lambda v, j: message([part("9, B", "thinking"), part(v)]),
     "a part of another kind": lambda v, j: message([part("x", "image_url"), part(v)]),
@@ -1211,6 +1212,7 @@ UNREAD = {
     "a refusing part": lambda v, j: message([part("I cannot.", "refusal"), part(v)]),
     "empty": lambda v, j: message(""),
     "null": lambda v, j: message(None),
+    "a list of numbers": lambda v, j: message([8]),
     "thoughts alone": lambda v, j: message(None, reasoning_content=v),
     "thoughts without end": lambda v, j: message(f"<think>{v}"),
     "no verdict": lambda v, j: message("It has 3 merits; A is short."),
@@ -1228,7 +1230,6 @@ UNANSWERED = {
     "500": lambda v, j: flagged(500, v),
     "bytes": lambda v, j: SAID["garbage"],
     "half of it": lambda v, j: SAID["bad json"],
-    "a number": lambda v, j: message(8),
     "no choices": lambda v, j: http(200, completion(v) | dict(choices=[])),
     "no message": lambda v, j: told(dict(index=0, finish_reason="stop")),
 }
@@ -1288,6 +1289,26 @@ def test_behaviours_of_judges(tmp_path, monkeypatch, capfd, kind):
         assert KEY not in text and KEY[5:20] not in text
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        dict(why="", score=7.5),
+        7.5,
+        [dict(type="text", text=dict(value="Final Score: 7.5"))],
+        [dict(type="text", text=7.5)],
+    ],
+)
+def test_an_answer_of_another_kind_is_kept_and_read(tmp_path, content):
+    "It was paid for: its reply, tokens and cost stand in the journal, and nobody asks again."
+    with Server(lambda body, n: (200, completion(content))) as server:
+        cfg = config(server, tmp_path, 4, input_price=1.0, output_price=1.0)
+        assert main(cfg)["scored"] == main(cfg)["scored"] == 4
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert len(server.heard) == len(rows) == 4
+    assert {row["score"] for row in rows} == {7.5}
+    assert all(row["cost"] and row["output_tokens"] for row in rows)
+
+
 # ---- what a server refuses
 
 REFUSED = {  # part: status and words
@@ -1298,12 +1319,18 @@ REFUSED = {  # part: status and words
         (501, "structured output is not implemented"),
         (500, "Internal error: no backend for structured output"),
         (400, "Bad Request"),
+        (400, "Invalid schema for response_format 'judgement': In context=('properties',)"),
+        (400, "The specified schema produces a constraint that has too many states"),
+        (403, "response_format json_schema is not allowed for this model"),
+        (424, "json_schema: a dependency has failed"),
+        (503, "response_format json_schema: backend is not available"),
     ],
     "temperature": [
         (400, "Unsupported value: 'temperature' does not support 0.0 with this model"),
         (422, "temperature: extra inputs are not permitted"),
         (404, "temperature is unavailable here"),
         (400, "invalid request"),
+        (400, "temperature must be greater than 0; the value exceeds the allowed range"),
     ],
     "max_tokens": [
         (
@@ -1311,6 +1338,11 @@ REFUSED = {  # part: status and words
             "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens'",
         ),
         (422, "maxTokens unknown"),
+        (400, "max_tokens is too large: 512. This model supports at most 256"),
+        (
+            400,
+            "maximum context length is 512 tokens: 88 in the messages, 512 in the completion",
+        ),
         (501, "nope"),
     ],
     "system": [(400, "System role not supported")],
