@@ -2691,6 +2691,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.records.usable_json': ('records.html#usable_json', 'halos_nb/records.py'),
                                   'halos_nb.records.wait_for_lock': ('records.html#wait_for_lock', 'halos_nb/records.py'),
                                   'halos_nb.records.whole_number': ('records.html#whole_number', 'halos_nb/records.py'),
+                                  'halos_nb.records.without_torn_line': ('records.html#without_torn_line', 'halos_nb/records.py'),
                                   'halos_nb.records.wrapped': ('records.html#wrapped', 'halos_nb/records.py'),
                                   'halos_nb.records.write_json': ('records.html#write_json', 'halos_nb/records.py'),
                                   'halos_nb.records.write_records': ('records.html#write_records', 'halos_nb/records.py'),

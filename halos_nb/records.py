@@ -18,9 +18,9 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_B
            'require_room', 'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'hidden_name', 'is_alive',
            'is_left_over', 'remove_left_over', 'clean_left_over', 'clean_beside', 'put_aside', 'atomic_write',
            'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
-           'wait_for_lock', 'is_locked', 'lock_file', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl',
-           'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file', 'file_hash',
-           'Progress']
+           'wait_for_lock', 'is_locked', 'lock_file', 'without_torn_line', 'cut_torn_line', 'append_jsonl',
+           'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file',
+           'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -1182,13 +1182,36 @@ def lock_file(
     return file
 
 # %% ../nbs/00_records.ipynb #148d103c
+def without_torn_line(data: bytes) -> bytes:
+    "The lines of a journal, each ended; without a last one that is the beginning of an object."
+    end = data.rfind(b"\n") + 1
+    last = data[end:].strip()
+    if not last:
+        return data[:end]
+    if last.startswith(b"{"):
+        try:
+            json.JSONDecoder().raw_decode(last.decode())
+        except ValueError:
+            return data[:end]
+        except RecursionError:
+            pass
+    return data + b"\n"
+
+
 def cut_torn_line(file: IO[bytes]) -> int:
-    "Cut off what stands behind the last line end of a file; returns the size that is left."
+    "Cut off a torn line at the end of a file, or end a whole one; returns the size then."
     size = file.seek(0, os.SEEK_END)
-    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # torn by a crash
-        size = os.pread(file.fileno(), size, 0).rfind(b"\n") + 1
-        file.truncate(size)
-    return size
+    if not size or os.pread(file.fileno(), 1, size - 1) == b"\n":
+        return size
+    data = os.pread(file.fileno(), size, 0)
+    whole = without_torn_line(data)
+    if len(whole) < size:
+        file.truncate(len(whole))
+    elif len(whole) > size:
+        line = data.count(b"\n") + 1
+        as_object(parse_json(data[data.rfind(b"\n") + 1 :], file.name), file.name, line)
+        file.write(b"\n")
+    return len(whole)
 
 # %% ../nbs/00_records.ipynb #edea24c4
 def append_jsonl(
@@ -1233,8 +1256,7 @@ def read_at_once(
 # %% ../nbs/00_records.ipynb #9a8a1a7e
 def read_jsonl(path: str | Path) -> list[dict]:
     "The whole lines of a journal."
-    data = file_bytes(path)
-    whole = data[: data.rfind(b"\n") + 1]
+    whole = without_torn_line(file_bytes(path))
     rows = read_at_once(whole)
     if rows is not None:
         return rows

@@ -256,9 +256,21 @@ def test_a_torn_journal_line_is_gone(tmp_path_factory, cut):
     data = path.read_bytes()
     path.write_bytes(data[:cut])
     whole = r.read_jsonl(path)
-    assert [x["i"] for x in whole] == list(range(data[:cut].count(b"\n")))
+    ended = data[: cut + 1].count(b"\n")  # a whole line may have lost its end
+    assert [x["i"] for x in whole] == list(range(ended))
     r.append_jsonl(path, dict(i="new"), sync=True)
     assert r.read_jsonl(path) == whole + [dict(i="new")]
+
+
+@pytest.mark.parametrize("last", ['[{"i": 1}, {"i": 2}]', "7", "i: 1", '{"i": 1} {"i": 2}'])
+def test_what_no_writer_of_ours_has_left_is_never_cut_away(tmp_path, last):
+    "An editor may have made something else of a journal; its labels were paid for."
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"i": 0}\n' + last)
+    for touch in (r.read_jsonl, lambda path: r.append_jsonl(path, dict(i=3))):
+        with pytest.raises(r.RecordError, match="j.jsonl"):
+            touch(path)
+    assert path.read_text() == '{"i": 0}\n' + last
 
 
 def test_two_processes_share_a_journal(tmp_path):
