@@ -1266,6 +1266,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'halos_nb.judge.ask_judge': ('judge.html#ask_judge', 'halos_nb/judge.py'),
                                 'halos_nb.judge.blank_line': ('judge.html#blank_line', 'halos_nb/judge.py'),
                                 'halos_nb.judge.budget_of': ('judge.html#budget_of', 'halos_nb/judge.py'),
+                                'halos_nb.judge.check_judge_lines': ('judge.html#check_judge_lines', 'halos_nb/judge.py'),
                                 'halos_nb.judge.complete': ('judge.html#complete', 'halos_nb/judge.py'),
                                 'halos_nb.judge.connect_and_ask': ('judge.html#connect_and_ask', 'halos_nb/judge.py'),
                                 'halos_nb.judge.digest': ('judge.html#digest', 'halos_nb/judge.py'),

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS', 'AS_LETTER', 'FORMS', 'LIMITS', 'NAMED',
-           'OF_QUESTION', 'REFUSES', 'NOT_OTHERWISE', 'FAILURES', 'with_placeholders', 'fill', 'Judge', 'digest',
-           'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns',
+           'OF_QUESTION', 'REFUSES', 'NOT_OTHERWISE', 'OF_LINES', 'FAILURES', 'with_placeholders', 'fill', 'Judge',
+           'digest', 'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns',
            'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options',
            'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'complete', 'read_answer',
            'without_key', 'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of',
-           'refuse_other_judges', 'refuse_changed_samples', 'read_journal', 'says_something', 'latest_lines',
-           'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask',
-           'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
+           'refuse_other_judges', 'refuse_changed_samples', 'check_judge_lines', 'read_journal', 'says_something',
+           'latest_lines', 'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun',
+           'connect_and_ask', 'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
 
 # %% ../nbs/42_judge.ipynb #ac6e8a19
 import asyncio
@@ -709,9 +709,10 @@ def key_of(row: dict) -> tuple:
 
 
 def refuse_other_judges(job: JudgeJob, rows: list[dict]) -> None:
-    "A RecordError if a line is another judge's, with what differs."
+    "A RecordError if an answer is another judge's, with what differs."
     identity = asdict(job.judge)
-    others = [r for r in rows if r.get("judge") != digest(identity)]
+    said = [r for r in rows if says_something(r)]  # what failed binds nobody
+    others = [r for r in said if r.get("judge") != digest(identity)]
     if not others:
         return
     was, differs = {}, []
@@ -729,15 +730,38 @@ def refuse_other_judges(job: JudgeJob, rows: list[dict]) -> None:
     )
 
 # %% ../nbs/42_judge.ipynb #623520be
+OF_LINES: dict[str, tuple] = {  # fields of a judge's line: what they hold, and must be there
+    **{name: ((float, int, type(None)), True) for name in ("time", "cost")},
+    **{name: ((int, type(None)), True) for name in ("input_tokens", "output_tokens")},
+    **{name: (str, True) for name in ("judge", "question")},
+    **{name: (str, False) for name in ("refusal", "reasoning", "error", "finish")},
+}
+
+
 def refuse_changed_samples(job: JudgeJob, rows: list[dict]) -> None:
     "A RecordError if a line answers a question whose text is another now."
     asked = {q.key: q.hash for q in job.questions}
-    for row in rows:
+    for row in filter(says_something, rows):
         key = key_of(row)
         if asked.get(key, row["question"]) != row["question"]:
             raise RecordError(
                 f"{job.journal}: prompt {row['prompt_id']!r}, sample {key[1]!r} was asked "
                 "with another text; the samples have changed since: give another output_file"
+            )
+
+
+def check_judge_lines(journal: Path, rows: list[dict]) -> None:
+    "A RecordError if a line of a judge lacks a field, or holds something else in it."
+    for number, row in enumerate(rows, 1):
+        for name, (kinds, is_needed) in OF_LINES.items():
+            if name not in row and not is_needed:
+                continue
+            value = row.get(name)
+            if name in row and isinstance(value, kinds) and not isinstance(value, bool):
+                continue
+            what = f"is {shortened(value)}" if name in row else "is missing"
+            raise RecordError(
+                f"{journal}, record {number}: field `{name}` {what}; mend or remove this line"
             )
 
 
@@ -747,6 +771,7 @@ def read_journal(job: JudgeJob) -> list[dict]:
         return []
     rows = label_lines(job.journal)
     refuse_other_judges(job, rows)
+    check_judge_lines(job.journal, rows)
     refuse_changed_samples(job, rows)
     return rows
 

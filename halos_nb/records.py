@@ -1322,8 +1322,12 @@ def label_lines(path: str | Path) -> list[dict]:
     "The checked labels and comparisons of a journal; lines of before have no type."
     rows = [{"type": "label"} | row for row in read_jsonl(path)]
     for number, row in enumerate(rows, 1):
-        kind = "comparison" if row["type"] == "comparison" else "label"
-        check_record(row, kind, f"{path}, record {number}")
+        where = f"{path}, record {number}"
+        if row["type"] not in ("label", "comparison"):
+            raise RecordError(
+                f"{where}: field `type` is {shortened(row['type'])}, not label or comparison"
+            )
+        check_record(row, row["type"], where)
     return rows
 
 # %% ../nbs/00_records.ipynb #a74ce5ca

@@ -661,6 +661,38 @@ def test_reply_is_read_again_not_asked_again(tmp_path):
     assert counts["scored"] == 6 == len(server.heard)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("cost", None), ("time", "x"), ("question", None), ("refusal", 5), ("input_tokens", "x")]
+    + [("type", "x"), ("judge", None), ("reply", 5), ("output_tokens", True)],
+)
+def test_a_damaged_line_of_the_journal_is_named(tmp_path, field, value):
+    "None: the field is gone. Nobody is asked."
+    with Server(score_of) as server:
+        main(config(server, tmp_path, 4))
+        file = tmp_path / "feedback.labels.jsonl"
+        rows = read_jsonl(file)
+        rows[1][field] = value
+        if value is None:
+            rows[1].pop(field, None)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(RecordError, match=rf"record 2: field `{field}`|holds other labels"):
+            main(config(server, tmp_path))
+    assert len(server.heard) == 4
+
+
+def test_what_failed_binds_nobody(tmp_path):
+    "A wrong address is put right, and the same file goes on."
+    with Server(score_of) as server:
+        pass
+    with pytest.raises(ServerError):
+        main(config(server, tmp_path, 6, max_retries=0))
+    with Server(score_of) as server:
+        assert main(config(server, tmp_path))["scored"] == 6
+        with pytest.raises(RecordError, match="base_url was"):
+            main(config(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path))
+
+
 def test_two_runs_at_once(tmp_path):
     with Server(score_of) as server:
         cfg = config(server, tmp_path, 6)
