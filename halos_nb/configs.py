@@ -5,34 +5,35 @@
 # %% auto #0
 __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'SIGNED', 'SURE_KEY', 'IN_AN_ADDRESS', 'GIVEN_A_NAME',
            'NAMES_A_KEY', 'TAKE_A_TRAINER', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName',
-           'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Shipped', 'BETA', 'EPSILON', 'COMPARING',
-           'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS', 'DEFAULT_THRESHOLD', 'PLAYGROUND',
-           'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE', 'SIMPO', 'DEEPSEEK', 'PRESETS',
-           'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO', 'HandMethod', 'OF_A_RUN',
-           'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values', 'texts_in', 'secret_in', 'refuse_secrets',
-           'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem', 'field_names', 'config_error',
-           'make_config', 'looks_like_path', 'require_path', 'name_problem', 'plain_name', 'free_name', 'same_place',
-           'lies_at', 'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions',
-           'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
-           'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions',
-           'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of',
-           'split_names', 'ensemble_problems', 'several_models_problems', 'labeller_problems',
-           'pairwise_judge_problems', 'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file',
-           'names_in', 'syntax_of', 'near_source', 'require_function', 'import_file', 'load_named', 'is_own',
-           'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family',
-           'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
-           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
-           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
-           'dropout_problems', 'reward_problems', 'objectives_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
-           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
-           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
-           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
-           'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
-           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
-           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
-           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
-           'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'LONGEST_FILE', 'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Shipped', 'BETA',
+           'EPSILON', 'COMPARING', 'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS',
+           'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE',
+           'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO',
+           'HandMethod', 'OF_A_RUN', 'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values', 'texts_in',
+           'secret_in', 'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem',
+           'field_names', 'config_error', 'make_config', 'looks_like_path', 'require_path', 'name_problem',
+           'plain_name', 'free_name', 'place_problem', 'check_place', 'same_place', 'lies_at', 'is_written_over',
+           'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems',
+           'json_value', 'read_template_options', 'option_value', 'template_problems', 'sample_problems',
+           'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions',
+           'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'ensemble_problems',
+           'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'is_file_name',
+           'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of', 'near_source', 'require_function',
+           'import_file', 'load_named', 'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference',
+           'family_of', 'own_spec', 'check_own', 'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions',
+           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
+           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
+           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'objectives_problems',
+           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
+           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
+           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
+           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
+           'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
+           'stale_problems', 'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config',
+           'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig',
+           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig',
+           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
            'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
            'PlanConfig', 'config_json']
 
@@ -350,6 +351,30 @@ def free_name(name: str) -> str:
 
 RunName = Annotated[str, AfterValidator(free_name)]
 
+# %% ../nbs/02_configs.ipynb #10b6af64
+LONGEST_FILE = 200  # bytes: temporary files and companions beside it have longer ones
+
+
+def place_problem(target: Path) -> str:
+    "Why a file cannot be written here, in words; empty if it can."
+    if not target.name:
+        return f"{str(target)!r} names no file"
+    if "\0" in str(target):
+        return f"{str(target)!r} has a NUL in it"
+    if len(target.name.encode("utf-8", "replace")) > LONGEST_FILE:
+        return f"{target.name[:40]}... is a name of more than {LONGEST_FILE} bytes"
+    if target.is_dir():
+        return f"{target} is a folder; name a file, such as {target / 'out.json'}"
+    if target.exists() and not target.is_file():
+        return f"{target} is a device, a pipe or a socket, and a file would replace it"
+    return ""
+
+
+def check_place(name: str, target: str | Path) -> None:
+    "An error that names the parameter if its file cannot be written where it says."
+    if problem := place_problem(Path(target)):
+        raise ValueError(f"{name}: {problem}")
+
 # %% ../nbs/02_configs.ipynb #4e991540
 def same_place(a: Path, b: Path) -> bool:
     "Whether two paths are the same file or folder, however they are spelt or linked."
@@ -391,6 +416,8 @@ def refuse_own_inputs(
     "An error if an output is an input. Names on the hub and what is not there are no files."
     for out, targets in writes.items():
         for target in map(Path, targets):
+            if out.endswith(("file", "json")):
+                check_place(out, target)
             for field_name, paths in reads.items():
                 for path in paths:
                     if path and is_written_over(Path(path), target):

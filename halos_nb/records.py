@@ -1024,6 +1024,8 @@ def put_aside(
     word: str = "before",  # why, on one word: `samples.before-1.json`
 ) -> Path:
     "Rename a file or folder to a name of its own beside it; returns that."
+    if path.is_symlink() and path.is_file():  # the link stays
+        path = path.resolve()
     number = 1
     while True:
         aside = path.with_name(f"{path.stem}.{word}-{number}{path.suffix}")
@@ -1039,6 +1041,10 @@ def atomic_write(
 ) -> Iterator[TextIO]:
     "A text file that has its name when the block ends well, and otherwise does not exist."
     path = Path(path)
+    if path.is_symlink():  # the link stays, what it leads to is written
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file, and would be replaced by one", str(path))
     temp = temporary(path)
     with telling_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -234,3 +234,31 @@ def test_a_training_keeps_what_another_has_left(tmp_path):
     for name in ("counts.json", "counts.before-1.json", "metrics.before-1.jsonl"):
         assert name in names
     assert "FINAL.before-2" not in names  # the second was the first once more
+
+
+@pytest.mark.parametrize("kind", ["labels.jsonl", "counts.json"])
+def test_labelling_never_replaces_what_stands_beside_other_feedback(by_words, tmp_path, kind):
+    by_words("f.json")
+    beside = tmp_path / f"f.{kind}"
+    said = beside.read_bytes()
+    with pytest.raises(ValueError, match="another labelling has written beside its feedback"):
+        by_words(beside)
+    assert beside.read_bytes() == said
+
+
+@pytest.mark.parametrize("place", ["", "/", "a\0b", "sub", "pipe", "x" * 250 + ".json"])
+def test_an_output_that_cannot_be_a_file_is_told_before_any_work(by_words, tmp_path, place):
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"output_file: "):
+        by_words(place, function="nobody_is_asked")
+    with pytest.raises(OSError, match="pipe"):
+        write_records(tmp_path / "pipe", [])
+
+
+def test_a_link_stays_a_link(by_words, tmp_path):
+    (tmp_path / "f.json").symlink_to(tmp_path / "elsewhere.json")
+    for _ in range(2):
+        by_words("f.json")
+        assert (tmp_path / "f.json").is_symlink()
+        assert len(json.loads((tmp_path / "elsewhere.json").read_text())) == 2
