@@ -113,7 +113,9 @@ def refuse(problems: Iterable[str]) -> None:
 
 # %% ../nbs/02_configs.ipynb #86ba71a7
 # a variable with one of these in its name holds a secret
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I)
+SECRET_NAME = re.compile(
+    r"KEY(?!BOARD|MAP|WORD)|TOKEN(?!I[SZ])|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I
+)
 
 # how the keys of known services begin
 KEY_PREFIX = re.compile(
@@ -322,6 +324,8 @@ def name_problem(name: str) -> str:
         return "should be one plain folder name"
     if name.startswith(".") or name != name.strip():
         return "should not begin with a dot, or begin or end with a space"
+    if name.startswith(("-", "~")) or re.search(r"[*?$]", name):
+        return "should not begin with - or ~, or hold *, ? or $, which a shell would read"
     if not name.isprintable():
         return "holds a character that cannot be seen or typed"
     if len(name.encode()) > LONGEST_NAME:
@@ -344,7 +348,7 @@ TAKEN = re.compile(r"playground(-\d+)?|models")  # folders of `runs/` that are n
 
 def free_name(name: str) -> str:
     "The name, if it can be a run's."
-    if TAKEN.fullmatch(plain_name(name)):
+    if TAKEN.fullmatch(plain_name(name).casefold()):  # a disk may know no capitals
         raise ValueError(f"{name} is the name of a folder that is no run; choose another")
     return name
 

@@ -6,9 +6,9 @@
 __all__ = ['PACKAGE', 'CODE', 'VLLM_NAMES', 'ANY_NUMBER', 'OF_THE_MACHINE', 'TOLD_ELSEWHERE', 'OF_CONTENTS', 'imported_names',
            'our_modules', 'module_file', 'parsed', 'Code', 'needed_code', 'code_of', 'code_hash', 'near_imports',
            'function_hash', 'vllm_version', 'installed', 'path_state', 'versions', 'versions_there', 'Manifest',
-           'texts', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions', 'fingerprint', 'RunFiles',
-           'stage_profile', 'identity', 'with_revisions', 'same_identity', 'change', 'Difference', 'value_text',
-           'differing', 'differences', 'damage', 'reason_to_run']
+           'leads_away', 'texts', 'identity_problem', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions',
+           'fingerprint', 'RunFiles', 'stage_profile', 'identity', 'with_revisions', 'same_identity', 'change',
+           'Difference', 'value_text', 'differing', 'differences', 'damage', 'reason_to_run']
 
 # %% ../nbs/55_identity.ipynb #49403efc
 import ast
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from fastcore.basics import patch
@@ -258,9 +258,29 @@ class Manifest(NamedTuple):
     problem: str = ""  # what is wrong with a file that is there
 
 
+def leads_away(name: str) -> bool:
+    "Whether a name of a file is none within the run's folder."
+    path = PurePosixPath(name)
+    return not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name
+
+
 def texts(value: Any) -> bool:
     "Whether a value is an object of texts."
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def identity_problem(identity: dict) -> str:
+    "What is wrong with the other fields of an identity, in words; empty if they can be used."
+    inputs = identity.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(one, str) for one in inputs):
+        return "inputs` is no list of hashes"
+    for name in ("libraries", "modules"):
+        if not texts(identity.get(name, {})):
+            return f"{name}` is no object of texts"
+    for name in ("code", "function"):
+        if not isinstance(identity.get(name, ""), str):
+            return f"{name}` is no text"
+    return ""
 
 
 def manifest_problem(found: Any) -> str:
@@ -270,14 +290,19 @@ def manifest_problem(found: Any) -> str:
     identity = found.get("identity")
     if not isinstance(identity, dict) or not isinstance(identity.get("config"), dict):
         return "field `identity` is no object with a `config`"
-    if not isinstance(identity.get("inputs"), list):
-        return "field `identity.inputs` is no list"
+    if problem := identity_problem(identity):
+        return f"field `identity.{problem}"
     for name in ("outputs", "packed"):
         if not texts(found.get(name, {})) or (name == "outputs" and name not in found):
             return f"field `{name}` is no object of hashes"
     pruned = found.get("pruned")
     if not isinstance(pruned, list) or not all(isinstance(name, str) for name in pruned):
         return "field `pruned` is no list of names"
+    for name in [*found["outputs"], *found.get("packed", {}), *pruned]:
+        if leads_away(name):
+            return f"names {shortened(name)}, which is no file of this run"
+    if lost := set(pruned) - set(found["outputs"]):
+        return f"field `pruned` names {shortened(min(lost))}, which is no output"
     seconds = found.get("seconds", 0)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return f"field `seconds` is no number but {shortened(seconds)}"

@@ -52,7 +52,6 @@ from halos_nb.configs import (
     load_named,
     module_and_name,
     check_place,
-    did_you_mean,
     read_models,
     refuse_own_inputs,
     require_path,

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KEPT', 'MARKS', 'OPEN_LEDGERS', 'OF_EVENTS', 'NEEDED', 'OF_PATIENCE', 'NEVER_WRITTEN_AGAIN', 'PACKABLE', 'run_folder',
            'looks_like_a_run', 'empty_run', 'NotOurs', 'object_if_any', 'made_by', 'check_owner', 'check_folder',
-           'claim', 'RunBusy', 'lock_run', 'is_number', 'is_text', 'is_count', 'names_or_hashes', 'event_problem',
-           'Journal', 'is_in_the_making', 'read_journal', 'read_events', 'mend_journal', 'RunFolder', 'identity_digest',
-           'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed', 'may_be_had_again', 'seconds_of',
-           'take_file', 'take_path', 'take_stage', 'pack_outputs']
+           'claim', 'RunBusy', 'lock_run', 'is_number', 'is_time', 'is_text', 'is_count', 'names_or_hashes',
+           'event_problem', 'Journal', 'is_in_the_making', 'read_journal', 'read_events', 'mend_journal', 'RunFolder',
+           'identity_digest', 'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed', 'may_be_had_again',
+           'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
 
 # %% ../nbs/56_ledger.ipynb #49403efc
 import hashlib
@@ -125,8 +125,9 @@ MARKS = {
 
 def made_by(run: Path) -> str:
     "Which driver has made a run's folder; empty if nobody has, or nobody knows."
-    if owner := object_if_any(run / "run.json").get("made_by"):
-        return str(owner)
+    owner = object_if_any(run / "run.json").get("made_by")
+    if owner and isinstance(owner, str):
+        return owner
     found = [owner for name, owner in MARKS.items() if (run / name).exists()]
     return found[0] if found and (run / "ledger.jsonl").exists() else ""
 
@@ -191,6 +192,11 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
+def is_time(x: Any) -> bool:
+    "Whether a value of JSON is a time that a clock may show, in seconds since 1970."
+    return is_number(x) and abs(x) < 1e11
+
+
 def is_text(x: Any) -> bool:
     "Whether a value of JSON is a text."
     return isinstance(x, str)
@@ -208,7 +214,8 @@ def names_or_hashes(x: Any) -> bool:
 
 # fields of events: what each holds, wherever it stands
 OF_EVENTS: dict[str, tuple[Callable[[Any], bool], str]] = dict(
-    {name: (is_number, "number") for name in ("time", "seconds")},
+    time=(is_time, "time"),
+    seconds=(is_number, "number"),
     **{name: (is_text, "text") for name in ("stage", "folder", "why", "identity", "seen")},
     **{name: (is_count, "count") for name in ("total_prompts", "prompts_per_round")},
     keep=(lambda x: is_text(x) or is_count(x), "text or count"),
@@ -651,7 +658,8 @@ def keep_altered(self: Ledger, stage: Stage) -> None:
     "Rename the files of a sealed stage that are not what it wrote."
     for name, digest in stage.sealed().get("outputs", {}).items():
         path = self.run_dir / name
-        if path.is_file() and path not in stage.keeps and self.hash(path) != digest:
+        own = path in stage.outputs and path not in stage.keeps
+        if own and path.is_file() and self.hash(path) != digest:
             aside = put_aside(path)
             self.say(f"{name} was altered since it was written; it is {aside.name} now")
 

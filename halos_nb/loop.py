@@ -10,9 +10,9 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
            'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with',
            'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate',
-           'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'round_counts',
-           'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled', 'round_samples', 'git',
-           'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
+           'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'check_prompt_counts',
+           'round_counts', 'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled', 'round_samples',
+           'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
            'lengths_in', 'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer', 'tokens_beside',
            'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before', 'totals_before',
            'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations', 'people_asked',
@@ -56,6 +56,7 @@ from halos_nb.records import (
     on_disk,
     put_aside,
     RecordError,
+    shortened,
     label_lines,
     read_object,
     read_objects,
@@ -832,6 +833,14 @@ COUNT_FILES = dict(
 )
 
 
+def check_prompt_counts(file: Path, counts: dict) -> None:
+    "A RecordError if a number of prompts is none."
+    for name in ("prompts", "prompts_left"):
+        value = counts.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise RecordError(f"{file}: field `{name}` is no number but {shortened(value)}")
+
+
 def round_counts(
     folder: Path,  # the round's
 ) -> dict[str, dict]:
@@ -844,6 +853,7 @@ def round_counts(
         if (folder / name).exists():
             needs = ["prompts"] if stage in ("sample", "label") else []
             counts[stage] = read_object(folder / name, *needs)
+            check_prompt_counts(folder / name, counts[stage])
     return counts
 
 # %% ../nbs/57_loop.ipynb #9c8bbece
@@ -2574,6 +2584,7 @@ def stages_known(self: Loop) -> Iterator[Stage]:
         sampled = object_if_any(folder / COUNT_FILES["sample"])
         if not {"prompts", "prompts_left"} <= set(sampled):
             return  # it is not known which prompts come next
+        check_prompt_counts(folder / COUNT_FILES["sample"], sampled)
         for name in CHECKS:
             where = (self.cfg, folder, number, policy, used, sampled["prompts"], name)
             if (folder / f"{name}.manifest.json").exists():

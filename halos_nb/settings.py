@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_KEYS', 'LAYERS', 'FSDP_WORDS', 'FSDP_TRUTHS',
            'FSDP_REFUSED', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES', 'RANK', 'WORLD', 'MEETING', 'MPI', 'TASK',
            'LEFT_OUT', 'FROM_PROFILE', 'RANKS', 'FOR_STAGES', 'SET_FOR_STAGES', 'OURS_TO_GIVE', 'TELLS', 'AS_IT_IS',
-           'VARIABLE', 'QUOTED', 'COMMANDS', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES',
+           'VARIABLE', 'QUOTED', 'COMMANDS', 'UNSEEN', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES',
            'PAPERMILL_NAMES', 'DEFINITIONS', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path', 'sources_of',
            'accelerate_words', 'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said',
            'fsdp_problems', 'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems',
@@ -18,9 +18,9 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_K
            'stage_problems', 'classes_in', 'model_kinds', 'layer_like', 'layer_problems', 'profile_record', 'Settings',
            'find_settings', 'expanded', 'plain_value', 'value_problems', 'settings_text', 'line_of', 'spoken_of',
            'IniFile', 'read_ini', 'check_spelling', 'environment_values', 'key_problems', 'path_value',
-           'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision', 'load_settings',
-           'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside', 'first_words',
-           'folded_traceback', 'show_error', 'fold_tracebacks', 'assigned', 'of_startup', 'is_text_only',
+           'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision', 'check_runs_dir',
+           'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside',
+           'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks', 'assigned', 'of_startup', 'is_text_only',
            'text_problems', 'notebook_config', 'ours_for', 'said_here', 'old_problems', 'flag_values', 'command_name',
            'read_config', 'said_in_a_line', 'parse_args']
 
@@ -934,7 +934,7 @@ def expanded(text: str, env: Mapping[str, str]) -> str:
         text = os.path.expanduser(text)
         if text.startswith("~"):
             raise ValueError(f"{text}: this machine knows no such home; write the path out")
-    if "$" in VARIABLE.sub("", text):
+    if "$" in VARIABLE.sub("", text) or "\\$" in text:
         raise ValueError(
             f"{text}: a variable is $NAME or ${{NAME}}; a value in which $ means itself stands "
             "in single quotes"
@@ -972,12 +972,17 @@ def value_problems(said: str) -> Iterator[str]:
     "What could be meant in two ways."
     if found := re.search(r"^[“”„«»‘’‚]|[“”„«»‘’]$", said):
         yield f"{said}: {found[0]} is no quotation mark here; take \" or '"
-    if said[:1] in ("'", '"'):
+    if said[:1] in ("'", '"') or said[-1:] in ("'", '"'):
         yield f"{said}: quotes go around the whole value, up to its end"
     if re.search(r"\s;", said):
         yield f"{said}: a comment begins with #; with a ; in the value, put it in quotes"
 
 # %% ../nbs/03_settings.ipynb #6bb1c30e
+UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]"
+)
+
+
 def settings_text(path: Path) -> str:
     "The text of settings.ini, with plain line ends."
     data = path.read_bytes()
@@ -990,8 +995,9 @@ def settings_text(path: Path) -> str:
         ) from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     for number, said in enumerate(text.split("\n"), 1):
-        if found := re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said):
-            raise ValueError(f"{path}, line {number}: has a control character, {found[0]!r}")
+        if found := UNSEEN.search(said):
+            what = f"a character that cannot be seen, {found[0]!a}"
+            raise ValueError(f"{path}, line {number}: has {what}; remove it")
     return text
 
 
@@ -1185,6 +1191,14 @@ def moved_precision(path: Path | None, value: str) -> str:
     )
 
 
+def check_runs_dir(runs_dir: str) -> None:
+    "An error if a folder's name is one of another system, or an address."
+    if "://" in runs_dir:
+        raise ValueError(f"runs_dir: {runs_dir} is an address; runs lie in a folder")
+    if "\\" in runs_dir:
+        raise ValueError(f"runs_dir: {runs_dir} has a backslash; folders are parted by /")
+
+
 def load_settings(
     path: str | Path | None = None,  # settings.ini; None: the nearest one
     env: Mapping[str, str] = os.environ,
@@ -1203,6 +1217,7 @@ def load_settings(
         values["profiles"] = profiles
     try:
         settings = make_config(Settings, **values)
+        check_runs_dir(settings.runs_dir)
     except ValueError as e:
         raise ini.error("halos_nb", str(e), *own) from None
     if path and not Path(settings.runs_dir).is_absolute():

@@ -20,7 +20,7 @@ from halos_nb.ledger import NotOurs, RunChanged, read_journal
 from halos_nb.loop import choose_run, run_rounds
 from halos_nb.monitor import look
 from halos_nb.page import report
-from halos_nb.records import temporary, write_json, write_records
+from halos_nb.records import RecordError, temporary, write_json, write_records
 from halos_nb.runs import health_rows, run_summary
 from halos_nb.settings import Profile, Settings
 
@@ -417,10 +417,53 @@ def test_a_manifest_that_is_not_its_stages_is_named(home, capsys, kind):
     assert "round-1/label.manifest.json: field `outputs`" in said and "sealed again" in said
 
 
+OF_ANOTHER_KIND = {  # a field of a manifest or its identity, and what stands there
+    "a path of the machine": ("outputs", {"THESIS": "0"}),
+    "a way out": ("outputs", {"round-1/../../../thesis.txt": "0"}),
+    "pruned and no output": ("pruned", ["round-1/other.json"]),
+    "no libraries": ("libraries", None),
+    "libraries of another kind": ("libraries", [None]),
+    "modules": ("modules", 5),
+    "inputs": ("inputs", [1]),
+    "code": ("code", ["x"]),
+    "function": ("function", 7),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_a_manifest_of_another_kind_moves_nothing(home, capsys, kind):
+    "It is named and set aside; what it names outside the run is left alone."
+    thesis = home.runs.parent / "thesis.txt"
+    thesis.write_text("years of work")
+    manifest = home.runs / "r/round-1/label.manifest.json"
+    sealed = json.loads(manifest.read_text())
+    name, value = OF_ANOTHER_KIND[kind]
+    if name == "outputs":
+        value = sealed[name] | {k.replace("THESIS", str(thesis)): v for k, v in value.items()}
+    (sealed if name in sealed else sealed["identity"])[name] = value
+    write_json(manifest, sealed)
+    summaries(home)
+    assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]
+    assert thesis.read_text() == "years of work"
+    said = capsys.readouterr().err
+    assert "round-1/label.manifest.json" in said and "sealed again" in said
+
+
+@pytest.mark.parametrize(
+    "counts", [dict(prompts=-1), dict(prompts="a"), dict(prompts_left=None)]
+)
+def test_damaged_counts_of_a_sealed_stage_are_named(home, counts):
+    file = home.runs / "r/round-1/samples.counts.json"
+    write_json(file, json.loads(file.read_text()) | counts)
+    with pytest.raises(RecordError, match=r"round-1/samples.counts.json: field `prompts"):
+        home.go()
+
+
 LINES = {name: text for name, text in WRONG.items() if name not in ("empty", "binary")}
 LINES |= {"bytes": b"\xff\xfe\x00", "a stage's": b'{"event": "finished", "stage": 1}'}
 LINES |= {"a total": b'{"event": "run", "total_prompts": "a", "prompts_per_round": 8}'}
 LINES |= {"endless": b'{"event": "run", "total_prompts": Infinity, "prompts_per_round": 8}'}
+LINES |= {"a far time": b'{"event": "run", "time": 1e300}'}
 LINES |= {"pruned": b'{"event": "pruned", "stage": "train", "folder": "round-1", "outputs": 1}'}
 LINES |= {"a time": b'{"event": "run", "time": "now"}', "no seconds": b'{"event": "skipped"}'}
 
