@@ -7,11 +7,11 @@ __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS'
            'OF_QUESTION', 'REFUSES', 'NOT_OTHERWISE', 'OF_LINES', 'FAILURES', 'with_placeholders', 'fill', 'Judge',
            'digest', 'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns',
            'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options',
-           'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'complete', 'read_answer',
-           'without_key', 'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of',
-           'refuse_other_judges', 'refuse_changed_samples', 'check_judge_lines', 'read_journal', 'says_something',
-           'latest_lines', 'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun',
-           'connect_and_ask', 'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
+           'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'ErrorInAnswer', 'raise_error_in',
+           'complete', 'read_answer', 'without_key', 'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of',
+           'JudgeJob', 'key_of', 'refuse_other_judges', 'refuse_changed_samples', 'check_judge_lines', 'read_journal',
+           'says_something', 'latest_lines', 'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text',
+           'JudgeRun', 'connect_and_ask', 'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
 
 # %% ../nbs/42_judge.ipynb #ac6e8a19
 import asyncio
@@ -385,7 +385,8 @@ NAMED = {  # part of a request: what an error about it says
     "temperature": r"temperature|sampling param",
     "max_tokens": r"max.?tokens|(?:tokens?|\d) in the completion|completion tokens",
     "max_completion_tokens": r"max.?completion.?tokens|(?:tokens?|\d) in the completion",
-    "system": r"system.?(?:role|message|prompt|instruction)|role.{0,20}system|developer instr",
+    "system": r"system.?(?:role|message|prompt|instruction)|role.{0,20}system|developer instr"
+    r"|roles must alternate",
 }
 # what an error about one question says
 OF_QUESTION = re.compile(
@@ -469,7 +470,8 @@ def parts_to_try_without(
 ) -> list[str]:
     "What to leave out of a request that was refused; nothing if that is no use."
     status = getattr(error, "status_code", None)
-    if is_doubtful(error) or status == 404:  # no such model
+    no_model = status == 404 and "param" not in error_text(error).lower()
+    if is_doubtful(error) or no_model:
         return []
     firm = {LIMITS[-1]} if terms.keep_limit else set()
     rest = [name for name in parts if name not in terms.taken | firm | {"system"}]
@@ -508,6 +510,24 @@ def settle_guided(self: Terms, parts: list[str], answer: Any) -> None:
         if not plain_text(said).startswith("{"):
             self.refused["guided_json"] = "ignored: the reply was no JSON"
 
+# %% ../nbs/42_judge.ipynb #2cc819f3
+class ErrorInAnswer(ValueError):
+    "What a server says instead of an answer, though its status is 200."
+
+    def __init__(self, said: str, status_code: int) -> None:
+        super().__init__(said)
+        self.status_code = status_code
+
+
+def raise_error_in(answer: Any) -> None:
+    "An ErrorInAnswer if there is one instead of choices."
+    if getattr(answer, "choices", None) or not (said := error_in(answer)):
+        return
+    error = getattr(answer, "error", None)
+    code = error.get("code") if isinstance(error, dict) else None
+    is_status = isinstance(code, int) and 400 <= code < 600
+    raise ErrorInAnswer(said, code if is_status else 424)  # which is doubtful
+
 # %% ../nbs/42_judge.ipynb #a20276a1
 async def complete(
     client: "AsyncOpenAI | OpenAI",
@@ -525,6 +545,7 @@ async def complete(
         try:
             answer = client.chat.completions.create(**request_options(judge, question, without))
             answer = await answer if inspect.isawaitable(answer) else answer
+            raise_error_in(answer)
         except Exception as error:
             if terms.refused.keys() - without:
                 continue  # another question has found it out meanwhile

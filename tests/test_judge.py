@@ -726,6 +726,17 @@ def test_hopeless_errors_stop_the_job(tmp_path, monkeypatch, status, body):
     assert len(server.heard) < 45
 
 
+@pytest.mark.parametrize("proxy", ["socks5://me:geheim@127.0.0.1:1", "ftp://me:geheim@there"])
+def test_a_proxy_that_cannot_be_used_is_named(tmp_path, monkeypatch, proxy):
+    "By its variable, without its password, before anybody is asked."
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    with Server(score_of) as server:
+        with pytest.raises(ValueError, match="HTTPS_PROXY") as e:
+            main(config(server, tmp_path, 4))
+    assert "geheim" not in str(e.value) and not server.heard
+
+
 def test_a_dead_server_stops_the_job(tmp_path):
     with Server(score_of) as server:
         pass
@@ -1356,6 +1367,8 @@ REFUSED = {  # part: status and words
         (403, "response_format json_schema is not allowed for this model"),
         (424, "json_schema: a dependency has failed"),
         (503, "response_format json_schema: backend is not available"),
+        (404, "No endpoints found that can handle the requested parameters"),
+        (200, "response_format not supported"),
     ],
     "temperature": [
         (400, "Unsupported value: 'temperature' does not support 0.0 with this model"),
@@ -1377,7 +1390,10 @@ REFUSED = {  # part: status and words
         ),
         (501, "nope"),
     ],
-    "system": [(400, "System role not supported")],
+    "system": [
+        (400, "System role not supported"),
+        (500, "Conversation roles must alternate user/assistant/user/assistant"),
+    ],
 }
 
 
@@ -1406,7 +1422,9 @@ def test_what_a_server_refuses_is_left_out_and_told(tmp_path, part, status, word
     assert len(server.heard) <= 12 + 8
     last = server.heard[-1]
     assert not has_part(last, part)
-    clear = words not in ("Bad Request", "invalid request", "nope")
+    clear = (
+        words not in ("Bad Request", "invalid request", "nope") and "parameters" not in words
+    )
     if clear:
         kept = {"temperature", "max_tokens", "system"} - {part}
         assert all(has_part(last, name) for name in kept)
