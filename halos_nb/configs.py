@@ -4,36 +4,36 @@
 
 # %% auto #0
 __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'SIGNED', 'SURE_KEY', 'IN_AN_ADDRESS', 'GIVEN_A_NAME',
-           'NAMES_A_KEY', 'TAKE_A_TRAINER', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName',
-           'LONGEST_FILE', 'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'Shipped', 'BETA',
-           'EPSILON', 'COMPARING', 'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS',
+           'NAMES_A_KEY', 'TAKE_A_TRAINER', 'OF_NUMBERS', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName',
+           'LONGEST_FILE', 'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'LITERALS', 'Shipped',
+           'BETA', 'EPSILON', 'COMPARING', 'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS',
            'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE',
            'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO',
-           'HandMethod', 'OF_A_RUN', 'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values', 'texts_in',
-           'secret_in', 'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem',
-           'field_names', 'config_error', 'make_config', 'looks_like_path', 'require_path', 'name_problem',
-           'plain_name', 'free_name', 'place_problem', 'check_place', 'same_place', 'lies_at', 'is_written_over',
-           'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems',
-           'json_value', 'read_template_options', 'option_value', 'template_problems', 'sample_problems',
-           'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions',
-           'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'ensemble_problems',
-           'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'is_file_name',
-           'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of', 'near_source', 'require_function',
-           'import_file', 'load_named', 'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference',
-           'family_of', 'own_spec', 'check_own', 'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions',
-           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
-           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
-           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'objectives_problems',
-           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
-           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
-           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
-           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
-           'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
-           'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
-           'stale_problems', 'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config',
-           'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig',
-           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig',
-           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'HandMethod', 'OF_A_RUN', 'misread_number', 'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values',
+           'texts_in', 'secret_in', 'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem',
+           'parameter_problem', 'field_names', 'config_error', 'make_config', 'looks_like_path', 'require_path',
+           'name_problem', 'plain_name', 'free_name', 'place_problem', 'check_place', 'same_place', 'lies_at',
+           'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig',
+           'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
+           'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
+           'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
+           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
+           'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of',
+           'near_source', 'given_to', 'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named',
+           'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own',
+           'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
+           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
+           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
+           'dropout_problems', 'reward_problems', 'objectives_problems', 'adapter_problems', 'train_problems',
+           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
+           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
+           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
+           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
+           'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
+           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
+           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
+           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
+           'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
            'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
            'PlanConfig', 'config_json']
 
@@ -82,10 +82,28 @@ from .records import nothing_at, on_disk, rule_of
 Config = TypeVar("Config")
 
 
+def misread_number(
+    said: Any,  # what was given
+    read: Any,  # what pydantic made of it
+) -> str:
+    "What should have been given, where something else was read as a number; else empty."
+    # True is 1 to pydantic, and `0-3` is -3, for it leaves out leading zeros
+    if type(read) in (int, float) and isinstance(said, bool):
+        return "a number"
+    if type(read) is not int or not isinstance(said, str):
+        return ""
+    return "" if re.fullmatch(r"\s*[+-]?\d[\d_]*(\.0*)?\s*", said) else "a whole number"
+
+
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 def checked(cls: type[Config]) -> type[Config]:
     "A dataclass whose values are checked when it is made; all of them are given by name."
-    rules = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+    rules = ConfigDict(
+        extra="forbid",
+        coerce_numbers_to_str=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
     made = cast(type[Config], pydantic_dataclass(cls, config=rules, kw_only=True))
     check = made.__init__
 
@@ -95,11 +113,9 @@ def checked(cls: type[Config]) -> type[Config]:
             check(self, *args, **given)
         except ValidationError as e:
             raise ValueError(config_error(e, type(self))) from None
-        for name, text in given.items():
-            # pydantic leaves out leading zeros, and so reads `0-3` as -3
-            is_number = type(getattr(self, name)) is int and isinstance(text, str)
-            if is_number and not re.fullmatch(r"\s*[+-]?\d[\d_]*(\.0*)?\s*", text):
-                what = f"{name}: should be a whole number, got {text!r}"
+        for name, said in given.items():
+            if wanted := misread_number(said, getattr(self, name)):
+                what = f"{name}: should be {wanted}, got {said!r}"
                 raise ValueError(f"{type(self).__name__}: {what}")
 
     made.__init__ = say_it_plainly  # type: ignore[method-assign] # in our words
@@ -199,7 +215,8 @@ def secret_in(
             return "a key, by its name"
         if IN_AN_ADDRESS.search(text):
             return "an address with a password in it"
-    is_key = NAMES_A_KEY.search(name) and name not in known
+    is_number = re.fullmatch(r"\d{1,7}", str(value))  # max_token=128 is misspelt
+    is_key = NAMES_A_KEY.search(name) and name not in known and not is_number
     return "a key, by its name" if is_key and value not in (None, "") else ""
 
 # %% ../nbs/02_configs.ipynb #add6328f
@@ -278,12 +295,18 @@ def field_names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
+# how pydantic's kinds of errors begin that say of a value that it is not the number meant
+OF_NUMBERS = ("int_", "float_", "greater_than", "finite_number")
+
+
 def config_error(e: ValidationError, cls: type) -> str:
     "A pydantic error in one line, with each field that is wrong."
     known = field_names(cls)
     said: dict[Any, str] = {}  # by field; of one that may be several things, the first
     for error in e.errors():
         place = error["loc"][:1] or len(said)
+        if place in said and error["type"].startswith(OF_NUMBERS):
+            said[place] = said[place].replace(", got ", ", or a number above 0, got ", 1)
         said.setdefault(place, parameter_problem(error, known))
     return f"{cls.__name__}: " + "; ".join(dict.fromkeys(said.values()))
 
@@ -664,7 +687,9 @@ def read_threshold(given: float | str) -> float | str:
     if not isinstance(given, str) or given in LEVELS or read_share(given) is not None:
         return given
     try:
-        return float(given)
+        if math.isfinite(number := float(given)):
+            return number
+        raise ValueError
     except ValueError:
         raise ValueError(
             "should be a number, a share of the score differences as '25%', or one of "
@@ -992,6 +1017,45 @@ def near_source(module: str) -> str:
     near = difflib.get_close_matches(Path(module).name if ending else module, names, 1)
     return f"; did you mean `{near[0]}`?" if near else ""
 
+# %% ../nbs/02_configs.ipynb #41f8ed1b
+LITERALS = (ast.Constant, ast.List, ast.Dict, ast.Tuple, ast.Set, ast.JoinedStr)
+
+
+def given_to(body: Iterable[ast.AST], name: str) -> Iterator[ast.AST]:
+    "What statements of a module give a name to, one after the other: a definition or value."
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if node.name == name:
+                yield node
+        elif isinstance(node, ast.Assign):
+            if any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
+                yield node.value
+        else:
+            yield from given_to(ast.iter_child_nodes(node), name)
+
+
+def takes_two(node: ast.FunctionDef) -> bool:
+    "Whether a function can be called with a prompt and an output."
+    args = node.args
+    known = len(args.posonlyargs) + len(args.args)
+    needed = known - len(args.defaults)
+    return needed <= 2 and (known >= 2 or bool(args.vararg)) and None not in args.kw_defaults
+
+
+def uncallable(body: list[ast.stmt], name: str) -> str:
+    "What a name is where it is no function of a prompt and an output, in words; else empty."
+    made = list(given_to(body, name))[-1:]
+    if not made:
+        return ""
+    [node] = made
+    if isinstance(node, LITERALS):
+        return f"is {ast.unparse(node)[:60]}"
+    if isinstance(node, ast.AsyncFunctionDef):
+        return "is async, so nothing would wait for its number"
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list or takes_two(node):
+        return ""
+    return f"takes ({ast.unparse(node.args)})"
+
 # %% ../nbs/02_configs.ipynb #d401ae5f
 def require_function(
     spec: str,  # module:name or file.py:name
@@ -1011,7 +1075,13 @@ def require_function(
         if near or is_file_name(module):
             raise ValueError(f"{what}: there is no module {module} here{near}")
         return
-    names = set(names_in(syntax_of(file, what).body))
+    body = syntax_of(file, what).body
+    names = set(names_in(body))
+    if wrong := uncallable(body, name):
+        raise ValueError(
+            f"{what}: {name} in {file.name} {wrong}; it should be a function (prompt, output) "
+            "-> number"
+        )
     if "*" in names or name.partition(".")[0] in names:
         return
     known = sorted(known for known in names if not known.startswith("_"))

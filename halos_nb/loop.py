@@ -2402,10 +2402,10 @@ def check_costs(costs: Estimate) -> None:
         )
 
 # %% ../nbs/57_loop.ipynb #2535a5b6
-def check_apart(profile: Profile) -> None:
+def check_apart(profile: Profile, backend: str = "transformers") -> None:
     "An error if training would share its devices with what draws and scores meanwhile."
     train = profile.for_stage("train")
-    for stage in ("sample", "label"):
+    for stage in ("sample", *["score"] * (backend == "vllm"), "label"):
         own = profile.for_stage(stage)
         both = [*own.device_names, *train.device_names]
         named = own.device_names and train.device_names
@@ -2494,7 +2494,7 @@ def check_run(
     check_stages(cfg)
     found = check_sampler(cfg, profile)
     if cfg.staleness:
-        check_apart(profile)
+        check_apart(profile, cfg.backend)
     return found
 
 

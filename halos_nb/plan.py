@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'PROMPTS_AT_A_TIME', 'SCORED_AT_A_TIME', 'ROOM',
-           'ANSWERS_OF_NUMBERS', 'ENGINE_CACHE', 'Configs', 'Stages', 'UNPLANNED', 'KINDS', 'NOT_PLANNED', 'Live',
-           'Model', 'with_layers', 'meta_model', 'as_fake', 'fake_model', 'Size', 'numbers', 'size_of', 'full_batch',
-           'KernelShaped', 'kernel_shaped', 'Pass', 'Held', 'Seen', 'apart', 'gradients_of_before', 'own_strips',
-           'seen_in', 'as_rehearsed', 'head_bytes', 'deeper', 'rehearsed', 'Place', 'gpu_memory', 'machine_memory',
-           'Needs', 'Lengths', 'longest', 'training_pass', 'arrived', 'in_shares', 'keeps_reference', 'training_needs',
-           'keys_and_values', 'drawing_needs', 'engine_needs', 'scoring_needs', 'labelling_needs', 'Plan', 'config_at',
-           'place_of', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once', 'needs_of',
-           'alternatives', 'what_to_change', 'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main',
-           'CalledRoom']
+           'ANSWERS_OF_NUMBERS', 'ENGINE_CACHE', 'ROOMIER', 'Configs', 'Stages', 'UNPLANNED', 'WHOLE_TWICE', 'PLANNED',
+           'KINDS', 'NOT_PLANNED', 'Live', 'Model', 'with_layers', 'meta_model', 'as_fake', 'fake_model', 'Size',
+           'numbers', 'in_layers', 'size_of', 'full_batch', 'KernelShaped', 'kernel_shaped', 'Pass', 'Held', 'Seen',
+           'apart', 'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed', 'head_bytes', 'deeper', 'rehearsed',
+           'Place', 'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'longest', 'training_pass', 'arrived',
+           'in_shares', 'keeps_reference', 'training_needs', 'keys_and_values', 'drawing_needs', 'engine_on_gpu',
+           'engine_needs', 'weights_of_engine', 'roomier_engines', 'scoring_needs', 'labelling_needs', 'Plan',
+           'config_at', 'place_of', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once',
+           'needs_of', 'alternatives', 'changes_of_engine', 'changes_of_sharing', 'what_to_change', 'changes_at_peak',
+           'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main', 'CalledRoom']
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -41,7 +43,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .records import read_object, write_json
+from .records import nothing_at, read_object, write_json
 from halos_nb.configs import (
     COMPARING,
     CompareConfig,
@@ -59,9 +61,9 @@ from halos_nb.configs import (
     read_models,
     read_options,
 )
-from .settings import Profile, load_settings, parse_args
+from .settings import Profile, Sharing, load_settings, parse_args
 from .trees import Tree, TreeBatch, make_batch
-from .processes import computing_in
+from .processes import computing_in, layers_of
 from .attention import hidden_states, strip
 from .head import rows_at_a_time
 from .models import add_lora, text_config
@@ -173,13 +175,13 @@ class Size:
 
     weights: int
     trained: int  # that have a gradient
-    layer: int  # of its largest layer
-    layers: int  # how many there are in a stack
+    layer: int  # of the largest layer that is whole by itself, where weights are shared out
+    layers: int  # of all of these
 
     @property
     def root(self) -> int:
         "Numbers that are in no layer: embedding, head, last norm."
-        return max(self.weights - self.layers * self.layer, 0)
+        return self.weights - self.layers
 
 
 def numbers(module: torch.nn.Module, trained: bool = False) -> int:
@@ -187,13 +189,28 @@ def numbers(module: torch.nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def size_of(model: Model) -> Size:
+def in_layers(made: torch.nn.Module, sharing: Sharing) -> list[int]:
+    "The numbers of each layer that comes together by itself where weights are shared out."
+    if sharing.at_once:
+        return []
+    names = layers_of(made, ",".join(sharing.layers))
+    sizes: Counter[str] = Counter()
+    known: dict[int, str] = {}  # the innermost layer of each parameter
+    for place, module in made.named_modules():
+        if type(module).__name__ in names:
+            known |= dict.fromkeys(map(id, module.parameters()), place)
+    for p in made.parameters():
+        if id(p) in known:
+            sizes[known[id(p)]] += p.numel()
+    return list(sizes.values())
+
+
+def size_of(model: Model, sharing: Sharing | None = None) -> Size:
     "Counted on a model of shapes."
     made = meta_model(model)
-    stacks = [m for m in made.modules() if isinstance(m, torch.nn.ModuleList)]
-    stack = max(stacks, key=numbers, default=torch.nn.ModuleList())
-    largest = max(map(numbers, stack), default=0)
-    return Size(numbers(made), numbers(made, True), largest, len(stack))
+    layers = in_layers(made, sharing or Sharing())
+    whole = numbers(made), numbers(made, True)
+    return Size(*whole, max(layers, default=0), sum(layers))
 
 # %% ../nbs/27_plan.ipynb #c9b81c51
 def full_batch(
@@ -393,6 +410,17 @@ class Place(NamedTuple):
     processes: int = 1  # over all machines
     shards: int = 1  # processes that share a model's weights among them; 1: each has all
     memory: float | None = None  # bytes that a process may use on its device (None: unknown)
+    share: float = 1.0  # of that memory, to which a stage keeps: vLLM's gpu_memory_utilization
+    sharing: Sharing = Sharing()  # how weights come together that are shared out
+
+    @property
+    def room(self) -> float | None:
+        "Bytes that a process has for itself; None: unknown."
+        return None if self.memory is None else self.share * self.memory
+
+    def holds(self, needs: "Needs") -> bool:
+        "Whether a process has what it needs; where that is not known, too."
+        return self.room is None or needs.total <= self.room + 1
 
 
 def gpu_memory() -> float | None:
@@ -478,22 +506,26 @@ def training_pass(cfg: TrainConfig, place: Place, lengths: Lengths) -> Pass:
         device=place.device,
         learns=True,
         computing=cfg.precision,
-        checkpointing=cfg.gradient_checkpointing,
+        checkpointing=cfg.gradient_checkpointing or place.sharing.checkpointing,
         alone=place.processes == 1,
         again=step > tokens,
         arrives=place.shards > 1,
     )
 
 # %% ../nbs/27_plan.ipynb #59060314
-def arrived(size: Size, precision: str) -> float:
+def arrived(size: Size, precision: str, sharing: Sharing) -> float:
     "Bytes of weights that are whole at a time: what is in no layer, a layer and the next."
-    return float(getattr(torch, precision).itemsize * (size.root + 2 * size.layer))
+    few = min(size.root + 2 * size.layer, size.weights)
+    number = size.weights if sharing.stays else few
+    return float(getattr(torch, precision).itemsize * number)
 
 
-def in_shares(passing: Needs, size: Size, cfg: TrainConfig, how: Pass) -> list[Needs]:
+def in_shares(
+    passing: Needs, size: Size, cfg: TrainConfig, how: Pass, sharing: Sharing
+) -> list[Needs]:
     "The two moments at which training needs most where weights are shared out."
     itemsize = getattr(torch, cfg.precision).itemsize
-    whole = arrived(size, cfg.precision)
+    whole = arrived(size, cfg.precision, sharing)
     if cfg.use_peft:
         return [replace(passing, gathered=whole)]
     # a gradient is whole, and once more in the float32 buffer that is handed out
@@ -523,19 +555,20 @@ def training_needs(
     "What training needs, and before it the reference that is asked first."
     lora = cfg if cfg.use_peft else None
     model = Model(config, cfg.family == "bradley-terry", lora=lora)
-    size = size_of(model)
+    size = size_of(model, place.sharing)
     whole = 4.0 * size.weights / place.shards
     trained = size.trained / place.shards
     kept = keeps_reference(cfg, targets)
     how = training_pass(cfg, place, lengths)
     held = rehearsed(model, how)
+    came = arrived(size, cfg.precision, place.sharing)
     found = {}
     if cfg.family in COMPARING and not kept and not cfg.use_peft:
         asked = rehearsed(model, how._replace(learns=False, checkpointing=False))
         found["train: asking the reference"] = Needs(
             weights=whole,
             reference=whole,
-            gathered=arrived(size, cfg.precision) if place.shards > 1 else 0,
+            gathered=came if place.shards > 1 else 0,
             activations=asked.activations,
             logits=asked.logits,
         )
@@ -547,7 +580,7 @@ def training_needs(
     )
     passing = replace(learnt, activations=held.activations, logits=held.logits)
     if place.shards > 1:
-        moments = in_shares(passing, size, cfg, how)
+        moments = in_shares(passing, size, cfg, how, place.sharing)
         found["train"] = max(moments, key=lambda moment: moment.total)
         return found
     found["train"] = passing
@@ -603,13 +636,55 @@ def drawing_needs(
 ENGINE_CACHE = 4 * GB  # of vLLM on a CPU, which `33_backends` tells it
 
 
+def engine_on_gpu(
+    config: PreTrainedConfig,
+    cfg: SampleConfig,
+    place: Place,
+    whole: float,  # bytes of the model's weights
+) -> Needs:
+    "What vLLM takes of each GPU: its share, and more where weights and one answer need more."
+    number = cfg.tensor_parallel_size
+    layers = text_config(config).num_hidden_layers
+    itemsize = getattr(torch, cfg.precision).itemsize
+    longest = cfg.max_prompt_length + cfg.max_new_tokens
+    least = longest * layers * keys_and_values(config, itemsize) / number
+    left = (place.room or 0) - whole / number - CUDA_ITSELF
+    return Needs(weights=whole / number, cache=max(left, least), device=CUDA_ITSELF)
+
+
 def engine_needs(config: PreTrainedConfig, cfg: SampleConfig, place: Place) -> dict[str, Needs]:
     "What vLLM takes: on a GPU the share that it is told, on a CPU weights and its cache."
+    whole = weights_of_engine(config, cfg)
     if place.device == "cuda":
-        return {"sample": Needs(cache=cfg.gpu_memory_utilization * (place.memory or 0))}
-    itemsize = getattr(torch, cfg.precision).itemsize
-    whole = float(itemsize * size_of(Model(config)).weights)
+        return {"sample": engine_on_gpu(config, cfg, place, whole)}
     return {"sample": Needs(weights=whole, cache=ENGINE_CACHE)}
+
+
+def weights_of_engine(config: PreTrainedConfig, cfg: SampleConfig) -> float:
+    "Bytes of a model's weights as vLLM holds them."
+    return float(getattr(torch, cfg.precision).itemsize * size_of(Model(config)).weights)
+
+
+# what gives an engine more room, and values to try
+ROOMIER = dict(
+    gpu_memory_utilization=(0.3, 0.5, 0.7, 0.9, 0.95), tensor_parallel_size=(2, 4, 8, 16)
+)
+
+
+def roomier_engines(config: PreTrainedConfig, cfg: SampleConfig, place: Place) -> Iterator[str]:
+    "What would make an engine fit, in words."
+    whole = weights_of_engine(config, cfg)
+    heads = text_config(config).num_attention_heads
+    for name, values in ROOMIER.items():
+        for value in values:
+            if value <= getattr(cfg, name) or (isinstance(value, int) and heads % value):
+                continue
+            tried = replace(cfg, **{name: value})
+            where = place._replace(share=tried.gpu_memory_utilization)
+            need = engine_on_gpu(config, tried, where, whole)
+            if where.holds(need):
+                yield f"{name}={value}: {need.weights / GB:.1f} GB of weights on each, it fits"
+                break
 
 
 def scoring_needs(
@@ -649,31 +724,43 @@ class Plan:
     changes: list[str] = field(default_factory=list)  # what would make it fit, most first
 
     @property
+    def too_large(self) -> list[str]:
+        "The stages that have not what they need, the worst first."
+        over = [name for name in self.stages if not self.places[name].holds(self.stages[name])]
+        return sorted(over, key=lambda name: -self.pressure(name))
+
+    def pressure(self, name: str) -> float:
+        "How much of its device's memory a stage needs, or of its room if that is too small."
+        place, need = self.places[name], self.stages[name]
+        of = place.memory if place.holds(need) else place.room
+        return need.total / (of or 1)
+
+    @property
     def peak(self) -> str:
         "The stage that leaves least, or needs most."
-
-        def pressure(name: str) -> float:
-            return self.stages[name].total / (self.places[name].memory or 1)
-
-        return max(self.stages, key=pressure, default="")
+        return max(self.too_large or self.stages, key=self.pressure, default="")
 
     @property
     def fits(self) -> bool | None:
         "Whether every stage has what it needs; None where that is not known."
         if not self.stages or self.places[self.peak].memory is None:
             return None
-        return self.stages[self.peak].total <= (self.places[self.peak].memory or 0)
+        return not self.too_large
 
     def __str__(self) -> str:
         "One line, and what to do if it does not fit."
         if not self.stages:
             return "; ".join(["nothing to plan", *self.notes])
         place, needs = self.places[self.peak], self.stages[self.peak]
-        of = f" of {place.memory / GB:.0f} GB" if place.memory else ""
+        of = f" of {place.room / GB:.0f} GB" if place.room else ""
+        if place.memory and place.share < 1:
+            of += f" (gpu_memory_utilization={place.share:g} of {place.memory / GB:.0f})"
         each = f" on each of {place.processes} processes" if place.processes > 1 else ""
         line = f"needs about {needs.total / GB:.1f} GB{of}{each}, most in {self.peak} ({needs})"
         if self.fits is False:
             line = f"DOES NOT FIT: {line}"
+        for name in self.too_large[1:]:
+            line += f"\n  nor does {name} fit: {self.stages[name]}"
         return "\n".join([line, *[f"  {text}" for text in [*self.changes, *self.notes]]])
 
 # %% ../nbs/27_plan.ipynb #69e8b17b
@@ -698,7 +785,10 @@ def place_of(
     if memory is None:
         memory = machine_memory() / here if profile.cpu else gpu_memory()
     device = "cpu" if profile.cpu else "cuda"
-    return Place(device, processes, processes if profile.sharded else 1, memory)
+    said = profile.accelerate
+    sharing = said.sharing if said else Sharing()
+    shards = processes if profile.sharded else 1
+    return Place(device, processes, shards, memory, sharing=sharing)
 
 # %% ../nbs/27_plan.ipynb #b08f72ab
 Stages = Iterator[tuple[str, Callable[[], dict[str, Needs]]]]  # a stage's name, and its needs
@@ -789,7 +879,7 @@ def devices_of(cfg: LoopConfig, profile: Profile, stage: str) -> set[str]:
     if own.cpu:
         return {"cpu"}
     if own.devices:
-        return {name.strip() for name in own.devices.split(",")}
+        return set(own.device_names)
     each = own.num_processes // own.num_machines
     if stage == "sample" and cfg.backend == "vllm":
         each = max(each, cfg.tensor_parallel_size * cfg.data_parallel_size)
@@ -825,7 +915,7 @@ def together(made: Plan, names: list[str], here: Mapping[str, int]) -> tuple[Nee
         if place.memory is not None:
             memories.append(number * place.memory)
     processes = max(place.processes for place in places)
-    shared = places[0]._replace(memory=max(memories, default=None))
+    shared = places[0]._replace(memory=max(memories, default=None), share=1.0)
     return total, shared._replace(processes=1 if shared.device == "cpu" else processes)
 
 
@@ -871,7 +961,12 @@ def needs_of(
     kinds: dict[str, str] = {}  # the stage of each name
 
     def place(stage: str) -> Place:
-        return place_of(profile.for_stage(stage), memory_gb)
+        found = place_of(profile.for_stage(stage), memory_gb)
+        is_engine = stage == "sample" and getattr(cfg, "backend", "") == "vllm"
+        if not is_engine or found.device == "cpu":
+            return found
+        each = cfg.tensor_parallel_size * cfg.data_parallel_size
+        return found._replace(processes=each, share=cfg.gpu_memory_utilization)
 
     for stage, needs in stages_of(cfg, place, given):
         try:
@@ -883,7 +978,7 @@ def needs_of(
         for name, need in found.items():
             made.places[name] = place(stage)
             if made.places[name].device == "cuda":
-                need.device = CUDA_ITSELF
+                need.device = CUDA_ITSELF  # of an engine, within its share
             made.stages[name] = need
             kinds[name] = stage
     if isinstance(cfg, LoopConfig):
@@ -909,7 +1004,51 @@ def alternatives(cfg: Any, profile: Profile) -> Iterator[tuple[str, Any, Profile
         yield "train_options='use_peft=true' (LoRA)", changed, profile
 
 
+def changes_of_engine(cfg: Any, given: Configs, place: Place) -> list[str]:
+    "What would make vLLM's engine fit."
+    if isinstance(cfg, LoopConfig):
+        cfg = cfg.sampling("vllm", model=cfg.sft_checkpoint)
+    found = list(roomier_engines(config_at(cfg.model, given), cfg, place))
+    return found or ["no engine of up to 16 such GPUs has room: a smaller model, larger GPUs"]
+
+
+def changes_of_sharing(file: str, sharing: Sharing) -> list[str]:
+    "What of an Accelerate configuration keeps more whole than there need be."
+    lines = []
+    if sharing.at_once:
+        lines.append(f"fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in {file}")
+    if sharing.stays:
+        lines.append(f"fsdp_reshard_after_forward: true in {file}")
+    return [f"{line}: a layer is whole only where it is computed" for line in lines]
+
+
+WHOLE_TWICE = (
+    "score: what an engine drew is scored under policy and reference, both whole in each "
+    "process; precision=bfloat16, cpu.score = yes in the profile (in the machine's memory, "
+    "slowly), or a smaller model"
+)
+
+
 def what_to_change(
+    cfg: Any, profile: Profile, given: Configs, memory_gb: float | None, now: Plan
+) -> list[str]:
+    "What would make each stage fit that does not, those of the peak first."
+    lines = []
+    for name in now.too_large:
+        place = now.places[name]
+        if place.share < 1 or name == "sample" and getattr(cfg, "backend", "") == "vllm":
+            lines += changes_of_engine(cfg, given, place)
+        elif name == "score":
+            lines.append(WHOLE_TWICE)
+        elif name == now.peak or not lines:
+            lines += changes_at_peak(cfg, profile, given, memory_gb, now)
+        if name.startswith("train") and place.shards > 1:
+            file = profile.for_stage("train").accelerate_config
+            lines += changes_of_sharing(Path(file).name, place.sharing)
+    return list(dict.fromkeys(lines))
+
+
+def changes_at_peak(
     cfg: Any, profile: Profile, given: Configs, memory_gb: float | None, now: Plan
 ) -> list[str]:
     "Changes that save something at the peak, most first."
@@ -929,16 +1068,31 @@ def what_to_change(
     return lines
 
 # %% ../nbs/27_plan.ipynb #11c8ffc5
+PLANNED = (LoopConfig, RewardConfig, TrainConfig, LabelConfig, SampleConfig)
+
+
 def plan(
-    cfg: Any,  # LoopConfig, RewardConfig, the config of a stage, or the parameters of one
+    # LoopConfig, RewardConfig, the config of a stage, the parameters of one, or their file
+    cfg: Any,
     # how stages are launched, or its name in settings.ini (None: its default)
     profile: Profile | str | None = None,
     configs: Configs | None = None,  # of models that lie nowhere, by the names that cfg has
     memory_gb: float | None = None,  # of each process's device (None: this machine's)
 ) -> Plan:
     "What each stage will need on its device, and what to change if that is too much."
+    make_config(PlanConfig, run="-", memory_gb=memory_gb)
+    if isinstance(cfg, str | Path):
+        if not Path(cfg).exists():
+            raise ValueError(f"cfg: {nothing_at(cfg)}")
+        cfg, beside = read_config(Path(cfg))
+        profile = profile or (make_config(Profile, **beside) if beside else None)
     if isinstance(cfg, Mapping):
         cfg = config_of(cfg)
+    if not isinstance(cfg, PLANNED):
+        raise ValueError(
+            f"cfg: a {type(cfg).__name__} cannot be planned; give a LoopConfig, RewardConfig, "
+            "the config of a stage, their parameters, or the file of a run's params.json"
+        )
     if not isinstance(profile, Profile):
         named = str(profile or getattr(cfg, "profile", ""))
         profile = load_settings().get_profile(named)
@@ -980,6 +1134,8 @@ def config_of(given: Mapping[str, Any]) -> Any:
 
 def read_config(file: Path) -> tuple[Any, dict]:
     "The config in a file, and the profile that stands beside it, if one does."
+    if file.is_dir():
+        file = file / "params.json"
     said = read_object(file)
     try:
         return config_of(said.get("parameters", said)), profile_in(said)

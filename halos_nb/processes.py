@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'LOAD_ONCE', 'HEARTBEATS', 'IN_DDP', 'TELL_STACKS', 'HEARTS', 'LONGER', 'MEETING_SOCKET', 'STORES',
-           'ANOTHER_IS_GONE', 'HEAD_START', 'CLOSES', 'is_on', 'asks_for_sharding', 'is_sharded', 'check_sharding',
-           'begin_sharding', 'collectives_begun', 'stack_of', 'waits_for_others', 'heartbeat', 'Heart',
-           'begin_heartbeat', 'end_heartbeat', 'promises', 'check_gpus', 'broken_promises', 'meet_here', 'lost_a_peer',
-           'leave_by_error', 'start_processes', 'layers_of', 'set_sharding', 'in_float32', 'in_shares', 'is_shared_out',
-           'own_part', 'put_together', 'part_like', 'whole_weights', 'is_trained', 'put_whole', 'check_shares',
-           'share_out', 'reads_once', 'reading_once', 'with_room', 'from_main', 'computing_in', 'SharedRound',
-           'in_turns', 'shard', 'shards_of', 'finished', 'cut_unfinished', 'drop_shards', 'gather_padded',
-           'wait_for_all', 'end_process']
+           'ANOTHER_IS_GONE', 'HEAD_START', 'CLOSES', 'is_on', 'asks_for_sharding', 'asks_for_checkpointing',
+           'is_sharded', 'check_sharding', 'begin_sharding', 'collectives_begun', 'stack_of', 'waits_for_others',
+           'heartbeat', 'Heart', 'begin_heartbeat', 'end_heartbeat', 'promises', 'check_gpus', 'broken_promises',
+           'meet_here', 'lost_a_peer', 'leave_by_error', 'start_processes', 'layers_of', 'set_sharding', 'in_float32',
+           'in_shares', 'is_shared_out', 'own_part', 'put_together', 'part_like', 'whole_weights', 'is_trained',
+           'put_whole', 'check_shares', 'share_out', 'reads_once', 'reading_once', 'with_room', 'from_main',
+           'computing_in', 'SharedRound', 'in_turns', 'shard', 'shards_of', 'finished', 'cut_unfinished', 'drop_shards',
+           'gather_padded', 'wait_for_all', 'end_process']
 
 # %% ../nbs/13_processes.ipynb #a19807f2
 import faulthandler
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .settings import FSDP_REFUSED, check_precision, is_said
+from .settings import FSDP_REFUSED, SIZE_BASED, check_precision, is_said
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,6 +53,11 @@ def asks_for_sharding() -> bool:
     return is_on("ACCELERATE_USE_FSDP")
 
 
+def asks_for_checkpointing() -> bool:
+    "Whether the environment asks for each layer to be computed twice rather than kept."
+    return asks_for_sharding() and is_said(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", ""))
+
+
 def is_sharded(accelerator: "Accelerator") -> bool:
     "Whether the weights that are trained are shared out over the processes."
     return str(getattr(accelerator, "distributed_type", "")).endswith("FSDP")
@@ -70,6 +75,8 @@ def check_sharding() -> None:
         value = os.environ.get(name, "")
         if is_said(value):
             raise ValueError(f"{name}: is {value!r}, and {why}; leave it out")
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise ValueError(f"FSDP_AUTO_WRAP_POLICY: {SIZE_BASED}")
 
 # %% ../nbs/13_processes.ipynb #ac0c1446
 LOAD_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers leaves weights empty where it is on
@@ -330,10 +337,14 @@ def start_processes(
     return accelerator
 
 # %% ../nbs/13_processes.ipynb #73782df9
-def layers_of(model: Any) -> list[str]:
+def layers_of(
+    model: Any,
+    said: str | None = None,  # classes, set apart by commas (None: those of the environment)
+) -> list[str]:
     "The classes of the layers that are shared out one by one: as asked for, or as it says."
     found = {type(module).__name__ for module in model.modules()}
-    said = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    if said is None:
+        said = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     named = set(said.replace(",", " ").split())
     own = sorted(found & set(getattr(model, "_no_split_modules", None) or []))
     if named and not named & found:
@@ -354,6 +365,8 @@ def set_sharding(
 
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = layers_of(model)
+    # the model does it itself, and its weights keep their names
+    plugin.activation_checkpointing = False
     if precision == "bfloat16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16,

@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_KEYS', 'LAYERS', 'FSDP_WORDS', 'FSDP_TRUTHS',
-           'FSDP_REFUSED', 'STAGES', 'SHARDING', 'ACCELERATE_PREFIXES', 'RANK', 'WORLD', 'MEETING', 'MPI', 'TASK',
-           'LEFT_OUT', 'FROM_PROFILE', 'RANKS', 'FOR_STAGES', 'SET_FOR_STAGES', 'OURS_TO_GIVE', 'TELLS', 'AS_IT_IS',
-           'VARIABLE', 'QUOTED', 'COMMANDS', 'UNSEEN', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES',
-           'PAPERMILL_NAMES', 'DEFINITIONS', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path', 'sources_of',
-           'accelerate_words', 'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said',
-           'fsdp_problems', 'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems',
-           'accelerate_problems', 'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate', 'ProcessOptions',
-           'PlaceOptions', 'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions', 'seconds_of',
+           'FSDP_REFUSED', 'LAYER_BY_LAYER', 'SIZE_BASED', 'STAGES', 'SHARDING', 'TIME', 'MEMORY',
+           'ACCELERATE_PREFIXES', 'RANK', 'WORLD', 'MEETING', 'MPI', 'TASK', 'LEFT_OUT', 'FROM_PROFILE', 'RANKS',
+           'FOR_STAGES', 'SET_FOR_STAGES', 'OURS_TO_GIVE', 'TELLS', 'AS_IT_IS', 'VARIABLE', 'QUOTED', 'COMMANDS',
+           'UNSEEN', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES', 'PAPERMILL_NAMES', 'DEFINITIONS',
+           'INSTEAD', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path', 'sources_of', 'accelerate_words',
+           'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said', 'fsdp_problems',
+           'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems', 'accelerate_problems', 'Sharing',
+           'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions',
+           'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions', 'seconds_of', 'slurm_form_problems',
            'slurm_problems', 'Profile', 'fill_from_accelerate', 'is_left_out', 'tells_rank', 'said_elsewhere',
            'why_no_fork', 'launcher_problems', 'variable_problems', 'device_problems', 'machine_problems',
-           'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'numbers_of', 'profile_of_stage',
-           'stage_problems', 'classes_in', 'model_kinds', 'layer_like', 'layer_problems', 'profile_record', 'Settings',
-           'find_settings', 'expanded', 'plain_value', 'value_problems', 'settings_text', 'line_of', 'spoken_of',
-           'IniFile', 'read_ini', 'check_spelling', 'environment_values', 'key_problems', 'path_value',
-           'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision', 'check_runs_dir',
-           'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision', 'set_aside',
-           'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks', 'assigned', 'of_startup', 'is_text_only',
-           'text_problems', 'notebook_config', 'ours_for', 'said_here', 'old_problems', 'flag_values', 'command_name',
-           'read_config', 'said_in_a_line', 'parse_args']
+           'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'numbers_of',
+           'where_it_was_drawn', 'profile_of_stage', 'stage_problems', 'classes_in', 'model_kinds', 'layer_like',
+           'layer_problems', 'profile_record', 'Settings', 'find_settings', 'expanded', 'plain_value', 'value_problems',
+           'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini', 'check_spelling', 'environment_values',
+           'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case', 'check_letters',
+           'moved_precision', 'check_runs_dir', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
+           'check_precision', 'set_aside', 'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks',
+           'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'ours_for', 'said_here',
+           'old_problems', 'flag_values', 'command_name', 'read_config', 'said_in_a_line', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
@@ -82,7 +83,7 @@ def accelerate_path(
 # keys of Accelerate's file that may say one thing only, or nothing
 ONLY: dict[str, tuple] = {
     "compute_environment": ("LOCAL_MACHINE",),
-    "distributed_type": ("NO", "MULTI_GPU", "FSDP"),
+    "distributed_type": ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"),
     "rdzv_backend": ("static",),
     "machine_rank": (0,),
     "main_training_function": ("main",),
@@ -194,7 +195,7 @@ FSDP_KEYS = tuple(
         "reshard_after_forward",  # free a layer's weights again once it has been used
         "auto_wrap_policy",  # what is gathered at a time: a layer
         "transformer_layer_cls_to_wrap",  # its class, if the model does not say
-        "min_num_params",  # with SIZE_BASED_WRAP
+        "min_num_params",  # with SIZE_BASED_WRAP, which is not to be had
         "state_dict_type",  # of training checkpoints; FINAL is always whole
         "offload_params",  # keep shares in the CPU's memory
         "cpu_ram_efficient_loading",  # only the first process reads the weights
@@ -223,7 +224,13 @@ FSDP_TRUTHS = (
 FSDP_REFUSED = {
     "fsdp_offload_params": "weights cannot wait on the CPU; take more processes, or LoRA",
     "fsdp_ignored_modules": "all weights are shared out",
+    "fsdp_activation_checkpointing_offload": "what a layer keeps stays on its device",
 }
+LAYER_BY_LAYER = "TRANSFORMER_BASED_WRAP"  # what is whole at a time, unless the file says so
+SIZE_BASED = (
+    "SIZE_BASED_WRAP: FSDP2 does not share out a list of layers as one unit; take "
+    f"{LAYER_BY_LAYER}, or NO_WRAP for the whole model at once"
+)
 
 
 def is_said(value: Any) -> bool:
@@ -260,9 +267,13 @@ def fsdp_value_problems(given: Mapping[str, Any]) -> Iterator[str]:
     for name, why in FSDP_REFUSED.items():
         if is_said(given.get(name)):
             yield f"{name}: {why}; leave it out"
-    first = "fsdp_activation_checkpointing"
-    if is_said(given.get(f"{first}_offload")) and not is_said(given.get(first)):
-        yield f"{first}_offload: needs {first}: true"
+    policy = str(given.get("fsdp_auto_wrap_policy") or LAYER_BY_LAYER).upper()
+    if policy == "SIZE_BASED_WRAP":
+        yield f"fsdp_auto_wrap_policy: {SIZE_BASED}"
+    if is_said(given.get("fsdp_min_num_params")):
+        yield "fsdp_min_num_params: goes with SIZE_BASED_WRAP, which is not to be had"
+    if given.get(LAYERS) and policy == "NO_WRAP":
+        yield f"{LAYERS}: goes with {LAYER_BY_LAYER}, and fsdp_auto_wrap_policy is NO_WRAP"
 
 # %% ../nbs/03_settings.ipynb #d2841d82
 def only_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -316,7 +327,7 @@ def accelerate_problems(values: Mapping[Any, Any]) -> Iterator[str]:
     if kind == "DEEPSPEED":
         yield f"distributed_type: {DEEPSPEED}"
     if kind is None:
-        yield "distributed_type: is missing; 'NO', MULTI_GPU or FSDP"
+        yield "distributed_type: is missing; 'NO', MULTI_CPU, MULTI_GPU or FSDP"
     yield from only_problems(values)
     yield from read_problems(values)
     sharding = values.get("fsdp_config") or {}
@@ -328,6 +339,15 @@ def accelerate_problems(values: Mapping[Any, Any]) -> Iterator[str]:
         yield f"fsdp_config: is only used with distributed_type: FSDP, not with {kind}"
 
 # %% ../nbs/03_settings.ipynb #1755b131
+class Sharing(NamedTuple):
+    "How weights that are shared out come together."
+
+    layers: tuple[str, ...] = ()  # classes that come one by one (none: as the model says)
+    at_once: bool = False  # all of the model comes together
+    stays: bool = False  # a layer stays whole until its backward pass
+    checkpointing: bool = False  # a layer is computed twice rather than kept
+
+
 @dataclass(frozen=True)
 class AccelerateConfig:
     "What an Accelerate configuration says."
@@ -350,12 +370,26 @@ class AccelerateConfig:
         alone = int(self.values.get("distributed_type") == "NO")
         return self.number("num_processes") or alone
 
+    def of_sharing(self, name: str) -> str:
+        "A value of the part on sharding, which is written with fsdp_ before it or without."
+        given = self.values.get("fsdp_config") or {}
+        said = [given[key] for key in (name, f"fsdp_{name}") if given.get(key) is not None]
+        return str(said[0]) if said else ""
+
     @property
     def layers(self) -> list[str]:
         "The classes of layers that it names."
-        given = self.values.get("fsdp_config") or {}
-        said = given.get(LAYERS) or given.get(LAYERS.removeprefix("fsdp_")) or ""
-        return said.replace(",", " ").split()
+        return self.of_sharing(LAYERS.removeprefix("fsdp_")).replace(",", " ").split()
+
+    @property
+    def sharing(self) -> Sharing:
+        "How weights come together under it."
+        return Sharing(
+            tuple(self.layers),
+            at_once=self.of_sharing("auto_wrap_policy").upper() == "NO_WRAP",
+            stays=not is_said(self.of_sharing("reshard_after_forward") or True),
+            checkpointing=is_said(self.of_sharing("activation_checkpointing")),
+        )
 
 
 def twice(tree: Any) -> Iterator[str]:
@@ -394,7 +428,7 @@ def read_accelerate(path: str | Path) -> AccelerateConfig:
 
 # %% ../nbs/03_settings.ipynb #18978107
 # whose launch a profile can say something of its own about
-STAGES = ("sample", "label", "train", "audit")
+STAGES = ("sample", "label", "train", "audit", "score")
 
 # those in which a process may hold a share of a model; to draw and to score, each needs all
 SHARDING = ("train", "audit")
@@ -518,16 +552,38 @@ class SlurmOptions:
         refuse(slurm_problems(self))
 
 # %% ../nbs/03_settings.ipynb #421317e4
+# as sbatch takes a time: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s, or a word for no limit
+TIME = r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|unlimited|infinite"
+MEMORY = r"[0-9]+[KMGT]?B?"
+
+
 def seconds_of(
-    time: str,  # as sbatch takes it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s
+    time: str,  # of the form TIME
 ) -> float:
-    "The length of a time limit; infinite if it is a word."
+    "The length of a time limit; infinite if it is a word or 0."
     days, sign, rest = time.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdigit() for part in [days or "0", *parts]):
         return float("inf")
     units = [3600, 60, 1] if sign or len(parts) == 3 else [60, 1]
-    return 86400 * int(days or 0) + sum(int(p) * unit for p, unit in zip(parts, units))
+    total = 86400 * int(days or 0) + sum(int(p) * unit for p, unit in zip(parts, units))
+    return total or float("inf")
+
+
+def slurm_form_problems(s: SlurmOptions) -> Iterator[str]:
+    "What SLURM would not read as a number, a time or an amount of memory."
+    if s.time and not re.fullmatch(TIME, s.time, re.I | re.A):
+        yield (
+            f"slurm.time: should be minutes, m:s, h:m:s, d-h, d-h:m or d-h:m:s, as 1-00:00:00 "
+            f"for a day, or unlimited, got {s.time!r}"
+        )
+    if s.cpus and not re.fullmatch("[1-9][0-9]*", s.cpus, re.A):
+        yield f"slurm.cpus: should be a whole number from 1, got {s.cpus!r}"
+    if s.mem and not re.fullmatch(MEMORY, s.mem, re.I | re.A):
+        yield f"slurm.mem: should be a number with K, M, G or T, as 200G, got {s.mem!r}"
+    for item in s.gpus.split(",") if s.gpus else []:
+        if not re.fullmatch(r"([A-Za-z][\w.-]*:)?[0-9]+|[A-Za-z][\w.-]*", item, re.A):
+            yield f"slurm.gpus: should be as 8, a100:8 or a100:4,h100:4, got {s.gpus!r}"
 
 
 def slurm_problems(s: SlurmOptions) -> Iterator[str]:
@@ -538,6 +594,7 @@ def slurm_problems(s: SlurmOptions) -> Iterator[str]:
             r"[\w.,:=@&|()*\[\]+-]*", value
         ):
             yield f"slurm.{f.name}: {value!r} has what no option of SLURM has"
+    yield from slurm_form_problems(s)
     names = s.export.replace(" ", "").split(",")
     if not all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
         yield (
@@ -743,7 +800,10 @@ def machine_problems(p: Profile) -> Iterator[str]:
     yield from host_problems(p.hosts, p.host_names)
     yield from port_problems(p.main_process_port)
     if p.num_processes % p.num_machines:
-        yield f"num_processes: {p.num_processes} on {p.num_machines} machines is not even"
+        yield (
+            f"num_processes: {p.num_processes} on {p.num_machines} machines is not even; it "
+            "counts the processes of all of them"
+        )
     if p.hosts and len(p.host_names) != p.num_machines:
         yield f"hosts: {p.hosts} is {len(p.host_names)}, but num_machines is {p.num_machines}"
     if p.hosts and p.num_machines > 1 and "{host}" not in p.start:
@@ -762,6 +822,8 @@ def accelerate_and_profile_problems(p: Profile, said: AccelerateConfig) -> Itera
         ours = "yes" if p.cpu else "no"
         theirs = said.values["use_cpu"]
         yield f"cpu: the profile has {ours}, {said.path} has use_cpu: {theirs}"
+    if said.values["distributed_type"] == "MULTI_CPU" and not p.cpu:
+        yield f"cpu: {said.path} is for processes of a CPU (MULTI_CPU), the profile has no"
     if said.sharded and p.num_processes < 2:
         yield f"num_processes: {said.path} shares a model out, which takes 2 or more, not 1"
     if said.values["distributed_type"] == "NO" and p.num_processes > 1:
@@ -797,16 +859,31 @@ def numbers_of(accelerate_config: str) -> dict[str, int]:
     return {key: number for key, number in numbers.items() if number}
 
 
+def where_it_was_drawn(p: Profile, processes: int) -> dict[str, Any]:
+    "The GPUs on which answers are scored where the profile does not say: the sampler's."
+    said = p.stages.get("sample", {}).get("devices", "")
+    names = [name for name in str(said).split(",") if name.strip()]
+    if not names or p.sampler == "server":  # which keeps them
+        return {}
+    here: dict[str, Any] = dict(num_machines=1, hosts="", accelerate_config="")
+    names = names[: processes or len(names)]
+    return here | dict(devices=",".join(names), num_processes=len(names))
+
+
 def profile_of_stage(p: Profile, stage: str) -> Profile:
     "The profile as it holds for one stage."
     own = dict(p.stages.get(stage, {}))
     env = p.env | own.pop("env", {})
     values = {f.name: getattr(p, f.name) for f in fields(p)}
     values |= {"stages": {}, "env": env}
+    if stage == "score" and not p.cpu and not {"devices", "cpu"} & own.keys():
+        values |= where_it_was_drawn(p, int(own.get("num_processes", 0)))
     if stage not in SHARDING and p.sharded:
         values["accelerate_config"] = ""
     try:
         values |= numbers_of(str(own.get("accelerate_config") or ""))
+        if "hosts" in own and "num_machines" not in own:
+            values["num_machines"] = 0  # as many as it names
         if p.num_machines > 1 and str((values | own)["num_machines"]) == "1":
             values["hosts"] = ""  # it runs where the notebook does
         found = make_config(Profile, **values | own)
@@ -841,7 +918,12 @@ def model_kinds(model: str) -> list[str]:
     file = Path(model).expanduser() / "config.json"
     if not model or not file.is_file():
         return []
-    config = json.loads(file.read_bytes())
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{file}: is no JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: should hold a model's config, an object")
     parts = [part for part in [config, *config.values()] if isinstance(part, dict)]
     return [str(part["model_type"]) for part in parts if part.get("model_type")]
 
@@ -1250,7 +1332,8 @@ def mixed_precision(
         return MixedPrecision(str(value or "no").lower(), config)
     name = "ACCELERATE_MIXED_PRECISION"
     file = accelerate_file(env)
-    text = file.read_text("utf-8") if file.is_file() else ""
+    # its bytes that are no UTF-8 say nothing of precision
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
     found = re.search(r"^[ \t\"]*mixed_precision\"?[ \t]*:[ \t]*[\"']?(\w+)", text, re.M)
     in_file = found[1].lower() if found else "no"
     exported = env.get(name, "").lower()
@@ -1379,7 +1462,14 @@ def is_text_only(kind: Any) -> bool:
     return kind is str
 
 
-def text_problems(cls: type, given: Mapping[str, Any]) -> Iterator[str]:
+INSTEAD = "give it with -r {} TEXT, or in quotes in a notebook or a YAML file"
+
+
+def text_problems(
+    cls: type,
+    given: Mapping[str, Any],
+    instead: str = INSTEAD,  # what to do, with room for the parameter's name
+) -> Iterator[str]:
     "Parameters that should be texts and came as something else."
     kinds = get_type_hints(cls)
     for name, value in given.items():
@@ -1388,8 +1478,8 @@ def text_problems(cls: type, given: Mapping[str, Any]) -> Iterator[str]:
         if is_text_only(kind) and (isinstance(value, int | float) or nothing):
             yield (
                 f"{name}: should be a text, got {value!r} ({type(value).__name__}); papermill "
-                "makes numbers and truth values of what looks like one under -p: give it with "
-                f"-r {name} TEXT, or in quotes in a notebook or a YAML file"
+                f"makes numbers and truth values of what looks like one under -p: "
+                f"{instead.format(name)}"
             )
 
 # %% ../nbs/03_settings.ipynb #2a34d452

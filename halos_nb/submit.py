@@ -49,6 +49,7 @@ from halos_nb.settings import (
     SlurmOptions,
     load_settings,
     parse_args,
+    text_problems,
 )
 from .failures import StageError, ending
 from .progress import StatusLine, amount, clock, last_line, printable
@@ -104,6 +105,8 @@ def papermill_value(text: str) -> Any:
 def check_parameters(driver: Driver, given: Mapping[str, str]) -> Any:  # the config
     "The config that the notebook will make; a ValueError names each wrong parameter."
     values = {name: papermill_value(text) for name, text in given.items()}
+    instead = "choose a {} that looks like none, such as one with a word before it"
+    refuse(text_problems(driver.config, values, instead))
     return make_config(driver.config, **driver.defaults | values)
 
 # %% ../nbs/58_submit.ipynb #f399f9ec
@@ -204,7 +207,7 @@ def gpus_of(p: Profile) -> int:
     "GPUs of a stage on each machine; where it names them, up to the last of these."
     if p.cpu:
         return 0
-    named = [int(name) for name in p.devices.split(",") if name.strip()]
+    named = [int(name) for name in p.device_names]
     return max(named) + 1 if named else p.num_processes // p.num_machines
 
 
@@ -230,7 +233,7 @@ def machine_needs(
     gpus = [gpus_of(one) for one in stage_forms(profile)]
     gpus += [engine_gpus(profile, run) for run in runs]
     cores = max(cores_of(one) for one in stage_forms(profile))
-    ahead = [cores_of(profile.for_stage(stage)) for stage in ("sample", "label")]
+    ahead = [cores_of(profile.for_stage(stage)) for stage in ("sample", "score", "label")]
     if any(getattr(run, "staleness", 0) for run in runs):
         cores = max(cores, cores_of(profile.for_stage("train")) + max(ahead))
     return MachineNeeds(max(gpus), cores)
@@ -451,12 +454,12 @@ def resource_problems(profile: Profile, needs: MachineNeeds) -> Iterator[str]:
     "What a job would be given too little of."
     slurm = profile.slurm
     asked = dict(
-        cpus=(counted(slurm.cpus), needs.cores),
-        gpus=(counted(slurm.gpus), needs.gpus),
-        gres=(counted(slurm.gres, "gpu"), needs.gpus),
+        cpus=(slurm.cpus, counted(slurm.cpus), needs.cores),
+        gpus=(slurm.gpus, counted(slurm.gpus), needs.gpus),
+        gres=(slurm.gres, counted(slurm.gres, "gpu"), needs.gpus),
     )
-    for key, (number, needed) in asked.items():
-        if 0 < number < needed:
+    for key, (said, number, needed) in asked.items():
+        if said and number < needed:
             yield (
                 f"slurm.{key}: asks for {number} on each machine, but the stages of profile "
                 f"{profile.name} have {needed} there; leave it out, or ask for {needed}"

@@ -48,6 +48,7 @@ from .templates import check_template, template_notes
 from .trees import Tree, TreeBatch, Work
 from .loaders import TreeDataLoader, add_control_tokens
 from halos_nb.processes import (
+    asks_for_checkpointing,
     end_process,
     from_main,
     is_sharded,
@@ -192,7 +193,7 @@ def load_model(cfg: TrainConfig, tokenizer: Any) -> Any:
         how["objectives"] = cfg.objectives
     model = with_room(load(start, **how))
     model = fit_vocabulary(model, tokenizer)
-    if cfg.gradient_checkpointing:
+    if cfg.gradient_checkpointing or asks_for_checkpointing():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.dropout is not None:
         set_dropout(model, cfg.dropout)

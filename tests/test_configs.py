@@ -4,6 +4,7 @@ words.
 
 import copy
 from dataclasses import asdict, fields
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -20,7 +21,7 @@ from halos_nb.configs import (
 from halos_nb.loop import run_rounds
 from halos_nb.playground import into_playground, pairs_of_playground
 from halos_nb.score import head_at
-from halos_nb.settings import Settings
+from halos_nb.settings import Profile, Settings, SlurmOptions
 
 
 @pytest.mark.parametrize("name", ["org/model", "gpt2", "."])
@@ -172,3 +173,29 @@ def test_an_ensemble_is_of_several_models_that_count_alike(models, said):
 def test_what_only_a_reward_model_has_is_refused_elsewhere(given, said):
     with pytest.raises(ValueError, match=said):
         make_config(TrainConfig, **dict(loss="bradley-terry", model="m") | given)
+
+
+NO_NUMBERS = (float("inf"), float("nan"), True, False, "inf", "nan", "1e999")
+
+
+@pytest.mark.parametrize("cls", [LoopConfig, TrainConfig, SampleConfig, Profile, SlurmOptions])
+def test_no_number_is_endless_or_a_truth_value(cls):
+    needed = {TrainConfig: dict(loss="dpo", model="m"), SampleConfig: dict(model="m")}
+    kinds = get_type_hints(cls)
+    looked_at = 0
+    for one in fields(cls):
+        if not {int, float} & {kinds[one.name], *get_args(kinds[one.name])}:
+            continue
+        looked_at += 1
+        for value in NO_NUMBERS:
+            with pytest.raises(ValueError, match=one.name):
+                make_config(cls, **needed.get(cls, {}) | {one.name: value})
+    assert looked_at > 1
+
+
+def test_what_may_be_a_word_or_a_number_says_both():
+    for keep in (0, -2, "lst"):
+        with pytest.raises(ValueError, match="keep: .*'last'.*, or a number above 0, got"):
+            LoopConfig(keep=keep)
+    with pytest.raises(ValueError, match="max_token: unknown .*did you mean `max_tokens`"):
+        LoopConfig(label_options="max_token=128")

@@ -49,7 +49,7 @@ ROWS = dict(layout="plain", gradient_checkpointing=True)
 CASES = {
     "dpo": ("dpo", CUT | dict(save_every=2, keep_steps=0), SHARDED),
     "kto-humanline": ("kto", CUT | ROWS | HUMANLINE, WHOLE),
-    "dpo-lora": ("dpo", CUT | LORA, ONCE),
+    "dpo-lora": ("dpo", CUT | LORA, ONCE | dict(FSDP_ACTIVATION_CHECKPOINTING="true")),
 }
 if LONG:
     for name, (loss, more) in VARIANTS.items():
@@ -60,6 +60,7 @@ if LONG:
         CASES[f"once {name}"] = (loss, CUT | more, ONCE)
         CASES[f"rows {name}"] = (loss, CUT | ROWS | more, WHOLE)
     CASES["stays whole"] = ("dpo", CUT, SHARDED | dict(FSDP_RESHARD_AFTER_FORWARD="false"))
+    CASES["computed twice"] = ("dpo", CUT, SHARDED | dict(FSDP_ACTIVATION_CHECKPOINTING="true"))
     CASES["one unit"] = ("dpo", CUT, SHARDED | dict(FSDP_AUTO_WRAP_POLICY="NO_WRAP"))
 
 

@@ -1,15 +1,28 @@
 "The plan of a run: what is there at the same time, and what it takes from elsewhere."
 
 import inspect
+import json
+from dataclasses import asdict
 
 import pytest
 from transformers import LlamaConfig
 
 from halos_nb.answers import answer_logps
 from halos_nb.backends import ENGINE_SETTINGS
-from halos_nb.configs import LoopConfig
-from halos_nb.plan import ENGINE_CACHE, GB, SCORED_AT_A_TIME, plan
-from halos_nb.settings import Profile
+from halos_nb.configs import LoopConfig, PlanConfig, SampleConfig, TrainConfig
+from halos_nb.plan import (
+    ENGINE_CACHE,
+    GB,
+    SCORED_AT_A_TIME,
+    Model,
+    changes_of_sharing,
+    longest,
+    place_of,
+    plan,
+    size_of,
+    training_needs,
+)
+from halos_nb.settings import Profile, Sharing
 
 TINY = dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=64, intermediate_size=128)
 MODEL = {"m": LlamaConfig(vocab_size=500, **TINY)}
@@ -66,3 +79,104 @@ def test_processes_of_a_cpu_share_its_memory():
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(ValueError, match="lrr: unknown parameter; did you mean `lr`"):
         plan(LOOP | dict(method="dpo", lrr=1), Profile(), MODEL)
+
+
+SHARDED = {"distributed_type": "FSDP", "num_processes": 8, "use_cpu": False}
+TRAINING = TrainConfig(loss="dpo", model="m", max_length=400, max_prompt_length=200)
+
+
+LARGE = LlamaConfig(vocab_size=500, **TINY | dict(hidden_size=256))
+
+
+def trained_under(tmp_path, **sharing):
+    "What a training needs whose Accelerate configuration says so."
+    file = tmp_path / "theirs.yaml"
+    file.write_text(json.dumps(SHARDED | {"fsdp_config": {"fsdp_version": 2} | sharing}))
+    profile = Profile(accelerate_config=str(file), cpu=False)
+    place = place_of(profile.for_stage("train"), 1)
+    needs = training_needs(LARGE, TRAINING, place, longest(TRAINING))
+    return needs["train"], changes_of_sharing(file.name, place.sharing)
+
+
+def test_what_accelerate_s_file_says_of_sharing_is_planned(tmp_path):
+    plain, told = trained_under(tmp_path)
+    assert told == []
+    size = size_of(Model(LARGE))
+    stays, [told] = trained_under(tmp_path, reshard_after_forward="false")
+    few = size.root + 2 * size.layer
+    assert stays.gathered - plain.gathered == pytest.approx(4 * (size.weights - few))
+    assert told.startswith("fsdp_reshard_after_forward: true in theirs.yaml")
+    at_once, [told] = trained_under(tmp_path, fsdp_auto_wrap_policy="NO_WRAP")
+    assert at_once.gathered == pytest.approx(4 * size.weights)
+    assert told.startswith("fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in theirs.yaml")
+    again, _ = trained_under(tmp_path, fsdp_activation_checkpointing=True)
+    assert again.activations < plain.activations / 2
+
+
+def test_what_is_in_no_named_layer_stays_whole():
+    whole, layer = size_of(Model(LARGE)), size_of(Model(LARGE), Sharing(("LlamaMLP",)))
+    assert layer.layer < whole.layer
+    assert layer.root > whole.root
+    assert size_of(Model(LARGE), Sharing(at_once=True)).root == whole.weights
+
+
+# 64 heads and 1.1 GB in bfloat16
+WIDE = LlamaConfig(
+    vocab_size=50_000, hidden_size=2048, num_attention_heads=64, intermediate_size=8192,
+    num_hidden_layers=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "memory, given, fits, told",
+    [
+        (8, {}, True, ""),
+        (2, {}, False, "tensor_parallel_size=2: 0.6 GB of weights on each, it fits"),
+        (2, dict(tensor_parallel_size=4), True, ""),
+        (8, dict(gpu_memory_utilization=0.1), False, "gpu_memory_utilization=0.3: "),
+        (0.5, {}, False, "no engine of up to 16 such GPUs"),
+    ],
+)
+def test_an_engine_has_room_for_its_weights(memory, given, fits, told):
+    how = dict(model="m", datasets=["p"], backend="vllm", precision="bfloat16") | given
+    made = plan(SampleConfig(**how), Profile(**GPUS), {"m": WIDE}, memory_gb=memory)
+    assert made.fits is fits
+    need, place = made.stages["sample"], made.places["sample"]
+    assert need.weights == pytest.approx(2 * size_of(Model(WIDE)).weights / place.processes)
+    if fits:
+        assert need.total == pytest.approx(place.share * memory * GB)
+    assert told in "; ".join(made.changes)
+
+
+def test_scoring_what_an_engine_drew_is_planned_where_it_runs():
+    apart = dict(sample=dict(devices="04"), label=dict(devices="4"), train=dict(devices="0"))
+    given = dict(LOOP, backend="vllm", staleness=1)
+    own = Profile(**GPUS, stages=apart)
+    alone = plan(LoopConfig(**given), own, MODEL, memory_gb=10)
+    assert not any(" beside " in name for name in alone.stages)  # 04 is 4
+    stays = Profile(**GPUS, sampler="server", stages=apart | dict(score=dict(devices="0")))
+    beside = plan(LoopConfig(**given), stays, MODEL, memory_gb=10)
+    assert "train beside score" in beside.stages
+
+
+def test_every_stage_that_does_not_fit_is_named():
+    made = plan(LoopConfig(**LOOP, backend="vllm"), Profile(**GPUS), MODEL, memory_gb=0.1)
+    assert len(made.too_large) > 2
+    assert all(f"nor does {name} fit" in str(made) for name in made.too_large[1:])
+    assert any(line.startswith("score: ") for line in made.changes)
+
+
+@pytest.mark.parametrize("memory", [-5, 0, float("inf"), float("nan"), True])
+def test_a_memory_that_is_none_is_refused(memory):
+    with pytest.raises(ValueError, match="memory_gb: "):
+        plan(LoopConfig(**LOOP), Profile(), MODEL, memory_gb=memory)
+
+
+def test_what_is_no_config_is_refused(tmp_path):
+    for wrong in (8, None, Profile(), PlanConfig(run="x")):
+        with pytest.raises(ValueError, match="cfg: a .* cannot be planned"):
+            plan(wrong)
+    with pytest.raises(ValueError, match="cfg: nothing is at m8"):
+        plan("m8")
+    (tmp_path / "params.json").write_text(json.dumps(dict(parameters=asdict(TRAINING))))
+    assert "train" in plan(str(tmp_path), configs=MODEL, memory_gb=1).stages

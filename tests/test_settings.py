@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig
+from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig, make_config
 from halos_nb.settings import (
     SHIPPED,
     Profile,
+    SlurmOptions,
     check_precision,
     load_settings,
     notebook_config,
@@ -391,7 +392,10 @@ SHARDING_PROBLEMS = [
     ("fsdp_offload_params: true", "fsdp_offload_params: weights cannot wait on the CPU"),
     ("fsdp_ignored_modules: lm_head", "fsdp_ignored_modules: all weights are shared out"),
     ("fsdp_min_num_params: 1e8", "fsdp_min_num_params: should be a whole number"),
-    ("fsdp_activation_checkpointing_offload: true", "needs fsdp_activation_checkpointing"),
+    ("fsdp_activation_checkpointing_offload: true", "what a layer keeps stays on its device"),
+    ("fsdp_auto_wrap_policy: size_based_wrap", "does not share out a list of layers"),
+    ("fsdp_min_num_params: 100", "fsdp_min_num_params: goes with SIZE_BASED_WRAP"),
+    ("fsdp_auto_wrap_policy: NO_WRAP\n  transformer_layer_cls_to_wrap: A", "goes with TRANSF"),
     ("fsdp_transformer_layer_cls_to_wrap: [A]", "should be names set apart by commas"),
     ("fsdp_version: 1", "should be 2, got 1"),
     ("version: 2\n  fsdp_version: 2", "fsdp_version: stands there twice"),
@@ -685,3 +689,98 @@ def test_gpus_that_are_promised_are_looked_for(tmp_path, monkeypatch):
     for profile in (Profile(), Profile(cpu=False), Profile(accelerate_config="fsdp2_cpu2")):
         monkeypatch.setenv(name, environment(profile, Path("p"))[name])
         check_gpus()
+
+
+def test_processes_of_a_cpu_by_accelerate_s_own_name(tmp_path):
+    "Its launcher would start one process of them, so it gets the file for several."
+    from halos_nb.jobs import accelerate_options
+
+    file = tmp_path / "cpus.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
+    own = Profile(accelerate_config=str(file), launcher="accelerate")
+    assert own.num_processes == 2
+    assert accelerate_options(own)[1].endswith("ddp.yaml")
+    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    with pytest.raises(ValueError, match="cpu: .*MULTI_CPU"):
+        Profile(accelerate_config=str(file), cpu=False)
+
+
+def test_answers_are_scored_where_they_were_drawn():
+    "Unless the profile says where, or an engine stays there."
+    apart = dict(sample=dict(devices="4,5"), label=dict(devices="6"), train=dict(devices="0"))
+    own = Profile(cpu=False, stages=apart)
+    assert own.for_stage("score").device_names == ["4", "5"]
+    assert own.for_stage("score").num_processes == 2
+    fewer = Profile(cpu=False, stages=apart | dict(score=dict(num_processes=1)))
+    assert fewer.for_stage("score").device_names == ["4"]
+    said = Profile(cpu=False, stages=apart | dict(score=dict(devices="7")))
+    assert said.for_stage("score").device_names == ["7"]
+    assert Profile(cpu=False, stages=apart, sampler="server").for_stage("score").devices == ""
+    assert Profile().for_stage("score") == Profile()
+
+
+def test_scoring_beside_a_training_has_devices_of_its_own():
+    from halos_nb.loop import check_apart
+
+    apart = dict(sample=dict(devices="1"), label=dict(devices="1"), train=dict(devices="0"))
+    check_apart(Profile(cpu=False, stages=apart), "vllm")
+    stays = Profile(cpu=False, stages=apart, sampler="server")
+    check_apart(stays)
+    with pytest.raises(ValueError, match="set devices.score and devices.train"):
+        check_apart(stays, "vllm")
+    said = apart | dict(score=dict(devices="2"))
+    check_apart(Profile(cpu=False, stages=said, sampler="server"), "vllm")
+
+
+def test_hosts_of_one_stage_are_counted():
+    with pytest.raises(ValueError, match="train: .*num_processes: 1 on 2 machines is not even"):
+        Profile(stages=dict(train=dict(hosts="a,b", start="ssh {host}")))
+    own = dict(hosts="a,b", start="ssh {host}", num_processes=2)
+    assert Profile(stages=dict(train=own)).for_stage("train").num_machines == 2
+
+
+@pytest.mark.parametrize(
+    "given, wrong",
+    [
+        (dict(time="1d"), "slurm.time: should be minutes, m:s, .*as 1-00:00:00"),
+        (dict(time="1:2:3:4"), "slurm.time: should be"),
+        (dict(time="1-"), "slurm.time: should be"),
+        (dict(cpus="0"), "slurm.cpus: should be a whole number from 1"),
+        (dict(cpus="eight"), "slurm.cpus: should be"),
+        (dict(gpus="-1"), "slurm.gpus: should be as 8, a100:8"),
+        (dict(gpus="8.5"), "slurm.gpus: should be"),
+        (dict(mem="lots"), "slurm.mem: should be a number"),
+        (dict(notice=True), "notice: should be a number"),
+    ],
+)
+def test_what_slurm_would_not_read_is_refused(given, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        make_config(SlurmOptions, **given)
+
+
+def test_what_slurm_reads_is_taken():
+    for time in ("30", "30:00", "0:30:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED", "0"):
+        assert make_config(SlurmOptions, time=time).time == time
+    for gpus in ("8", "a100:8", "a100:4,h100:4", "nvidia_a100-sxm4:2", "a100"):
+        assert make_config(SlurmOptions, gpus=gpus).gpus == gpus
+
+
+def test_a_model_s_config_that_cannot_be_read_is_named(tmp_path):
+    from halos_nb.settings import model_kinds
+
+    for text in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json: "):
+            model_kinds(str(tmp_path))
+
+
+def test_a_user_s_answers_to_accelerate_in_another_encoding(tmp_path):
+    "What is read of them is ASCII; where a profile takes them, the file is named."
+    file = tmp_path / "accelerate/default_config.yaml"
+    file.parent.mkdir()
+    file.write_bytes(b"# Ger\xe4t\nmixed_precision: bf16\n")
+    check_precision("bfloat16", {"HF_HOME": str(tmp_path)})
+    with pytest.raises(ValueError, match="default_config.yaml"):
+        check_precision("float32", {"HF_HOME": str(tmp_path)})
+    with pytest.raises(ValueError, match="default_config.yaml: is no YAML"):
+        Profile(accelerate_config=str(file))
