@@ -230,12 +230,15 @@ def machine_needs(
     runs: Collection[Any] = (),  # the configs of what is to run
 ) -> MachineNeeds:
     "The most that any stage has, and of cores all that work at the same time."
-    gpus = [gpus_of(one) for one in stage_forms(profile)]
+    draws = any(getattr(run, "backend", "") == "vllm" for run in runs)
+    stages = [stage for stage in STAGES if draws or stage != "score"]
+    forms = {stage: profile.for_stage(stage) for stage in stages}
+    gpus = [gpus_of(one) for one in (profile, *forms.values())]
     gpus += [engine_gpus(profile, run) for run in runs]
-    cores = max(cores_of(one) for one in stage_forms(profile))
-    ahead = [cores_of(profile.for_stage(stage)) for stage in ("sample", "score", "label")]
+    cores = max(cores_of(one) for one in (profile, *forms.values()))
+    ahead = [cores_of(forms[stage]) for stage in stages if stage in ("sample", "score", "label")]
     if any(getattr(run, "staleness", 0) for run in runs):
-        cores = max(cores, cores_of(profile.for_stage("train")) + max(ahead))
+        cores = max(cores, cores_of(forms["train"]) + max(ahead))
     return MachineNeeds(max(gpus), cores)
 
 # %% ../nbs/58_submit.ipynb #5e2c895f
