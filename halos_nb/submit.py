@@ -236,7 +236,9 @@ def machine_needs(
     gpus = [gpus_of(one) for one in (profile, *forms.values())]
     gpus += [engine_gpus(profile, run) for run in runs]
     cores = max(cores_of(one) for one in (profile, *forms.values()))
-    ahead = [cores_of(forms[stage]) for stage in stages if stage in ("sample", "score", "label")]
+    ahead = [
+        cores_of(forms[stage]) for stage in stages if stage in ("sample", "score", "label")
+    ]
     if any(getattr(run, "staleness", 0) for run in runs):
         cores = max(cores, cores_of(forms["train"]) + max(ahead))
     return MachineNeeds(max(gpus), cores)
