@@ -7,8 +7,9 @@ __all__ = ['PACKAGE', 'CODE', 'VLLM_NAMES', 'ANY_NUMBER', 'OF_THE_MACHINE', 'TOL
            'our_modules', 'module_file', 'parsed', 'Code', 'needed_code', 'code_of', 'code_hash', 'near_imports',
            'function_hash', 'vllm_version', 'installed', 'path_state', 'versions', 'versions_there', 'Manifest',
            'leads_away', 'texts', 'identity_problem', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions',
-           'fingerprint', 'RunFiles', 'stage_profile', 'identity', 'with_revisions', 'same_identity', 'change',
-           'Difference', 'value_text', 'differing', 'differences', 'damage', 'reason_to_run']
+           'fingerprint', 'RunFiles', 'stage_profile', 'prompts_at', 'hash_of_first', 'first_prompts', 'identity',
+           'with_revisions', 'read_alike', 'same_identity', 'change', 'Difference', 'value_text', 'differing',
+           'differences', 'damage', 'reason_to_run']
 
 # %% ../nbs/55_identity.ipynb #49403efc
 import ast
@@ -20,8 +21,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ from halos_nb.configs import (
     source_near,
 )
 from .settings import Profile
-from .hub_sets import LIBRARIES, hub_revision
+from .hub_sets import LIBRARIES, Prompts, hub_revision, load_prompts, source_state
 from .jobs import ask_python, stage_kind, stage_module
 
 # %% ../nbs/55_identity.ipynb #00e7aed0
@@ -274,10 +275,10 @@ def identity_problem(identity: dict) -> str:
     inputs = identity.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(one, str) for one in inputs):
         return "inputs` is no list of hashes"
-    for name in ("libraries", "modules"):
+    for name in ("libraries", "modules", "first_prompts"):
         if not texts(identity.get(name, {})):
             return f"{name}` is no object of texts"
-    for name in ("code", "function"):
+    for name in ("code", "function", "method"):
         if not isinstance(identity.get(name, ""), str):
             return f"{name}` is no text"
     return ""
@@ -467,6 +468,47 @@ def stage_profile(profile: Profile, stage: Stage) -> Profile:
     )
     return replace(own, **alone, devices="" if own.cpu else devices)
 
+# %% ../nbs/55_identity.ipynb #db2cf4ba
+@lru_cache(maxsize=2)
+def prompts_at(
+    path: str,  # of a file
+    split: str | None,
+    state: str,  # of the file, so that it is read anew when it changes
+) -> Prompts:
+    "The distinct prompts of a file."
+    return load_prompts(path, split)
+
+
+@lru_cache(maxsize=256)
+def hash_of_first(
+    path: str,
+    split: str | None,
+    number: int,
+    state: str,
+) -> str:
+    "One hash for the first prompts of a file, all that belongs to them among it."
+    digest = hashlib.sha256()
+    for example in prompts_at(path, split, state).examples[:number]:
+        digest.update(f"{asdict(example)!r}\n".encode())
+    return digest.hexdigest()
+
+
+def first_prompts(
+    config: Any,  # of a stage
+    inputs: dict[str, str],  # hashes of its inputs, by path
+) -> dict[str, str]:
+    "What a sampling reads of a file of prompts, by the hash of the whole file."
+    paths = list(map(str, getattr(config, "datasets", [])))
+    number = getattr(config, "num_prompts", None)
+    if not number or len(paths) != 1 or paths[0] not in inputs or not Path(paths[0]).is_file():
+        return {}
+    state, number = str(source_state(paths)), number + config.num_skip
+    try:
+        first = hash_of_first(paths[0], config.split, number, state)
+    except (ValueError, OSError):  # the stage will say it
+        return {}
+    return {inputs[paths[0]]: first}
+
 # %% ../nbs/55_identity.ipynb #260b6aab
 # stages that write the same bytes for any number of processes
 ANY_NUMBER: tuple[str, ...] = ("sample", "label", "check", "recheck", "evaluate")
@@ -505,6 +547,8 @@ def identity(files: RunFiles, stage: Stage) -> dict:
         "modules": code_of(stage.module).modules,  # decides nothing, says what has changed
         "libraries": versions(cfg, profile.python),
     }
+    if first := first_prompts(stage.config, inputs):
+        found["first_prompts"] = first
     if config.get("function"):
         found["function"] = function_hash(config["function"])
     if is_own(config.get("loss", "")):  # wherever its file lies
@@ -531,16 +575,31 @@ def with_revisions(
     return json.loads(text)
 
 
+def read_alike(was: dict, now: dict) -> tuple[dict, dict]:
+    "Two identities with the prompts that were read in place of their file, if both know them."
+    key = "first_prompts"
+    sides = []
+    for one in (was, now):
+        text = json.dumps({k: v for k, v in one.items() if k != key})
+        if was.get(key) and now.get(key):
+            for whole, first in one[key].items():
+                text = text.replace(whole, first)
+        sides.append(json.loads(text))
+    return sides[0], sides[1]
+
+
 def same_identity(was: Any, now: dict) -> bool:
     "Whether two identities are of the same result; the names of modules decide nothing."
     if not isinstance(was, dict):
         return False
-    without = [{k: v for k, v in one.items() if k != "modules"} for one in (was, now)]
+    sides = read_alike(was, now)
+    without = [{k: v for k, v in one.items() if k != "modules"} for one in sides]
     return without[0] == without[1]
 
 # %% ../nbs/55_identity.ipynb #6e60d2fe
 def change(was: dict, now: dict) -> str:
     "What differs between two identities, in words; empty if nothing does."
+    was, now = read_alike(was, now)
     old, new = was["config"], now["config"]
     changed = [k for k, v in new.items() if k not in old or old[k] != v]
     # of before, when the number of processes counted for every stage
@@ -588,6 +647,7 @@ def differing(was: dict, now: dict, called: str = "") -> Iterator[Difference]:
 def differences(was: dict, now: dict, stage: Stage) -> list[Difference]:
     "All that differs between two identities of a stage, as a person wants to know it."
     passed_over = ("num_processes", *OF_THE_MACHINE, *TOLD_ELSEWHERE)
+    was, now = read_alike(was, now)
     old, new = was["config"], now["config"]
     old = {k: v for k, v in old.items() if k in new or k not in passed_over}
     found = []

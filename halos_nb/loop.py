@@ -11,12 +11,12 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with',
            'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate',
            'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'check_prompt_counts',
-           'round_counts', 'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled', 'round_samples',
-           'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in',
-           'lengths_in', 'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer', 'tokens_beside',
-           'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before', 'totals_before',
-           'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations', 'people_asked',
-           'ToAsk', 'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
+           'prompts_left', 'round_counts', 'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled',
+           'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in',
+           'questions_in', 'lengths_in', 'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer',
+           'tokens_beside', 'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before',
+           'totals_before', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations',
+           'people_asked', 'ToAsk', 'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
            'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError',
            'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
            'check_trackers', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
@@ -116,6 +116,7 @@ from halos_nb.identity import (
     identity,
     installed,
     path_state,
+    prompts_at,
     read_manifest,
     reason_to_run,
     versions,
@@ -136,7 +137,7 @@ from halos_nb.ledger import (
     take_stage,
     what_changed,
 )
-from .progress import clock, in_kernel
+from .progress import clock, in_kernel, tell
 
 # %% ../nbs/57_loop.ipynb #df761afc
 # beside the numbered rounds: the first and the last policy, asked and scored but not trained
@@ -839,6 +840,22 @@ def check_prompt_counts(file: Path, counts: dict) -> None:
         value = counts.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise RecordError(f"{file}: field `{name}` is no number but {shortened(value)}")
+
+
+def prompts_left(
+    cfg: LoopConfig,
+    sampled: dict,  # what a round's sampling counted
+    used: int,  # prompts, by the rounds up to that one
+) -> int:
+    "Distinct prompts that no round has had: as counted then, or put behind them since."
+    source = cfg.prompts
+    if sampled["prompts_left"] or not Path(source).is_file():
+        return sampled["prompts_left"]
+    try:
+        known = prompts_at(source, "train", str(source_state([source])))
+    except (ValueError, OSError):  # the next stage will say it
+        return 0
+    return max(0, len(known.examples) - used)
 
 
 def round_counts(
@@ -2056,7 +2073,7 @@ def run_ahead(self: Loop, number: int, stages: list[Stage], title: str) -> dict[
     self.ledger.start_beside(train)
     sampled = round_counts(train.folder)["sample"]
     used = self.used + sampled["prompts"]
-    if number == self.rounds or not sampled["prompts_left"]:
+    if number == self.rounds or not prompts_left(self.cfg, sampled, used):
         return ran
     count = self.planned[number + 1]
     following = self.stages(number + 1, train.outputs[0], used, count)
@@ -2103,8 +2120,9 @@ def train_round(self: Loop, number: int, stages: list[Stage]) -> Round:
     sampled = this.counts["sample"]
     self.used += sampled["prompts"]
     total = self.cfg.total_prompts
-    if not sampled["prompts_left"] and self.used < total:
+    if self.used < total and not prompts_left(self.cfg, sampled, self.used):
         ran_out = f"prompts ran out: {self.used} of {total}, so this is the last round"
+        tell(f"{self.ledger.run_dir.name}: {ran_out}", shown=True)
         this.note = "\n".join(filter(None, [this.note, ran_out]))
     if this.policy.exists():
         point_to(self.ledger.run_dir / "policy", this.policy)
@@ -2213,7 +2231,8 @@ def is_over(self: Loop) -> bool:
         return False
     if self.ended_early():
         return True
-    return len(self.done) == self.rounds or not self.done[-1].counts["sample"]["prompts_left"]
+    sampled = self.done[-1].counts["sample"]
+    return len(self.done) == self.rounds or not prompts_left(self.cfg, sampled, self.used)
 
 # %% ../nbs/57_loop.ipynb #6efb0a4a
 @patch
@@ -2227,7 +2246,7 @@ def final_stages(
     step = self.cfg.prompts_per_round
     if self.cfg.heldout_prompts:
         return self.stages("final", policy, 0, step)
-    skip = used if sampled["prompts_left"] else used - sampled["prompts"]
+    skip = used if prompts_left(self.cfg, sampled, used) else used - sampled["prompts"]
     return self.stages("final", policy, skip, step)
 
 
@@ -2311,7 +2330,7 @@ def final_samples(self: Loop, stages: list[Stage]) -> Round:
     final = one_round(self.ledger, stages, None, last.policy, "final", look=self.look_at)
     if self.cfg.heldout_prompts:
         final.note = self.seen_before(final)
-    elif not last.counts["sample"]["prompts_left"]:
+    elif not prompts_left(self.cfg, last.counts["sample"], self.used):
         final.note = "no unseen prompts are left: these are the last round's again"
     return self.with_health(final)
 
@@ -2590,7 +2609,7 @@ def stages_known(self: Loop) -> Iterator[Stage]:
             if (folder / f"{name}.manifest.json").exists():
                 yield from with_draw(self.cfg, check_stage(*where))
         used += sampled["prompts"]
-        is_last = not sampled["prompts_left"] or self.ended_there(number)
+        is_last = not prompts_left(self.cfg, sampled, used) or self.ended_there(number)
         if self.cfg.evaluate_every and (is_last or number % self.cfg.evaluate_every == 0):
             evaluation = self.evaluation_known(number, policy, before)
             yield from evaluation
@@ -2846,12 +2865,12 @@ def settle(
     if way == "stop":
         raise RunChanged(f"{told}\nnothing was started, as on_change=stop says")
     if way == "redo":
-        print(f"{told}\n-> done again in {run}, as on_change=redo says")
+        tell(f"{told}\n-> done again in {run}, as on_change=redo says")
         return Settled(run, True)
     how = "goes on in" if beside else "a run beside goes on with them:"
     beside = beside or next_branch(run)
     branch(found, beside, owner)
-    print(f"{told}\n-> {how} {beside}; {run} stays as it is. ({HOW_ELSE})")
+    tell(f"{told}\n-> {how} {beside}; {run} stays as it is. ({HOW_ELSE})")
     return Settled(beside)
 
 # %% ../nbs/57_loop.ipynb #4902dfd4
@@ -2869,11 +2888,11 @@ def choose_run(
     asked = located(cfg)
     settled = settle(
         run,
-        lambda run: also_changed(look_ahead(asked, run, profile), cfg),
+        lambda run: also_changed(look_ahead(asked, run, profile), asked),
         cfg.on_change,
         "online_loop",
         ask,
-        lambda run: is_busy_otherwise(run, cfg),
+        lambda run: is_busy_otherwise(run, asked),
     )
     on_change = "redo" if settled.redo else cfg.on_change
     return replace(cfg, run_name=settled.run.name, on_change=on_change)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAIL_BYTES', 'USUAL', 'TEXT', 'last_line', 'clock', 'printable', 'amount', 'time_left', 'number_text', 'describe',
-           'mime_bundle', 'terminal_descriptor', 'in_kernel', 'StatusLine']
+           'mime_bundle', 'terminal_descriptor', 'in_kernel', 'tell', 'StatusLine']
 
 # %% ../nbs/53_progress.ipynb #cd75cde6
 import html
@@ -116,6 +116,19 @@ def in_kernel() -> bool:
     "Whether this process is a notebook's kernel."
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return get_shell is not None and hasattr(get_shell(), "kernel")
+
+# %% ../nbs/53_progress.ipynb #e0a8a8b1
+def tell(
+    text: str,
+    shown: bool = False,  # the notebook shows it already, in a form of its own
+) -> None:
+    "Print a text, in a notebook's kernel also where its terminal is watched."
+    if not (shown and in_kernel()):
+        print(text, flush=True)
+    terminal = terminal_descriptor()
+    if in_kernel() and terminal is not None:
+        with suppress(OSError):
+            os.write(terminal, f"{text}\n".encode())
 
 # %% ../nbs/53_progress.ipynb #40428714
 class StatusLine:

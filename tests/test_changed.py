@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import long_runs
 import pytest
 from job_helpers import NEEDS_LINUX
 from long_runs import Pretended, wait
@@ -81,6 +82,37 @@ def home(ended, tmp_path):
     "A copy of it."
     shutil.copytree(ended, tmp_path / "home", symlinks=True)
     return Home(tmp_path / "home")
+
+
+def test_a_run_goes_on_with_prompts_that_are_put_behind_its_own(
+    pretending, tmp_path, monkeypatch, capsys
+):
+    for name in ("sft", "rm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+
+    def ask(*questions):
+        rows = [{"prompt": str(q)} for q in questions]
+        (tmp_path / "prompts.json").write_text(json.dumps(rows), "utf-8")
+        monkeypatch.setattr(long_runs.pretend, "PROMPTS", len(rows))
+        return Home(tmp_path).go(total_prompts=30)
+
+    ask(*range(20))
+    assert "r: prompts ran out: 20 of 30" in capsys.readouterr().out
+    more = ask(*range(30))
+    assert [r.name for r in more] == ["round-1", "round-2", "round-3", "final"]
+    assert [len(r.skipped) for r in more] == [3, 3, 0, 0]
+    assert "ran out" not in more[1].note and not (tmp_path / "runs/r-2").exists()
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)  # a relative path is no difference
+    Home(tmp_path).go(total_prompts=30, sft_checkpoint="sft")
+    assert "would be done again" not in capsys.readouterr().out
+    ask("another", *range(1, 30))
+    told = capsys.readouterr().out
+    named = f"  datasets ({tmp_path}/prompts.json) contents "
+    (changed,) = [line for line in told.splitlines() if line.startswith("  ")]
+    assert changed.startswith(named) and "round-1 sample" in told
+    assert (tmp_path / "runs/r-2").exists()
 
 
 def files_in(folder):

@@ -1,5 +1,6 @@
 """Identity: what decides a stage's result, and what does not."""
 
+import json
 from dataclasses import replace
 import pytest
 
@@ -117,6 +118,37 @@ def test_named_sets_lie_where_they_are_read():
     for case in load("datasets")["cases"]:
         if case.get("load_call"):
             assert REPOSITORIES[case["function"]] == case["load_call"]["repository"]
+
+
+# ---- prompts that are put behind those that were read
+
+
+def test_prompts_behind_those_that_were_read_change_nothing(tmp_path):
+    file = tmp_path / "prompts.json"
+
+    def look(*questions, number=2, skip=1):
+        file.write_text(json.dumps([{"prompt": q} for q in questions]), "utf-8")
+        return i.identity(RunFiles(tmp_path / "run", ONE), asking(number, skip))
+
+    def asking(number, skip):
+        own = dict(datasets=[str(file)], num_prompts=number, num_skip=skip)
+        return stage("sample", tmp_path / "run", **own)
+
+    was = look("a", "b", "c")
+    more = look("a", "b", "c", "c", "d")
+    assert was != more and was["inputs"] != more["inputs"]
+    assert i.same_identity(was, more) and not i.change(was, more)
+    assert i.differences(was, more, asking(2, 1)) == []
+    for others in (("a", "x", "c"), ("x", "a", "b", "c"), ("a", "c"), ("b", "a", "c")):
+        assert not i.same_identity(was, look(*others))
+    (told,) = i.differences(was, look("a", "x", "c"), asking(2, 1))
+    assert str(told).startswith(f"datasets ({file}) contents ")
+    # a round for which prompts ran out would have more of them now
+    short = look("a", "b")
+    assert not i.same_identity(short, more)
+    # of before, when the whole file counted
+    before = {k: v for k, v in was.items() if k != "first_prompts"}
+    assert i.same_identity(before, was) and not i.same_identity(before, more)
 
 
 # ---- code of others, libraries
