@@ -50,7 +50,7 @@ def read_score(reply):
 
 @pytest.mark.parametrize("read, kind", [(read_score, "scores"), (read_winner, "winners")])
 def test_replies_of_every_kind(read, kind):
-    "400 replies: read as they are meant, or unread with a reason."
+    "1,900 replies: read as they are meant, or unread with a reason."
     (cases,) = [list(rows.items()) for name, rows in CASES.items() if name.startswith(kind)]
     if SHARED.exists():
         cases += [
@@ -67,6 +67,18 @@ def test_replies_of_every_kind(read, kind):
             wrong[reply] = (meant, value)
     assert not wrong
     assert all(read_number(reply).reason or read_winner(reply).reason for reply, _ in cases)
+
+
+@pytest.mark.parametrize("read, kind", [(read_score, "scores"), (read_winner, "winners")])
+def test_replies_that_may_be_unread(read, kind):
+    "Rarer wordings: nothing is lost if they are unread, all if they are read as another."
+    wrong = {}
+    for reply, meant in CASES[f"either read so or unread: {kind}"].items():
+        said = read(reply)
+        value = said if read is read_score else said.value
+        if value not in (meant, None):
+            wrong[reply] = (meant, value)
+    assert not wrong
 
 
 MARKS = [
@@ -183,24 +195,42 @@ def test_ranges_are_no_scores(a, b, form):
     assert read_number("Final Score: " + form.format(a, b)).value is None
 
 
+LONG = [
+    "9" * 20000,
+    "final score " * 5000,
+    "so the " * 5000,
+    "the my " * 5000,
+    "(" * 20000,
+    "Final Score: " + "*" * 20000,
+    "Final Score: 8" + "\n" * 20000 + "x",
+    "Final Score: 8" + "." * 20000 + "x",
+    "Final Score: 8" + "\n." * 10000 + "x",
+    "Final Score: 8\n" + "a, " * 10000,
+    "Winner: A because " + "\n" * 20000 + "!",
+    "Winner: A because " + "B is " * 5000,
+    "Winner: A\n" + "B is wrong, " * 3000,
+    '{"score": ' * 5000,
+    "8/" * 10000,
+    "8/10 " * 5000,
+    "a" * 50000 + "\n" * 5000,
+    "Winner: " * 5000,
+    "[[A]] " * 5000,
+    "Winner: A\n" + "a'" * 20000,
+    "Winner: A since B is " * 2000,
+    "Winner: A since " + "B is really " * 500,
+    "I not " * 1000 + '{"score": 8}',
+    '{"' + "maxscoreof" * 500 + 'x": 3, "score": 8}',
+    "<think>" * 5000,
+    "Final Score: 8" + "</s>" * 5000,
+]
+
+
 def test_long_replies_are_read_fast():
+    "None takes minutes (some did), nor does a reply of 300,000 letters."
     start = time.process_time()
-    for text in (
-        "9" * 20000,
-        "final score " * 5000,
-        "so the " * 5000,
-        "(" * 20000,
-        "Final Score: " + "*" * 20000,
-        '{"score": ' * 5000,
-        "8/" * 10000,
-        "a" * 50000 + "\n" * 5000,
-        "Winner: " * 5000,
-        "Winner: A\n" + "a'" * 20000,
-        "Final Score: 8\n" + "a, " * 10000,
-        "Winner: A since B is " * 200,
-        "Winner: A since " + "B is really " * 500,
-        "I not " * 1000 + '{"score": 8}',
-        '{"' + "maxscoreof" * 500 + 'x": 3, "score": 8}',
-    ):
+    for text in LONG:
         read_number(text), read_winner(text)
+    prose = "It is a fine answer that explains the thing. " * 7000
+    assert read_number(f"{prose}\nFinal Score: 8").value == 8
+    assert read_winner(f"{prose}\nWinner: A").value == "A"
     assert time.process_time() - start < 10
