@@ -8,32 +8,33 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'KEY_WORD', 'SIGNED', 'SURE_KE
            'LONGEST_FILE', 'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'LITERALS', 'Shipped',
            'BETA', 'EPSILON', 'COMPARING', 'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS',
            'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE',
-           'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'COMMON', 'RATIO',
-           'HandMethod', 'OF_A_RUN', 'misread_number', 'checked', 'refuse', 'is_mixed', 'looks_secret', 'secret_values',
-           'texts_in', 'secret_in', 'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem',
-           'parameter_problem', 'field_names', 'config_error', 'make_config', 'looks_like_path', 'require_path',
-           'name_problem', 'plain_name', 'free_name', 'place_problem', 'check_place', 'same_place', 'lies_at',
-           'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig',
-           'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
-           'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
-           'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
-           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
-           'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of',
-           'near_source', 'given_to', 'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named',
-           'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own',
-           'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
-           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
-           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
-           'dropout_problems', 'reward_problems', 'objectives_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
-           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
-           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
-           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
-           'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
-           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
-           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
-           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
-           'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'QUESTION_FIELDS',
+           'COMMON', 'RATIO', 'HandMethod', 'OF_A_RUN', 'misread_number', 'checked', 'refuse', 'is_mixed',
+           'looks_secret', 'secret_values', 'texts_in', 'secret_in', 'refuse_secrets', 'did_you_mean',
+           'unknown_parameter', 'literal_problem', 'parameter_problem', 'field_names', 'config_error', 'make_config',
+           'looks_like_path', 'require_path', 'name_problem', 'plain_name', 'free_name', 'place_problem', 'check_place',
+           'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions',
+           'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value', 'read_template_options', 'option_value',
+           'template_problems', 'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions',
+           'ReadingOptions', 'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of',
+           'split_names', 'ensemble_problems', 'several_models_problems', 'labeller_problems',
+           'pairwise_judge_problems', 'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file',
+           'names_in', 'syntax_of', 'near_source', 'given_to', 'takes_two', 'uncallable', 'require_function',
+           'import_file', 'load_named', 'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference',
+           'family_of', 'own_spec', 'check_own', 'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions',
+           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
+           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
+           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'objectives_problems',
+           'adapter_problems', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
+           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
+           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
+           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
+           'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
+           'stale_problems', 'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config',
+           'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig',
+           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig',
+           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
            'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
            'PlanConfig', 'config_json']
 
@@ -715,6 +716,9 @@ class FeedbackOptions:
     threshold: Threshold | None = None
     # compare with these samples: pairs are the k-th sample of a prompt here and the k-th there
     second_samples_path: str | None = None
+    # take out of the scores what length explains of them between answers to one prompt; by how
+    # much is counted, and every score is kept as it was given
+    without_length: bool = False
     # no feedback at all is a result too, as of an evaluation, and no error
     empty_ok: bool = False
 
@@ -915,6 +919,8 @@ def pairwise_judge_problems(c: LabelConfig) -> Iterator[str]:
         yield (
             "unfinished: a pairwise judge gives no scores to take something off; keep or drop"
         )
+    if c.without_length:
+        yield "without_length: a pairwise judge gives no scores that length could explain"
     if c.threshold not in (None, 0):
         yield (
             "threshold: a pairwise judge has no scores, so there is no difference to be "
@@ -1898,6 +1904,8 @@ class RoundOptions:
     unfinished: Literal["keep", "drop"] | PositiveFloat = "keep"
     # form of the feedback; auto: the preset's, or what the method needs
     feedback_type: Literal["auto", "pairwise", "binary", "scalar"] = "auto"
+    # feedback is made of scores without what length explains of them in a round
+    without_length: bool = False
     # which pairs of a prompt's samples are kept (None: the preset's, or random)
     feedback_mode: Literal["random", "max", "min"] | None = None
     # pairwise: scores must differ by more, a number or a share of the differences, as "25%"
@@ -1917,8 +1925,9 @@ class RoundOptions:
 class LabellerLoopOptions:
     "Who labels in the loop, and what it may cost."
 
-    # who labels: rm (reward_checkpoint), function, judge, human:<name>; several with commas
-    # between them (empty: the function or judge that is named below, else rm)
+    # who labels: rm (reward_checkpoint), function, judge, lm (judge_model_path), human:<name>;
+    # several with commas between them (empty: the function, judge or lm that is named below,
+    # else rm)
     labeller: str = ""
     # several labellers: the mean of their scores, a vote on each pair, or people for the pairs
     # on which two others contradict each other
@@ -1930,6 +1939,9 @@ class LabellerLoopOptions:
     judge_url: str = ""  # judge: the server (empty: OPENAI_BASE_URL, else OpenAI's own)
     # judge: a number for each sample, or which of two is better, asked in both orders
     judge: Literal["scalar", "pairwise"] = "scalar"
+    # lm: a language model that reads two answers and says which is better, by its log-probs of
+    # the letters A and B, in both orders
+    judge_model_path: str = ""
     # any other field of LabelConfig, as "max_tokens=256, score_max=5"
     label_options: str | dict = ""
     # human: most pairs of a round (None: each prompt's samples two by two)
@@ -1960,17 +1972,16 @@ def is_person(name: str) -> bool:
 
 
 def labellers(c: LabellerLoopOptions) -> list[str]:
-    "Who labels: some of rm, function, judge and human:<name>."
+    "Who labels: some of rm, function, judge, lm and human:<name>."
     if c.labeller:
         return split_names(c.labeller)
-    if c.function:
-        return ["function"]
-    return ["judge"] if c.api_model else ["rm"]
+    named = dict(function=c.function, judge=c.api_model, lm=c.judge_model_path)
+    return [name for name, given in named.items() if given][:1] or ["rm"]
 
 
 def compares(name: str, c: LabellerLoopOptions) -> bool:
     "Whether a labeller compares two answers, and gives no scores."
-    return is_person(name) or (name == "judge" and c.judge == "pairwise")
+    return is_person(name) or name == "lm" or (name == "judge" and c.judge == "pairwise")
 
 
 def has_comparisons(c: LabellerLoopOptions) -> bool:
@@ -1980,6 +1991,10 @@ def has_comparisons(c: LabellerLoopOptions) -> bool:
 
 # fields of LabelConfig that only a judge has
 JUDGE_FIELDS = {f.name for group in (JudgeOptions, BudgetOptions) for f in fields(group)}
+QUESTION_FIELDS = {
+    "system_prompt",
+    "label_prompt",
+}  # of these, what a language model here is asked
 
 # %% ../nbs/02_configs.ipynb #501c430a
 def evaluators(c: "LoopConfig") -> list[str]:
@@ -2012,7 +2027,9 @@ def labelling(
         own |= dict(base_url=c.judge_url or None)
         own |= dict(input_price=c.input_price, output_price=c.output_price)
     else:
-        options = {k: v for k, v in options.items() if k not in JUDGE_FIELDS}
+        own |= dict(judge_model_path=c.judge_model_path) if name == "lm" else {}
+        asks = QUESTION_FIELDS if name == "lm" else set()
+        options = {k: v for k, v in options.items() if k not in JUDGE_FIELDS - asks}
     if name == "function":
         own = dict(function=more.pop("function", c.function))
     for option in options:
@@ -2027,13 +2044,14 @@ def labelling(
 def who_problems(c: "LoopConfig") -> Iterator[str]:
     "Who is named and not asked, or asked and not named."
     who = labellers(c)
-    evaluate = [name for name in evaluators(c) if name == "judge"]
+    evaluate = [name for name in evaluators(c) if name in ("judge", "lm")]
     for name in who:
-        if name not in ("rm", "function", "judge") and not PERSON.fullmatch(name):
-            yield f"labeller: {name!r} is none of rm, function, judge and human:<name>"
+        if name not in ("rm", "function", "judge", "lm") and not PERSON.fullmatch(name):
+            yield f"labeller: {name!r} is none of rm, function, judge, lm and human:<name>"
     if len(set(who)) < len(who):
         yield f"labeller: {c.labeller} names somebody twice"
-    for name, field_name in (("function", "function"), ("judge", "api_model")):
+    named = dict(function="function", judge="api_model", lm="judge_model_path")
+    for name, field_name in named.items():
         given = bool(getattr(c, field_name))
         if given and name not in [*who, *evaluate]:
             asked = ", ".join(who)
@@ -2077,6 +2095,8 @@ def comparison_problems(c: "LoopConfig") -> Iterator[str]:
         yield f"feedback_mode: {c.feedback_mode} needs scores, and {who} has none; random"
     if c.threshold not in (None, 0):
         yield f"threshold: {who} has no scores that could differ by {c.threshold}; leave it out"
+    if c.without_length:
+        yield f"without_length: {who} has no scores that length could explain; leave it out"
     if not isinstance(c.unfinished, str):
         yield f"unfinished: {who} has no scores to take something off; keep or drop"
     scored = c.watch_reward or not all(compares(name, c) for name in labellers(c))
@@ -2100,7 +2120,9 @@ def labelling_problems(c: "LoopConfig") -> Iterator[str]:
             "reward model; add rm to it, or name the model in watch_reward"
         )
     options = read_options(c.label_options)
-    if unused := [k for k in options if k in JUDGE_FIELDS and not asks_judge(c)]:
+    asks_lm = "lm" in [*labellers(c), *evaluators(c)]
+    nobodys = JUDGE_FIELDS - (QUESTION_FIELDS if asks_lm else set())
+    if unused := [k for k in options if k in nobodys and not asks_judge(c)]:
         yield f"label_options: {unused[0]} is a judge's; name one with api_model"
     try:
         models = read_models(c.reward_checkpoint)
@@ -2113,7 +2135,7 @@ def labelling_problems(c: "LoopConfig") -> Iterator[str]:
 def evaluator_problems(c: "LoopConfig") -> Iterator[str]:
     "An evaluator that is unknown, or that is not named in full."
     who = evaluators(c)
-    known = ("rm", "watch", "function", "judge")
+    known = ("rm", "watch", "function", "judge", "lm")
     for name in who:
         if name not in known and not PERSON.fullmatch(name):
             yield f"eval_labeller: {name!r} is none of {', '.join(known)} and human:<name>"
@@ -2123,7 +2145,7 @@ def evaluator_problems(c: "LoopConfig") -> Iterator[str]:
         yield "eval_labeller: rm labels nothing here; name a model in watch_reward, ask watch"
     if c.eval_function and "function" not in who:
         yield "eval_function: given, and nobody asks it; add function to eval_labeller"
-    needed = dict(watch=c.watch_reward, judge=c.api_model)
+    needed = dict(watch=c.watch_reward, judge=c.api_model, lm=c.judge_model_path)
     needed["function"] = c.eval_function or c.function
     for name, given in needed.items():
         if name in who and not given:
@@ -2192,8 +2214,9 @@ class EvaluationOptions:
     eval_prompts: str = ""
     eval_num_prompts: PositiveInt = 128  # how many of them, at most
     eval_samples: PositiveInt = 4  # answers to each
-    # who evaluates: rm, watch (watch_reward), function, judge, human:<name>; the first decides
-    # which policy is best (empty: eval_function, watch_reward, then who labels, people apart)
+    # who evaluates: rm, watch (watch_reward), function, judge, lm, human:<name>; the first
+    # decides which policy is best (empty: eval_function, watch_reward, then who labels, people
+    # apart)
     eval_labeller: str = ""
     # "module:name" of a function (prompt turns, output text) -> number that evaluates (empty:
     # the one that labels)

@@ -8,32 +8,37 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'pair_records', 'gaps_to_choose_from', 'threshold_in_use', 'count_wins', 'companion_file', 'label_row',
            'label_rows', 'write_labels', 'was_paid_for', 'check_paid_labels_kept', 'read_journal', 'read_labels',
            'Labelled', 'score_differences', 'pair_verdicts', 'wins_of_files', 'feedback_from_scores',
-           'feedback_from_comparisons', 'other_thresholds', 'nothing_to_learn', 'what_was_made', 'write_feedback',
-           'with_dropped', 'penalised', 'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model',
-           'known_units', 'together', 'label_by_reward_model', 'label_by_function', 'compared_before',
-           'tell_kept_pairs', 'questions_about', 'judge_job', 'label_by_judge', 'fitting_questions', 'read_letters',
-           'comparison_row', 'letter_counts', 'label_by_letters', 'keys_of_row', 'check_can_compare', 'scored_by',
-           'scores_from_labels', 'label_from_journal', 'dry_run', 'timed', 'label_in_one_process', 'module_file',
-           'refuse_companions', 'check_outputs', 'require_room_for', 'main']
+           'feedback_from_comparisons', 'other_thresholds', 'nothing_to_learn', 'length_words', 'what_was_made',
+           'LengthPart', 'length_part', 'at_equal_length', 'write_feedback', 'with_dropped', 'penalised',
+           'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units', 'together',
+           'label_by_reward_model', 'label_by_function', 'compared_before', 'tell_kept_pairs', 'questions_about',
+           'judge_job', 'label_by_judge', 'fitting_questions', 'read_letters', 'comparison_row', 'letter_counts',
+           'label_by_letters', 'keys_of_row', 'check_can_compare', 'scored_by', 'scores_from_labels',
+           'label_from_journal', 'dry_run', 'timed', 'label_in_one_process', 'module_file', 'refuse_companions',
+           'check_outputs', 'require_room_for', 'main']
 
 # %% ../nbs/43_label.ipynb #51f9daca
 import copy
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from halos_nb.records import (
     Progress,
     RecordError,
+    as_text,
     atomic_write,
     check_record,
     on_disk,
@@ -45,6 +50,7 @@ from halos_nb.records import (
     write_json,
     write_records,
 )
+from .stats import centred, prompt_numbers
 from halos_nb.configs import (
     LabelConfig,
     Weighted,
@@ -503,6 +509,16 @@ LOST = (
 )
 
 
+def length_words(counts: dict) -> list[str]:
+    "What was taken out of the scores for length, in words; nothing where nobody asked."
+    if "length_slope" not in counts:
+        return []
+    if counts["length_slope"] is None:
+        return ["length explains nothing of these scores"]
+    slope, share = counts["length_slope"], counts["length_share"]
+    return [f"{slope:.3g} per 100 characters taken out, {share:.0%} of what differs"]
+
+
 def what_was_made(
     out: Path,
     counts: dict,  # where everything went
@@ -515,7 +531,42 @@ def what_was_made(
     if threshold is not None:
         parts.append(f"threshold {threshold}")
     parts += [f"{name.replace('_', ' ')} {counts[name]}" for name in LOST if counts.get(name)]
-    return ", ".join(parts)
+    return ", ".join([*parts, *length_words(counts)])
+
+# %% ../nbs/43_label.ipynb #bba253c3
+class LengthPart(NamedTuple):
+    "What length explains of scores."
+
+    slope: float  # of the score, a unit of length; NaN: there is none
+    share: float  # of the squared differences within prompts that it explains
+
+
+def length_part(
+    scores: Sequence[float], lengths: Sequence[float], prompts: Sequence[Hashable]
+) -> LengthPart:
+    "By least squares within prompts."
+    number = prompt_numbers(prompts)
+    y, x = centred(np.array(scores, float), number), centred(np.array(lengths, float), number)
+    xx, xy, yy = x @ x, x @ y, y @ y
+    if not xx or not yy:
+        return LengthPart(math.nan, 0.0)
+    return LengthPart(float(xy / xx), float(xy**2 / xx / yy))
+
+
+def at_equal_length(data: LabelInput, got: Labelled) -> Labelled:
+    "The scores without what length explains of them between answers to one prompt."
+    scored = list(got.scored or [])
+    known = {i: one.score for i, one in enumerate(scored) if one.score is not None}
+    longer = [len(as_text(data.samples[i]["output"])) / 100 for i in known]
+    prompts = [data.samples[i]["prompt_id"] for i in known]
+    found = length_part([*known.values()], longer, prompts)
+    told: dict = dict(length_slope=None, length_share=0.0)
+    if math.isfinite(found.slope):
+        told = dict(length_slope=round(found.slope, 6), length_share=round(found.share, 4))
+        mean = statistics.fmean(longer)
+        for (i, score), length in zip(known.items(), longer):
+            scored[i] = scored[i]._replace(score=score - found.slope * (length - mean))
+    return got._replace(scored=scored, counts=got.counts | told)
 
 # %% ../nbs/43_label.ipynb #31b05f50
 def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
@@ -526,6 +577,8 @@ def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
         write_labels(companion_file(out, "labels.jsonl"), got.rows)
     if got.scored is not None and not isinstance(cfg.unfinished, str):
         got = got._replace(scored=penalised(data, got.scored, cfg.unfinished))
+    if got.scored is not None and cfg.without_length:
+        got = at_equal_length(data, got)
     if got.scored is None:
         feedback, counts = feedback_from_comparisons(data, got, cfg)
     else:
@@ -884,6 +937,11 @@ def check_can_compare(cfg: LabelConfig, with_labels: bool) -> None:
         raise ValueError(
             f"feedback_type: {cfg.from_labels} holds compared pairs, of which no "
             f"{cfg.feedback_type} feedback is made"
+        )
+    if cfg.without_length:
+        raise ValueError(
+            f"without_length: the pairs compared in {cfg.from_labels} have no scores that "
+            "length could explain"
         )
     if not isinstance(cfg.unfinished, str):
         raise ValueError(

@@ -256,6 +256,7 @@ def feedback_form(
         feedback_mode=cfg.feedback_mode or "random",
         threshold=cfg.threshold if feedback_type == cfg.feedback_type else None,
         unfinished=cfg.unfinished,
+        without_length=cfg.without_length,
     )
 
 
@@ -362,6 +363,8 @@ def labeller_stage(
     if name == "judge":
         keeps = [files[1]]
         more |= dict(max_cost=cap.cost, max_requests=cap.requests)
+    if name == "lm":
+        inputs.append(cfg.judge_model_path)
     if name in ("rm", "watch"):
         models = cfg.reward_checkpoint if name == "rm" else cfg.watch_reward
         units = first_units(cfg, folder, "rm.counts.json") if name == "rm" else []
@@ -1538,12 +1541,13 @@ def located(cfg: LoopConfig) -> LoopConfig:
     "The config with its paths made absolute; an error if one is empty or names nothing."
     if cfg.function:
         require_function(cfg.function)
-    heldout = cfg.heldout_prompts
+    heldout, lm = cfg.heldout_prompts, cfg.judge_model_path
     return replace(
         cfg,
         sft_checkpoint=absolute(cfg.sft_checkpoint, "sft_checkpoint"),
         reward_checkpoint=located_models(cfg) if "rm" in labellers(cfg) else "",
         watch_reward=absolute(cfg.watch_reward, "watch_reward") if cfg.watch_reward else "",
+        judge_model_path=absolute(lm, "judge_model_path") if lm else "",
         prompts=absolute(cfg.prompts, "prompts"),
         heldout_prompts=absolute(heldout, "heldout_prompts") if heldout else "",
         **located_evaluation(cfg),
@@ -1863,6 +1867,7 @@ def labelled_by(cfg: LoopConfig, round: int | str) -> str:
     several = len(read_models(cfg.reward_checkpoint)) > 1
     names = dict(rm=f"{cfg.reward_checkpoint}" if several else "rm")
     names |= dict(function=cfg.function, judge=f"{cfg.api_model} ({cfg.judge})")
+    names |= dict(lm=cfg.judge_model_path)
     who = [names.get(name, name) for name in [*scoring, *comparing]]
     how = f" ({cfg.combine})" if len(who) > 1 else ""
     return "" if who == ["rm"] else f"{', '.join(who) or 'nobody'}{how}"
@@ -2458,7 +2463,7 @@ def check_sources(cfg: LoopConfig) -> None:
     for name in ("function", "eval_function"):
         if getattr(cfg, name):
             require_function(getattr(cfg, name), name)
-    for name in ("sft_checkpoint", "watch_reward"):
+    for name in ("sft_checkpoint", "watch_reward", "judge_model_path"):
         require_path(getattr(cfg, name), name)
     for name in ("prompts", "heldout_prompts"):
         if getattr(cfg, name):

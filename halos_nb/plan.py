@@ -837,8 +837,7 @@ def loop_stages(cfg: LoopConfig, place: Callable[[str], Place], given: Configs) 
     if cfg.backend == "vllm":
         yield "score", score
     models = [one.model for one in read_models(cfg.reward_checkpoint)]
-    if cfg.watch_reward:
-        models.append(cfg.watch_reward)
+    models += filter(None, [cfg.watch_reward, cfg.judge_model_path])
     for number, model in enumerate(models, 1):  # one after the other
         name = "label" if number == 1 else f"label {number}"
         yield "label", partial(label, name, model)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from halos_nb.configs import EvaluateConfig
+from halos_nb.configs import EvaluateConfig, LabelConfig, LoopConfig, evaluators, labellers
 from halos_nb.evaluate import main
+from halos_nb.label import main as label
 from halos_nb.label import write_labels
-from halos_nb.records import as_turns, prompt_id, read_jsonl, write_records
+from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records, write_records
 from halos_nb.templates import byte_tokenizer
 
 RULES = """
@@ -149,3 +150,45 @@ def test_the_score_that_trains_is_judged_on_the_answers_it_meets(tmp_path, rules
     [row] = evaluate(tmp_path, rows, rows, function=f"{rules}:length", **said)["orders"]
     assert (row["score"], row["by"], row["pairs"]) == ("rm", "function", 12)
     assert row["right"][0] == pytest.approx(1 / 3, abs=1e-5)
+
+
+def test_what_length_explains_is_taken_out_of_scores(tmp_path, rules):
+    rows = []
+    for number, text in enumerate(["a", "bbb", "cc"]):
+        rows += [row | dict(sample_id=number) for row in answers([text] * 2)]
+    rows[0]["output"] = "?"  # as long as the others say, and better
+    with open(tmp_path / f"{rules}.py", "a") as f:
+        f.write(
+            "\n\ndef asks(prompt, output):\n    return len(output) + 3.0 * ('?' in output)\n"
+        )
+    write_records(tmp_path / "samples.json", rows)
+    given = dict(samples_file=str(tmp_path / "samples.json"), function=f"{rules}:asks")
+    out = tmp_path / "out.json"
+    counts = label(LabelConfig(output_file=str(out), without_length=True, **given))
+    left = [row["reward"] for row in read_records(out)]
+    assert counts["length_slope"] == pytest.approx(
+        25
+    )  # a character: 1 in one prompt, -1/2 in the other
+    assert 0 < counts["length_share"] < 1
+    assert sum(left) == pytest.approx(1 + 3 + 2 + 3 + 1 + 3 + 2)  # the mean stays
+    said = [row["score"] for row in read_jsonl(tmp_path / "out.labels.jsonl")]
+    assert sorted(said) == [1, 2, 2, 3, 3, 4]  # as it was given
+    pairs = dict(feedback_type="pairwise", without_length=True, feedback_mode="random")
+    with pytest.raises(ValueError, match="without_length: a pairwise judge gives no scores"):
+        LabelConfig(
+            **given | dict(function=None, judge_model_path="lm"), output_file="o", **pairs
+        )
+
+
+def test_a_language_model_here_labels_and_evaluates_in_the_loop():
+    given = dict(sft_checkpoint="s", prompts="p", lr=1e-5, judge_model_path="lm")
+    cfg = LoopConfig(**given, evaluate_every=1, heldout_prompts="h")
+    assert (labellers(cfg), evaluators(cfg)) == (["lm"], ["lm"])
+    with pytest.raises(ValueError, match="judge_model_path: given, and nobody asks it"):
+        LoopConfig(**given, labeller="rm", reward_checkpoint="r")
+    with pytest.raises(ValueError, match="without_length: lm has no scores"):
+        LoopConfig(**given, without_length=True)
+    asked = LoopConfig(**given, label_options="label_prompt={prompt} {output_A} {output_B}")
+    with pytest.raises(ValueError, match="label_options: max_tokens is a judge's"):
+        LoopConfig(**given, label_options="max_tokens=3")
+    assert asked.feedback_type == "pairwise"

@@ -19,7 +19,7 @@ from conftest import every
 import torch
 from job_helpers import NEEDS_LINUX, quiet
 from test_judge import Server
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from halos_nb import ledger
 from halos_nb.configs import LabelConfig, LoopConfig
@@ -258,6 +258,23 @@ def test_several_reward_models_in_the_loop(loop, tmp_path, models):
     assert list(one["scores"]) == models and "0.7" in first.labelled_by
     mean = sum(s["reward"] for s in round_samples(start.folder)) / 16
     assert mean == pytest.approx(0, abs=1e-5)
+
+
+@every
+def test_a_language_model_here_compares_in_the_loop(loop, tmp_path):
+    tok, shape = byte_tokenizer(), dict(hidden_size=16, intermediate_size=16)
+    ids = dict(vocab_size=len(tok), pad_token_id=0, eos_token_id=2, bos_token_id=None)
+    shape |= dict(num_hidden_layers=2, num_attention_heads=2, initializer_range=1.0)
+    config = LlamaConfig(**ids, **shape)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+    tok.save_pretrained(tmp_path / "lm")
+    more = dict(max_length=2048, judge_model_path=str(tmp_path / "lm"))
+    _, first, _ = loop(method="dpo", total_prompts=4, **more)
+    looks = read_jsonl(first.folder / "lm.labels.jsonl")
+    assert {row["type"] for row in looks} == {"comparison"}
+    assert {row["labeller"] for row in looks} == {f"lm:{tmp_path / 'lm'}"}
+    assert first.counts["label"]["records"] > 0 and str(tmp_path / "lm") in first.labelled_by
 
 
 # ---- people
