@@ -203,6 +203,7 @@ FAILS = any_of(
 ABOUT = any_of(
     "answers addresses covers explains follows solves gives cuts dates? facts? details? steps? "
     "order parts? ideas? sources? examples? question rounded penalty_applied clearly slightly "
+    "short brief long "
     "too_(?:short|long|brief|vague|wordy|verbose|terse|simple) equal equally both_good"
 )
 JUDGES = rf"\b(?:{PRAISE}|{COMPARED}|{BLAME}|{FAILS}|{FAULTS}|{ABOUT})\b"
@@ -278,7 +279,8 @@ NO_REASONS = rules(
         "changes it": rf"\b(?:{CHANGE})\b|\b(?:to\s+be\s+)\w+ed\b"
         r"|\A\w+\s+(?:that\s+)?(?:it\s+is\s+)?(?:halved|doubled|withdrawn)\b",
         "another asks for it": r"\b(?:user|prompt|text|line|answer|response)\s+"
-        r"(?:asks?|asked|says?|said|tells?|told|wants?|demands?|wishes|insists)\b",
+        r"(?:asks?|asked|says?|said|tells?|told|wants?|demands?|wishes|insists)\b|"
+        r"\bI\s+(?:had|have|was|am|must|need)\b",
     }
 )
 
@@ -398,6 +400,7 @@ REPEATS = re.compile(
     r"\b(?:reads?|says?|said|contains?|demands?|writes?|wrote|with|(?:would|could|should)\s+be|"
     r"(?:the|this|following)\s+(?:line|text|words?|sentence))[*_`\s]*\n[*_`\s]*\Z|"
     r"\b(?:contain|say|read|end|begin|include|demand|state|claim|ask|add|repeat|quote)s?\b"
+    r"[^.!?;\n]*:\s*\Z|\bhere\s+is\s+(?:the|its|their)\s+(?:answer|response|text|reply)\b"
     r"[^.!?;\n]*:\s*\Z|\b(?:wrote|written|said|example|template)\b[^.!?;\n]*:\s*\Z",
     re.I,
 )
@@ -751,8 +754,11 @@ NOT_BEHIND = rules(
         "of the verdict": rf"\b{any_of(VERDICT_WORD)}\b|\ba\s+(?:half\s+)?(?:point|mark|"
         rf"third)\b",
         "of the judge": r"(?-i:\bI\b)|\b(?:me|my|mine|we|our|let['’]s)\b",
-        "of more and less": rf"\b(?:lower|higher|generous|lenient|harsh|deserv\w*|instead)\b"
+        "of more and less": rf"\b(?:lower|higher|generous|lenient|harsh|deserv\w*|"
+        r"worth|merits?|fewer\s+points|instead)\b"
         rf"|\bless\b(?!\s+(?:{PRAISE}|{BLAME}|{FAULTS})\b)|\b(?:add|drop|remove)\s+one\b",
+        "a quotation": r"\b(?:answer|text|response|reply|quotation)\s+(?:ends?|ended|begins|"
+        r"starts)\b",
         "no verdict": r"\b(?:provision\w*|tentativ\w*|pending|sarcas\w*|iron(?:y|ic\w*)|"
         r"guess\w*|coin|"
         r"random\w*|default|placeholder|previous\w*|no\s+(?:\w+\s+)?winner|either|unsure|"
@@ -1081,7 +1087,7 @@ EQUAL = r"\s*(?:[:=]|is|are|being|was)\s*"
 # where a scale is named, and its best number n
 SCALES_SAID = {
     "a scale of 5, from 1 to 5": rf"\bscale(?:\s+is|:)?\s+(?:of\s+|"
-    rf"from\s+)?(?:{N}{TO})?(?P<n>{N})",
+    rf"from\s+)?(?:{N}{TO})?(?P<n>{N})(?!\s*=)",
     "a 5-star scale, a 1-5 rubric": rf"(?<![\d.,\w])(?:{N}{TO})?(?P<n>{N}){NAMES_SCALE}",
     "scores go from 0 to 5": rf"\b{SCALED}\b[^.!?;\n\d]{{0,40}}?{N}{TO}(?P<n>{N})",
     "scale: [0, 5]": rf"\b(?:scale|range)\W{{0,3}}{N}\s*[,;]\s*(?P<n>{N})",
@@ -1106,7 +1112,7 @@ BEST_SAID = {
 # %% ../nbs/41_replies.ipynb #42d42f54
 DEFINED = re.compile(
     rf"(?<![\w.,/-])(?P<n>{N})\s*(?P<by>=|means|denotes|stands\s+for|is|being)\s*"
-    r"(?:the\s+|an?\s+)?(?P<label>[^\W\d_]+)",
+    r"(?:the\s+|an?\s+)?(?:very\s+)?(?P<label>[^\W\d_]+)",
     re.I,
 )
 
@@ -1292,9 +1298,12 @@ LENGTH = any_of("longer shorter long short brief briefer concise wordier terse t
 NOT = r"(?:\s+not|n['’]t)"
 # what is said of the one that has lost
 OF_A_LOSER = {
-    "a fault": rf"{HOW}\s+(?:{BLAME}|{FAILS}|{FAULTS}|too\s+\w+|hard\s+to\s+\w+|a\s+mere)",
-    "less": rf"{HOW}\s+(?:less\s+{PRAISE}|(?:fewer|less)\s+{THINGS_SAID}|another\s+\w+)",
-    "hardly": rf"{HOW}\s+(?:barely|hardly|scarcely)\s+\w+|{HOW}\s+neither\s+\w+\s+nor\s+\w+",
+    "a fault": rf"{HOW}\s+(?:{BLAME}|{FAILS}|{FAULTS}|too\s+(?!{PRAISE})\w+|a\s+mere|"
+    r"hard\s+to\s+(?:read|follow|understand|verify|parse|trust|use))",
+    "less": rf"{HOW}\s+(?:less\s+{PRAISE}|(?:fewer|less)\s+{THINGS_SAID}|"
+    rf"another\s+(?:question|topic|task))",
+    "hardly": rf"{HOW}\s+(?:barely|hardly|scarcely)\s+{PRAISE}|"
+    rf"{HOW}\s+neither\s+{PRAISE}\s+nor\s+{PRAISE}",
     "more than needed": rf"{HOW}\s+{PRAISE}\s+than\s+(?:needed|necessary|asked)",
     "does not": rf"\s+(?:does|did){NOT}(?:\s+(?:\w+ly|even|quite))?(?:\s+{SAID_OF}\b|\W*\Z)",
     "is not": rf"\s+(?:is|was){NOT}(?:\s+{NOT_THIS})?(?:\s+{PRAISE}\b|\W*\Z)",
@@ -1622,6 +1631,8 @@ def names_two(found: dict, winner: str) -> bool:
         said = choice_in_json(x[0] if isinstance(x, list) and x else x)
         is_lost = name in ("loser", "worse", "worst")
         if is_lost and said == winner:
+            return True
+        if name in ("tie", "istie", "draw", "isdraw") and x is True and winner != "tie":
             return True
         if (
             said not in (None, winner)
