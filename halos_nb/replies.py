@@ -1052,7 +1052,8 @@ OVERALL = rf"\b(?:overall|total|sum)(?:\s+{SCORE})?{BEHIND}{VALUE}"
 def other_totals(text: str, stated: list[Value | None]) -> list[Value | None]:
     "One None where an overall score is another than the final one."
     same = {value.x for value in stated if value is not None}
-    return [None for found in find_all(OVERALL, text) if to_float(found["x"]) not in same][:1]
+    others = {to_float(found["x"]) for found in find_all(OVERALL, text)} - same
+    return [None] if others else []
 
 # %% ../nbs/41_replies.ipynb #456881f1
 def statements(
@@ -1660,8 +1661,9 @@ def marked_winners(text: str) -> list[str | None]:
     for thing, start, end in json_objects(text):
         told = is_repeated(text[max(0, start - 400) : start])
         for name in map(choice_in_json, fields_named(thing or {}, WINNERS)):
-            clear = name and not told and is_given(text, start, end, name)
-            clear = clear and thing and not names_two(thing, name)
+            clear = not told and is_given(text, start, end, name)
+            if name is None or thing is None or names_two(thing, name):
+                clear = False
             winners.append(name if clear else None)
         cut_off = cut_off and thing is None
     is_told = cut_off or re.search(r"[{,]\s*[\"']?winner[\"']?\s*:", text, re.I)
@@ -1765,8 +1767,8 @@ def read_winner(reply: str) -> Reading:
     if why := broken(NO_VERDICT, prose_of(text)):
         return unread(why)
     try:
-        alone = whole_choice(text)
-        winners = [alone] if alone else marked_winners(text) + announced_winners(text)
+        alone: list[str | None] = [choice] if (choice := whole_choice(text)) else []
+        winners = alone or marked_winners(text) + announced_winners(text)
         return settled(winners + stated_winners(text), text)
     except TooMany as many:
         return unread(str(many))
