@@ -46,6 +46,7 @@ from halos_nb.show import (
     word_diff,
 )
 from .figures import styled, end_to_end, hover, thin
+from .loop import MEASURED
 from .rewards import frontier as reward_frontier, run_line
 from halos_nb.runs import (
     Run,
@@ -273,7 +274,8 @@ def results(run: Run) -> dict:
     "What came of a run: the last round's numbers, and what was gained since the first."
     first = run.rounds[0]
     last = run.rounds[-1]
-    row: dict = dict(run=run.name, rounds=len(run.rounds))
+    trained = [one for one in run.rounds if one["round"] not in MEASURED]
+    row: dict = dict(run=run.name, rounds=len(trained))
     for key in ("reward", "true_reward", "share_of_way", "kl"):
         if key in last:
             row[key] = last[key]

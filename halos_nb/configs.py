@@ -2716,6 +2716,10 @@ class RoundLabelConfig:
     run_name: RunName = "online"  # the run's folder under runs/
     labeller: str = ""  # who labels, human:<name> (empty: whom the run waits for)
     guidelines: str = ""  # shown above the pairs
+    # the next pair: as they were drawn, or the one that your answers so far foretell least
+    next_pair: Literal["drawn", "uncertain"] = "drawn"
+    # next_pair uncertain: the share that is drawn at random all the same
+    random_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     # widget: somebody can press keys; static: nobody can
     mode: Literal["auto", "widget", "static"] = "auto"
 

@@ -25,7 +25,7 @@ from .identity import read_manifest
 from .loop import Round, losses_of, round_counts, round_samples
 from .show import escape, readable, spread
 from .figures import reward_distributions
-from .runs import Run, read_run
+from .runs import Run, placed, read_run
 
 # %% ../nbs/71_handover.ipynb #39aebef4
 SIGNS = re.compile(r"([\\`*_{}\[\]()#+|~-])")  # that mean something in Markdown
@@ -164,7 +164,7 @@ def card_text(run: Run) -> str:
 # %% ../nbs/71_handover.ipynb #a221cf03
 def final_of(run_dir: str | Path) -> Path:
     "The run's last good model, where its link leads."
-    link = Path(run_dir) / "policy"
+    link = placed(run_dir) / "policy"
     if not (link / "config.json").is_file():
         raise ValueError(f"{run_dir}: no policy in it yet; no round has finished its training")
     return link.resolve()

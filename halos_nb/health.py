@@ -307,8 +307,8 @@ NAMES = dict(
 def in_words(bound: Bound, form: str) -> str:
     "Where a measure's limits are; empty if it has none."
     if bound.low > -math.inf:
-        return f" of {bound.low:{form}} to {bound.high:{form}}"
-    return f" of {bound.high:{form}}" if bound.high < math.inf else ""
+        return f"may be {bound.low:{form}} to {bound.high:{form}}"
+    return f"limit {bound.high:{form}}" if bound.high < math.inf else ""
 
 
 def closest(bound: Bound, value: float) -> float:
@@ -328,11 +328,12 @@ def health_line(
         value = getattr(now, name)
         if value is not None:
             bound = allowed.get(name, Bound())
-            words = in_words(bound, form)
+            said = [in_words(bound, form)]
             beyond = not bound.low <= value <= bound.high
             if beyond and abs(value - closest(bound, value)) <= doubt(name, now, start, limits):
-                words += " (may be chance)"
-            parts.append(f"{called} {value:{form}}{words}")
+                said.append("may be chance")
+            words = "; ".join(filter(None, said))
+            parts.append(f"{called} {value:{form}}" + f" ({words})" * bool(words))
     line = ", ".join(parts) or "nothing is known"
     few = now.answers < limits.answers
     return line + f" (only {now.answers} answers: too few to judge)" * few

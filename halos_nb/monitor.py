@@ -74,10 +74,12 @@ from halos_nb.figures import (
 from .rewards import round_means
 from halos_nb.runs import (
     RIGHT,
+    NoRun,
     Truth,
     held_out_words,
     is_finished,
     known_row,
+    placed,
     read_feedback,
     add_seconds,
     with_truth,
@@ -735,7 +737,10 @@ class RunMonitor:
         truth: Truth | None = None,  # where the true reward can be computed
         best: float | None = None,  # true reward of the best possible answer
     ) -> None:
-        self.run = Path(run).absolute()
+        try:
+            self.run = placed(run).absolute()
+        except NoRun:  # it will come
+            self.run = Path(run).absolute()
         self.mode = display_mode(mode)
         self.every = every
         self.stale = stale

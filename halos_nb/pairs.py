@@ -77,6 +77,7 @@ from halos_nb.show import (
     visible,
 )
 from .figures import hover, styled
+from .runs import placed
 from .people import most_disputed
 
 # %% ../nbs/65_pairs.ipynb #aa4cc834
@@ -581,7 +582,7 @@ def read_pairs(
     if not sources:
         raise ValueError("source: names no run; give a run's folder or a feedback file")
     words = Path(samples) if samples else None
-    runs = [read_run_pairs(Path(one), words) for one in sources]
+    runs = [read_run_pairs(placed(one), words) for one in sources]
     return read_flags(runs[0] if len(runs) == 1 else joined(runs))
 
 # %% ../nbs/65_pairs.ipynb #df517118

@@ -11,10 +11,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .records import nothing_at
+from .runs import NoRun, placed
 
 # %% ../nbs/76_printing.ipynb #0471b5e4
 BROWSERS = (
@@ -119,6 +121,8 @@ def pdf(
     path: str | Path | None = None,  # where the PDF goes (None: beside it, with its name)
 ) -> Path:
     "Print a run's page or an executed notebook, and return the path of the PDF."
+    with suppress(NoRun):
+        source = placed(source)
     source = Path(source)
     if source.is_dir():
         source = source / "report.html"

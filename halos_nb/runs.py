@@ -9,9 +9,9 @@ __all__ = ['SAID_IN_WORDS', 'AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROW
            'held_out_words', 'labelling_columns', 'read_feedback', 'summary_row', 'sampled_by_older', 'row_code',
            'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'add_seconds', 'is_finished',
            'run_summary', 'health_rows', 'as_interval', 'evaluations', 'evaluation_row', 'evaluation_rows', 'win_rows',
-           'interval_formats', 'Run', 'with_truth', 'read_params', 'add_truth', 'read_run', 'refuse_run_file', 'pack',
-           'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start', 'mean_of', 'gains_of',
-           'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
+           'interval_formats', 'Run', 'with_truth', 'NoRun', 'placed', 'read_params', 'add_truth', 'read_run',
+           'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds', 'both_ends', 'run_row', 'above_start',
+           'mean_of', 'gains_of', 'over_seeds', 'last_answers', 'paired_differences', 'mean_rounds']
 
 # %% ../nbs/63_runs.ipynb #d52c9309
 import fnmatch
@@ -58,7 +58,7 @@ from halos_nb.stats import (
 )
 from .configs import did_you_mean, read_models
 from .verdicts import mean_or_none, pair_table
-from .settings import Profile
+from .settings import Profile, load_settings
 from .identity import PACKAGE
 from .ledger import RunFolder, is_number, read_events
 from halos_nb.loop import (
@@ -510,6 +510,33 @@ def with_truth(samples: list[dict], truth: Truth) -> list[dict]:
     "The samples, each with its true reward."
     return [s | {"true_reward": truth(s["prompt"], s["output"])} for s in samples]
 
+# %% ../nbs/63_runs.ipynb #7a952734
+class NoRun(FileNotFoundError, ValueError):
+    "Nothing is where a run, or a file of one, was named."
+
+
+def placed(
+    source: str | Path,  # a path, or a run's name; with `runs/` before it or not
+) -> Path:
+    "Where that lies; an error says what was probably meant."
+    path = Path(source).expanduser()
+    if path.exists() or on_disk(path).exists():
+        return path
+    runs = Path(load_settings().runs_dir).absolute()
+    inside = path.relative_to("runs") if path.parts[:1] == ("runs",) else path
+    if path.is_absolute() or not inside.parts:
+        raise NoRun(nothing_at(path))
+    if (runs / inside).exists() or on_disk(runs / inside).exists():
+        return runs / inside
+    name, *more = inside.parts
+    if more and (runs / name).is_dir():
+        raise NoRun(nothing_at(runs / inside))
+    said = nothing_at(path)
+    if "did you mean" in said:
+        raise NoRun(said)
+    known = sorted(p.name for p in runs.glob("*") if (p / "run.json").exists())
+    raise NoRun(f"no run is called {name} in {runs}; {did_you_mean(name, known)}")
+
 # %% ../nbs/63_runs.ipynb #7010e458
 def read_params(folder: Path) -> dict:
     "A run's params.json; a ValueError that says what is wrong with it."
@@ -551,7 +578,7 @@ def read_run(
     best: float | None = None,  # true reward of the best possible answer
 ) -> Run:
     "A run; a ValueError that says why it cannot be compared."
-    folder = Path(folder)
+    folder = placed(folder)
     params = read_params(folder)
     if not (folder / "ledger.jsonl").exists():
         raise ValueError(f"{folder}: no ledger.jsonl")

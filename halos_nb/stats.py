@@ -79,13 +79,15 @@ def prompts_of(rows: Sequence) -> list[Hashable]:
 
 # %% ../nbs/01_stats.ipynb #3dd202b5
 class Interval(NamedTuple):
-    "A number and its 95% interval, NaN where there is none; `f'{i:.1%}'` formats all three."
+    "A number and its 95% interval, NaN where there is none; `f'{i:.1%}'` says all three."
 
     value: float
     low: float
     high: float
 
     def __format__(self, spec: str) -> str:
+        if math.isnan(self.low) and math.isnan(self.high):
+            return "unknown" if math.isnan(self.value) else f"{self.value:{spec}} (no interval)"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 

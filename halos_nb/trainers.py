@@ -164,7 +164,8 @@ def pair_metrics(
         f"loss/{mode}": losses.detach(),
         f"rewards_{mode}/chosen": chosen,
         f"rewards_{mode}/rejected": rejected,
-        f"rewards_{mode}/accuracies": (chosen > rejected).float(),
+        # a tie is half right, as in 01_stats: before the first step nothing else may be there
+        f"rewards_{mode}/accuracies": ((chosen - rejected).sign() + 1) / 2,
         f"rewards_{mode}/margins": chosen - rejected,
     }
 

@@ -460,12 +460,13 @@ def label_round(
     cfg: PeopleConfig,  # of the stage that waits
     guidelines: str = "",  # shown above the pairs
     mode: str = "auto",  # widget, static, or what suits the place
+    rule: OfferRule | None = None,  # how the next pair is chosen (None: as they were drawn)
 ) -> HumanLabeler | Shown:
     "The pairs that a run waits for, to be labelled, or how far that is."
     session, _ = open_questions(cfg)
     if session is None:
         return summary_table([dict(labeller=cfg.labeller, pairs=0)], title="Nothing to label")
-    shown = label_pairs(SessionView(session, None, guidelines), mode)
+    shown = label_pairs(SessionView(session, None, guidelines, rule=rule), mode)
     if isinstance(shown, HumanLabeler):
         answer_while_busy(shown)  # the cell that shows it may be the one that waits
     return shown

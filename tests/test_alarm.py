@@ -141,7 +141,7 @@ def test_what_a_few_answers_leave_in_doubt_is_asked_again(pretended):
     assert (
         len(again) >= 512 > len(json.loads((pretended.run / "round-1/check.json").read_text()))
     )
-    assert "unreadable 20% of 10% (may be chance)" in rounds[0].health
+    assert "unreadable 20% (limit 10%; may be chance)" in rounds[0].health
     assert list(rounds[0].seconds) == ["sample", "label", "train", "check", "recheck"]
 
 
@@ -186,8 +186,8 @@ def test_a_healthy_run_is_shown_and_keeps_its_last_policy(pretended):
     rounds = pretended()
     assert [r.policy.exists() for r in rounds] == [False, True, True]
     assert (pretended.run / "policy").resolve() == rounds[1].policy
-    assert "health after it: unreadable 0% of 10%" in str(rounds[0])
-    assert "health: unreadable 0% of 10%, score 3.50 of" in str(rounds[2])
+    assert "health after it: unreadable 0% (limit 10%)" in str(rounds[0])
+    assert "health: unreadable 0% (limit 10%), score 3.50 (may be" in str(rounds[2])
     everything = ["sample", "label", "train", "check"]
     assert [r.skipped for r in pretended()] == [everything] * 2 + [everything[:2]]
     assert all("check" in r.seconds for r in rounds[:2])

@@ -90,6 +90,8 @@ CALLS = [
     (lambda: load_data("odd.csv"), "columns q, a are in no known format; rename them"),
     (lambda: halos_nb.LoopConfig(bta=1), "bta: unknown parameter; did you mean `beta`?"),
     (lambda: halos_nb.report("runs/onlin"), "did you mean `runs/online`?"),
+    (lambda: halos_nb.browse_pairs("runs/onlin"), "did you mean `runs/online`?"),
+    (lambda: halos_nb.browse_pairs("onlin"), "did you mean `online`?"),
     (lambda: halos_nb.compare_runs("rums"), "did you mean `runs`?"),
     (lambda: halos_nb.compare_run, "did you mean `compare_runs`?"),
     (
@@ -115,7 +117,8 @@ JARGON = re.compile(r"https?://|pydantic|Input should|type=|validation error|Arg
 def desk(tmp_path, monkeypatch):
     "A folder as somebody works in it: a run, prompts, pairs, notes."
     (tmp_path / "runs/online").mkdir(parents=True)
-    (tmp_path / "runs/online/params.json").write_text("{}", encoding="utf-8")
+    for name in ("params.json", "run.json"):
+        (tmp_path / "runs/online" / name).write_text("{}", encoding="utf-8")
     files = {
         "prompts.jsonl": '{"prompt": "Hi"}\n',
         "pairs.json": "[]",
