@@ -165,7 +165,7 @@ def pair_metrics(
         f"rewards_{mode}/chosen": chosen,
         f"rewards_{mode}/rejected": rejected,
         # a tie is half right, as in 01_stats: before the first step nothing else may be there
-        f"rewards_{mode}/accuracies": ((chosen - rejected).sign() + 1) / 2,
+        f"rewards_{mode}/accuracies": (chosen > rejected) + (chosen == rejected) / 2,
         f"rewards_{mode}/margins": chosen - rejected,
     }
 
