@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from halos_nb.records import (
     RecordError,
     as_turns,
@@ -28,8 +26,8 @@ from halos_nb.records import (
 from halos_nb.stats import (
     UNKNOWN,
     Interval,
-    bootstrap_sums,
     share_interval,
+    share_of_parts,
     share_over_prompts,
 )
 from .configs import BenchmarkConfig, LabelConfig, refuse_own_inputs
@@ -142,23 +140,11 @@ def judge_pairs(pairs: list[BenchPair], scores: dict[tuple, float | None]) -> Ju
 
 # %% ../nbs/46_benchmarks.ipynb #a8a14234
 def weighted_accuracy(judged: Judged, weights: dict[str, float]) -> Interval:
-    "Accuracy over subsets with weights, with its bootstrap interval over prompts."
-    names = [name for name in weights if name in judged.subset]
-    if not names:
-        return UNKNOWN
-    subset = np.array(judged.subset)
-    right = np.array(judged.right)
-    columns = []
-    for name in names:
-        here = subset == name
-        columns += [right * here, here.astype(float)]
-    share = [weights[name] / sum(weights[n] for n in names) for name in names]
-
-    def accuracy(*sums: Any) -> Any:  # right and all, subset by subset
-        rates = [sums[i] / sums[i + 1] for i in range(0, len(sums), 2)]
-        return sum(w * rate for w, rate in zip(share, rates))
-
-    return bootstrap_sums(accuracy, columns, judged.prompts)
+    "Accuracy over subsets with weights, with its interval over prompts."
+    here = [i for i, subset in enumerate(judged.subset) if subset in weights]
+    right = [judged.right[i] for i in here]
+    prompts = [judged.prompts[i] for i in here]
+    return share_of_parts(right, prompts, [judged.subset[i] for i in here], weights)
 
 # %% ../nbs/46_benchmarks.ipynb #dbe9a184
 def subset_row(judged: Judged, name: str) -> dict:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OWN', 'ASKED', 'seen_prompts', 'only_unseen', 'Comparisons', 'characters', 'by_prompt', 'reward_of', 'compare_scores',
-           'compare_looks', 'three', 'win_row', 'Said', 'read_said', 'with_scores', 'scored_by', 'against_one',
-           'labeller_row', 'sizes_up_to', 'best_of_curve', 'orders', 'labeller_names', 'who_decides', 'decision',
-           'evaluation', 'as_text_of', 'told', 'Task', 'tasks_of', 'label_config', 'unit_in_words', 'ask_labellers',
-           'made_beside', 'for_labellers', 'write_alpaca', 'to_same_prompts', 'check_outputs', 'main']
+           'compare_looks', 'three', 'mean_of_prompts', 'win_row', 'Said', 'read_said', 'with_scores', 'scored_by',
+           'against_one', 'labeller_row', 'sizes_up_to', 'whole_prompts', 'best_of_curve', 'orders', 'labeller_names',
+           'who_decides', 'decision', 'evaluation', 'as_text_of', 'told', 'Task', 'tasks_of', 'label_config',
+           'unit_in_words', 'ask_labellers', 'made_beside', 'for_labellers', 'write_alpaca', 'to_same_prompts',
+           'check_outputs', 'main']
 
 # %% ../nbs/45_evaluate.ipynb #ab68f129
 import math
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from halos_nb.records import (
     RecordError,
@@ -33,6 +36,7 @@ from halos_nb.stats import (
     length_controlled,
     mean_interval,
     order_accuracy,
+    prompt_means,
     prompts_of,
     rate_interval,
 )
@@ -154,12 +158,14 @@ def three(interval: Interval) -> list[float | None]:
     return [round(x, 6) if math.isfinite(x) else None for x in interval]
 
 
+def mean_of_prompts(values: Iterable, prompts: Sequence) -> Interval:
+    "The mean of prompts' means: prompts weigh alike, however many answers each has."
+    return mean_interval(prompt_means(values, prompts))
+
+
 def win_row(met: Comparisons) -> dict:
     "Comparisons in numbers."
-    groups: dict[Any, list[float]] = {}
-    for prompt, won in zip(met.prompts, met.won):
-        groups.setdefault(prompt, []).append(won)
-    rates = [sum(group) / len(group) for group in groups.values()]
+    rates = prompt_means(met.won, met.prompts)
     even = length_controlled(met.won, met.longer, met.prompts)
     return dict(
         win_rate=three(rate_interval(rates)),
@@ -245,7 +251,7 @@ def labeller_row(
     told: dict = dict(score=None, unscored=None, against={})
     if ours is not None:
         rewards = floats(ours)
-        told["score"] = three(mean_interval(rewards, prompts_of(ours)))
+        told["score"] = three(mean_of_prompts(rewards, prompts_of(ours)))
         told["unscored"] = int(sum(not math.isfinite(x) for x in rewards))
     for name, others in against.items():
         row = against_one(ours, rows, others, labels.get(f"{labeller}@{name}"))
@@ -260,14 +266,24 @@ def sizes_up_to(most: int) -> list[int]:
     return sorted({*doubled, most})
 
 
+def whole_prompts(scored: Sequence[list[dict]], most: int) -> set:
+    "The prompts of which every labeller has scored so many of the same answers."
+    known: dict[Any, int] = {}
+    for of_one in zip(*scored, strict=True):
+        prompt = of_one[0]["prompt_id"]
+        known[prompt] = known.get(prompt, 0) + int(np.isfinite(floats(of_one)).all())
+    return {prompt for prompt, n in known.items() if n >= most}
+
+
 def best_of_curve(scored: dict[str, list[dict]], chooser: str, most: int) -> list[dict]:
     "What every labeller thinks of the answer that one of them chooses among n."
     curve = []
+    full = whole_prompts(list(scored.values()), most)
     for n in sizes_up_to(most):
-        point: dict = dict(n=n, kl_bound=round(best_of_n_kl(n), 6))
+        point: dict = dict(n=n, prompts=len(full), kl_bound=round(best_of_n_kl(n), 6))
         for name, rows in scored.items():
             chosen = zip(scored[chooser], rows, strict=True)
-            both = [a | dict(other=b["reward"]) for a, b in chosen]
+            both = [a | dict(other=b["reward"]) for a, b in chosen if a["prompt_id"] in full]
             point[name] = three(best_of_n(both, n, "other"))
         curve.append(point)
     return curve
@@ -345,8 +361,8 @@ def evaluation(
     labellers = {name: labeller_row(name, rows, against, labels) for name in names}
     prompts = prompts_of(rows)
     found: dict = dict(prompts=len(set(prompts)), answers=len(rows))
-    found["characters"] = three(mean_interval(map(characters, rows), prompts))
-    found["kl"] = three(mean_interval(kl_terms(rows), prompts))
+    found["characters"] = three(mean_of_prompts(map(characters, rows), prompts))
+    found["kl"] = three(mean_of_prompts(kl_terms(rows), prompts))
     finished = [row.get("finished") for row in rows]
     found["cut"] = finished.count(False)
     found["labellers"] = labellers

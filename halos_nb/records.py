@@ -9,18 +9,18 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_B
            'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample',
            'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened',
            'field_name', 'rule_of', 'problem_of', 'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw',
-           'fuller', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text',
-           'as_text', 'unpack_zstd', 'unpack_parts', 'packed_beside', 'on_disk', 'files_like', 'nothing_at',
-           'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped', 'equal_but_for_spaces',
-           'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault', 'fault_in', 'usable_json',
-           'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records',
-           'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk',
-           'require_room', 'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'hidden_name', 'is_alive',
-           'is_left_over', 'remove_left_over', 'clean_left_over', 'clean_beside', 'put_aside', 'atomic_write',
-           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
-           'wait_for_lock', 'is_locked', 'lock_file', 'without_torn_line', 'cut_torn_line', 'append_jsonl',
-           'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file',
-           'unpack_file', 'file_hash', 'Progress']
+           'fuller', 'plain', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text',
+           'turn_text', 'as_text', 'unpack_zstd', 'unpack_parts', 'packed_beside', 'on_disk', 'files_like',
+           'nothing_at', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped',
+           'equal_but_for_spaces', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
+           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
+           'check_type', 'check_records', 'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text',
+           'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
+           'temporary', 'hidden_name', 'is_alive', 'is_left_over', 'remove_left_over', 'clean_left_over',
+           'clean_beside', 'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json',
+           'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'without_torn_line',
+           'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'read_objects',
+           'label_lines', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -360,6 +360,15 @@ def fuller(a: Drawn | None, b: Drawn | None) -> Drawn | None:
     return a
 
 # %% ../nbs/00_records.ipynb #2b071bd2
+def plain(value: Any) -> Any:
+    "A value of lists and dicts, with None for what is no finite number, as orjson has it."
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def dump_json(
     value: Any,
     options: int = 0,  # of orjson
@@ -371,7 +380,7 @@ def dump_json(
         problem = e
     try:
         text = json.dumps(
-            value,
+            plain(value),
             ensure_ascii=False,
             allow_nan=False,
             separators=(",", ":"),

@@ -9,6 +9,7 @@ __all__ = ['DROPPED', 'RATIOS', 'PLACES', 'ScoredPairs', 'read_scored_pairs', 's
            'length_line', 'length_axis', 'accuracy_by_length']
 
 # %% ../nbs/72_reward_report.ipynb #6555b907
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from halos_nb.stats import (
     UNKNOWN,
     Interval,
     calibrate,
+    effective_prompts,
+    hits_difference,
     hits_of,
     mean_difference,
     mean_interval,
@@ -79,6 +82,13 @@ def read_scored_pairs(path: str | Path) -> ScoredPairs:
                 f"{path}, line {number}: has no {', '.join(missing)}, as an earlier version "
                 "wrote it; which pairs belong to one prompt is not known. Train again"
             )
+        for name in ("chosen", "rejected"):
+            score = row.get(name)
+            if not isinstance(score, int | float) or not math.isfinite(score):
+                raise ValueError(
+                    f"{path}, line {number}: field `{name}` is {score!r}, not the score of an "
+                    "answer; score the pairs again"
+                )
     return ScoredPairs(rows)
 
 # %% ../nbs/72_reward_report.ipynb #0f446b81
@@ -93,10 +103,11 @@ def accuracy_row(name: str, pairs: ScoredPairs, mask: np.ndarray) -> dict:
     prompts = [prompt for prompt, kept in zip(pairs.prompts, mask) if kept]
     right, as_longer = pairs.right[mask], pairs.as_longer[mask]
     row = dict(part=name, pairs=int(mask.sum()), prompts=len(set(prompts)))
+    row["effective prompts"] = round(effective_prompts(prompts), 1)
     return row | {
         "model": share_over_prompts(right.tolist(), prompts),
         "the longer wins": share_over_prompts(as_longer.tolist(), prompts),
-        "gain": mean_difference(right, as_longer, prompts),
+        "gain": hits_difference(right, as_longer, prompts),
     }
 
 
@@ -127,8 +138,13 @@ def margin_rows(pairs: ScoredPairs) -> list[dict]:
         ("right, length regressed out", left.share, "0.5: nothing but length"),
         ("margin per 100 words longer", left.slope, "0: length plays no part"),
         ("too sure by", found.too_sure, "mean claim less share right"),
+        ("best slope of the margins", found.slope_interval, "1: calibrated; below: too sure"),
         ("calibration error (ECE)", found.error, f"{len(found.bins)} bins"),
-        ("the same by chance alone", found.chance, "if all claims were true"),
+        (
+            "the same by chance alone",
+            found.chance,
+            "if all claims were true, of pairs as alike",
+        ),
         ("Brier score", found.brier, "0.25: a coin"),
         ("log loss (nats)", found.log_loss, "0.693: a coin"),
     ]
@@ -207,7 +223,7 @@ def change_rows(pairs: ScoredPairs) -> list[dict]:
             what="right",
             before=right,
             after=share_over_prompts(is_right, pairs.prompts),
-            change=mean_difference(is_right, was_right, pairs.prompts),
+            change=hits_difference(is_right, was_right, pairs.prompts),
         ),
         dict(
             what="margin",
@@ -220,7 +236,7 @@ def change_rows(pairs: ScoredPairs) -> list[dict]:
 
 def change_text(x: Interval) -> str:
     "A number with its interval."
-    return f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]"
+    return f"{x:.2f}"
 
 
 def told_change(path: str | Path) -> tuple[str, list[dict]]:
@@ -263,7 +279,7 @@ def seed_rows(
     for name, mask in slices(pairs).items():
         prompts = [prompt for prompt, kept in zip(pairs.prompts, mask) if kept]
         each = [float(model.right[mask].mean()) for model in seeds]
-        gain = mean_difference(right[mask], pairs.as_longer[mask], prompts)
+        gain = hits_difference(right[mask], pairs.as_longer[mask], prompts)
         row = dict(part=name, pairs=int(mask.sum()), prompts=len(set(prompts)))
         row |= {
             "mean over seeds": share_over_prompts(right[mask].tolist(), prompts),
@@ -288,7 +304,7 @@ def compared_rows(
         prompts = [prompt for prompt, kept in zip(pairs.prompts, mask) if kept]
         for name, right in rights.items():
             share = share_over_prompts(right[mask].tolist(), prompts)
-            gain = mean_difference(right[mask], rights[first][mask], prompts)
+            gain = hits_difference(right[mask], rights[first][mask], prompts)
             row = dict(part=part, pairs=int(mask.sum()), model=name)
             row |= dict(seeds=len(models[name]), accuracy=share)
             rows.append(row | {f"less {first}": gain if name != first else None})

@@ -391,7 +391,7 @@ def win_rates(
     found = [finite_values(rows) for rows in rounds.values()]
     notes = [
         f"Share of comparisons won against {escape(against)}, by score",
-        "95% bootstrap interval over prompts",
+        "95% interval over prompts",
         left_out(sum(lost for _, lost in found)),
     ]
     xaxis = round_axis(rounds, [len(scores) for scores, _ in found])

@@ -29,6 +29,20 @@ def test_intervals_hold_the_truth(name, prompts):
     assert 0.93 - 3 * NOISE <= held <= min(0.97 + 3 * NOISE, 1 - 0.5 / STUDIES)
 
 
+@pytest.mark.parametrize("prompts", [60, 128])
+@pytest.mark.parametrize("name", coverage.HARD)
+def test_intervals_hold_the_truth_where_it_is_hard(name, prompts):
+    "Exact and bounded ones more often than they promise, none less."
+    held = coverage.coverage(coverage.HARD[name], prompts, STUDIES, draws=100, seed=11)
+    assert held >= 0.93 - 3 * NOISE
+
+
+def test_ties_are_no_coins():
+    "Of win rates with ties the truth lies within, and outside as often as it should."
+    held = coverage.coverage(coverage.with_ties(0.6), 128, 600, draws=0, seed=3)
+    assert 0.92 <= held <= 0.98
+
+
 def alone(prompts, draws, rng):
     "`clustered_share`, told that every row stands alone."
     truth = rng.uniform(0.5, 0.9)

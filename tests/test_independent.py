@@ -11,6 +11,7 @@ import statsmodels.api as sm
 
 from halos_nb.stats import (
     best_of_n,
+    bounded_mean,
     bootstrap_sums,
     calibrate,
     cohen_kappa,
@@ -21,6 +22,7 @@ from halos_nb.stats import (
     mean_interval,
     mean_over_seeds,
     order_accuracy,
+    reach,
     share_interval,
     share_over_prompts,
     slope,
@@ -54,16 +56,32 @@ def test_a_share(k, n):
     assert share_interval(k, n) == pytest.approx((k / n, *theirs), **SAME)
 
 
+def bell_mccaffrey(y):
+    "Mean and CR2 error by its matrices: each prompt's residuals by (I - H)^(-1/2)."
+    from scipy.linalg import fractional_matrix_power
+
+    meat = 0.0
+    for prompt in range(60):
+        rest = y[NUMBER == prompt] - y.mean()
+        hat = np.full((len(rest), len(rest)), 1 / len(y))
+        meat += (fractional_matrix_power(np.eye(len(rest)) - hat, -0.5) @ rest).sum() ** 2
+    return y.mean(), math.sqrt(meat) / len(y)
+
+
+def kish(rows):
+    return rows.sum() ** 2 / (rows**2).sum()
+
+
 def test_a_share_over_prompts():
     "Korn and Graubard: Clopper and Pearson's interval of as many trials as the errors allow."
     from scipy.stats import t
     from statsmodels.stats.proportion import proportion_confint
 
     hits = (LEVEL + NOISE[0] > -0.5).astype(float)
-    fit = clustered(hits)
-    share, variance = fit.params[0], fit.bse[0] ** 2
-    fewer = t.ppf(0.975, len(hits) - 1) / t.ppf(0.975, 59)
-    trials = share * (1 - share) / variance * fewer**2
+    share, error = bell_mccaffrey(hits)
+    prompts = kish(np.bincount(NUMBER))
+    fewer = t.ppf(0.975, len(hits) - 1) / t.ppf(0.975, prompts - 1)
+    trials = share * (1 - share) / error**2 * fewer**2
     assert trials < len(hits)  # rows of a prompt are alike
     low, high = proportion_confint(share * trials, trials, method="beta")
     found = share_over_prompts(hits.tolist(), NUMBER.tolist())
@@ -90,22 +108,42 @@ def test_a_draw_of_prompts_is_a_weighted_mean():
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_an_interval_of_means_is_as_wide_as_clustered_errors_make_it(paired):
-    """A bootstrap has no closed form; of normal prompts its ends are those of Student's t with
-    clustered errors, to the noise of 20,000 draws."""
+def test_an_interval_of_means_by_its_matrices(paired):
+    "Prompts of one to four rows: Bell and McCaffrey's error, t of Kish's effective prompts."
     from scipy.stats import t
 
     y = LEVEL + NOISE[0]
     other = LEVEL + NOISE[1] if paired else np.zeros(len(y))
-    fit = clustered(y - other)
-    off = t.ppf(0.975, 59) * fit.bse[0]
-    if paired:
-        found = mean_difference(y, other, NUMBER, draws=20_000)
-    else:
-        found = mean_interval(y, NUMBER, draws=20_000)
-    assert found.value == pytest.approx(fit.params[0], **SAME)
-    assert (found.high - found.low) / (2 * off) == pytest.approx(1, abs=0.06)
-    assert found.low == pytest.approx(found.value - off, abs=0.15 * off)
+    mean, error = bell_mccaffrey(y - other)
+    off = t.ppf(0.975, kish(np.bincount(NUMBER)) - 1) * error
+    found = mean_difference(y, other, NUMBER)
+    assert found == pytest.approx((mean, mean - off, mean + off), **SAME)
+
+
+def test_an_interval_of_means_of_equal_prompts():
+    "There both corrections are the usual one: statsmodels' clustered errors, t of 60 - 1."
+    y = (LEVEL[:, None] + NOISE[:, : len(NUMBER)].T).ravel()
+    owners = np.arange(len(y)) // 9  # 50 prompts of nine rows
+    fit = sm.OLS(y, np.ones(len(y))).fit(
+        cov_type="cluster", cov_kwds=dict(groups=owners), use_t=True
+    )
+    theirs = (fit.params[0], *fit.conf_int()[0])
+    assert mean_interval(y, owners) == pytest.approx(theirs, **SAME)
+
+
+def test_a_mean_between_bounds():
+    "The t interval of 60 differences and one at either bound; of three kinds by hand."
+    from scipy.stats import ttest_1samp
+
+    values = np.array([1.0] * 4 + [-1.0] + [0.0] * 55)
+    theirs = ttest_1samp([*values, -1, 1], 0).confidence_interval()
+    found = bounded_mean(values, range(60), -1, 1)
+    assert found == pytest.approx((0.05, theirs.low, theirs.high), **SAME)
+    # Bonett and Price's own form, but for t instead of z and n - 1 instead of n
+    more, less = 5 / 62, 2 / 62
+    error = math.sqrt((more + less - (more - less) ** 2) / 61)
+    off = (theirs.high - theirs.low) / 2
+    assert error * reach(62) == pytest.approx(off, **SAME)
 
 
 def test_a_mean_over_seeds():
@@ -142,12 +180,22 @@ def test_a_win_rate_at_equal_length():
     won = (0.4 + 0.03 * longer + LEVEL + NOISE[1] > 0).astype(float)
     won[::9] = 0.5
     x = sm.add_constant(np.tanh(longer / longer.std(ddof=1)))
-    model = sm.GLM(won, x, family=sm.families.Binomial())
-    fit = model.fit(cov_type="cluster", cov_kwds=dict(groups=NUMBER), tol=1e-12)
-    off = t.ppf(0.975, 59) * fit.bse[0]
-    theirs = expit(fit.params[0] + np.array([0, -off, off]))
+    alike = 1 / np.bincount(NUMBER)[NUMBER]  # prompts weigh alike
+    family = sm.families.Binomial()
+    value = sm.GLM(won, x, family=family, var_weights=alike).fit(tol=1e-12).params[0]
+    # for the interval a prompt won and one lost, of equal length
+    more = sm.GLM(
+        [*won, 0, 1],
+        [*x, [1, 0], [1, 0]],
+        family=family,
+        var_weights=[*alike, 1, 1],
+    )
+    groups = np.array([*NUMBER, 60, 61])
+    fit = more.fit(cov_type="cluster", cov_kwds=dict(groups=groups), tol=1e-12)
+    off = t.ppf(0.975, 61) * fit.bse[0]
+    theirs = expit([value, fit.params[0] - off, fit.params[0] + off])
     found = length_controlled(won.tolist(), longer.tolist(), NUMBER.tolist())
-    assert found == pytest.approx(theirs, **SAME)
+    assert found == pytest.approx(tuple(theirs), **SAME)
 
 
 def test_a_win_rate_is_mann_and_whitneys_u():
@@ -173,7 +221,7 @@ def test_best_of_n_is_the_mean_over_all_draws():
             highest = [i for i in drawn if scores[i] == scores[list(drawn)].max()]
             best.append(values[highest].mean())
         means.append(np.mean(best))
-    assert best_of_n(rows, 3, "true", draws=2).value == pytest.approx(np.mean(means), **SAME)
+    assert best_of_n(rows, 3, "true").value == pytest.approx(np.mean(means), **SAME)
 
 
 # ---- agreement

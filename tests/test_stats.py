@@ -13,24 +13,30 @@ from hypothesis import given, settings, strategies as st
 
 from halos_nb.stats import (
     agree,
+    best_of_n,
     bootstrap,
     bootstrap_sums,
     calibrate,
     cohen_kappa,
     compare_labellers,
+    effective_prompts,
+    hits_difference,
     hits_of,
     krippendorff,
-    mean_difference,
+    length_controlled,
     mean_gain,
     mean_interval,
     mean_share_of_way,
+    rate_interval,
     share_interval,
+    share_of_parts,
     share_of_way,
     share_over_prompts,
     sign,
     slope,
     spearman,
     spearman_of,
+    win_rate,
     without_length,
 )
 from halos_nb.verdicts import pair_table
@@ -226,19 +232,19 @@ def test_intervals_of_shares_hold_the_truth():
 
 
 def test_intervals_of_shares_near_the_edge_hold_the_truth():
-    "97% right, 80 prompts of three items: a bootstrap over prompts holds it 89 times in 100."
+    "97% right, 80 prompts of three items: Student's t alone holds it 89 times in 100."
     rng = np.random.default_rng(1)
     prompts = [p for p in range(80) for _ in range(3)]
-    inside = boot = 0
-    for study in range(300):
+    inside = plain = 0
+    for _ in range(300):
         level = rng.beta(3.88, 0.12, 80)
         hits = (rng.random((80, 3)) < level[:, None]).ravel().astype(float)
         found = share_over_prompts(hits.tolist(), prompts)
         inside += found.low <= 0.97 <= found.high
-        drawn = mean_interval(hits, prompts, seed=study, draws=200)
-        boot += drawn.low <= 0.97 <= drawn.high
+        by_t = mean_interval(hits, prompts)
+        plain += by_t.low <= 0.97 <= by_t.high
     assert 0.93 * 300 <= inside
-    assert boot < inside
+    assert plain < inside
 
 
 def test_intervals_of_a_reward_model_on_pairs_hold_the_truth():
@@ -254,11 +260,10 @@ def test_intervals_of_a_reward_model_on_pairs_hold_the_truth():
 
     def found_in(number, longer, margins, draws):
         hits = hits_of(margins)
-        claims = 1 / (1 + np.exp(-np.abs(margins)))
         return [
-            mean_difference(hits, hits_of(longer), number, draws=draws),
+            hits_difference(hits, hits_of(longer), number),
             without_length(margins, longer, number, draws=draws).share,
-            mean_difference(claims, hits, number, draws=draws),
+            calibrate(margins, number.tolist(), draws=2).too_sure,
         ]
 
     truth = [one.value for one in found_in(*pairs_of(100_000), draws=1)]
@@ -289,11 +294,11 @@ def test_intervals_of_means_hold_the_truth():
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(40), 4)
     alone = by_prompt = 0
-    for seed in range(200):
-        interval = mean_interval(rng.normal(size=60), seed=seed, draws=400)
+    for _ in range(200):
+        interval = mean_interval(rng.normal(size=60))
         alone += interval.low < 0 < interval.high
         alike = np.repeat(rng.normal(size=40), 4) + 0.3 * rng.normal(size=160)
-        interval = mean_interval(alike, prompts, seed=seed, draws=400)
+        interval = mean_interval(alike, prompts)
         by_prompt += interval.low < 0 < interval.high
     assert 180 <= alone <= 200
     assert 178 <= by_prompt <= 200
@@ -347,7 +352,7 @@ RISES = np.array([0.05, 0.15, 0.25])  # of three seeds
 def study_of_seeds(rng):
     "Three runs from one policy; on some prompts all of them gain more than on others."
     means = rng.uniform(0, 0.8, 60)
-    easier = rng.normal(0, 0.1, 60)
+    easier = rng.normal(0, 0.12, 60)
     return [(answers_of(means + r + easier, rng), answers_of(means, rng)) for r in RISES]
 
 
@@ -355,14 +360,14 @@ def test_intervals_of_the_mean_gain_over_seeds_hold_the_truth():
     "Of 200 studies about 95%; as if each seed had had prompts of its own, far fewer."
     rng = np.random.default_rng(2)
     held = alone = 0
-    for study in range(200):
+    for _ in range(200):
         runs = study_of_seeds(rng)
-        gain = mean_gain(runs, draws=200, seed=study)
+        gain = mean_gain(runs)
         held += gain.low <= RISES.mean() <= gain.high
         own = []
         for i, run in enumerate(runs):
             own.append([[r | dict(prompt_id=(i, r["prompt_id"])) for r in x] for x in run])
-        gain = mean_gain(own, draws=200, seed=study)
+        gain = mean_gain(own)
         alone += gain.low <= RISES.mean() <= gain.high
     assert 178 <= held <= 199
     assert alone <= 160
@@ -377,7 +382,8 @@ def test_the_mean_gain_is_that_of_each_run_against_its_own_start():
             ends = [[r["true_reward"] for r in x if r["prompt_id"] == i] for x in (late, early)]
             gains.append(np.mean(ends[0]) - np.mean(ends[1]))
             prompts.append(i)
-    assert gain == pytest.approx(mean_interval(gains, prompts))
+    of_means = [np.mean(gains[i::60]) for i in range(60)]  # of a prompt, over the runs
+    assert gain == pytest.approx(mean_interval(of_means))
     each = [mean_gain([run]) for run in runs]
     assert gain.value == pytest.approx(np.mean([one.value for one in each]))
     assert [one.value for one in each] == pytest.approx(RISES, abs=0.04)
@@ -410,7 +416,9 @@ def test_there_is_one_bootstrap():
     def weighted_mean(values):
         return bootstrap(lambda w: w @ values / w.sum(), prompts)
 
-    assert mean_interval(x, prompts) == pytest.approx(weighted_mean(x))
+    ones = np.ones(60)
+    by_sums = bootstrap_sums(lambda total, n: total / n, [x, ones], prompts)
+    assert by_sums == pytest.approx(weighted_mean(x))
 
     def weighted_slope(w):
         return np.polyfit(x, y, 1, w=np.sqrt(w))[0]
@@ -440,6 +448,68 @@ def test_one_prompt_has_no_interval():
     ):
         assert math.isfinite(found.value)
         assert math.isnan(found.low) and math.isnan(found.high)
+
+
+@pytest.mark.parametrize(
+    "found, value",
+    [
+        (lambda: mean_interval([2.0] * 60), 2.0),  # no bounds, no spread
+        (lambda: bootstrap(lambda w: 1.0, range(60)), 1.0),
+        (lambda: bootstrap(lambda w: float(w @ np.arange(4.0)), range(4)), 6.0),  # few
+        (lambda: length_controlled([1, 0, 1, 0], [3, 1, -2, 2], "abcd"), None),
+        (lambda: win_rate([dict(prompt_id="a", reward=2)], [dict(prompt_id="b", reward=1)]), 1),
+    ],
+)
+def test_what_the_data_do_not_tell_has_no_interval(found, value):
+    found = found()
+    assert value is None or found.value == value
+    assert math.isnan(found.low) and math.isnan(found.high)
+    assert f"{found:.1f}".endswith(" (no interval)")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 60])
+def test_what_is_all_alike_between_bounds_is_no_point(n):
+    "Ties, pairs on which nobody differs, and shares that are all right."
+    for found in (
+        rate_interval([0.5] * n),
+        length_controlled([0.5] * n, [0] * n, range(n)),
+        hits_difference([1.0] * n, [1.0] * n, range(n)),
+        share_of_parts([1.0] * n, range(n), ["p"] * n, dict(p=1.0)) if n > 1 else None,
+        rate_interval([1.0] * n),
+    ):
+        if found is not None:
+            assert found.high - found.low > 1.5 / (n + 2)
+
+
+def test_a_point_of_best_of_n_is_of_the_same_prompts():
+    "Ten prompts with four answers and ten with one, which scores high."
+    rows = []
+    for i in range(20):
+        rewards = range(4) if i < 10 else [50]
+        rows += [dict(prompt_id=i, reward=float(x)) for x in rewards]
+    curve = [best_of_n(rows, n, fewest=4).value for n in (1, 2, 4)]
+    assert curve == pytest.approx([1.5, 7 / 3, 3.0])
+
+
+def test_what_is_no_number_is_told():
+    with pytest.raises(ValueError, match="1 of 3 values are no numbers"):
+        share_over_prompts([1.0, float("nan"), 0.0], "abc")
+    with pytest.raises(ValueError, match="1 of 2 comparisons are no numbers"):
+        length_controlled([1.0, 0.0], [3.0, float("nan")], "ab")
+    assert math.isnan(spearman([1, 2, float("nan")], [1, 2, 3]))
+
+
+def test_a_heavy_prompt_widens_the_interval():
+    "Half of the rows are one prompt's: as many effective prompts as four."
+    number = [0] * 200 + [1 + i // 3 for i in range(177)]
+    assert effective_prompts(number) == pytest.approx(3.5, abs=0.1)
+    rng = np.random.default_rng(0)
+    hits = (rng.random(377) < 0.5).tolist()
+    heavy, even = (
+        share_over_prompts(hits, number),
+        share_over_prompts(hits, np.arange(377) // 6),
+    )
+    assert heavy.high - heavy.low > 1.3 * (even.high - even.low)
 
 
 # ---- two labellers of pairs
@@ -502,7 +572,7 @@ def test_one_rule_for_ties():
     second = calibrate([tie | dict(label=0), unscored, right])
     assert first == second
     assert (first.pairs, first.left_out) == (2, 1)
-    assert first.bins[0].right == share_interval(1.5, 2)
+    assert first.bins[0].right == share_over_prompts([0.5, 1.0], "ab")
     claims = [0.5, 1 / (1 + math.exp(-1))]
     assert first.bins[0].claimed == pytest.approx(sum(claims) / 2)
     # a claim of a half is wrong by a half, whatever happens
