@@ -453,8 +453,8 @@ FLOORS = {
     "7": "The embedded world",
 }
 GUIDES = {
-    "How to": "own_data own_judge own_method many_gpus reproduce paper stages samplers "
-    "slurm".split(),
+    "How to": "own_data own_judge evaluate own_method many_gpus reproduce paper stages "
+    "samplers slurm".split(),
     "Coming from": "from_halos from_trl".split(),
     "Know": "views inside methods rooms mistakes glossary promise repeat scale network "
     "architectures beside_trl".split(),
