@@ -21,7 +21,8 @@ FLOORS = {
     0: "records stats configs settings data hub_sets feedback verdicts label_input health",
     1: "templates trees loaders processes attention checkpoints head models reference layouts",
     2: "losses advantages tree_trainer old_policy trainers resume train plan",
-    3: "generate api answers backends engine_client sample engine_server rescore letters",
+    3: "generate api answers backends engine_client sample engine_server wording rescore "
+    "letters",
     4: "score replies judge label audit evaluate benchmarks",
     5: "supervise preload failures progress jobs identity ledger loop submit hosts",
     6: "show figures rewards runs people pairs monitor widgets compare page",
@@ -65,6 +66,7 @@ LIGHT += [
     "label_input",
     "health",
     "api",
+    "wording",
     "replies",
     "judge",
 ]
