@@ -1055,6 +1055,7 @@ def first_columns(rows: list[dict]) -> Shown:
     if not any(row.get("unscored") for row in rows):
         known = [name for name in known if name != "unscored"]
     words = {name: name.replace("_", " ") for name in known}
+    words |= {"accuracy": "training accuracy"} if "accuracy" in known else {}
     short = [
         dict(round=row["round"]) | {words[name]: row.get(name) for name in known}
         for row in rows
