@@ -120,7 +120,7 @@ ROUNDS = """## Rounds
 
 Each row is the policy *before* it was trained in that round; `start` and `final` are the first
 and the last policy on prompts that no round trains on, where there are such. Scores are the
-labeller's. Intervals: bootstrap over prompts."""
+labeller's. Intervals: over prompts."""
 WHERE = """All parameters and seeds are in the run's `params.json`, every stage with the hashes
 of what it read and wrote in its `ledger.jsonl`."""
 LOADING = """## To load it

@@ -157,7 +157,7 @@ def kl_curve(
     n, lost = trace.customdata[:, 2], trace.customdata[:, 4]
     fig = go.Figure(trace).add_hline(0, line=dict(color=EDGE, width=1, dash="dot"))
     notes = [
-        f"Mean log-ratio of {drawn_from(rounds)}, 95% bootstrap interval over prompts",
+        f"Mean log-ratio of {drawn_from(rounds)}, 95% interval over prompts",
         left_out(lost.sum(), "without log-probabilities"),
     ]
     unit = "KL (nats per completion)"
@@ -179,7 +179,7 @@ def reward_vs_true(
     fig.update_yaxes(title_text="true reward", row=2)
     n, lost = score.customdata[:, 2], score.customdata[:, 4]
     axis = round_axis(rounds, n)
-    notes = ["Means with 95% bootstrap intervals over prompts", left_out(lost.sum())]
+    notes = ["Means with 95% intervals over prompts", left_out(lost.sum())]
     upper = axis | dict(showticklabels=False)
     return styled(fig, title, notes, 520, xaxis=upper, xaxis2=axis)
 
@@ -536,7 +536,7 @@ def reward_against_kl(
     fig.update_xaxes(title_text="KL to the reference (nats per completion)", row=len(panels))
     lost = round_means(rounds, "kl")[:, 5].sum()
     notes = [
-        f"KL of {drawn_from(rounds)}; means with 95% bootstrap intervals over prompts",
+        f"KL of {drawn_from(rounds)}; means with 95% intervals over prompts",
         left_out(lost, "samples without log-probabilities"),
     ]
     return styled(fig, title, notes, 260 + 160 * len(panels))
