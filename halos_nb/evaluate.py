@@ -380,10 +380,7 @@ def as_text_of(three: Sequence[float | None]) -> str:
     "An estimate for a person."
     if three[0] is None:
         return "unknown"
-    known = [x for x in three if x is not None]
-    if len(known) < 3:
-        return f"{three[0]:.3g}"
-    return f"{Interval(*known):.3g}"
+    return f"{Interval(*[math.nan if x is None else x for x in three]):.3g}"
 
 
 def told(found: dict) -> list[str]:

@@ -350,7 +350,7 @@ def share_of_parts(
     hits: Sequence[float],  # 1 or 0
     prompts: Sequence[Hashable],  # of each
     parts: Sequence[Hashable],  # which part each belongs to
-    weights: dict[Hashable, float],  # of each part that has hits; made to add up to 1
+    weights: dict[Any, float],  # of each part that has hits; made to add up to 1
 ) -> Interval:
     "The weighted mean of the parts' shares, with the exact interval of its effective trials."
     number, part = prompt_numbers(prompts), prompt_numbers(parts)
