@@ -1208,8 +1208,10 @@ def is_of_either(sentence: str, winner: str) -> bool:
         )
     if names_beside(winner).other.search(sentence):
         return True  # is_against has looked at it
-    own = re.match(rf"\W*(?:{OPENS})?{its_names(winner)}\s+[a-z]", sentence, re.I)
-    if own or re.fullmatch(rf"\W*(?:{OPENS})?(?:{KINDS}\s+)?{winner}\W*", sentence):
+    own = rf"\W*(?:{OPENS})?{its_names(winner)}(?:\s+\w+){{0,3}}?\s+(?:wins|{BEATS}|{BETTER})"
+    if re.match(own, sentence, re.I) or re.fullmatch(
+        rf"\W*(?:{OPENS})?(?:{KINDS}\s+)?{winner}\W*", sentence
+    ):
         return not broken(NOT_BEHIND, sentence.replace(f"{winner} is the winner", ""))
     return is_of_answer(sentence)
 

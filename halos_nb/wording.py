@@ -10,10 +10,10 @@ __all__ = ['TAGS', 'THOUGHTS', 'KEYBOARD', 'DASH', 'INVISIBLE', 'BOXED', 'END_TO
            'CROSSED', 'REPEATS', 'LEAD_IN', 'LEADS_IN', 'NEGATION', 'SAY', 'OBJECT', 'DENIED', 'SPOKEN_OF', 'SIGNED',
            'OWN_WORDS', 'MARK_ENDS', 'NEW_SENTENCE', 'MARK_LEFT', 'LISTED', 'THINGS', 'A_WORD', 'A_FEW',
            'SENTENCE_BEGINS', 'NOT_MINE', 'CHANGED', 'TAKEN_BACK', 'COURTESY', 'BASED_ON', 'LABELLED', 'VERDICT_WORD',
-           'IMPROVES', 'OPENS_ON', 'NOT_BEHIND', 'REVISES', 'any_of', 'Rule', 'rules', 'broken', 'without_thoughts',
-           'without_end', 'plain_text', 'to_float', 'number_of', 'remark_holds', 'is_closed', 'last_sentence',
-           'clause_of', 'is_negated', 'is_elsewhere', 'is_repeated', 'is_led_in', 'is_only_spoken_of',
-           'is_changed_behind', 'is_of_answer', 'sentences_of', 'behind_remark']
+           'IMPROVES', 'SPOKEN_OF_ANSWERS', 'IS_ON_THE_ANSWER', 'NOT_BEHIND', 'REVISES', 'any_of', 'Rule', 'rules',
+           'broken', 'without_thoughts', 'without_end', 'plain_text', 'to_float', 'number_of', 'remark_holds',
+           'is_closed', 'last_sentence', 'clause_of', 'is_negated', 'is_elsewhere', 'is_repeated', 'is_led_in',
+           'is_only_spoken_of', 'is_changed_behind', 'is_of_answer', 'sentences_of', 'behind_remark']
 
 # %% ../nbs/37_wording.ipynb #cdcd2a57
 import re
@@ -498,16 +498,17 @@ IMPROVES = any_of(
 )
 
 
-OPENS_ON = re.compile(
-    rf"(?:its?\b(?!\s*\Z)|(?:this|that|the)\s+(?:answer|response|reply|output|text|"
-    rf"explanation|assistant|model|code|essay|poem|summary|story)\b|because\b|since\b|"
-    rf"there\s+(?:is|are)\b|"
-    rf"no\s+{FAULTS}|not\s+(?:all|{NOT_THIS}\s+{PRAISE}|{PRAISE})\b|{IMPROVES}\s+\w+\s+\w|"
-    rf"the\s+(?!{any_of(VERDICT_WORD)}\b|(?:first|second|other|former|latter)\b)[a-z]+\s+\w)",
+# what a sentence behind a verdict may speak of besides: it mentions, its length
+SPOKEN_OF_ANSWERS = any_of(
+    "mentions? describes? lists? shows? provides? includes? offers? states? uses? contains? "
+    "discusses rhymes? doubles length detail structure tone style words context information "
+    "content grammar spelling code longer shorter not_close does_not_rhyme"
+)
+IS_ON_THE_ANSWER = re.compile(
+    rf"{JUDGES}|\b{SPOKEN_OF_ANSWERS}\b|\A{IMPROVES}\s+\w+\s+\w"
+    rf"|\Athe\s+(?!{any_of(VERDICT_WORD)}\b)[a-z]+\s+it\s+is\s+too\s",
     re.I,
 )
-
-
 NOT_BEHIND = rules(
     {
         "of the verdict": rf"\b{any_of(VERDICT_WORD)}\b|\ba\s+(?:half\s+)?(?:point|mark|"
@@ -516,6 +517,9 @@ NOT_BEHIND = rules(
         "of more and less": rf"\b(?:lower|higher|generous|lenient|harsh|deserv\w*|"
         r"worth|merits?|fewer\s+points|instead)\b"
         rf"|\bless\b(?!\s+(?:{PRAISE}|{BLAME}|{FAULTS})\b)|\b(?:add|drop|remove)\s+one\b",
+        "of another": r"\b(?:another(?!\s+(?:question|topic|task)\b)|values?|letter|figure|"
+        r"differs?|elsewhere|except|void|slip|second|almost|jokes?|doubts?|"
+        r"estimate\w*|inflated|refusal|human|reversed|loser|beaten|lost|halve\s+(?:it|this)|lie|yet\s+to)\b",
         "a quotation": r"\b(?:answer|text|response|reply|quotation)\s+(?:ends?|ended|begins|"
         r"starts)\b",
         "no verdict": r"\b(?:provision\w*|tentativ\w*|pending|sarcas\w*|iron(?:y|ic\w*)|"
@@ -533,7 +537,7 @@ def is_of_answer(sentence: str) -> bool:
         return True
     if broken(NOT_BEHIND, words) or re.fullmatch(OF_THE_VERDICT, words, re.I):
         return False
-    return bool(OPENS_ON.match(words) or re.search(JUDGES, words, re.I))
+    return bool(IS_ON_THE_ANSWER.search(words))
 
 
 def sentences_of(text: str) -> list[str]:
