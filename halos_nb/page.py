@@ -33,6 +33,7 @@ from halos_nb.show import (
     DARK,
     Shown,
     audit_report,
+    number_text,
     pairs_table,
     render,
     samples_table,
@@ -454,14 +455,16 @@ def gain_words(run: Run) -> list[str]:
     first, last = run.rounds[0], run.rounds[-1]
     lines = []
     if last.get("share_of_way") is not None:
+        truth = [number_text(one["true_reward"], ".3f") for one in (first, last)]
+        way = number_text(last["share_of_way"], ".0%")
         lines.append(
-            f"mean true reward on held-out questions {first['true_reward']:.3f} -> "
-            f"{last['true_reward']:.3f}: {last['share_of_way']:.0%} of the way from the SFT "
-            "policy to the best possible answer"
+            f"mean true reward on held-out questions {truth[0]} -> {truth[1]}: {way} of the "
+            "way from the SFT policy to the best possible answer"
         )
     if None not in (first["reward"], last["reward"]):
         score = run.params.get("reward", SCORE_NAME)
-        lines.append(f"mean {score} {first['reward']:.3f} -> {last['reward']:.3f}")
+        both = [number_text(one["reward"], ".3f") for one in (first, last)]
+        lines.append(f"mean {score} {both[0]} -> {both[1]}")
     if last.get("win_rate") is not None:
         share = f"{last['win_rate']:.1%}"
         lines.append(f"the last policy's answers win {share} against the first one's")
