@@ -78,6 +78,7 @@ from halos_nb.processes import (
     asks_for_sharding,
     computing_in,
     end_process,
+    know_ways,
     share_out,
     start_processes,
 )
@@ -92,7 +93,7 @@ from halos_nb.models import (
     load_tokenizer,
 )
 from .trainers import DPOTrainer
-from .train import know_ways, make_trainer
+from .train import make_trainer
 from halos_nb.generate import (
     Generated,
     Row,

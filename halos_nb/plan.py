@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'PROMPTS_AT_A_TIME', 'SCORED_AT_A_TIME', 'ROOM',
-           'ANSWERS_OF_NUMBERS', 'ENGINE_CACHE', 'ROOMIER', 'Configs', 'Stages', 'UNPLANNED', 'WHOLE_TWICE', 'PLANNED',
+           'ANSWERS_OF_NUMBERS', 'ENGINE_CACHE', 'ROOMIER', 'Configs', 'Stages', 'UNPLANNED', 'SHARED_OUT', 'PLANNED',
            'KINDS', 'NOT_PLANNED', 'Live', 'Model', 'with_layers', 'meta_model', 'as_fake', 'fake_model', 'Size',
            'numbers', 'in_layers', 'size_of', 'full_batch', 'KernelShaped', 'kernel_shaped', 'Pass', 'Held', 'Seen',
            'apart', 'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed', 'head_bytes', 'deeper', 'rehearsed',
            'Place', 'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'longest', 'training_pass', 'arrived',
            'in_shares', 'keeps_reference', 'training_needs', 'keys_and_values', 'drawing_needs', 'engine_on_gpu',
-           'engine_needs', 'weights_of_engine', 'roomier_engines', 'scoring_needs', 'labelling_needs', 'Plan',
-           'config_at', 'place_of', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once',
-           'needs_of', 'alternatives', 'changes_of_engine', 'changes_of_sharing', 'what_to_change', 'changes_at_peak',
-           'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main', 'CalledRoom']
+           'engine_needs', 'weights_of_engine', 'roomier_engines', 'scoring_needs', 'with_both', 'labelling_needs',
+           'Plan', 'config_at', 'place_of', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together',
+           'add_at_once', 'needs_of', 'alternatives', 'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring',
+           'what_to_change', 'changes_at_peak', 'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main',
+           'CalledRoom']
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
@@ -692,13 +693,23 @@ def scoring_needs(
 ) -> dict[str, Needs]:
     "What scoring an engine's answers under policy and reference needs."
     model = Model(config, dtype=cfg.precision)
-    whole = float(getattr(torch, cfg.precision).itemsize * size_of(model).weights)
     longest = cfg.max_prompt_length + cfg.max_new_tokens
     tokens = max(SCORED_AT_A_TIME, longest)
     read = Pass(tokens, cfg.max_prompt_length, cfg.max_new_tokens, 1, place.device)
     held = rehearsed(model, read)
-    both = dict(weights=whole, reference=whole)
-    return {"score": Needs(**both, activations=held.activations, logits=held.logits)}
+    passing = Needs(activations=held.activations, logits=held.logits)
+    return {"score": with_both(passing, size_of(model, place.sharing), cfg.precision, place)}
+
+
+def with_both(passing: Needs, size: Size, precision: str, place: Place) -> Needs:
+    "What a pass needs, with the weights of policy and reference, whole or in shares."
+    itemsize = getattr(torch, precision).itemsize
+    share = float(itemsize * size.weights) / place.shards
+    found = replace(passing, weights=share, reference=share, gathered=0)
+    if place.shards > 1:  # behind its pass the other model keeps what is in no layer
+        other = size.weights if place.sharing.stays else size.root
+        found.gathered = arrived(size, precision, place.sharing) + itemsize * other
+    return found
 
 # %% ../nbs/27_plan.ipynb #80e149cf
 def labelling_needs(
@@ -1021,11 +1032,21 @@ def changes_of_sharing(file: str, sharing: Sharing) -> list[str]:
     return [f"{line}: a layer is whole only where it is computed" for line in lines]
 
 
-WHOLE_TWICE = (
-    "score: what an engine drew is scored under policy and reference, both whole in each "
-    "process; precision=bfloat16, cpu.score = yes in the profile (in the machine's memory, "
-    "slowly), or a smaller model"
-)
+# files that share a model out, and among how many processes
+SHARED_OUT = dict(fsdp2_gpu2=2, fsdp2_gpu4=4, fsdp2_gpu8=8, fsdp2_2x8=16)
+
+
+def changes_of_scoring(cfg: LoopConfig, given: Configs, now: Needs, place: Place) -> list[str]:
+    "What would make it fit that policy and reference are asked about an engine's answers."
+    size = size_of(Model(config_at(cfg.sft_checkpoint, given)))
+    lines = ["precision=bfloat16 halves it"] * (cfg.precision == "float32")
+    for file, number in SHARED_OUT.items() if place.device == "cuda" else []:
+        where = place._replace(shards=number, sharing=Sharing())
+        need = with_both(now, size, cfg.precision, where)
+        if number > place.shards and where.holds(need):
+            told = f"{need.total / GB:.1f} GB on each of {number} GPUs, it fits"
+            return [*lines, f"accelerate_config.score = {file} in the profile: {told}"]
+    return lines or ["score: policy and reference are too large: a smaller model, larger GPUs"]
 
 
 def what_to_change(
@@ -1038,7 +1059,7 @@ def what_to_change(
         if place.share < 1 or name == "sample" and getattr(cfg, "backend", "") == "vllm":
             lines += changes_of_engine(cfg, given, place)
         elif name == "score":
-            lines.append(WHOLE_TWICE)
+            lines += changes_of_scoring(cfg, given, now.stages[name], place)
         elif name == now.peak or not lines:
             lines += changes_at_peak(cfg, profile, given, memory_gb, now)
         if name.startswith("train") and place.shards > 1:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'LOAD_ONCE', 'HEARTBEATS', 'IN_DDP', 'TELL_STACKS', 'HEARTS', 'LONGER', 'MEETING_SOCKET', 'STORES',
-           'ANOTHER_IS_GONE', 'HEAD_START', 'CLOSES', 'is_on', 'asks_for_sharding', 'asks_for_checkpointing',
+           'ANOTHER_IS_GONE', 'HEAD_START', 'KNOWN', 'CLOSES', 'is_on', 'asks_for_sharding', 'asks_for_checkpointing',
            'is_sharded', 'check_sharding', 'begin_sharding', 'collectives_begun', 'stack_of', 'waits_for_others',
            'heartbeat', 'Heart', 'begin_heartbeat', 'end_heartbeat', 'promises', 'check_gpus', 'broken_promises',
            'meet_here', 'lost_a_peer', 'leave_by_error', 'start_processes', 'layers_of', 'set_sharding', 'in_float32',
            'in_shares', 'is_shared_out', 'own_part', 'put_together', 'part_like', 'whole_weights', 'is_trained',
            'put_whole', 'check_shares', 'share_out', 'reads_once', 'reading_once', 'with_room', 'from_main',
-           'computing_in', 'SharedRound', 'in_turns', 'shard', 'shards_of', 'finished', 'cut_unfinished', 'drop_shards',
-           'gather_padded', 'wait_for_all', 'end_process']
+           'know_ways', 'computing_in', 'InStep', 'SharedRound', 'in_turns', 'shard', 'shards_of', 'finished',
+           'cut_unfinished', 'drop_shards', 'gather_padded', 'wait_for_all', 'end_process']
 
 # %% ../nbs/13_processes.ipynb #a19807f2
 import faulthandler
@@ -514,6 +514,19 @@ def from_main(accelerator: "Accelerator", find: Callable[[], Any]) -> Any:
     found = [find() if accelerator.is_main_process else None]
     return broadcast_object_list(found)[0]
 
+
+KNOWN = ("tree_way", "head_form")  # what a model finds out when it is first called
+
+
+def know_ways(model: Any, accelerator: "Accelerator") -> None:
+    "Have a model know beforehand what its first pass would find out."
+
+    def find() -> dict[str, Any]:
+        return {name: getattr(model, name) for name in KNOWN if hasattr(type(model), name)}
+
+    found = from_main(accelerator, find) if reads_once(accelerator) else find()
+    vars(model).update(found)
+
 # %% ../nbs/13_processes.ipynb #8a1a8616
 def computing_in(
     precision: str,  # float32: as the weights are; bfloat16: autocast over float32 weights
@@ -522,6 +535,36 @@ def computing_in(
     "Where a model is called, so that all that is compared is computed in the same way."
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16")
+
+# %% ../nbs/13_processes.ipynb #a53ae047
+class InStep:
+    "Has processes call models that are shared out together, however often each needs them."
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        idle: list[Callable[[], Any]],  # for each model, a pass over nearly nothing
+    ) -> None:
+        self.accelerator = accelerator
+        self.idle = idle
+        self.keeping_step = False  # this pass is for the others
+        self.passes = 0  # that were for the others
+
+    def join(self, number: int) -> None:
+        "Before a pass of a model of this number (0: of none any more), pass with the others."
+        while not self.keeping_step:
+            wanted = torch.tensor([number], device=self.accelerator.device)
+            asked = [n for n in self.accelerator.gather(wanted).tolist() if n]
+            if not asked or min(asked) == number:
+                return
+            self.keeping_step = True
+            self.idle[min(asked) - 1]()
+            self.keeping_step = False
+            self.passes += 1
+
+    def watch(self, model: torch.nn.Module, number: int) -> None:  # from 1
+        "Join before each pass of this model."
+        model.register_forward_pre_hook(lambda *_: self.join(number), prepend=True)
 
 # %% ../nbs/13_processes.ipynb #acc65ec9
 class SharedRound(NamedTuple):

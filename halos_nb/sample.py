@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DrawnSamples', 'ASIDE', 'Scorer', 'tells_its_own', 'make_scorers', 'score_answers', 'sample_batch', 'sample',
            'check_models', 'load_models', 'drawn_answers', 'have_told', 'score_drawn', 'with_drawn_counts',
-           'done_before', 'counts_of', 'what_was_drawn', 'sample_here', 'check_outputs', 'require_room_for', 'main']
+           'done_before', 'counts_of', 'what_was_drawn', 'find_scorers', 'shared_scorers', 'pass_over', 'sample_here',
+           'check_outputs', 'require_room_for', 'main']
 
 # %% ../nbs/35_sample.ipynb #807a7dd6
 import json
@@ -13,6 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +30,21 @@ from .configs import SampleConfig, make_config, refuse_own_inputs, require_path
 from .settings import parse_args
 from .data import Example
 from .templates import tell_template, tokenizer_hash
-from .processes import end_process, finished, shards_of, start_processes
+from .trees import Tree
+from halos_nb.processes import (
+    InStep,
+    end_process,
+    finished,
+    from_main,
+    is_sharded,
+    know_ways,
+    reading_once,
+    reads_once,
+    share_out,
+    shards_of,
+    start_processes,
+    with_room,
+)
 from .checkpoints import check_together, keep_finished, made_of, refuse_reward_model
 from .layouts import choose_layout
 from .models import fit_vocabulary, load_reference, load_tokenizer
@@ -39,6 +55,7 @@ from halos_nb.answers import (
     answer_logps,
     choose_prompts,
     count_names,
+    logps_in_batches,
     merge,
     sample_share,
     to_record,
@@ -175,7 +192,7 @@ def load_models(
     set_seed(cfg.seed)  # rows for tokens that a base model has not
 
     def load(path: str) -> "PreTrainedModel":
-        model = load_reference(path, cfg.precision, cfg.trust_remote_code)
+        model = with_room(load_reference(path, cfg.precision, cfg.trust_remote_code))
         return fit_vocabulary(model, tokenizer).to(device)
 
     if told and cfg.reference and cfg.reference != cfg.model:
@@ -284,12 +301,62 @@ def what_was_drawn(cfg: SampleConfig, counted: Counter, done: dict[int, dict]) -
         told["resumed_samples"] = sum(row["samples"] for row in done.values())
     return told
 
+# %% ../nbs/35_sample.ipynb #3363c3a4
+def find_scorers(
+    policy: "PreTrainedModel | None",
+    reference: "PreTrainedModel | None",
+    cfg: SampleConfig,
+    accelerator: "Accelerator",
+) -> dict[str, Scorer]:
+    "Who is asked; of weights that only the main process has read, it says in which layout."
+
+    def find() -> dict[str, str]:
+        found = make_scorers(policy, reference, cfg)
+        return {name: one.layout for name, one in found.items()}
+
+    layouts = from_main(accelerator, find) if reads_once(accelerator) else find()
+    models: dict[str, Any] = dict(policy_logps=policy, reference_logps=reference)
+    return {name: Scorer(models[name], layout) for name, layout in layouts.items()}
+
+
+def shared_scorers(
+    scorers: dict[str, Scorer], cfg: SampleConfig, accelerator: "Accelerator"
+) -> InStep:
+    "Share out the models that are asked; what keeps the processes in step."
+    asked = {id(one.model): one for one in scorers.values()}
+    odd = [one.layout for one in asked.values() if one.layout not in ("tree", "plain")]
+    if odd:
+        raise ValueError(
+            f"accelerate_config: {cfg.model} is asked in the layout {odd[0]}, in which "
+            "processes call it differently often; score with a whole model in each"
+        )
+    nearly_nothing = [Tree([1], [[1]], ["sample"], [0], [0])]
+    idle = []
+    for one in asked.values():
+        know_ways(one.model, accelerator)
+        share_out(accelerator, one.model, "float32")  # computed in what it is read in
+        idle.append(partial(pass_over, nearly_nothing, one))
+    together = InStep(accelerator, idle)
+    for number, one in enumerate(asked.values(), 1):
+        together.watch(one.model, number)
+    return together
+
+
+def pass_over(trees: list[Tree], one: Scorer) -> None:
+    "Ask a model, whatever it says."
+    list(logps_in_batches(trees, one.model, one.layout))
+
 # %% ../nbs/35_sample.ipynb #b72c0fac
 def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     "Sample with transformers, on all processes that Accelerate started."
     from accelerate.utils import gather_object
 
     accelerator = start_processes(cfg.num_processes)
+    if is_sharded(accelerator) and not cfg.drawn:
+        raise ValueError(
+            "accelerate_config: it shares a model out, and who draws needs a whole one in each "
+            "process; only what an engine has drawn is scored by shares (drawn)"
+        )
     start = time.monotonic()
     rank, world = accelerator.process_index, accelerator.num_processes
     path = Path(cfg.output_file)
@@ -301,8 +368,12 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     batches = plan(examples, tokenizer, cfg, planned)
     drawn = drawn_answers(cfg, tokenizer)
     told_own = have_told(drawn, cfg)
-    policy, reference = load_models(cfg, tokenizer, accelerator.device, told_own)
-    scorers = make_scorers(policy, reference, cfg)
+    shared = is_sharded(accelerator)
+    with reading_once(accelerator):
+        device = "cpu" if shared else accelerator.device
+        policy, reference = load_models(cfg, tokenizer, device, told_own)
+    scorers = find_scorers(policy, reference, cfg, accelerator)
+    together = shared_scorers(scorers, cfg, accelerator) if shared else None
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def draw(rows: list[Row], counts: Counter) -> list[dict]:
@@ -313,6 +384,8 @@ def sample_here(cfg: SampleConfig) -> dict:  # the counts, as in the counts file
     watch = Watched(tokenizer)
     done = done_before(cfg, accelerator)
     own = sample_share(batches, rank, world, path, draw, done, watch)
+    if together:
+        together.join(0)
     # all shards are complete now
     counted: Counter = sum(gather_object([own]), counts_of(done))
     told: dict = dict(planned) | what_was_drawn(cfg, counted, done) | odd

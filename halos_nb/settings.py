@@ -430,8 +430,8 @@ def read_accelerate(path: str | Path) -> AccelerateConfig:
 # whose launch a profile can say something of its own about
 STAGES = ("sample", "label", "train", "audit", "score")
 
-# those in which a process may hold a share of a model; to draw and to score, each needs all
-SHARDING = ("train", "audit")
+# those in which a process may hold a share of a model; to draw and to label, each needs all
+SHARDING = ("train", "audit", "score")
 
 
 @dataclass(kw_only=True)
@@ -876,10 +876,10 @@ def profile_of_stage(p: Profile, stage: str) -> Profile:
     env = p.env | own.pop("env", {})
     values = {f.name: getattr(p, f.name) for f in fields(p)}
     values |= {"stages": {}, "env": env}
-    if stage == "score" and not p.cpu and not {"devices", "cpu"} & own.keys():
+    if stage == "score" and not p.cpu and not {"devices", "cpu", "accelerate_config"} & {*own}:
         values |= where_it_was_drawn(p, int(own.get("num_processes", 0)))
-    if stage not in SHARDING and p.sharded:
-        values["accelerate_config"] = ""
+    if (stage not in SHARDING or stage == "score") and p.sharded:
+        values["accelerate_config"] = ""  # what was drawn is scored so where score says it
     try:
         values |= numbers_of(str(own.get("accelerate_config") or ""))
         if "hosts" in own and "num_machines" not in own:

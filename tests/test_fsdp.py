@@ -27,11 +27,14 @@ from test_trainers import (
 )
 from transformers import AutoModelForCausalLM
 
-from halos_nb.configs import LoopConfig
+from halos_nb.configs import LoopConfig, SampleConfig
 from halos_nb.ledger import run_folder
 from halos_nb.loop import run_rounds
 from halos_nb.playground import build, into_playground, locate
-from halos_nb.processes import check_shares, is_sharded, start_processes
+from halos_nb.models import load_tokenizer
+from halos_nb.processes import InStep, check_shares, is_sharded, start_processes
+from halos_nb.records import prompt_id
+from halos_nb.sample import main as draw
 from halos_nb.settings import load_settings
 from halos_nb.train import make_trainer, train
 
@@ -66,13 +69,18 @@ if LONG:
 
 def train_shared(cfg, env):
     "Train in this rank, as a job of its own."
+    become_shared(env)
+    train(cfg)
+
+
+def become_shared(env):
+    "Let this rank's next job have this environment."
     from accelerate.state import AcceleratorState
 
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
     os.environ |= env
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(cfg)
 
 
 EPOCHS = 2 if LONG else 1
@@ -188,6 +196,44 @@ def refusal(work, tmp_path):
     with pytest.raises(RuntimeError) as error:
         run_ranks(2, work, tmp_path)
     return str(error.value)
+
+
+@pytest.mark.parametrize("precision, env", [("float32", ONCE), ("bfloat16", SHARDED)])
+def test_what_was_drawn_is_scored_by_shares(home, tmp_path, monkeypatch, precision, env):  # noqa: F811
+    "Three batches of different lengths over two processes, each under two models."
+    start = str(home / "start")
+    other = AutoModelForCausalLM.from_pretrained(start)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(start).save_pretrained(tmp_path / "other")
+    prompts = [[dict(role="user", content="ab " * n)] for n in (1, 5, 2, 9, 3)]
+    rows = [dict(prompt=prompt, prompt_id=prompt_id(prompt)) for prompt in prompts]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    how = dict(datasets=[str(tmp_path / "prompts.json")], max_new_tokens=12, batch_size=2)
+    how |= dict(model=start, precision=precision, num_samples_per_prompt=1)
+    draw(SampleConfig(**how, output_file=str(tmp_path / "drawn.json")))
+    how |= dict(reference=str(tmp_path / "other"), drawn=str(tmp_path / "drawn.json"))
+    draw(SampleConfig(**how, output_file=str(tmp_path / "one.json")))
+
+    def work():
+        become_shared(env)
+        join = InStep.join
+
+        def noted(self, number):
+            join(self, number)
+            (tmp_path / f"{os.getpid()}.passes").write_text(str(self.passes))
+
+        monkeypatch.setattr(InStep, "join", noted)
+        draw(SampleConfig(**how, num_processes=2, output_file=str(tmp_path / "two.json")))
+
+    run_ranks(2, work, tmp_path)
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert [row["output_ids"] for row in one] == [row["output_ids"] for row in two]
+    for name in ("policy_logps", "reference_logps"):
+        said = [[row[name] for row in rows] for rows in (one, two)]
+        assert said[1] == pytest.approx(said[0], rel=1e-6)
+    assert max(int(file.read_text()) for file in tmp_path.glob("*.passes")) > 0
 
 
 def test_what_is_not_shared_is_an_error(home, tmp_path):  # noqa: F811

@@ -15,10 +15,13 @@ from halos_nb.plan import (
     GB,
     SCORED_AT_A_TIME,
     Model,
+    Place,
+    changes_of_scoring,
     changes_of_sharing,
     longest,
     place_of,
     plan,
+    scoring_needs,
     size_of,
     training_needs,
 )
@@ -163,7 +166,7 @@ def test_every_stage_that_does_not_fit_is_named():
     made = plan(LoopConfig(**LOOP, backend="vllm"), Profile(**GPUS), MODEL, memory_gb=0.1)
     assert len(made.too_large) > 2
     assert all(f"nor does {name} fit" in str(made) for name in made.too_large[1:])
-    assert any(line.startswith("score: ") for line in made.changes)
+    assert "precision=bfloat16 halves it" in made.changes
 
 
 @pytest.mark.parametrize("memory", [-5, 0, float("inf"), float("nan"), True])
@@ -180,3 +183,21 @@ def test_what_is_no_config_is_refused(tmp_path):
         plan("m8")
     (tmp_path / "params.json").write_text(json.dumps(dict(parameters=asdict(TRAINING))))
     assert "train" in plan(str(tmp_path), configs=MODEL, memory_gb=1).stages
+
+
+def test_scoring_by_shares_is_planned_as_it_runs(tmp_path):
+    file = tmp_path / "four.yaml"
+    file.write_text(json.dumps(SHARDED | {"num_processes": 4, "fsdp_config": dict(version=2)}))
+    given = LoopConfig(**LOOP, backend="vllm", precision="bfloat16")
+    made = {}
+    for name, own in (("whole", {}), ("shared", dict(accelerate_config=str(file)))):
+        place = place_of(Profile(**GPUS, stages=dict(score=own)).for_stage("score"), 80)
+        made[name] = scoring_needs(WIDE, given.sampling("vllm", model="m"), place)["score"]
+    size = size_of(Model(WIDE))
+    assert made["whole"].weights == 2 * size.weights
+    assert made["shared"].weights == made["shared"].reference == 2 * size.weights / 4
+    assert made["shared"].gathered == 2 * (2 * size.root + 2 * size.layer)
+    assert made["shared"].activations == made["whole"].activations
+    place = Place("cuda", memory=made["whole"].total - GB)
+    [told] = changes_of_scoring(given, {"m": WIDE}, made["whole"], place)
+    assert told.startswith("accelerate_config.score = fsdp2_") and told.endswith("it fits")

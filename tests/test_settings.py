@@ -717,6 +717,10 @@ def test_answers_are_scored_where_they_were_drawn():
     assert said.for_stage("score").device_names == ["7"]
     assert Profile(cpu=False, stages=apart, sampler="server").for_stage("score").devices == ""
     assert Profile().for_stage("score") == Profile()
+    shared = Profile(accelerate_config="fsdp2_cpu2")
+    assert not shared.for_stage("score").sharded
+    said = Profile(stages=dict(score=dict(accelerate_config="fsdp2_cpu2")))
+    assert said.for_stage("score").sharded and not said.for_stage("sample").sharded
 
 
 def test_scoring_beside_a_training_has_devices_of_its_own():
