@@ -201,6 +201,9 @@ def label_lines(fig: go.Figure) -> go.Figure:
     for trace in fig.data:
         if not trace.name or "lines" not in (trace.mode or ""):
             continue
+        # below the end where numbers stand above the points, else behind it
+        numbered = dict(yshift=-14, xanchor="right")
+        place = numbered if "text" in trace.mode else dict(xshift=8, xanchor="left")
         fig.add_annotation(
             x=trace.x[-1],
             y=trace.y[-1],
@@ -209,7 +212,6 @@ def label_lines(fig: go.Figure) -> go.Figure:
             text=escape(trace.name),
             font_color=trace.line.color,
             showarrow=False,
-            yshift=14,
-            xanchor="right",
+            **place,
         )
     return fig.update_layout(showlegend=False)
