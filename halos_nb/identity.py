@@ -540,7 +540,7 @@ def identity(files: RunFiles, stage: Stage) -> dict:
         for name in ("num_processes", *OF_THE_MACHINE):
             config.pop(name, None)
     config = {k: v for k, v in config.items() if k not in TOLD_ELSEWHERE}
-    found = {
+    found: dict[str, Any] = {
         "inputs": list(inputs.values()),
         "config": {k: neutral(v) for k, v in config.items()},
         "code": code_hash(stage.module),
