@@ -519,7 +519,8 @@ NOT_BEHIND = rules(
         rf"|\bless\b(?!\s+(?:{PRAISE}|{BLAME}|{FAULTS})\b)|\b(?:add|drop|remove)\s+one\b",
         "of another": r"\b(?:another(?!\s+(?:question|topic|task)\b)|values?|letter|figure|"
         r"differs?|elsewhere|except|void|slip|second|almost|jokes?|doubts?|"
-        r"estimate\w*|inflated|refusal|human|reversed|loser|beaten|lost|halve\s+(?:it|this)|lie|yet\s+to)\b",
+        r"estimate\w*|inflated|refusal|human|reversed|loser|beaten|lost|lie|"
+        r"halve\s+(?:it|this)|yet\s+to)\b",
         "a quotation": r"\b(?:answer|text|response|reply|quotation)\s+(?:ends?|ended|begins|"
         r"starts)\b",
         "no verdict": r"\b(?:provision\w*|tentativ\w*|pending|sarcas\w*|iron(?:y|ic\w*)|"
