@@ -680,7 +680,8 @@ def roomier_engines(config: PreTrainedConfig, cfg: SampleConfig, place: Place) -
         for value in values:
             if value <= getattr(cfg, name) or (isinstance(value, int) and heads % value):
                 continue
-            tried = replace(cfg, **{name: value})
+            one: dict[str, Any] = {name: value}
+            tried = replace(cfg, **one)
             where = place._replace(share=tried.gpu_memory_utilization)
             need = engine_on_gpu(config, tried, where, whole)
             if where.holds(need):

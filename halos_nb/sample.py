@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -331,7 +332,7 @@ def shared_scorers(
             "processes call it differently often; score with a whole model in each"
         )
     nearly_nothing = [Tree([1], [[1]], ["sample"], [0], [0])]
-    idle = []
+    idle: list[Callable[[], Any]] = []
     for one in asked.values():
         know_ways(one.model, accelerator)
         share_out(accelerator, one.model, "float32")  # computed in what it is read in
