@@ -525,8 +525,8 @@ def raise_error_in(answer: Any) -> None:
         return
     error = getattr(answer, "error", None)
     code = error.get("code") if isinstance(error, dict) else None
-    is_status = isinstance(code, int) and 400 <= code < 600
-    raise ErrorInAnswer(said, code if is_status else 424)  # which is doubtful
+    status = code if isinstance(code, int) and 400 <= code < 600 else 424  # a doubtful one
+    raise ErrorInAnswer(said, status)
 
 # %% ../nbs/42_judge.ipynb #a20276a1
 async def complete(

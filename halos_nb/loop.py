@@ -1211,8 +1211,7 @@ def totals_before(run: Path, step: int) -> set[int]:
     told = read_journal(journal).events if journal.is_file() else []
     told.append(parameters_before(run))
     alike = [told_once for told_once in told if told_once.get("prompts_per_round") == step]
-    totals = [one.get("total_prompts") for one in alike]
-    return {total for total in totals if is_count(total)}
+    return {one["total_prompts"] for one in alike if is_count(one.get("total_prompts"))}
 
 
 def prompts_of_rounds(
