@@ -489,7 +489,8 @@ def hash_of_first(
     "One hash for the first prompts of a file, all that belongs to them among it."
     digest = hashlib.sha256()
     for example in prompts_at(path, split, state).examples[:number]:
-        digest.update(f"{asdict(example)!r}\n".encode())
+        told = asdict(replace(example, where=""))  # wherever the file lies
+        digest.update(f"{told!r}\n".encode())
     return digest.hexdigest()
 
 
@@ -579,11 +580,12 @@ def read_alike(was: dict, now: dict) -> tuple[dict, dict]:
     "Two identities with the prompts that were read in place of their file, if both know them."
     key = "first_prompts"
     sides = []
-    for one in (was, now):
+    for one, other in ((was, now), (now, was)):
         text = json.dumps({k: v for k, v in one.items() if k != key})
         if was.get(key) and now.get(key):
             for whole, first in one[key].items():
-                text = text.replace(whole, first)
+                if whole not in other[key]:
+                    text = text.replace(whole, first)
         sides.append(json.loads(text))
     return sides[0], sides[1]
 

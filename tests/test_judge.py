@@ -752,7 +752,7 @@ def test_key_is_needed_and_never_written(tmp_path, monkeypatch):
     # as `export OPENAI_API_KEY=$(cat file)` would never give, but a file read would
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
     with Server(
-        lambda body, times: "mumble" if number_of(body) else f"Final Score: 7\n{KEY}"
+        lambda body, times: "mumble" if number_of(body) else f"{KEY}\nFinal Score: 7"
     ) as server:
         main(config(server, tmp_path, 3, feedback_type="binary"))
     assert server.keys == {f"Bearer {KEY}"}

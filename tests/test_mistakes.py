@@ -30,7 +30,11 @@ NOTEBOOKS = [
     ("online_loop", dict(total_prompts=0), "total_prompts: should be greater than 0, got 0"),
     ("online_loop", dict(fresh="maybe"), "fresh: should be True or False, got 'maybe'"),
     ("online_loop", dict(run_name=7), "run_name: should be a text, got 7 (int)"),
-    ("online_loop", dict(labeller="humn:me"), "none of rm, function, judge and human:<name>"),
+    (
+        "online_loop",
+        dict(labeller="humn:me"),
+        "none of rm, function, judge, lm and human:<name>",
+    ),
     ("online_loop", dict(preset="zephyrr"), "did you mean `zephyr`?"),
     ("online_loop", dict(train_options="lrr=1"), "lrr: unknown parameter; did you mean `lr`?"),
     ("online_loop", dict(prompts="pompts.jsonl"), "did you mean `prompts.jsonl`?"),
