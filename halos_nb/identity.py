@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'CODE', 'VLLM_NAMES', 'ANY_NUMBER', 'OF_THE_MACHINE', 'TOL
            'our_modules', 'module_file', 'parsed', 'Code', 'needed_code', 'code_of', 'code_hash', 'near_imports',
            'function_hash', 'vllm_version', 'installed', 'path_state', 'versions', 'versions_there', 'Manifest',
            'leads_away', 'texts', 'identity_problem', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions',
-           'fingerprint', 'RunFiles', 'stage_profile', 'prompts_at', 'hash_of_first', 'first_prompts', 'identity',
+           'fingerprint', 'RunFiles', 'stage_profile', 'prompts_at', 'hash_of_prompts', 'prompts_read', 'identity',
            'with_revisions', 'read_alike', 'same_identity', 'change', 'Difference', 'value_text', 'differing',
            'differences', 'damage', 'reason_to_run']
 
@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -275,7 +275,7 @@ def identity_problem(identity: dict) -> str:
     inputs = identity.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(one, str) for one in inputs):
         return "inputs` is no list of hashes"
-    for name in ("libraries", "modules", "first_prompts"):
+    for name in ("libraries", "modules", "prompts_read"):
         if not texts(identity.get(name, {})):
             return f"{name}` is no object of texts"
     for name in ("code", "function", "method"):
@@ -479,22 +479,23 @@ def prompts_at(
     return load_prompts(path, split)
 
 
-@lru_cache(maxsize=256)
-def hash_of_first(
+@lru_cache(maxsize=4096)
+def hash_of_prompts(
     path: str,
     split: str | None,
-    number: int,
+    begin: int,  # number of the first one
+    end: int,  # behind the last one
     state: str,
 ) -> str:
-    "One hash for the first prompts of a file, all that belongs to them among it."
+    "One hash for some prompts of a file, wherever the file lies."
     digest = hashlib.sha256()
-    for example in prompts_at(path, split, state).examples[:number]:
-        told = asdict(replace(example, where=""))  # wherever the file lies
-        digest.update(f"{told!r}\n".encode())
+    for one in prompts_at(path, split, state).examples[begin:end]:
+        told = [one.prompt_id, one.prompt, one.dataset_name, one.original_prompt]
+        digest.update(f"{json.dumps(told)}\n".encode())
     return digest.hexdigest()
 
 
-def first_prompts(
+def prompts_read(
     config: Any,  # of a stage
     inputs: dict[str, str],  # hashes of its inputs, by path
 ) -> dict[str, str]:
@@ -503,12 +504,12 @@ def first_prompts(
     number = getattr(config, "num_prompts", None)
     if not number or len(paths) != 1 or paths[0] not in inputs or not Path(paths[0]).is_file():
         return {}
-    state, number = str(source_state(paths)), number + config.num_skip
+    begin, state = config.num_skip, str(source_state(paths))
     try:
-        first = hash_of_first(paths[0], config.split, number, state)
+        read = hash_of_prompts(paths[0], config.split, begin, begin + number, state)
     except (ValueError, OSError):  # the stage will say it
         return {}
-    return {inputs[paths[0]]: first}
+    return {inputs[paths[0]]: read}
 
 # %% ../nbs/55_identity.ipynb #260b6aab
 # stages that write the same bytes for any number of processes
@@ -548,8 +549,8 @@ def identity(files: RunFiles, stage: Stage) -> dict:
         "modules": code_of(stage.module).modules,  # decides nothing, says what has changed
         "libraries": versions(cfg, profile.python),
     }
-    if first := first_prompts(stage.config, inputs):
-        found["first_prompts"] = first
+    if read := prompts_read(stage.config, inputs):
+        found["prompts_read"] = read
     if config.get("function"):
         found["function"] = function_hash(config["function"])
     if is_own(config.get("loss", "")):  # wherever its file lies
@@ -578,14 +579,14 @@ def with_revisions(
 
 def read_alike(was: dict, now: dict) -> tuple[dict, dict]:
     "Two identities with the prompts that were read in place of their file, if both know them."
-    key = "first_prompts"
+    key = "prompts_read"
     sides = []
     for one, other in ((was, now), (now, was)):
         text = json.dumps({k: v for k, v in one.items() if k != key})
         if was.get(key) and now.get(key):
-            for whole, first in one[key].items():
+            for whole, read in one[key].items():
                 if whole not in other[key]:
-                    text = text.replace(whole, first)
+                    text = text.replace(whole, read)
         sides.append(json.loads(text))
     return sides[0], sides[1]
 
