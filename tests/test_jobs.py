@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import every
 from job_helpers import CELL, LAUNCHERS, NEEDS_LINUX, ONE, alive, papermill, start, until
 
 from halos_nb.configs import SampleConfig
@@ -309,7 +310,13 @@ def pid_of(folder, what):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
     "death",
-    ["papermill TERM", "papermill KILL", "papermill INT", "launcher KILL", "rank KILL"],
+    [
+        "papermill KILL",
+        "papermill INT",
+        "launcher KILL",
+        "rank KILL",
+        pytest.param("papermill TERM", marks=every),
+    ],
 )
 def test_nothing_outlives_its_notebook(death, launcher, tmp_path):
     notebook = papermill(tmp_path, launcher=launcher)
