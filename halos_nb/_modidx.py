@@ -3002,6 +3002,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.rewards.frontier': ('rewards.html#frontier', 'halos_nb/rewards.py'),
                                   'halos_nb.rewards.is_even': ('rewards.html#is_even', 'halos_nb/rewards.py'),
                                   'halos_nb.rewards.kl_curve': ('rewards.html#kl_curve', 'halos_nb/rewards.py'),
+                                  'halos_nb.rewards.label_sides': ('rewards.html#label_sides', 'halos_nb/rewards.py'),
                                   'halos_nb.rewards.length_and_reward': ('rewards.html#length_and_reward', 'halos_nb/rewards.py'),
                                   'halos_nb.rewards.length_points': ('rewards.html#length_points', 'halos_nb/rewards.py'),
                                   'halos_nb.rewards.length_table': ('rewards.html#length_table', 'halos_nb/rewards.py'),

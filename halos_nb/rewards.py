@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'BELOW', 'COEFFICIENTS', 'RoundMean', 'sample_values', 'roun
            'win_rate_points', 'win_rates', 'word_count', 'length_table', 'at_equal_length', 'length_points',
            'score_line', 'length_and_reward', 'sides', 'priced_rewards', 'reward_against_kl', 'evaluation_panels',
            'beside', 'evaluation_line', 'evaluation_figure', 'is_even', 'best_of_n_lines', 'trained_line',
-           'best_of_n_figure', 'run_line', 'faint', 'frontier', 'agreement_points', 'agreement_figure']
+           'best_of_n_figure', 'run_line', 'faint', 'label_sides', 'frontier', 'agreement_points', 'agreement_figure']
 
 # %% ../nbs/62_rewards.ipynb #f45fc0bb
 from collections.abc import Sequence
@@ -724,6 +724,21 @@ def faint(rows: Sequence[dict], key: str, line: dict) -> go.Scatter:
         hoverinfo="skip",
     )
 
+# %% ../nbs/62_rewards.ipynb #257d4f59
+def label_sides(
+    lines: Sequence[tuple[np.ndarray, np.ndarray]],  # x and y of each line's points
+) -> list[str]:  # top or bottom
+    "On which side of its end each line is named, so that no name is on another."
+    across, _ = finite_values(x for line in lines for x in line[0])
+    up, _ = finite_values(y for line in lines for y in line[1])
+    width, height = [np.ptp(v) if len(v) else 0.0 for v in (across, up)]
+    ends = [(line[0][-1], line[1][-1]) if len(line[0]) else (np.nan, np.nan) for line in lines]
+    sides = []
+    for right, low in ends:
+        above = [abs(x - right) < 0.3 * width and 0 < y - low < 0.1 * height for x, y in ends]
+        sides.append("bottom" if any(above) else "top")
+    return sides
+
 # %% ../nbs/62_rewards.ipynb #47b635e8
 def frontier(
     # run's name -> rows with `kl` and the reward, in order of the rounds, such as those of
@@ -737,6 +752,7 @@ def frontier(
 ) -> go.Figure:
     "One line per run through its rounds, named at its end."
     fig = go.Figure()
+    sides = label_sides([(floats(rows, "kl"), floats(rows, key)) for rows in runs.values()])
     for i, (name, rows) in enumerate(runs.items()):
         line = run_line(i)
         fig.add_traces([faint(one, key, line) for one in (behind or {}).get(name, [])])
@@ -749,7 +765,7 @@ def frontier(
             mode="lines+markers+text",
             line=line,
             text=at_the_end,
-            textposition="top center",
+            textposition=f"{sides[i]} center",
             textfont_color=line["color"],
             hovertemplate=known,
         )
