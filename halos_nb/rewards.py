@@ -735,7 +735,7 @@ def label_sides(
     ends = [(line[0][-1], line[1][-1]) if len(line[0]) else (np.nan, np.nan) for line in lines]
     sides = []
     for right, low in ends:
-        above = [abs(x - right) < 0.3 * width and 0 < y - low < 0.1 * height for x, y in ends]
+        above = [abs(x - right) < 0.3 * width and 0 < y - low < 0.2 * height for x, y in ends]
         sides.append("bottom" if any(above) else "top")
     return sides
 
