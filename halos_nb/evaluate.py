@@ -305,9 +305,8 @@ def orders(
     return found
 
 # %% ../nbs/45_evaluate.ipynb #2d001d6b
-OWN = (
-    "first"  # the first policy's answers, among others; without others, the answers themselves
-)
+# the first policy's answers, among others; without others, the answers themselves
+OWN = "first"
 
 
 def labeller_names(journals: Iterable[str]) -> list[str]:

@@ -586,9 +586,8 @@ def write_feedback(data: LabelInput, got: Labelled, cfg: LabelConfig) -> dict:
     counts |= wins_of_files(data, got, cfg) | data.counts | got.counts
     write_json(companion_file(out, "counts.json"), counts)
     all_tied = cfg.second_samples_path and counts["equal"] == len(data.pairs or [])
-    if not feedback and not (
-        all_tied or cfg.empty_ok
-    ):  # two files that are equally good are a result
+    # two files that are equally good are a result
+    if not feedback and not (all_tied or cfg.empty_ok):
         raise nothing_to_learn(data, got, cfg, counts, before)
     write_records(out, feedback)
     if before:
