@@ -73,11 +73,11 @@ test-lowest: build/lowest.txt
 test-latest: build/latest.txt
 	@$(MAKE) --no-print-directory test VENV=build/latest CONSTRAINTS=build/latest.txt
 
-# Combinations of which CI has one of each kind.
+# Combinations of which CI has one of each kind, in the files that know the mark.
 test-every: export OMP_NUM_THREADS := 1
 test-every: export HALOS_NB_LONG := every
 test-every: setup
-	@pytest -v tests/test_trainers.py tests/test_bench.py tests/test_methods.py tests/test_browser_monitor.py tests/test_browser_widgets.py tests/test_bench_gpu.py tests/test_labellers.py tests/test_loop.py
+	@pytest -v $$(grep -lE 'import .*\<every\>|== "every"' tests/test_*.py)
 
 # Every method, every way of going on; CI has a few of them.
 test-fsdp: export OMP_NUM_THREADS := 1

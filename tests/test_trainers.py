@@ -457,10 +457,16 @@ CUTS = {
 }
 
 
-# one loss of each kind in every way; the others in the way that is furthest from the first
+# pairs and rollouts in every way; one loss of each other kind in the two that are furthest
+# from the first, the rest in one of them
 EVERY = os.environ.get("HALOS_NB_LONG") == "every"
 KINDS = LOSSES if EVERY else ["sft", "dpo", "kto", "grpo", "ppo", "bradley-terry"]
-CUT_LOSSES = [(loss, cut) for loss in LOSSES for cut in CUTS if loss in KINDS]
+CUT_LOSSES = [
+    (loss, cut)
+    for loss in KINDS
+    for cut in CUTS
+    if EVERY or loss in ("dpo", "ppo") or cut in ("one token", "plain, cut")
+]
 CUT_LOSSES += [(loss, "plain, cut") for loss in LOSSES if loss not in KINDS]
 
 
