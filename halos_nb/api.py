@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'WHOLE', 'CUT', 'MOST_TOKENS', 'PROXIES', 'FIRST', 'run_async',
-           'api_key', 'Letter', 'letter_of', 'letters', 'only_letters', 'base64_forms', 'fragments', 'Hidden',
+           'api_key', 'Letters', 'on_keyboard', 'letter_of', 'letters', 'only_letters', 'fragments', 'Hidden',
            'spans_of', 'words_of', 'places_of', 'decoded', 'encoded_places', 'said_places', 'without_secrets', 'hide',
            'excerpt', 'ServerError', 'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to', 'about_address',
            'check_address', 'address_of', 'error_text', 'describe', 'answer_or_error', 'how_it_ended', 'Said',
@@ -34,7 +34,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .records import shortened
-from .configs import KEY_PREFIX, is_mixed, secret_in, secret_values
+from .configs import KEY_PREFIX, base64_forms, is_mixed, secret_in, secret_values
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -62,6 +62,8 @@ def api_key() -> str:
                 f"OPENAI_API_KEY: its letter {at} of {len(key)} is U+{ord(letter):04X}, "
                 f"{name}, which no key has; copy it again"
             )
+    if re.match(r"bearer\s", key, re.I):
+        raise ValueError("OPENAI_API_KEY: it begins with Bearer, which is no part of a key")
     if len(key) > 1 and key[0] == key[-1] and key[0] in "\"'`":
         raise ValueError(
             f"OPENAI_API_KEY: it stands in quotes ({key[0]}), which are no part of a key"
@@ -75,24 +77,27 @@ ESCAPED = re.compile(
     r"%u([0-9a-f]{4})|%(?:25)*([0-9a-f]{2})|&#x([0-9a-f]+);?|U\+([0-9a-f]{4,6})|"
     r"(?<![0-9a-z])0x([0-9a-f]{2})(?![0-9a-f])|=([0-9a-f]{2})(?==[0-9a-f]{2})|"
     r"\\+(?P<octal>[01][0-7]{2})|&#(?P<decimal>[0-9]+);?|"
-    r"(?P<tag></?[a-z]{1,6}\s*/?>)|(?P<plain>.)",
-    re.I | re.S,
+    r"(?P<tag></?[a-z]{1,6}\s*/?>)",
+    re.I,
 )
 
 
-class Letter(NamedTuple):
-    "A letter of a text, read without escapes, and where it stands."
+class Letters(NamedTuple):
+    "The letters and digits of a text, read without escapes, in small letters."
 
     said: str
-    start: int
-    end: int
+    places: list[tuple[int, int]]  # where each of them begins and ends in the text
+
+
+@cache
+def on_keyboard(letter: str) -> str:
+    "Its letters and digits, small: bold, full-width and circled ones are the keyboard's."
+    plain = letter if letter.isascii() else unicodedata.normalize("NFKC", letter)
+    return "".join(c.casefold() for c in plain if c.isalnum())
 
 
 def letter_of(found: re.Match) -> str:
-    "The letter that ESCAPED has found; bold, full-width and circled ones are the keyboard's."
-    if found["plain"]:
-        plain = found["plain"]
-        return plain if plain.isascii() else unicodedata.normalize("NFKC", plain)
+    "The letter that ESCAPED has found."
     if found["tag"]:
         return ""
     forms = [(found["octal"], 8), (found["decimal"], 10)]
@@ -101,28 +106,27 @@ def letter_of(found: re.Match) -> str:
     return chr(number) if number < 0x110000 else ""
 
 
-def letters(text: str) -> list[Letter]:
-    "The letters and digits of a text, escapes resolved, in small letters."
-    found = []
-    for m in ESCAPED.finditer(text):
-        for said in letter_of(m):
-            if said.isalnum():
-                found.append(Letter(said.casefold(), m.start(), m.end()))
-    return found
+def letters(text: str) -> Letters:
+    "A text as a secret is looked for in it."
+    said: list[str] = []
+    places: list[tuple[int, int]] = []
+    at = 0
+    for m in [*ESCAPED.finditer(text), None]:
+        for i in range(at, m.start() if m else len(text)):
+            for letter in on_keyboard(text[i]):
+                said.append(letter)
+                places.append((i, i + 1))
+        if m:
+            at = m.end()
+            escaped = on_keyboard(letter_of(m))
+            said += escaped
+            places += [m.span()] * len(escaped)
+    return Letters("".join(said), places)
 
 # %% ../nbs/31_api.ipynb #743dfd8a
 def only_letters(text: str) -> str:
     "A text as `letters` reads it."
     return "".join(c for c in text.casefold() if c.isalnum())
-
-
-def base64_forms(key: str) -> list[str]:
-    "What of a key's base64 is the same whatever stands around it, at each offset."
-    forms = []
-    for shift, first in ((0, 0), (1, 2), (2, 3)):
-        encoded = base64.b64encode(b"\0" * shift + key.encode()).decode()
-        forms.append(encoded[first : (shift + len(key.encode())) * 8 // 6])
-    return forms
 
 
 @cache
@@ -159,10 +163,11 @@ class Hidden(NamedTuple):
 def spans_of(key: str, said: str, least: int) -> Iterator[tuple[int, int]]:
     "Where a text, as `letters` reads it, has a fragment of a key."
     for shapes in fragments(key, least):
-        n = len(next(iter(shapes)))
-        for i in range(len(said) - n + 1):
-            if said[i : i + n] in shapes:
-                yield i, i + n
+        for shape in shapes:
+            at = said.find(shape)
+            while at >= 0:
+                yield at, at + len(shape)
+                at = said.find(shape, at + 1)
 
 
 def words_of(key: str) -> list[str]:
@@ -174,7 +179,7 @@ def words_of(key: str) -> list[str]:
     return [*plain, json.dumps(key)[1:-1], *encoded]
 
 # %% ../nbs/31_api.ipynb #0768c46d
-def places_of(key: str, text: str, read: list[Letter], least: int) -> set[int]:
+def places_of(key: str, text: str, read: Letters, least: int) -> set[int]:
     "The positions of a text at which a secret stands."
     places: set[int] = set()
     prefix = KEY_PREFIX.match(key)
@@ -184,9 +189,8 @@ def places_of(key: str, text: str, read: list[Letter], least: int) -> set[int]:
             places |= set(range(m.start(), m.end()))
     if not is_mixed(body):
         return places
-    said = "".join(c.said for c in read)
-    for start, end in spans_of(body, said, min(least, len(only_letters(body)))):
-        places |= set(range(read[start].start, read[end - 1].end))
+    for start, end in spans_of(body, read.said, min(least, len(only_letters(body)))):
+        places |= set(range(read.places[start][0], read.places[end - 1][1]))
     # as servers cut it: sk-abcd****wxyz, or sk-...wxyz
     begins, ends = re.escape(key[: len(key) - len(body)]), re.escape(key[-4:])
     first = rf"{begins}{re.escape(body[:4])}[\w-]*(?:[*•·.]{{2,}}|…)[\w-]{{0,8}}"
@@ -234,13 +238,12 @@ def without_secrets(
     least: int = 8,  # letters of a secret in a row that are enough
 ) -> Hidden:
     "The text with [key] wherever it says a secret of the environment."
-    keys = set(secret_values().values())
-    if not keys:
+    keys = {secret for _, secret in secret_values()}
+    places = said_places(text, keys, least, deep=2) if keys else set()
+    if not places:
         return Hidden(text, 0)
-    places = said_places(text, keys, least, deep=2)
     kept = [("\0" if i in places else c) for i, c in enumerate(text)]
-    said, times = re.subn("\0+", "[key]", "".join(kept)) if places else (text, 0)
-    return Hidden(said, times)
+    return Hidden(*re.subn("\0+", "[key]", "".join(kept)))
 
 # %% ../nbs/31_api.ipynb #1ab67c8b
 LONGEST = 20_000  # of what a server said in a message

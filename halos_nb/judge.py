@@ -644,7 +644,8 @@ async def ask_judge(
         said = dict(reason=f"no answer: {describe(said)}")
     now = round(time.time(), 3)
     line = mended(blank_line(judge, question) | said | dict(time=now))
-    return without_key(interpret(line, judge))
+    # a long one takes its time, in which others answer
+    return await asyncio.to_thread(lambda: without_key(interpret(line, judge)))
 
 # %% ../nbs/42_judge.ipynb #6f386cbb
 async def process_samples_with_api(

@@ -1,6 +1,7 @@
 "The client for OpenAI-compatible servers: what stops it, what it keeps, what it never says."
 
 import asyncio
+import base64
 import random
 import time
 from collections import deque
@@ -187,3 +188,51 @@ def test_an_error_of_our_own_is_not_hidden():
 
     with pytest.raises(OSError, match="no room"):
         run_workers(range(1, 5), ask)
+
+
+HIDDEN = "a1B2" + "c3D4e5F6g7H8"  # put together, as above
+KEPT_AT = {  # variable and value, and what a server repeats
+    "Bearer": ("OPENAI_API_KEY", f"Bearer {HIDDEN}", HIDDEN),
+    "a blank within": ("OPENAI_API_KEY", f"{HIDDEN} {HIDDEN[::-1]}", HIDDEN),
+    "headers": ("OPENAI_CUSTOM_HEADERS", f"X-Name: {HIDDEN}\nX-Other: no", HIDDEN),
+    "a proxy's": ("HTTPS_PROXY", f"http://me:{HIDDEN}@proxy:3128", f"me:{HIDDEN}"),
+    "a database's": ("DATABASE_URL", f"postgres://me:{HIDDEN}@h/db", HIDDEN),
+}
+
+
+@pytest.mark.parametrize("name, value, echo", KEPT_AT.values(), ids=KEPT_AT)
+def test_a_secret_is_known_wherever_the_environment_has_it(monkeypatch, name, value, echo):
+    "Also behind another word, among headers, and as the password of an address."
+    monkeypatch.setenv(name, value)
+    for said in (
+        echo,
+        base64.b64encode(echo.encode()).decode(),
+        f"Basic {echo.encode().hex()}",
+    ):
+        assert said not in hide(f"wrong: {said}!") and "[key]" in hide(f"wrong: {said}!")
+    assert (
+        hide("wrong: Bearer, me, X-Name, proxy:3128") == "wrong: Bearer, me, X-Name, proxy:3128"
+    )
+
+
+ENCODED = {
+    "base64": base64.b64encode(f"me:{HIDDEN}".encode()).decode(),
+    "base64 for addresses": base64.urlsafe_b64encode(f"x{HIDDEN}".encode()).decode(),
+    "hex": HIDDEN.encode().hex().upper(),
+    "percent": "".join(f"%{ord(c):02x}" for c in HIDDEN),
+    "two words": f"{HIDDEN[:7]} {HIDDEN[7:]}",
+    "two strings": f'{HIDDEN[:7]}" "{HIDDEN[7:]}',
+    "backwards": HIDDEN[::-1],
+}
+
+
+@pytest.mark.parametrize("said", ENCODED.values(), ids=ENCODED)
+def test_an_encoded_secret_is_no_parameter(monkeypatch, said):
+    monkeypatch.setenv("SOME_API_KEY", HIDDEN)
+    for parameters in (
+        dict(judge_url=f"http://x/v1/{said}"),
+        dict(label_options={"system_prompt": said}),
+    ):
+        with pytest.raises(ValueError, match="holds the value of SOME_API_KEY") as told:
+            notebook_config(LoopConfig, parameters)
+        assert said not in str(told.value)
