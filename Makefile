@@ -64,7 +64,7 @@ test: setup
 	@echo '== Notebooks: every cell of every room, top to bottom'
 	@nbdev-test --file-re '^[0-9]' --do-print --timing
 	@echo '== Tests'
-	@pytest -v -n 2 --dist loadfile
+	@pytest -v -n 2 --dist loadfile --no-loadscope-reorder
 
 # The declared bounds are a promise: the oldest of every package named in pyproject.toml, and the newest of all.
 test-lowest: build/lowest.txt

@@ -43,6 +43,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 every = pytest.mark.skipif(os.environ.get("HALOS_NB_LONG") != "every", reason="make test-every")
 
 
+# files that take minutes begin first, so that no process waits at the end for one of them
+LONG = "trainers jobs browser_widgets bench methods loop labellers browser_monitor ledger"
+LONG = [f"test_{name}" for name in f"{LONG} preload browser gallery audit".split()]
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 def missing(what):
     "What a test cannot do without: its absence skips it on a laptop and fails it in CI."
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
