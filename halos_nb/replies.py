@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED', 'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS',
            'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE', 'THIS', 'GETS', 'SO', 'SAYS', 'QUOTED', 'LABELS', 'LEADS',
-           'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'LAST_COMMA', 'FAILURE', 'NAMED', 'SCORES', 'WINNERS',
-           'ALSO_SCORES', 'SCALES', 'SCALE_WORD', 'LIMIT_WORD', 'SCORE_WORD', 'SCALE_NAME', 'TOTALS', 'SPAN', 'STARS',
-           'SHARE', 'OVERALL', 'N', 'TO', 'SCALED', 'NAMES_SCALE', 'POSSIBLE', 'MARK_WORD', 'EQUAL', 'SCALES_SAID',
-           'BEST_SAID', 'DEFINED', 'TOP', 'BOTTOM', 'BETWEEN_ENDS', 'LOW', 'HIGH', 'LINK', 'TURNED', 'JUDGE', 'UNABLE',
-           'WHO', 'NO_VERDICT', 'BOTH', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT',
-           'BAD', 'HOW', 'SAID_OF', 'THINGS_SAID', 'LENGTH', 'NOT', 'OF_A_LOSER', 'BEATS', 'STRICT', 'ONLY_NAMED',
-           'CLAUSES', 'DENIES', 'PRAISED', 'EQUALS', 'NOBODYS', 'A_TIE_ENDS', 'INTRODUCES', 'BETTER', 'OPENS',
-           'SENTENCE', 'PREFERS', 'IT_IS_A_TIE', 'TAGGED_WINNER', 'ORDERS', 'BESIDE', 'LETTER', 'REVISES_WINNER',
-           'ANSWERED', 'SCORE_OF', 'Reading', 'unread', 'Value', 'TooMany', 'find_all', 'value_of', 'whole_value',
-           'announced_value', 'values_behind', 'value_out_of', 'values_out_of', 'number_alone',
-           'value_of_last_sentence', 'marked_value', 'tagged_values', 'no_key_twice', 'Found', 'json_objects',
-           'without_objects', 'prose_of', 'is_number', 'fields_named', 'is_failure', 'is_revised', 'scale_in_json',
-           'scales_named', 'value_in_json', 'json_values', 'Stated', 'short_sentences', 'has_another_number',
+           'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'LAST_COMMA', 'FAILURE', 'ADDED', 'IF_TRUE', 'IF_FALSE',
+           'NAMED', 'SCORES', 'WINNERS', 'ALSO_SCORES', 'SCALES', 'SCALE_WORD', 'LIMIT_WORD', 'SCORE_WORD',
+           'SCALE_NAME', 'TOTALS', 'SPAN', 'STARS', 'SHARE', 'RATED', 'OVERALL', 'N', 'TO', 'SCALED', 'NAMES_SCALE',
+           'POSSIBLE', 'MARK_WORD', 'EQUAL', 'SCALES_SAID', 'BEST_SAID', 'DEFINED', 'TOP', 'BOTTOM', 'BETWEEN_ENDS',
+           'LOW', 'HIGH', 'LINK', 'TURNED', 'JUDGE', 'UNABLE', 'WHO', 'NO_VERDICT', 'BOTH', 'TIE', 'KINDS', 'ANSWER',
+           'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'BAD', 'HOW', 'SAID_OF', 'THINGS_SAID', 'LENGTH',
+           'NOT', 'OF_A_LOSER', 'BEATS', 'STRICT', 'ONLY_NAMED', 'CLAUSES', 'DENIES', 'PRAISED', 'EQUALS', 'NOBODYS',
+           'A_TIE_ENDS', 'INTRODUCES', 'BETTER', 'OPENS', 'SENTENCE', 'PREFERS', 'IT_IS_A_TIE', 'TAGGED_WINNER',
+           'ORDERS', 'BESIDE', 'LETTER', 'NO_SCORES', 'REVISES_WINNER', 'ANSWERED', 'SCORE_OF', 'Reading', 'unread',
+           'Value', 'TooMany', 'find_all', 'value_of', 'whole_value', 'announced_value', 'values_behind',
+           'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'marked_value', 'tagged_values',
+           'no_key_twice', 'Found', 'json_objects', 'without_objects', 'prose_of', 'is_number', 'fields_named',
+           'is_failure', 'is_revised', 'words_of_name', 'is_qualified', 'scale_in_json', 'scales_named',
+           'value_in_json', 'value_of_object', 'json_values', 'Stated', 'short_sentences', 'has_another_number',
            'is_taken_back', 'behind_all', 'taken_back', 'behind_marks', 'other_totals', 'statements', 'wrongly_defined',
-           'other_scale', 'agreed', 'nothing_in', 'read_number', 'other_than', 'its_names', 'Names', 'names_beside',
-           'clause_is_against', 'is_against', 'is_settled', 'chosen', 'whole_choice', 'is_announced',
-           'announced_winners', 'stated_winners', 'is_given', 'is_the_verdict', 'choice_in_json', 'scores_disagree',
-           'names_two', 'marked_winners', 'behind_verdicts', 'opening_winner', 'is_of_either', 'numbers_disagree',
-           'names_another', 'settled', 'read_winner']
+           'other_scale', 'is_of_another_scale', 'agreed', 'nothing_in', 'read_number', 'other_than', 'its_names',
+           'Names', 'names_beside', 'clause_is_against', 'is_against', 'is_settled', 'chosen', 'whole_choice',
+           'is_announced', 'announced_winners', 'stated_winners', 'is_given', 'is_the_verdict', 'choice_in_json',
+           'numbers_in', 'scores_disagree', 'says_another', 'is_of_the_other', 'names_two', 'marked_winners',
+           'behind_verdicts', 'opening_winner', 'is_of_either', 'numbers_disagree', 'names_another', 'settled',
+           'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -386,6 +388,37 @@ def is_revised(found: dict) -> bool:
     words = [x for x in said if isinstance(x, str)]
     return any(REVISES.search(x) or broken(TAKEN_BACK, x) for x in words)
 
+# %% ../nbs/41_replies.ipynb #d42d75f3
+def words_of_name(key: str) -> set[str]:
+    "The words that a field's name is made of."
+    return set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", key).lower()))
+
+
+# words of a field whose number belongs to the score, or is another one
+ADDED = words_of_name(
+    "penalty penalties deduction deductions deducted bonus adjustment correction revision "
+    "after weighted true real actual new my stars available"
+)
+# words of a field that may not be true
+IF_TRUE = words_of_name(
+    "percent percentage normalized normalised dummy example placeholder na swap swapped "
+    "inverted reversed"
+)
+# and of one that may not be false
+IF_FALSE = words_of_name("valid applicable scored gradable")
+
+
+def is_qualified(found: dict, score: Any = None) -> bool:
+    "Whether numbers or flags beside a verdict change it, or say that it is none."
+    for key, x in found.items():
+        words = words_of_name(key)
+        if isinstance(x, bool):
+            if words & (IF_TRUE if x else IF_FALSE):
+                return True
+        elif is_number(x) and x not in (0, score) and words & ADDED:
+            return True
+    return False
+
 # %% ../nbs/41_replies.ipynb #588c2d41
 NAMED = "final overall revised adjusted corrected updated".split()
 SCORES = "score rating grade " + " ".join(f"{n}score {n}rating {n}grade" for n in NAMED)
@@ -397,7 +430,7 @@ SCALES = "outof max maximum maxscore scoremax scale range unit"
 SCALE_WORD = r"max|maximum|maximal|scale|range|outof|denominator|possible|ceiling"
 # these need a word of a score beside them: the `top_score`, but not the `limit`
 LIMIT_WORD = r"top|best|highest|upper|bound|limit|full|perfect"
-SCORE_WORD = r"scores?|ratings?|grades?|points?|marks?"
+SCORE_WORD = r"score[sd]?|ratings?|grades?|points?|marks?"
 SCALE_NAME = re.compile(
     rf"(?=.*(?:{SCALE_WORD}|(?:{LIMIT_WORD})(?:{SCORE_WORD}|bound)|"
     rf"(?:{SCORE_WORD})(?:{LIMIT_WORD})))"
@@ -439,6 +472,8 @@ def scales_named(found: dict, scale: float) -> set[float]:
 # %% ../nbs/41_replies.ipynb #78c06ce4
 def value_in_json(found: dict, x: Any, scale: float) -> Value | None:
     "The value of a field that holds a score."
+    if is_qualified(found, x):
+        return None
     scales = scales_named(found, scale)
     totals = [n for n in fields_named(found, TOTALS) if is_number(n)]
     scales |= {float(n) for n in totals if n != x}
@@ -451,6 +486,11 @@ def value_in_json(found: dict, x: Any, scale: float) -> Value | None:
     if value is None or None not in (of, value.of):
         return None if value is None or of != value.of else value
     return Value(value.x, of if value.of is None else value.of)
+
+
+def value_of_object(found: dict, x: Any, scale: float) -> Value | None:
+    "The value of a field with a score, where nothing beside it says otherwise."
+    return None if is_qualified(found, x) else value_in_json(found, x, scale)
 
 
 def json_values(text: str, scale: float) -> list[Value | None]:
@@ -466,7 +506,7 @@ def json_values(text: str, scale: float) -> list[Value | None]:
             named += filter(is_number, fields_named(found, ALSO_SCORES))
         if found and not named and scales_named(found, scale) - {scale}:
             named = [None]  # an object of its own names another scale
-        values += [None if told else value_in_json(found or {}, x, scale) for x in named]
+        values += [None if told else value_of_object(found or {}, x, scale) for x in named]
         cut_off = cut_off and found is None
     if not any(values):  # objects without a score
         values = values if re.search(r"score|rating|grade", text, re.I) else []
@@ -542,6 +582,7 @@ def behind_marks(text: str) -> str:
     return re.sub(rf"\A\s*{OUT_OF}", "", rest, flags=re.I)
 
 
+RATED = rf"\b{SCORE}[\s*_:=]*{BRACKETED}"  # Rating: [[3]]
 OVERALL = rf"\b(?:overall|total|sum)(?:\s+{SCORE})?{BEHIND}{VALUE}"
 
 
@@ -560,6 +601,8 @@ def statements(
     marked = json_values(text, scale) + tagged_values(text, scale)
     words = without_objects(text)
     final = values_behind(FINAL, words, scale)
+    if final:
+        marked += [whole_value(found["inside"]) for found in find_all(RATED, text)]
     if found := marked + final:
         kind = "Final Score" if final else "JSON or tag"
         rest = behind_all(words, [FINAL]) if final else behind_marks(text)
@@ -720,6 +763,19 @@ NO_VERDICT = rules(
 )
 
 # %% ../nbs/41_replies.ipynb #1d25a5a6
+def is_of_another_scale(text: str, x: float, scale: float) -> bool:
+    "Whether a text says the number also out of another one: 4/5, 4 of 5 points."
+    for found in re.finditer(rf"(?<![\w.,/+-]){VALUE}", text, re.I):
+        value = value_of(found)
+        if value is None or value.of in (None, scale) or value.x != x:
+            continue
+        counts = found["by"] == "of" and found[0][-1].isdigit()  # 4 of 5 criteria
+        if not counts and not THINGS.match(text, found.end()):
+            return True
+    stars = re.findall(r"[★⭐✭]+[☆✩]+", text)
+    return any(len(drawn) != scale for drawn in stars)
+
+
 def agreed(stated: Stated, scale: float) -> Reading:
     "The one number that all statements agree on."
     if not stated.values:
@@ -755,7 +811,10 @@ def read_number(
     prose = prose_of(text)
     try:
         why = other_scale(prose, scale) or broken(NO_VERDICT, prose)
-        return unread(why) if why else agreed(statements(text, scale), scale)
+        said = unread(why) if why else agreed(statements(text, scale), scale)
+        if said.value is not None and is_of_another_scale(prose, float(said.value), scale):
+            return unread("the reply says its number out of another scale, too")
+        return said
     except TooMany as many:
         return unread(str(many))
 
@@ -933,6 +992,10 @@ def clause_is_against(clause: str, names: Names) -> bool:
     found = names.harmless.search(clause)
     if found is None or DENIES.search(clause[: found.start()]):
         return True
+    if re.match(
+        r"\W+(?:nothing|no|none|nowhere|nobody|hardly|little)\b", clause[found.end() :]
+    ):
+        return True  # B misses nothing
     return bool(PRAISED.search(clause[found.end() :]))
 
 # %% ../nbs/41_replies.ipynb #6aa73980
@@ -1090,7 +1153,7 @@ BESIDE = re.compile(
         r"loser worse worst weaker runnerup initial\w* previous\w* first\w* longer shorter\w* "
         r"style\w* tone\w* clarity accura\w* correct\w* factual\w* helpful\w* relevan\w* "
         r"concise\w* depth detail\w* creativ\w* complete\w* safety harmless\w* coheren\w* "
-        "length"
+        "length rejected"
     )
 )
 
@@ -1103,16 +1166,29 @@ def choice_in_json(x: Any) -> str | None:
     return whole_choice(x.upper() if isinstance(x, str) and x.strip() in ("a", "b") else x)
 
 # %% ../nbs/41_replies.ipynb #e9965fba
+# what is better with a smaller number, or says nothing
+NO_SCORES = re.compile(r"rank|place|position|error|mistake|fault|flaw|length|word|token", re.I)
+
+
+def numbers_in(found: dict, within: str = "") -> Iterator[tuple[str, float]]:
+    "The numbers of an object, and of objects and pairs in it, with their names."
+    for key, x in found.items():
+        name = f"{within} {key}".strip()
+        pair = isinstance(x, list) and len(x) == 2 and re.search("scores|ratings|grades", key)
+        inner = dict(zip("AB", x)) if pair else x
+        if isinstance(inner, dict) and within.count(" ") < 2:
+            yield from numbers_in(inner, name)
+        value = whole_value(x) if isinstance(x, str) else Value(x) if is_number(x) else None
+        if value and not NO_SCORES.search(name):
+            yield name, float(value.x)
+
+
 def scores_disagree(found: dict, winner: str) -> bool:
     "Whether an object's numbers for A and B say that another has won."
     numbers: dict[str, dict[str, float]] = {}
-    inner = [x for x in found.values() if isinstance(x, dict)]
-    for part in [found, *inner]:
-        for key, x in part.items():
-            letter = LETTER.search(key)
-            if letter and is_number(x):
-                both = numbers.setdefault(LETTER.sub("*", key), {})
-                both[letter[0].upper()] = float(x)
+    for name, x in numbers_in(found):
+        if letter := LETTER.search(name):
+            numbers.setdefault(LETTER.sub("*", name), {})[letter[0].upper()] = x
     for both in numbers.values():
         if len(both) == 2:
             ahead = max("AB", key=both.__getitem__) if both["A"] != both["B"] else "tie"
@@ -1121,15 +1197,31 @@ def scores_disagree(found: dict, winner: str) -> bool:
     return False
 
 # %% ../nbs/41_replies.ipynb #58a3d4d1
+def says_another(text: str, winner: str) -> bool:
+    "Whether a text in an object gives the verdict to another."
+    said = [*stated_winners(text), *announced_winners(text)]
+    said += [ORDERS.get(found["inside"]) for found in find_all(BRACKETS, text, 0)]
+    said.append(ORDERS.get(re.sub(r"\s", "", text)))
+    return bool({name for name in said if name} - {winner})
+
+
+def is_of_the_other(key: str, x: Any, winner: str) -> bool:
+    "Whether a flag such as `B_is_better` gives the verdict to another."
+    letter = LETTER.search(key)
+    if not isinstance(x, bool) or not words_of_name(key) & {"better", "wins", "preferred"}:
+        return False
+    return letter is not None and x == (letter[0].upper() != winner)
+
+
 def names_two(found: dict, winner: str) -> bool:
     "Whether an object names another winner than its own, or none."
     for key, x in found.items():
         name = re.sub(r"[\s_-]", "", key.lower())
         said = choice_in_json(x[0] if isinstance(x, list) and x else x)
-        is_lost = name in ("loser", "worse", "worst")
+        is_lost = name in ("loser", "worse", "worst", "rejected", "not")
         if is_lost and said == winner:
             return True
-        if name in ("tie", "istie", "draw", "isdraw") and x is True and winner != "tie":
+        if words_of_name(key) & {"tie", "tied", "draw"} and x is True and winner != "tie":
             return True
         if (
             said not in (None, winner)
@@ -1137,9 +1229,11 @@ def names_two(found: dict, winner: str) -> bool:
             and not BESIDE.match(name)
         ):
             return True
-        if isinstance(x, str) and not set(stated_winners(x)) <= {winner}:
+        if is_of_the_other(key, x, winner) or (isinstance(x, str) and says_another(x, winner)):
             return True
-    return is_failure(found) or is_revised(found) or scores_disagree(found, winner)
+    if is_failure(found) or is_revised(found) or is_qualified(found):
+        return True
+    return scores_disagree(found, winner)
 
 # %% ../nbs/41_replies.ipynb #d0709ba4
 def marked_winners(text: str) -> list[str | None]:
@@ -1222,7 +1316,8 @@ ANSWERED = re.compile(r"\b(?:is|was|does|did)\b[^.!?\n]{0,60}\?\s+No\b\.?", re.I
 SCORE_OF = re.compile(
     rf"\b(?:(?:score|rating|grade|total|points|overall)\s+(?:for\s+|of\s+)?)?(?:{KINDS}\s+)?"
     rf"(?P<x>[AB])(?:['’]s)?(?:\s+(?i:score|rating|grade|"
-    rf"total))?[*_`]*\s*[:=][*_`\s]*(?P<n>{NUMBER})",
+    rf"total))?[*_`]*(?:\s*[:=]|\s*[(](?=\d+\s*/)|\s+(?:gets|got|scores?d?|receives|earns|"
+    rf"deserves)(?:\s+an?)?|(?=\s+\d+\s*/))[*_`\s]*(?P<n>{NUMBER})",
     re.I,
 )
 
