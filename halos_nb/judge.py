@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS', 'AS_LETTER', 'FORMS', 'LIMITS', 'NAMED',
-           'OF_QUESTION', 'REFUSES', 'NOT_OTHERWISE', 'OF_LINES', 'FAILURES', 'with_placeholders', 'fill', 'Judge',
-           'digest', 'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options', 'letter_turns',
-           'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of', 'request_options',
-           'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'ErrorInAnswer', 'raise_error_in',
-           'complete', 'read_answer', 'without_key', 'blank_line', 'ask_judge', 'process_samples_with_api', 'judge_of',
-           'JudgeJob', 'key_of', 'refuse_other_judges', 'refuse_changed_samples', 'check_judge_lines', 'read_journal',
-           'says_something', 'latest_lines', 'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text',
-           'JudgeRun', 'connect_and_ask', 'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
+           'OF_QUESTION', 'REFUSES', 'NOT_OTHERWISE', 'OF_LINES', 'UNREAD', 'FAILURES', 'with_placeholders', 'fill',
+           'Judge', 'digest', 'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options',
+           'letter_turns', 'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of',
+           'request_options', 'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'ErrorInAnswer',
+           'raise_error_in', 'complete', 'read_answer', 'without_key', 'blank_line', 'ask_judge',
+           'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of', 'refuse_other_judges',
+           'refuse_changed_samples', 'check_judge_lines', 'read_journal', 'says_something', 'latest_lines',
+           'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask',
+           'lock_journal', 'JudgeResult', 'run_job', 'job_counts', 'total']
 
 # %% ../nbs/42_judge.ipynb #ac6e8a19
 import asyncio
@@ -576,7 +577,9 @@ def read_answer(
     "What is in the server's answer; a ValueError if it is none."
     try:
         choice = answer.choices[0]
-        said = said_in(choice.message)
+        # a completion's text, and a stream's part: not a chat's, but an answer
+        found = [getattr(choice, name, None) for name in ("message", "text", "delta")]
+        said = said_in(next((x for x in found if x), None))
     except (AttributeError, IndexError, TypeError, KeyError):
         page = "; a web page: is base_url the API's, which mostly ends in /v1?"
         hint = page if str(answer).lstrip().startswith("<") else ""
@@ -639,7 +642,8 @@ async def ask_judge(
 
     said = await answer_or_error(request(), deadline, judge.model)
     if isinstance(said, TimeoutError):
-        said = dict(reason=f"no answer within {deadline or 0:g} s")
+        over = "deadline, with all attempts that request_timeout ended"
+        said = dict(reason=f"no answer within {deadline or 0:g} s ({over})")
     elif isinstance(said, Exception):
         said = dict(reason=f"no answer: {describe(said)}")
     now = round(time.time(), 3)
@@ -666,10 +670,22 @@ async def process_samples_with_api(
         structured=False,
     )
     gate, terms = asyncio.Semaphore(batch_size), Terms()
+    stopped: list[ServerError] = []
+    rows: list[dict] = []
+
+    async def ask(sample: dict) -> dict:
+        if stopped:
+            return blank_line(judge, question(sample), f"not asked: {stopped[0]}")
+        try:
+            return await ask_judge(client, judge, question(sample), terms)
+        except ServerError as error:
+            stopped.append(error)
+            return blank_line(judge, question(sample), str(error))
 
     async def score(sample: dict) -> dict:
         async with gate:
-            row = await ask_judge(client, judge, question(sample), terms)
+            row = await ask(sample)
+        rows.append(row)
         return sample | dict(
             output=as_turns(sample["output"]),
             reward=row["score"],
@@ -677,7 +693,12 @@ async def process_samples_with_api(
             reply=row["reply"],
         )
 
-    return list(await asyncio.gather(*map(score, samples)))
+    scored = list(await asyncio.gather(*map(score, samples)))
+    if stopped and not any(row["reply"] for row in rows):
+        raise stopped[0]
+    if stopped:
+        warnings.warn(f"some samples have no reward: {stopped[0]}", stacklevel=2)
+    return scored
 
 # %% ../nbs/42_judge.ipynb #8b459ef6
 def judge_of(cfg: LabelConfig) -> Judge:
@@ -756,6 +777,7 @@ OF_LINES: dict[str, tuple] = {  # fields of a judge's line: what they hold, and 
     **{name: ((float, int, type(None)), True) for name in ("time", "cost")},
     **{name: ((int, type(None)), True) for name in ("input_tokens", "output_tokens")},
     **{name: (str, True) for name in ("judge", "question")},
+    "reply": ((str, type(None)), True),
     **{name: (str, False) for name in ("refusal", "reasoning", "error", "finish")},
 }
 
@@ -904,6 +926,7 @@ class JudgeRun:
     progress: Progress
     terms: Terms = field(default_factory=Terms)
     requests: int = 0  # sent, repeats included
+    unread: int | None = 0  # replies so far, none of which could be read; None: one could
 
     async def before_sending(self, body: str) -> None:
         "Count a request, and let it wait for its place."
@@ -920,6 +943,25 @@ def take(self: JudgeRun) -> Question | None:
     self.budget.asked += 1
     self.budget.held += self.budget.dearest(q)
     return q
+
+# %% ../nbs/42_judge.ipynb #883d4e88
+UNREAD = (
+    50  # replies; where none of the first so many can be read, the rest would be paid in vain
+)
+
+
+@patch
+def stop_if_unread(self: JudgeRun, row: dict) -> None:
+    "A ServerError once the first replies are there and none of them could be read."
+    if self.unread is None or row["reply"] is None:
+        return
+    self.unread = None if row.get("score", row.get("winner")) is not None else self.unread + 1
+    if self.unread == UNREAD:
+        raise ServerError(
+            f"none of the first {UNREAD} replies of {self.job.judge.model} could be read, the "
+            f"last one: {row['reason']}. Other words, a larger max_tokens or another judge "
+            "need an output_file of their own"
+        )
 
 # %% ../nbs/42_judge.ipynb #572f59a4
 @patch
@@ -938,6 +980,7 @@ async def ask(
     row["cost"] = budget.cost(row["input_tokens"], row["output_tokens"])
     append_jsonl(self.job.journal, check_record(row, row["type"]), sync=True)
     budget.book(q, row["cost"])
+    self.stop_if_unread(row)
     spent = {} if budget.input_price is None else dict(spent=f"${budget.spent:.4f}")
     self.progress.update(1, **spent)
     return row["reason"] if row["reply"] is None else ""
@@ -994,6 +1037,7 @@ def run_job(job: JudgeJob) -> JudgeResult:
             limiter = Limiter(job.cfg.requests_per_minute, job.cfg.tokens_per_minute)
             terms = Terms(keep_limit=job.cfg.max_cost is not None)
             run = JudgeRun(job, todo, budget_of(job, rows), limiter, progress, terms)
+            run.unread = None if any(map(says_something, rows)) else 0
             if todo:
                 run_async(connect_and_ask(run))
         known = latest_answers(read_journal(job), job.judge)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_BE', 'DRAWN_FIELDS', 'UNPACK', 'MAX_DEPTH', 'ROOM',
            'ONLY_ZEROS', 'FRACTION', 'KEY_END', 'OTHER_KEY_END', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS',
-           'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY', 'NO_LOCKS', 'LOCKS_MISSING', 'BETWEEN', 'zero_or_one',
+           'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY', 'NO_LOCKS', 'LOCKS_MISSING', 'BLANK', 'BETWEEN', 'zero_or_one',
            'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample',
            'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened',
            'field_name', 'rule_of', 'problem_of', 'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw',
@@ -611,7 +611,11 @@ class Parsed(NamedTuple):
     exact: bool  # whether orjson read it, and lost nothing
 
 
-def parsed_json(data: bytes, where: str) -> Parsed:
+def parsed_json(
+    data: bytes,
+    where: str,  # file, and line where there are several
+    advice: str = "If its writer was killed, write the file again",
+) -> Parsed:
     "The value of a JSON text, all of it, or a RecordError with line and column."
     try:
         value = orjson.loads(data)
@@ -623,7 +627,6 @@ def parsed_json(data: bytes, where: str) -> Parsed:
         value = json.loads(data, object_pairs_hook=object_of, parse_int=whole_number)
         return Parsed(value, False)
     except json.JSONDecodeError as e:
-        advice = "If its writer was killed, write the file again"
         raise RecordError(f"{where}: not JSON: {e}. {advice}") from None
     except UnicodeDecodeError as e:
         raise RecordError(f"{where}: not JSON: {e}. Save the file as UTF-8") from None
@@ -1197,10 +1200,13 @@ def lock_file(
     return file
 
 # %% ../nbs/00_records.ipynb #148d103c
+BLANK = b" \t\r\n\0"  # a disk that loses its power leaves zeros
+
+
 def without_torn_line(data: bytes) -> bytes:
     "The lines of a journal, each ended; without a last one that is the beginning of an object."
     end = data.rfind(b"\n") + 1
-    last = data[end:].strip()
+    last = data[end:].strip(BLANK)
     if not last:
         return data[:end]
     if last.startswith(b"{"):
@@ -1276,9 +1282,11 @@ def read_jsonl(path: str | Path) -> list[dict]:
     if rows is not None:
         return rows
     rows = []
+    advice = "Mend or remove this line; the others stay"
     for number, line in enumerate(whole.split(b"\n"), 1):
-        if line.strip():
-            rows.append(as_object(parse_json(line, f"{path}, line {number}"), path, number))
+        if said := line.strip(BLANK):
+            value = parsed_json(said, f"{path}, line {number}", advice).value
+            rows.append(as_object(value, path, number))
     return rows
 
 

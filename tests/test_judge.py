@@ -1797,3 +1797,110 @@ def test_what_stands_beside_feedback_never_replaces_an_input(tmp_path, monkeypat
     with pytest.raises(ValueError, match="over function"):
         main(LabelConfig(**given, **more))
     assert "def score" in rules.read_text(encoding="utf-8")
+
+
+# ---- what was paid for is kept, and not paid for in vain
+
+KEPT = {
+    "a text": dict(message="Final Score: 5"),
+    "a list": dict(message=["Final Score: 5"]),
+    "a completion's": dict(text="Final Score: 5"),
+    "a stream's": dict(delta=dict(content="Final Score: 5")),
+    "parts in parts": dict(message=dict(content=[[part("Final Score: 5")]])),
+    "a part of JSON": dict(
+        message=dict(content=[dict(type="output_json", json=dict(score=5))])
+    ),
+    "parsed": dict(message=dict(content=None, parsed=dict(score=5))),
+    "a call": dict(message=dict(content="", tool_calls=[dict(function=dict(name="score: 5"))])),
+}
+
+
+@pytest.mark.parametrize("choice", KEPT.values(), ids=KEPT)
+def test_an_answer_in_an_odd_place_is_kept(tmp_path, choice):
+    "Scored or not, its words are in the journal, and nobody asks again."
+    with Server(lambda body, n: told(dict(index=0, finish_reason="stop") | choice)) as server:
+        cfg = config(server, tmp_path, 4, structured=False, empty_ok=True)
+        main(cfg)
+        main(cfg)
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert len(server.heard) == len(rows) == 4
+    for row in rows:
+        assert "core" in row["reply"] and "5" in row["reply"] and row["output_tokens"] == 10
+        assert row["score"] == 5 or (row["score"] is None and row["reason"])
+
+
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_a_judge_that_is_never_read_is_not_paid_to_the_end(tmp_path, finish):
+    "It stops after 50 with the reason; who runs it again goes on, and pays for none twice."
+    with Server(lambda body, n: message("Hm.", finish)) as server:
+        cfg = config(server, tmp_path, 70, structured=False, batch_size=4, empty_ok=True)
+        reason = "max_tokens" if finish == "length" else "states no score"
+        with pytest.raises(ServerError, match=f"none of the first 50 replies.*{reason}"):
+            main(cfg)
+        assert 50 <= len(server.heard) < 54
+        assert main(cfg)["unreadable"] == 70
+    assert len(server.heard) == 70
+
+
+def test_one_that_is_read_lets_the_others_be_asked(tmp_path):
+    with Server(lambda b, n: "Hm." if number_of(b) != 3 else "Final Score: 3") as server:
+        counts = main(config(server, tmp_path, 70, structured=False))
+    assert counts["scored"] == 1 and counts["unreadable"] == 69
+
+
+def test_what_was_answered_before_the_server_stops_is_returned():
+    "The predecessor's function has no journal: what was paid for is in what it returns."
+    samples = make_samples(12)
+
+    def reply(body, times):
+        return (402, error("no money")) if number_of(body) == 5 else "Final Score: 3"
+
+    async def run(server):
+        async with openai.AsyncOpenAI(
+            api_key="x", base_url=server.url, max_retries=0
+        ) as client:
+            return await process_samples_with_api(samples, client, "Judge!", "Rate:", "toy", 2)
+
+    with Server(reply) as server, pytest.warns(UserWarning, match="no reward.*no money"):
+        scored = asyncio.run(run(server))
+    assert [row["reward"] for row in scored[:5]] == [3] * 5 and len(server.heard) < 9
+    assert all(row["reward"] == 3 or "no money" in row["reason"] for row in scored)
+    everywhere = Server(lambda body, times: (402, error("no money")))
+    with everywhere as server, pytest.raises(ServerError, match="no money"):
+        asyncio.run(run(server))
+
+
+def test_a_long_reply_keeps_nobody_waiting(tmp_path):
+    "While it is read, the others go on: they are on disk before it, and none is over its time."
+    long = "It is a clear answer. " * 8_000 + "\nFinal Score: 3"
+    with Server(lambda body, n: long if number_of(body) == 0 else "Final Score: 3") as server:
+        counts = main(config(server, tmp_path, 30, structured=False, batch_size=4))
+    assert counts["scored"] == len(server.heard) == 30
+    rows = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert [len(row["reply"]) for row in rows].index(len(long)) > 4
+
+
+def test_zeros_that_a_disk_leaves_are_a_torn_line(tmp_path):
+    with Server(score_of) as server:
+        main(config(server, tmp_path, 4))
+        journal = tmp_path / "feedback.labels.jsonl"
+        first, *rest = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(first + b"".join(rest) + b"\0" * 99)
+        assert main(config(server, tmp_path))["answered_before"] == 4
+        journal.write_bytes(first + b"\0" * 99 + b"\n" + b"".join(rest[1:]) + rest[0][:9])
+        assert main(config(server, tmp_path))["answered_before"] == 3
+        journal.write_bytes(first + b"?\n" + b"".join(rest))
+        with pytest.raises(RecordError, match="line 2.*Mend or remove this line"):
+            main(config(server, tmp_path))
+        without = json.loads(first)
+        del without["reply"]
+        journal.write_bytes(json.dumps(without).encode() + b"\n" + b"".join(rest))
+        with pytest.raises(RecordError, match="record 1: field `reply` is missing"):
+            main(config(server, tmp_path))
+
+
+def test_a_slow_judge_is_told_which_time_is_over(tmp_path):
+    with Server(lambda body, n: "hang") as server:
+        cfg = config(server, tmp_path, 6, request_timeout=0.2, max_retries=0, batch_size=6)
+        with pytest.raises(ServerError, match="it was heard.*request_timeout"):
+            main(cfg)
