@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['AXIS', 'TITLE', 'LEGEND', 'FONT', 'TOP', 'LAYOUT', 'POINTS', 'TEMPLATE', 'MOST_ROUNDS', 'ROUND_SCALE', 'CLEAR',
-           'ANY_PAGE', 'PAGE_INK', 'FEW', 'MANY', 'CURVES', 'FROM_ZERO', 'LINES', 'styled', 'note_lines', 'left_out',
-           'hover', 'round_axis', 'some_rounds', 'forget_old', 'is_drawn', 'round_color', 'round_colors', 'in_page_ink',
-           'recoloured', 'ink_axis', 'for_any_page', 'figure_label', 'NotebookRenderer', 'setup_display', 'violin',
-           'five_numbers', 'median_line', 'reward_distributions', 'bin_edges', 'outline', 'score_distributions',
-           'margin_bars', 'margin_histogram', 'thin', 'end_to_end', 'running_mean', 'Panel', 'draw_curve',
-           'mark_rounds', 'panels_with_data', 'one_legend', 'draw_panels', 'training_curves', 'chart', 'plain',
-           'chart_line', 'nice_ticks', 'tick_text', 'Span', 'known_values', 'chart_spans', 'value_text', 'Mark', 'Tick',
-           'line_marks', 'name_ticks', 'chart_picture', 'chart_html']
+           'ANY_PAGE', 'PAGE_INK', 'LONGEST', 'NO_PNG', 'FEW', 'MANY', 'CURVES', 'FROM_ZERO', 'LINES', 'styled',
+           'note_lines', 'left_out', 'hover', 'round_axis', 'some_rounds', 'forget_old', 'is_drawn', 'round_color',
+           'round_colors', 'in_page_ink', 'recoloured', 'ink_axis', 'for_any_page', 'within', 'image_of',
+           'figure_label', 'NotebookRenderer', 'setup_display', 'violin', 'five_numbers', 'median_line',
+           'reward_distributions', 'bin_edges', 'outline', 'score_distributions', 'margin_bars', 'margin_histogram',
+           'thin', 'end_to_end', 'running_mean', 'Panel', 'draw_curve', 'mark_rounds', 'panels_with_data', 'one_legend',
+           'draw_panels', 'training_curves', 'chart', 'plain', 'chart_line', 'nice_ticks', 'tick_text', 'Span',
+           'known_values', 'chart_spans', 'value_text', 'Mark', 'Tick', 'line_marks', 'name_ticks', 'chart_picture',
+           'chart_html']
 
 # %% ../nbs/61_figures.ipynb #a326be48
 import base64
@@ -19,7 +20,10 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,6 +248,45 @@ def for_any_page(figure: dict) -> dict:  # as `Figure.to_plotly_json`, read back
             trace["text"] = [in_page_ink(text) for text in trace["text"]]
     return found
 
+# %% ../nbs/61_figures.ipynb #bbf8d603
+LONGEST = 180  # seconds for one picture
+NO_PNG = (
+    "No browser for PNG copies of figures ({}); they will show in JupyterLab only. To change "
+    "that: apt-get install chromium, and run this again"
+)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    "What a call returns; one that takes longer is left to itself, and an error."
+    done: SimpleQueue = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((call(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    Thread(target=run, daemon=True).start()
+    try:
+        made, error = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"nothing after {seconds} s") from None
+    if error:
+        raise error
+    return made
+
+
+def image_of(fig: go.Figure, kind: str, **size: Any) -> bytes:  # size: width, height, scale
+    "A figure as a file; a browser that died or hangs is left, and one of its own tried once."
+    import kaleido
+
+    draw = partial(fig.to_image, kind, **size)
+    try:
+        return within(LONGEST, draw)
+    except Exception:
+        within(LONGEST, partial(kaleido.stop_sync_server, silence_warnings=True))
+        return within(LONGEST, draw)
+
 # %% ../nbs/61_figures.ipynb #22ba3622
 def figure_label(fig: go.Figure) -> str:
     "What a figure shows, for those who do not see it: its title and its notes."
@@ -264,12 +307,20 @@ class NotebookRenderer(MimetypeRenderer):
         given = json.loads(fig.to_json())
         bundle: dict[str, Any] = {"application/vnd.plotly.v1+json": for_any_page(given)}
         if self.width:
-            made = fig.to_image("png", width=self.width, scale=self.scale)
-            picture = base64.b64encode(made).decode()
-            bundle["text/html"] = render(
-                "picture.html", picture=picture, width=self.width, label=figure_label(fig)
-            )
+            try:
+                bundle["text/html"] = self.picture(fig)
+            except Exception as error:  # whatever a browser can die of
+                print(NO_PNG.format(type(error).__name__))
+                self.width = 0
         return bundle
+
+    def picture(self, fig: go.Figure) -> str:
+        "The figure as a PNG with its words."
+        made = image_of(fig, "png", width=self.width, scale=self.scale)
+        picture = base64.b64encode(made).decode()
+        return render(
+            "picture.html", picture=picture, width=self.width, label=figure_label(fig)
+        )
 
 # %% ../nbs/61_figures.ipynb #1cbc749f
 def setup_display(
@@ -285,14 +336,11 @@ def setup_display(
     pio.renderers["halos_nb_png"] = NotebookRenderer(width, scale)
     warnings.filterwarnings("ignore", message="The kopts argument is ignored", module="plotly")
     try:
-        kaleido.calc_fig_sync(go.Figure(), opts=dict(format="png", width=20, height=20))
+        image_of(go.Figure(), "png", width=20, height=20)
         kaleido.start_sync_server(silence_warnings=True)
         pio.renderers.default = "halos_nb_png"
     except Exception as e:
-        print(
-            f"No browser for PNG copies of figures ({type(e).__name__}); they will show "
-            "in JupyterLab only. To change that: apt-get install chromium"
-        )
+        print(NO_PNG.format(type(e).__name__))
         pio.renderers.default = "halos_nb"
     return pio.renderers.default
 

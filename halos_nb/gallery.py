@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Arm', 'FEWEST_SEEDS', 'arm_config', 'offline', 'run_arms', 'answers', 'both', 'evaluated', 'halves', 'end_and_peak',
-           'right_pairs', 'Claim', 'claim', 'other_way', 'holds', 'fails', 'verdict', 'label_lines']
+           'right_pairs', 'Claim', 'claim', 'other_way', 'holds', 'fails', 'verdict']
 
 # %% ../nbs/73_gallery.ipynb #bc6eda2a
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import plotly.graph_objects as go
 
 from .records import as_text, read_records
 from .configs import GalleryConfig, LoopConfig
@@ -28,7 +27,6 @@ from halos_nb.stats import (
 )
 from .ledger import run_folder
 from .loop import round_samples, run_rounds, scores_in
-from .show import escape
 from .runs import Run, Seeds, evaluations, read_run, with_truth
 from .playground import BEST, Playground, build, true_reward
 
@@ -194,24 +192,3 @@ def verdict(claims: Iterable[Claim]) -> str:
     else:
         says = "This world does not show it"
     return f"{says}: {'; '.join(map(str, claims))}."
-
-# %% ../nbs/73_gallery.ipynb #067bb489
-def label_lines(fig: go.Figure) -> go.Figure:
-    "The figure with each line's name at its end, in place of a legend."
-    for trace in fig.data:
-        if not trace.name or "lines" not in (trace.mode or ""):
-            continue
-        # below the end where numbers stand above the points, else behind it
-        numbered = dict(yshift=-14, xanchor="right")
-        place = numbered if "text" in trace.mode else dict(xshift=8, xanchor="left")
-        fig.add_annotation(
-            x=trace.x[-1],
-            y=trace.y[-1],
-            xref=trace.xaxis or "x",
-            yref=trace.yaxis or "y",
-            text=escape(trace.name),
-            font_color=trace.line.color,
-            showarrow=False,
-            **place,
-        )
-    return fig.update_layout(showlegend=False)

@@ -23,6 +23,7 @@ from .records import atomic_write
 from .stats import Interval
 from .configs import did_you_mean
 from .show import number_text, numeric_column, visible
+from .figures import image_of
 from .runs import paired_differences
 from .compare import RunComparer, seed_row
 
@@ -232,7 +233,7 @@ def save_figure(
     for kind in ("svg", "pdf"):
         file = Path(path).with_name(f"{Path(path).name}.{kind}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        data = page.to_image(format=kind, width=page.layout.width, height=page.layout.height)
+        data = image_of(page, kind, width=page.layout.width, height=page.layout.height)
         file.write_bytes(data)
         files.append(file)
     return files

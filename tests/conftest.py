@@ -1,6 +1,7 @@
 "What the tests share: a runs folder of their own, and a browser with a JupyterLab in it."
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -226,6 +227,37 @@ def page(chromium, tmp_path_factory):
         )
         yield context.pages[0]
         context.close()
+
+
+LOOPBACK = r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|file:///|about:"
+
+
+@pytest.fixture
+def quiet(page):
+    "The page; at the end nothing of a run was executed or asked elsewhere, and no error said."
+    page.goto("about:blank")  # an earlier test's page asks for its server, which is gone
+    errors, asked = [], []
+
+    def said(message):
+        if message.type == "error":
+            errors.append(f"{message.text} ({message.location.get('url', '')})")
+
+    def failed(error):
+        errors.append(str(error))
+
+    def request(asks):
+        asked.append(asks.url)
+
+    handlers = dict(console=said, pageerror=failed, request=request)
+    for name, handler in handlers.items():
+        page.on(name, handler)
+    yield page
+    for name, handler in handlers.items():
+        page.remove_listener(name, handler)
+    outside = [url for url in asked if not re.match(LOOPBACK, url)]
+    assert not outside, outside
+    assert page.evaluate("window.hit") is None, "something a model wrote was executed"
+    assert not errors, "\n".join(errors)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from looks import LAPTOP, look_at, set_window
 from test_notebooks import code_cells, tags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,10 @@ PAIR = dict(
     output_B=[dict(role="assistant", content=ANSWER)],
 )
 DONE = "print('all' + 'done')"  # so that the text is found in the output, not in the source
+
+
+# what a notebook's cells have put out
+SHOWN = ".jp-NotebookPanel .jp-OutputArea-output"
 
 
 def write_notebook(path, *sources):
@@ -209,8 +214,9 @@ DRIVERS = {  # small enough for a test: two rounds of eight prompts
 
 
 @pytest.mark.parametrize("name", DRIVERS)
-def test_driver_runs_in_the_lab(name, lab, page, tmp_path):
-    "Opened and run from the menu, as a user does; then looked at again without a kernel."
+def test_driver_runs_in_the_lab(name, lab, quiet, tmp_path):
+    "Opened and run from the menu, as a user does; what it shows is looked at on a laptop."
+    page = quiet
     driver = ROOT / "nbs" / f"{name}.ipynb"
     assert driver.exists(), f"{driver.name} is gone"
     with_parameters(driver, tmp_path / "driver.ipynb", **DRIVERS[name])
@@ -222,9 +228,10 @@ def test_driver_runs_in_the_lab(name, lab, page, tmp_path):
     table = area.locator("table", has_text="true reward")
     assert table.first.locator("tbody tr").count() == 4  # start, two rounds, final
     assert area.locator("summary", has_text="1. margin").first.is_visible()
-    page.set_viewport_size(dict(width=1366, height=768))
+    set_window(page, *LAPTOP)
     page.wait_for_timeout(1000)
     tall = page.evaluate(HEIGHT)
-    page.set_viewport_size(dict(width=1400, height=1600))
     assert tall <= 8 * 768, f"the notebook is {tall / 768:.1f} screens tall"
+    look_at(page, SHOWN)
+    set_window(page, 1400, 1600)
     assert (Path(os.environ["HALOS_NB_RUNS_DIR"]) / "lab/params.json").exists()

@@ -4,12 +4,14 @@ dark, at 200% and on a telephone nothing is cut, nothing lies on other text, all
 
 import json
 import re
+import subprocess
 
 import pytest
-from looks import look_at
-from test_browser import open_notebook, outputs
+from looks import LAPTOP, SCREEN, WINDOWS, complaints_of, look_at, set_window
+from conftest import ROOT, every
+from test_browser import HEIGHT, SHOWN, open_notebook, outputs
 from test_widgets import tell_tokens
-from test_browser_monitor import everything_is_text, hostile_runs, quiet  # noqa: F401
+from test_browser_monitor import everything_is_text, hostile_runs  # noqa: F401
 
 from halos_nb.figures import NotebookRenderer, margin_histogram, reward_distributions
 from halos_nb.figures import training_curves
@@ -22,29 +24,49 @@ from halos_nb.runs import read_run, with_truth
 
 pytestmark = pytest.mark.browser
 TYPED = dict(type="pairwise_feedback")
-LAPTOP, SCREEN = (1366, 768), (1920, 1080)
-# a window at 200% has half of the laptop's pixels
-WINDOWS = [(*LAPTOP, "light"), (*SCREEN, "dark"), (683, 384, "light"), (390, 844, "dark")]
 
 
 def length_is_good(prompt, output):
     return float(len(output) % 3)
 
 
+WELL = """<!doctype html><meta name="color-scheme" content="light dark"><style>
+  body { font: 16px sans-serif; max-width: 30em } nav { overflow: hidden; padding: 8px }
+  pre { overflow-x: auto }
+</style><nav><a href="#x">contents</a></nav><h1>A title</h1><p>Some words.</p>
+<pre>what is wide is scrolled LONG to</pre>"""
+BAD = {  # a style that breaks the page, and what is said of it
+    "p { color: #999 }": "contrast 2.8",
+    "h1 { width: 40px; overflow: hidden }": "cut: A title",
+    "p { position: relative; top: -3em }": "on each other: A title | Some words.",
+    "p { white-space: nowrap; margin-left: 1330px }": "the page is 14",
+    "p { margin-left: -50px }": "cut by the page: Some words.",
+    "p { word-break: break-all }": "breaks words: Some words.",
+    "a:focus { outline: none }": "no ring: contents",
+    "nav { padding: 0 } a:focus { outline: 2px solid; outline-offset: 4px }": "its ring is cut",
+}
+
+
+@pytest.mark.parametrize("style, said", [("", ""), *BAD.items()])
+def test_what_looks_bad_is_told(style, said, quiet):
+    set_window(quiet, *LAPTOP)
+    quiet.set_content(WELL.replace("LONG", "x" * 400) + f"<style>{style}</style>")
+    wrong = complaints_of(quiet, "body")
+    assert said in "\n".join(wrong) if said else not wrong
+
+
 @pytest.mark.parametrize("width, height, scheme", WINDOWS)
 def test_report_looks_well(width, height, scheme, quiet, hostile_runs, tmp_path):  # noqa: F811
     page = quiet
     made = report(hostile_runs / "one", tmp_path / "r.html", length_is_good, 2.0)
-    page.set_viewport_size(dict(width=width, height=height))
-    page.emulate_media(color_scheme=scheme)
+    set_window(page, width, height, scheme)
     page.goto(made.as_uri())
     page.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws every figure
     page.locator("[data-figure] .main-svg").last.wait_for(timeout=60_000)
     look_at(page, "body")
     everything_is_text(page.locator("body > :not(script)"))
     assert page.locator("[data-charts] svg").count() == 5
-    page.emulate_media(color_scheme="light")
-    page.set_viewport_size(dict(width=1400, height=1600))
+    set_window(page, 1400, 1600)
 
 
 def test_charts_can_be_smoothed_zoomed_and_made_logarithmic(quiet, hostile_runs, tmp_path):  # noqa: F811
@@ -75,7 +97,7 @@ def test_charts_can_be_smoothed_zoomed_and_made_logarithmic(quiet, hostile_runs,
     assert chart.locator(".x").all_inner_texts() == zoomed
     page.get_by_role("button", name="whole range").click()
     assert chart.locator(".x").all_inner_texts() == whole
-    page.set_viewport_size(dict(width=1400, height=1600))
+    set_window(page, 1400, 1600)
 
 
 def output(bundle):
@@ -115,6 +137,12 @@ def choose_theme(page, name):
     page.wait_for_timeout(1000)
 
 
+def open_without_kernel(page, lab, name):
+    set_window(page, *LAPTOP)
+    open_notebook(page, lab(kernels=False), name, idle=False)
+    page.locator(".jp-Dialog button", has_text=re.compile("^No Kernel$")).click()
+
+
 def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tmp_path):  # noqa: F811
     "The panel and the figures as stored, in JupyterLab: whole at once, light and dark."
     page, run = quiet, hostile_runs / "one"
@@ -125,21 +153,18 @@ def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tm
     write_records(run / "told/feedback.json", [p | TYPED for p in pairs])
     [shaded] = told_view(read_pairs(tell_tokens(run / "told")), 2)
     saved_notebook(tmp_path / "saved.ipynb", [panel, *drawn, shaded._repr_mimebundle_()])
-    page.set_viewport_size(dict(width=1366, height=768))
-    open_notebook(page, lab(kernels=False), "saved.ipynb", idle=False)
-    page.locator(".jp-Dialog button", has_text=re.compile("^No Kernel$")).click()
-    shown = ".jp-NotebookPanel .jp-OutputArea-output"
+    open_without_kernel(page, lab, "saved.ipynb")
     plots = outputs(page).locator(".js-plotly-plot")  # at once, not when the mouse comes
     page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length === 6")
     everything_is_text(outputs(page).locator(".jp-RenderedHTMLCommon"), "data:image/svg+xml")
     first = outputs(page).locator("pre span").first  # its numbers and its shade are there
     assert "nats: log-prob" in first.get_attribute("title")
     assert "213, 94, 0" in first.evaluate("t => getComputedStyle(t).backgroundColor")
-    look_at(page, shown)
+    look_at(page, SHOWN)
     for theme, (width, height) in (("JupyterLab Dark", SCREEN), ("JupyterLab Light", LAPTOP)):
         page.set_viewport_size(dict(width=width, height=height))
         choose_theme(page, theme)
-        look_at(page, shown)
+        look_at(page, SHOWN)
         # no white slab on a dark page: what lies behind a figure is the page
         for i in range(plots.count()):
             paper = plots.nth(i).locator(".main-svg").first
@@ -149,4 +174,36 @@ def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tm
     row = outputs(page).locator("tbody tr").first
     row.hover()
     assert row.evaluate("tr => getComputedStyle(tr).backgroundColor") == "rgba(0, 0, 0, 0)"
-    page.set_viewport_size(dict(width=1400, height=1600))
+    set_window(page, 1400, 1600)
+
+
+@every
+def test_executed_demo_looks_well(lab, quiet, tmp_path):
+    "As `make demo` leaves it, opened in JupyterLab: at every size, light and dark, no kernel."
+    page, made = quiet, tmp_path / "demo.ipynb"
+    command = [
+        "papermill",
+        ROOT / "nbs/online_loop.ipynb",
+        made,
+        "-p",
+        "run_name",
+        "demo-looks",
+    ]
+    subprocess.run([*map(str, command), "--no-progress-bar"], check=True, cwd=ROOT)
+    assert made.stat().st_size < 3e6
+    open_without_kernel(page, lab, "demo.ipynb")
+    outputs(page).locator(".halos-charts").first.wait_for(timeout=60_000)
+    page.wait_for_timeout(1000)
+    tall = page.evaluate(HEIGHT)
+    assert tall <= 8 * 768, f"the notebook is {tall / 768:.1f} screens tall"
+    page.keyboard.press("Control+b")  # a telephone has no room for the list of files
+    wrong = []
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        set_window(page, *LAPTOP)
+        choose_theme(page, theme)
+        for width, height, _ in WINDOWS:
+            set_window(page, width, height)
+            page.wait_for_timeout(500)
+            wrong += [f"{width}, {theme}: {said}" for said in complaints_of(page, SHOWN)]
+    set_window(page, 1400, 1600)
+    assert not wrong, "\n".join(wrong)

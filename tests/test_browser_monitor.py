@@ -32,33 +32,6 @@ XSS = [
 XSS = IN_A_SOAK or XSS
 
 
-@pytest.fixture
-def quiet(page):
-    "The page; at the end nothing of a run was executed or asked elsewhere, and no error said."
-    page.goto("about:blank")  # an earlier test's page asks for its server, which is gone
-    errors, asked = [], []
-    said = lambda m: (
-        errors.append(f"{m.text} ({m.location.get('url', '')})") if m.type == "error" else None
-    )
-    failed, request = lambda e: errors.append(str(e)), lambda r: asked.append(r.url)
-    page.on("console", said)
-    page.on("pageerror", failed)
-    page.on("request", request)
-    yield page
-    for name, f in (("console", said), ("pageerror", failed), ("request", request)):
-        page.remove_listener(name, f)
-    outside = [
-        u
-        for u in asked
-        if not re.match(
-            r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|file:///|about:", u
-        )
-    ]
-    assert not outside, outside
-    assert page.evaluate("window.hit") is None, "something a model wrote was executed"
-    assert not errors, "\n".join(errors)
-
-
 TRAINING = """
 import os
 from pathlib import Path

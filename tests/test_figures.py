@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from test_show import HOSTILE
 
 from halos_nb import figures, show
 from halos_nb.figures import (
+    NotebookRenderer,
     margin_histogram,
     reward_distributions,
     score_distributions,
     training_curves,
+    within,
 )
 from halos_nb.rewards import (
     agreement_figure,
@@ -227,3 +231,38 @@ def test_without_a_browser_it_says_so(tmp_path):
     assert "apt-get install chromium" in said
     assert "application/vnd.plotly.v1+json" in second[0]["data"]
     assert "text/html" not in second[0]["data"]
+
+
+class BrowserFailedError(RuntimeError):
+    "As choreographer's."
+
+
+@pytest.mark.parametrize("failures, pictures", [(1, 2), (4, 0)])
+def test_a_browser_that_dies_is_started_once_more(failures, pictures, monkeypatch, capsys):
+    "Then the figure stays without its PNG, which is said once, and nothing is lost."
+    tried = []
+
+    def draw(self, kind, **size):
+        tried.append(kind)
+        if len(tried) <= failures:
+            raise BrowserFailedError("The browser seemed to close immediately")
+        return b"picture"
+
+    monkeypatch.setattr(go.Figure, "to_image", draw)
+    renderer = NotebookRenderer(900)
+    figure = margin_histogram([1, 2, -1]).to_dict()
+    bundles = [renderer.to_mimebundle(figure) for _ in range(2)]
+    assert all("application/vnd.plotly.v1+json" in bundle for bundle in bundles)
+    assert sum("text/html" in bundle for bundle in bundles) == pictures
+    assert len(tried) == (3 if pictures else 2)  # after two failures nobody waits again
+    said = capsys.readouterr().out
+    assert said.count("BrowserFailedError") == (0 if pictures else 1), said
+
+
+def test_a_browser_that_never_answers_is_left(monkeypatch):
+    gate = threading.Event()
+    with pytest.raises(TimeoutError, match="0.1 s"):
+        within(0.1, gate.wait)
+    gate.set()
+    with pytest.raises(KeyError):
+        within(5, lambda: {}["x"])

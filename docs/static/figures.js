@@ -9,12 +9,17 @@
     const style = getComputedStyle(document.body);
     const ink = style.getPropertyValue("--color-foreground-primary").trim();
     const grid = style.getPropertyValue("--color-background-border").trim();
-    return { ink: ink || (dark() ? "#ddd" : "#111"), grid: grid || "#888" };
+    const small = style.getPropertyValue("--color-foreground-muted").trim();
+    return { ink: ink || (dark() ? "#ddd" : "#111"), small: small || ink, grid: grid || "#888" };
   };
   const themed = (layout) => {
-    const { ink, grid } = colours();
+    const { ink, small, grid } = colours();
     const out = { ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
     out.font = { ...layout.font, color: ink };
+    // whatever its template says of them
+    const { font, subtitle, ...title } = typeof layout.title === "string" ? { text: layout.title } : layout.title || {};
+    out.title = { ...title, font: { ...font, color: ink } };
+    out.title.subtitle = { ...subtitle, font: { ...subtitle?.font, color: small } };
     out.width = undefined;
     out.autosize = true;
     for (const key of Object.keys(layout)) {
