@@ -192,7 +192,7 @@ def test_executed_demo_looks_well(lab, quiet, tmp_path):
     subprocess.run([*map(str, command), "--no-progress-bar"], check=True, cwd=ROOT)
     assert made.stat().st_size < 3e6
     open_without_kernel(page, lab, "demo.ipynb")
-    outputs(page).locator(".halos-charts").first.wait_for(timeout=60_000)
+    outputs(page).locator("table:visible").first.wait_for(timeout=60_000)
     page.wait_for_timeout(1000)
     tall = page.evaluate(HEIGHT)
     assert tall <= 8 * 768, f"the notebook is {tall / 768:.1f} screens tall"
