@@ -37,6 +37,7 @@ from plotly.subplots import make_subplots
 from halos_nb.stats import (
     finite_values,
     floats,
+    minus,
     pair_margins,
     prompts_of,
     share_over_prompts,
@@ -483,7 +484,7 @@ def score_distributions(
         note = f"{name}: n={len(scores):,}"
         if len(scores):
             fig.add_vline(np.median(scores), line=dict(color=color, width=1.5, dash="dash"))
-            note += f", median {np.median(scores):.3g}"
+            note += minus(f", median {np.median(scores):.3g}")
         notes += [note, left_out(lost)]
     notes.append("dashed: medians")
     shares = dict(title_text="share of answers", ticksuffix="%", rangemode="tozero")
@@ -516,7 +517,7 @@ def margin_histogram(
     # |margin| below this is nearly undecided; for a Bradley-Terry score 0.1 is 52.5%
     near: float = 0.1,
     title: str = "Margin of chosen over rejected",
-    unit: str = "margin (score of chosen - score of rejected)",
+    unit: str = "margin (score of chosen − score of rejected)",
 ) -> go.Figure:
     "Histogram of margins: share above 0 with its interval, and how many are nearly undecided."
     margins = pair_margins(pairs)
@@ -789,7 +790,7 @@ def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
 def tick_text(value: float, suffix: str = "") -> str:
     "A number beside an axis, with its unit and a minus sign that is one."
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return text.replace("-", "\u2212") + suffix
+    return minus(text) + suffix
 
 # %% ../nbs/61_figures.ipynb #bc17e7f9
 class Span(NamedTuple):

@@ -21,6 +21,7 @@ from halos_nb.stats import (
     floats,
     mean_gain,
     mean_over_seeds,
+    minus,
     prompts_of,
     share_over_prompts,
     sign,
@@ -154,7 +155,7 @@ class Claim(NamedTuple):
     def __str__(self) -> str:
         runs = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         _, low, high = self.prompts
-        over_prompts = f"[{low:+.3f}, {high:+.3f}] over prompts"
+        over_prompts = minus(f"[{low:+.3f}, {high:+.3f}] over prompts")
         return f"{self.what} {self.found:+.3f} over {runs}, {over_prompts}"
 
 

@@ -49,7 +49,7 @@ def with_interval(found: Interval) -> str:
     "A mean and its interval, or nothing where there is none."
     if not found.value == found.value:
         return ""
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found:.3f}"
 
 
 def round_row(run: Run, row: dict) -> dict[str, object]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .records import as_text
-from .stats import finite_values, floats, prompt_numbers, prompts_of
+from .stats import finite_values, floats, minus, prompt_numbers, prompts_of
 
 # %% ../nbs/09_health.ipynb #e7295e73
 # the mark of bytes that are no text, and control characters but for tabs and line ends
@@ -307,7 +307,7 @@ NAMES = dict(
 def in_words(bound: Bound, form: str) -> str:
     "Where a measure's limits are; empty if it has none."
     if bound.low > -math.inf:
-        return f"may be {bound.low:{form}} to {bound.high:{form}}"
+        return minus(f"may be {bound.low:{form}} to {bound.high:{form}}")
     return f"limit {bound.high:{form}}" if bound.high < math.inf else ""
 
 
@@ -333,7 +333,7 @@ def health_line(
             if beyond and abs(value - closest(bound, value)) <= doubt(name, now, start, limits):
                 said.append("may be chance")
             words = "; ".join(filter(None, said))
-            parts.append(f"{called} {value:{form}}" + f" ({words})" * bool(words))
+            parts.append(minus(f"{called} {value:{form}}") + f" ({words})" * bool(words))
     line = ", ".join(parts) or "nothing is known"
     few = now.answers < limits.answers
     return line + f" (only {now.answers} answers: too few to judge)" * few
@@ -343,7 +343,7 @@ def measure_text(alarm: Alarm) -> str:
     "What was found beside the start's and the limit, such as `cut 95% (2% at the start)`."
     called, form = NAMES[alarm.name]
     was = "" if alarm.start is None else f" ({alarm.start:{form}} at the start)"
-    return f"{called} {alarm.value:{form}}{was}, limit {alarm.limit:{form}}"
+    return minus(f"{called} {alarm.value:{form}}{was}, limit {alarm.limit:{form}}")
 
 
 def alarm_line(alarm: Alarm) -> str:

@@ -50,7 +50,7 @@ from halos_nb.records import (
     write_json,
     write_records,
 )
-from .stats import centred, prompt_numbers
+from .stats import centred, minus, prompt_numbers
 from halos_nb.configs import (
     LabelConfig,
     Weighted,
@@ -516,7 +516,7 @@ def length_words(counts: dict) -> list[str]:
     if counts["length_slope"] is None:
         return ["length explains nothing of these scores"]
     slope, share = counts["length_slope"], counts["length_share"]
-    return [f"{slope:.3g} per 100 characters taken out, {share:.0%} of what differs"]
+    return [minus(f"{slope:.3g}") + f" per 100 characters taken out, {share:.0%} of what differs"]
 
 
 def what_was_made(
@@ -526,7 +526,7 @@ def what_was_made(
     "The feedback in a line, with its threshold and what was lost."
     threshold = counts.get("threshold")
     if isinstance(threshold, float):
-        threshold = f"{threshold:.4g}"
+        threshold = minus(f"{threshold:.4g}")
     parts = [f"{out.name}: {counts['records']} records"]
     if threshold is not None:
         parts.append(f"threshold {threshold}")

@@ -89,7 +89,7 @@ from halos_nb.configs import (
 )
 from .hub_sets import load_prompts, require_source, source_state
 from .settings import Profile, Settings, load_settings, parse_args, profile_record
-from .stats import Interval
+from .stats import Interval, minus
 from halos_nb.health import (
     Alarm,
     Health,
@@ -741,7 +741,7 @@ def estimate_text(three: list[float | None]) -> str:
     if three[0] is None:
         return "unknown"
     if None in three:
-        return f"{three[0]:.3g}"
+        return minus(f"{three[0]:.3g}")
     return f"{Interval(*cast(list[float], three)):.3g}"
 
 

@@ -28,7 +28,7 @@ from halos_nb.records import (
     read_object,
     telling_read_only,
 )
-from .stats import Interval
+from .stats import Interval, minus
 from halos_nb.show import (
     DARK,
     Shown,
@@ -408,7 +408,7 @@ def state_and_rounds(state: RunState, run: Run, truth: Truth | None) -> list[Par
     if state.state in ("failed", "killed"):
         parts.append("Log:\n" + "\n".join(state.log))
     if best := run.params.get("best"):
-        span = f"95% interval {best['low']:.3g} to {best['high']:.3g}"
+        span = minus(f"95% interval {best['low']:.3g} to {best['high']:.3g}")
         parts.append(f"Best: {best['words']}, {span}, at {best['policy']}")
     if by := run.params.get("labelled_by"):
         parts.append(f"Labelled by {by}; reward: {run.params['reward']}")
@@ -469,7 +469,8 @@ def gain_words(run: Run) -> list[str]:
         share = f"{last['win_rate']:.1%}"
         lines.append(f"the last policy's answers win {share} against the first one's")
     if last["kl"] is not None:
-        lines.append(f"KL to the reference {last['kl']:.2f} nats per sample")
+        kl = number_text(last["kl"], ".2f")
+        lines.append(f"KL to the reference {kl} nats per sample")
     if best := run.params.get("best"):
         lines.append(f"the best policy: {best['policy']}, {best['words']}")
     return lines

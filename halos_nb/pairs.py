@@ -57,7 +57,7 @@ from halos_nb.records import (
     telling_read_only,
     write_records,
 )
-from .stats import floats, pair_margins
+from .stats import floats, minus, pair_margins
 from .configs import RescoreConfig, checked, make_config
 from .settings import Profile, load_settings
 from .feedback import convert_to_pairwise_feedback, sample_key, sample_keys
@@ -69,7 +69,6 @@ from halos_nb.show import (
     Shown,
     escape,
     labeller_name,
-    minus,
     pairs_table,
     readable,
     render,

@@ -33,6 +33,7 @@ from halos_nb.stats import (
     is_whole,
     kl_terms,
     mean_interval,
+    minus,
     order_accuracy,
     prompt_numbers,
     prompts_of,
@@ -225,7 +226,7 @@ def reward_scatter(
     )
     fig = go.Figure([points, mean_of_tenths(score, true, prompts)])
     notes = [
-        f"Spearman {rho:.3f}",
+        minus(f"Spearman {rho:.3f}"),
         f"n={n:,} ({most:,} drawn)" if n > most else f"n={n:,}",
         left_out(len(rows) - n),
         "line: mean of each tenth; 95% intervals over prompts",
@@ -302,9 +303,9 @@ def calibration_curve(
     fig.add_trace(calibration_points(found.bins))
     notes = [f"n={found.pairs:,} pairs in {len(found.bins)} bins", "95% intervals"]
     if found.pairs:
-        notes.append(f"mean |observed - predicted| {found.error:.1%}")
+        notes.append(f"mean |observed − predicted| {found.error:.1%}")
         notes.append(f"Brier {found.brier.value:.3f}")
-        notes.append(f"best slope {found.slope:.2f}")
+        notes.append(minus(f"best slope {found.slope:.2f}"))
     notes.append(left_out(found.left_out))
     across = "predicted preference, sigmoid(|margin|)"
     xaxis = dict(title_text=across, tickformat=".0%", range=[0.485, 1.015])
@@ -484,8 +485,8 @@ def length_and_reward(
     fig.update_yaxes(title_text=unit, col=1)
     lost = sum(len(samples) for samples in rounds.values()) - len(table)
     notes = [
-        f"{unit} per word {raw:.3f}",
-        f"within prompts {within:.3f}",
+        minus(f"{unit} per word {raw:.3f}"),
+        minus(f"within prompts {within:.3f}"),
         f"{most:,} of {len(table):,} points drawn" if len(table) > most else "",
         left_out(lost),
     ]
@@ -702,7 +703,7 @@ def best_of_n_figure(
             fig.add_trace(line.update(showlegend=col == 1), 1, col)
     fig.update_xaxes(title_text="KL to the first policy (nats)")
     notes = [
-        "KL of best-of-n: at most so much, log n - (n-1)/n; of training: estimated",
+        "KL of best-of-n: at most so much, log n − (n − 1)/n; of training: estimated",
         "95% intervals over prompts; numbers: after which round",
     ]
     return styled(fig, title, notes, 480, **BELOW)

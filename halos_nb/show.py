@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'REJECTED', 'REFERENCE', 'TRUTH', 'SCORE', 'HELD_OUT', 'DISTANCE', 'SERIES', 'INK', 'CAPTION', 'EDGE',
-           'GRID', 'NEUTRAL', 'PAPER', 'DARK', 'UNSEEN', 'HYPHEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab',
+           'GRID', 'NEUTRAL', 'PAPER', 'DARK', 'UNSEEN', 'TOKEN_MEANINGS', 'TOKEN_STYLES', 'in_jupyterlab',
            'display_mode', 'spelt_out', 'visible', 'escape', 'readable', 'labeller_name', 'templates', 'render',
-           'static_text', 'Shown', 'paragraphs', 'number_format', 'minus', 'number_text', 'numeric_column', 'aligned',
+           'static_text', 'Shown', 'paragraphs', 'number_format', 'number_text', 'numeric_column', 'aligned',
            'TableParts', 'column_names', 'table_parts', 'summary_table', 'escaped_words', 'word_diff', 'spread',
            'Answer', 'Answered', 'answered', 'gallery', 'side_of_pair', 'pairs_table', 'answer_of_sample',
            'samples_table', 'ShownToken', 'drawn_tokens', 'example_line', 'audit_report']
@@ -30,7 +30,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from .stats import Interval, pair_margins
+from .stats import Interval, minus, pair_margins
 
 # %% ../nbs/60_show.ipynb #acb38c8b
 CHOSEN = "#0072B2"  # blue: the better answer
@@ -163,14 +163,6 @@ def number_format(x: Any) -> str:
     return ",.0f" if abs(x) >= 1000 else ".4g"
 
 # %% ../nbs/60_show.ipynb #2abd5e0f
-HYPHEN = re.compile(r"(?<![\w.])-(?=\d)")  # one that stands for a minus
-
-
-def minus(text: str) -> str:
-    "A number's text, with the sign that it has in print; that of an exponent stays."
-    return HYPHEN.sub("−", text)
-
-
 def number_text(
     x: Any,
     spec: str = "",  # a format such as ".1%" (empty: up to 4 digits)
@@ -181,7 +173,7 @@ def number_text(
     if isinstance(x, bool):
         return "yes" if x else "no"
     if isinstance(x, Interval):
-        return "–" if np.isnan(x.value) else minus(format(x, spec or ".3g"))
+        return "–" if np.isnan(x.value) else format(x, spec or ".3g")
     if isinstance(x, Number):
         return minus(format(x, spec or number_format(x)))
     return visible(x)

@@ -235,7 +235,7 @@ def report_rows(
         "median seconds": "–" if seconds is None else f"{seconds:.1f}",
     }
     for a in r["agreement"]:
-        kappa = f"{a.kappa.value:.2f} [{a.kappa.low:.2f}, {a.kappa.high:.2f}]"
+        kappa = f"{a.kappa:.2f}"
         agreed = f"{share_text(a.rate)} of {a.items}, kappa {kappa}"
         lines[f"agrees with {labeller_name(a.second)}"] = agreed
     if r["offered"]:

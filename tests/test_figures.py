@@ -90,7 +90,7 @@ def test_means_shown_are_those_of_the_samples():
     assert score.y[0] == pytest.approx(v.mean())
     assert true.y[0] == -score.y[0]
     assert kl_curve({"r": samples}).data[0].y[0] == score.y[0]
-    assert "Spearman -1.000" in subtitle(reward_scatter(samples))
+    assert "Spearman −1.000" in subtitle(reward_scatter(samples))
 
 
 def test_training_curves_show_the_metrics():
