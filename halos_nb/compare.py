@@ -501,7 +501,10 @@ def seed_points(
     shown = dict(x=[mean.value], y=[label], mode="markers", marker=dict(color=color, size=10))
     known = math.isfinite(mean.low)
     off = dict(type="data", array=[mean.high - mean.value], color=color, width=6)
-    text = hover(f"<b>{label}</b>", f"{mean:.3f}" if known else f"{number_text(mean.value, '.3f')}, one seed")
+    text = hover(
+        f"<b>{label}</b>",
+        f"{mean:.3f}" if known else f"{number_text(mean.value, '.3f')}, one seed",
+    )
     found.append(go.Scatter(**shown, error_x=off if known else None, hovertemplate=text))
     return found
 

@@ -516,7 +516,9 @@ def length_words(counts: dict) -> list[str]:
     if counts["length_slope"] is None:
         return ["length explains nothing of these scores"]
     slope, share = counts["length_slope"], counts["length_share"]
-    return [minus(f"{slope:.3g}") + f" per 100 characters taken out, {share:.0%} of what differs"]
+    return [
+        minus(f"{slope:.3g}") + f" per 100 characters taken out, {share:.0%} of what differs"
+    ]
 
 
 def what_was_made(

@@ -181,15 +181,9 @@ def test_saved_notebook_looks_well_without_a_kernel(lab, quiet, hostile_runs, tm
 def test_executed_demo_looks_well(lab, quiet, tmp_path):
     "As `make demo` leaves it, opened in JupyterLab: at every size, light and dark, no kernel."
     page, made = quiet, tmp_path / "demo.ipynb"
-    command = [
-        "papermill",
-        ROOT / "nbs/online_loop.ipynb",
-        made,
-        "-p",
-        "run_name",
-        "demo-looks",
-    ]
-    subprocess.run([*map(str, command), "--no-progress-bar"], check=True, cwd=ROOT)
+    command = ["papermill", ROOT / "nbs/online_loop.ipynb", made]
+    command += ["-p", "run_name", "demo-looks", "-p", "fresh", "True", "--no-progress-bar"]
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
     assert made.stat().st_size < 3e6
     open_without_kernel(page, lab, "demo.ipynb")
     outputs(page).locator("table:visible").first.wait_for(timeout=60_000)
