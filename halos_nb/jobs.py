@@ -585,11 +585,12 @@ def launch(
     folder: str | Path,  # for the stage's config, log, progress and status
     module: str = "",  # where its `main` is (empty: halos_nb.{stage})
     clear: Iterable[Path] = (),  # outputs that an earlier attempt may have left
+    own: bool = False,  # the profile is as it holds for this stage already
 ) -> Job:
     "Start a stage."
     say_set_aside(profile)
     module = module or stage_module(stage)
-    profile = profile.for_stage(stage_kind(stage, module))
+    profile = profile if own else profile.for_stage(stage_kind(stage, module))
     job = Job(stage, Path(folder).resolve())
     with telling_full_disk(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)

@@ -606,7 +606,8 @@ def job_for(
             job.give_config(config, profile, clear)
             return job
         job.stop()
-    return launch(stage.name, config, profile, stage.folder, stage.module, clear=clear)
+    where = (profile, stage.folder, stage.module)
+    return launch(stage.name, config, *where, clear=clear, own=True)
 
 # %% ../nbs/56_ledger.ipynb #fc7cb34f
 class RunChanged(RuntimeError):
@@ -705,7 +706,7 @@ def preload(self: Ledger, stage: Stage) -> None:
     profile = self.profile_of(stage)
     if stage.manifest.exists() or prepare(profile, stage.kind):
         return
-    job = launch(stage.name, None, profile, stage.folder, stage.module)
+    job = launch(stage.name, None, profile, stage.folder, stage.module, own=True)
     self.waiting = stage, job
 
 # %% ../nbs/56_ledger.ipynb #736fe795

@@ -55,6 +55,17 @@ def go(run, stages, profile=ONE):
         return in_order(ledger, stages)
 
 
+def test_what_was_drawn_is_scored_as_its_own_profile_says(run):
+    "That of `score`, which may share models out, though the stage's name is another's."
+    [stage] = chain(run, 1)
+    scoring = dict(model="variables", reference="sft", drawn=str(run.parent / "start"))
+    stage.config = SampleConfig(**vars(stage.config) | scoring)
+    said = dict(accelerate_config="fsdp2_cpu2")
+    go(run, [stage], Profile(stages=dict(score=said)))
+    told = json.loads(stage.outputs[0].read_text())
+    assert (told["ACCELERATE_USE_FSDP"], told["WORLD_SIZE"]) == ("true", "2")
+
+
 def other_mode(stage, mode):
     "The stage, told to do something else."
     stage.config = SampleConfig(**{**vars(stage.config), "model": mode})

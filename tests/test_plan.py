@@ -2,14 +2,14 @@
 
 import inspect
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
-from transformers import LlamaConfig
+from transformers import FalconMambaConfig, LlamaConfig, MixtralConfig
 
 from halos_nb.answers import answer_logps
 from halos_nb.backends import ENGINE_SETTINGS
-from halos_nb.configs import LoopConfig, PlanConfig, SampleConfig, TrainConfig
+from halos_nb.configs import LabelConfig, LoopConfig, PlanConfig, SampleConfig, TrainConfig
 from halos_nb.plan import (
     ENGINE_CACHE,
     GB,
@@ -24,6 +24,7 @@ from halos_nb.plan import (
     scoring_needs,
     size_of,
     training_needs,
+    with_layers,
 )
 from halos_nb.settings import Profile, Sharing
 
@@ -201,3 +202,68 @@ def test_scoring_by_shares_is_planned_as_it_runs(tmp_path):
     place = Place("cuda", memory=made["whole"].total - GB)
     [told] = changes_of_scoring(given, {"m": WIDE}, made["whole"], place)
     assert told.startswith("accelerate_config.score = fsdp2_") and told.endswith("it fits")
+
+
+@pytest.mark.parametrize("config", [LoopConfig(**LOOP, reference="ema"), TRAINING])
+def test_what_a_config_refuses_is_not_proposed(config):
+    if isinstance(config, TrainConfig):
+        config = replace(config, loss="dpo", reference="ema")
+    made = plan(config, Profile(**GPUS), MODEL, memory_gb=0.01)
+    assert made.fits is False and not made.notes
+    assert not any("use_peft" in line for line in made.changes)
+
+
+def test_adapters_of_a_reward_model_are_planned():
+    reward = TrainConfig(loss="bradley-terry", model="m")
+    made = plan(replace(reward, use_peft=True), Profile(**GPUS), MODEL, memory_gb=10)
+    assert not made.notes
+    lora = dict(use_peft=True, lora_dropout=0.0)
+    policy = plan(replace(TRAINING, **lora), Profile(**GPUS), MODEL, memory_gb=10)
+    near = dict(rel=0.1)
+    assert made.stages["train"].gradients == pytest.approx(
+        policy.stages["train"].gradients, **near
+    )
+    small = plan(reward, Profile(**GPUS), {"m": WIDE}, memory_gb=0.1)
+    assert any("use_peft=true" in line for line in small.changes)
+
+
+@pytest.mark.parametrize("given", [{}, dict(humanline=True)])
+def test_a_reference_is_planned_as_large_as_it_is(given):
+    "Asked before the training, or there all the time."
+    models = dict(MODEL, large=WIDE)
+    cfg = TrainConfig(loss="dpo", model="m", load_from="large", **given)
+    made = plan(cfg, Profile(**GPUS), models, memory_gb=80)
+    [needs] = [n for n in made.stages.values() if n.reference]
+    assert needs.reference == 4 * size_of(Model(WIDE)).weights
+    assert needs.weights == 4 * size_of(Model(MODEL["m"])).weights
+
+
+def test_who_compares_is_planned_with_its_vocabulary():
+    own = dict(LOOP, reward_checkpoint="")
+    by_lm = plan(LoopConfig(**own, judge_model_path="m"), Profile(**GPUS), MODEL, memory_gb=9)
+    assert by_lm.stages["label"].weights == 4 * size_of(Model(MODEL["m"])).weights
+    files = dict(samples_file="s", output_file="f")
+    for given, names in [
+        (dict(reward_model_path="m*0.7, n*0.3"), ["label", "label 2"]),
+        (dict(judge_model_path="m"), ["label"]),
+        (dict(function="rules:score"), []),
+    ]:
+        two = dict(MODEL, n=MODEL["m"])
+        made = plan(LabelConfig(**files, **given), Profile(**GPUS), two, memory_gb=9)
+        assert ([*made.stages], made.notes) == (names, [])
+
+
+@pytest.mark.parametrize("learns", ["float32", "bfloat16"])
+def test_experts_are_planned(learns):
+    few = dict(num_local_experts=4, num_experts_per_tok=2, vocab_size=500)
+    two = {"m": MixtralConfig(**TINY | few, num_key_value_heads=2)}
+    cfg = replace(TRAINING, loss="dpo", precision=learns)
+    made = plan(cfg, Profile(**GPUS), two, memory_gb=10)
+    assert not made.notes
+    assert made.stages["train"].activations > 0
+
+
+def test_layers_whose_kinds_follow_from_their_number_are_planned():
+    shape = dict(num_hidden_layers=3, hidden_size=64, vocab_size=500)
+    made = size_of(Model(with_layers(FalconMambaConfig(**shape), 1)))
+    assert made.weights < size_of(Model(FalconMambaConfig(**shape))).weights
