@@ -25,9 +25,9 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'IN_AN_ADDRESS', 'KEY_WORD', '
            'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions',
            'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
            'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
-           'reward_problems', 'objectives_problems', 'adapter_problems', 'train_problems', 'read_options', 'Preset',
-           'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares',
-           'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
+           'reward_problems', 'objectives_problems', 'place_problems', 'adapter_problems', 'train_problems',
+           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
+           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
            'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
            'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
            'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
@@ -1724,6 +1724,31 @@ def objectives_problems(c: TrainConfig) -> Iterator[str]:
             yield f"{name}: is of the pairs' one label, not of objectives; leave one out"
 
 # %% ../nbs/02_configs.ipynb #6f05c34a
+def place_problems(
+    c: TrainConfig,
+    sharded: bool,  # weights are shared out over processes
+    read_once: bool,  # and only the first process reads them
+    has_8bit: bool,  # bitsandbytes is installed there
+) -> Iterator[str]:
+    "What a training cannot have where it is to run."
+    if c.optimizer == "adamw_8bit" and not has_8bit:
+        yield (
+            "optimizer: adamw_8bit needs bitsandbytes, which is not installed here; "
+            "`pip install bitsandbytes`, or take adamw"
+        )
+    if c.optimizer == "adamw_8bit" and sharded:
+        yield (
+            "optimizer: adamw_8bit cannot be shared out (FSDP); take adamw, whose moments "
+            "are shared out with the weights"
+        )
+    if c.use_peft and c.reference_cache and sharded and read_once:
+        yield (
+            "reference_cache: with use_peft the model is its own reference, which is asked "
+            "before its weights are shared out, when only the main process has them; leave it "
+            "out, or set fsdp_cpu_ram_efficient_loading to false"
+        )
+
+
 def adapter_problems(c: TrainConfig) -> Iterator[str]:
     "What LoRA cannot have."
     if c.model != c.load_from:
@@ -2413,6 +2438,11 @@ def loop_problems(c: LoopConfig) -> Iterator[str]:
         yield (
             f"lr: none suits every model; give one for {c.method} on {c.sft_checkpoint}, or a "
             f"preset ({', '.join(PRESETS)})"
+        )
+    if c.num_samples_per_prompt == 1 and (c.feedback_type == "pairwise" or c.family == "grpo"):
+        yield (
+            f"num_samples_per_prompt: {c.method} compares the answers to a prompt, and 1 has "
+            "none beside it; give 2 or more"
         )
     if c.prompts_per_round > c.total_prompts:
         yield (

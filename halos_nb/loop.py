@@ -19,12 +19,13 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'people_asked', 'ToAsk', 'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
            'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError',
            'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
-           'check_trackers', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
-           'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed',
-           'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
-           'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
-           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch',
-           'Settled', 'fits', 'settle', 'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
+           'check_trackers', 'check_training', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name',
+           'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all',
+           'refuse_world_seed', 'check_kind', 'check_sources', 'as_if_named', 'check_stages', 'check_run',
+           'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead',
+           'counted_by_folder', 'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch',
+           'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits', 'settle', 'choose_run', 'choose_folder',
+           'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -82,13 +83,16 @@ from halos_nb.configs import (
     labellers,
     labelling,
     make_config,
+    place_problems,
     read_models,
+    refuse,
     require_function,
     require_path,
     tracker_names,
 )
 from .hub_sets import load_prompts, require_source, source_state
-from .settings import Profile, Settings, load_settings, parse_args, profile_record
+from .settings import Profile, Settings, is_said, load_settings, parse_args
+from .settings import profile_record
 from .stats import Interval, minus
 from halos_nb.health import (
     Alarm,
@@ -1620,6 +1624,17 @@ def check_trackers(report_to: str, profile: Profile) -> None:
                 f"install it there (-m pip install {packages[0]}), or leave {name} out"
             )
 
+
+def check_training(cfg: LoopConfig, profile: Profile) -> None:
+    "An error if training could not be done as it is asked for where it will be."
+    own = profile.for_stage("train")
+    said = own.accelerate
+    read_once = bool(said) and is_said(said.of_sharing("cpu_ram_efficient_loading"))
+    training = cfg.training(load_from=cfg.sft_checkpoint or "sft")
+    asked = training.optimizer == "adamw_8bit"
+    has_8bit = asked and has_package("bitsandbytes", own.python)
+    refuse(place_problems(training, own.sharded, read_once, has_8bit))
+
 # %% ../nbs/57_loop.ipynb #58b90dbf
 class Scored(NamedTuple):
     "How good a policy's own answers are, by the labeller of the run."
@@ -2457,6 +2472,30 @@ def refuse_world_seed(seed: int) -> None:
         )
 
 
+def check_kind(
+    path: str,  # of a model (empty: none)
+    name: str,  # the parameter
+    is_reward: bool,  # it should be one
+) -> None:
+    "An error if a model's config on this disk says that it is of the other kind."
+    file = Path(path).expanduser() / "config.json"
+    said = object_if_any(file) if path and file.is_file() else {}
+    kinds = said.get("architectures")
+    kind = str(kinds[0]) if isinstance(kinds, list) and kinds else ""
+    if "auto_map" in said or not re.search("ForCausalLM$|ForSequenceClassification$", kind):
+        return  # it has code of its own, or says nothing
+    if is_reward and kind.endswith("ForCausalLM"):
+        raise ValueError(
+            f"{name}: {path} is a {kind}, not a reward model; train one with "
+            "nbs/reward_model.ipynb, or halos_nb.train --loss bradley-terry"
+        )
+    if not is_reward and not kind.endswith("ForCausalLM"):
+        raise ValueError(
+            f"{name}: {path} is a {kind}, a reward model or classifier, which says nothing; "
+            "name a causal language model"
+        )
+
+
 def check_sources(cfg: LoopConfig) -> None:
     "An error if a model, data or a function that a run names is not there."
     for name in ("function", "eval_function"):
@@ -2469,6 +2508,10 @@ def check_sources(cfg: LoopConfig) -> None:
             require_source(getattr(cfg, name), name)
     for one in read_models(cfg.reward_checkpoint):
         require_path(one.model, "reward_checkpoint")
+        check_kind(one.model, "reward_checkpoint", is_reward=True)
+    check_kind(cfg.watch_reward, "watch_reward", is_reward=True)
+    for name in ("sft_checkpoint", "judge_model_path"):
+        check_kind(getattr(cfg, name), name, is_reward=False)
     if names_all(cfg):
         refuse_world_seed(cfg.world_seed)
 
@@ -2514,6 +2557,7 @@ def check_run(
     "The versions that a run's numbers depend on; an error for what its launch would refuse."
     check_launch(profile, cfg.precision, env=env, scheduled=scheduled, model=cfg.sft_checkpoint)
     check_trackers(cfg.report_to, profile)
+    check_training(cfg, profile)
     check_stages(cfg)
     found = check_sampler(cfg, profile)
     if cfg.staleness:

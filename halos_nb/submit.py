@@ -122,13 +122,19 @@ def read_sweep(
 ) -> dict[str, list[str]]:
     "Which parameters have which values."
     swept: dict[str, list[str]] = {}
-    for item in shlex.split(text):
-        name, sign, values = item.partition("=")
-        if not sign or not all(values.split(",")):
+
+    def hidden(found: re.Match[str]) -> str:
+        "A quoted text, whose commas part no values."
+        return found[0].replace(",", "\0")
+
+    for item in shlex.split(re.sub(r"\"[^\"]*\"|'[^']*'", hidden, text)):
+        name, sign, listed = item.partition("=")
+        values = [value.replace("\0", ",") for value in listed.split(",")]
+        if not sign or not all(values):
             raise ValueError(f"sweep: {item!r}: write name=value,value, set apart by spaces")
         if name in swept:
             raise ValueError(f"sweep: {name} stands there twice")
-        swept[name] = values.split(",")
+        swept[name] = values
     return swept
 
 

@@ -40,7 +40,14 @@ from halos_nb.records import (
     write_json,
     write_records,
 )
-from .configs import COMPARING, TrainConfig, refuse_own_inputs, require_path
+from halos_nb.configs import (
+    COMPARING,
+    TrainConfig,
+    place_problems,
+    refuse,
+    refuse_own_inputs,
+    require_path,
+)
 from .settings import parse_args
 from .data import Example, told_in_both
 from .hub_sets import load_data
@@ -617,23 +624,9 @@ def end_attempts(cfg: TrainConfig, resumed: Resumed) -> None:
 # %% ../nbs/26_train.ipynb #0d314fb2
 def check_options(cfg: TrainConfig, accelerator: "Accelerator") -> None:
     "An error, before any work, if this machine has not what a run is to use."
-    if cfg.optimizer == "adamw_8bit":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "optimizer: adamw_8bit needs bitsandbytes, which is not installed here; "
-                "`pip install bitsandbytes`, or take adamw"
-            )
-        if is_sharded(accelerator):
-            raise ValueError(
-                "optimizer: adamw_8bit cannot be shared out (FSDP); take adamw, whose moments "
-                "are shared out with the weights"
-            )
-    if cfg.use_peft and cfg.reference_cache and reads_once(accelerator):
-        raise ValueError(
-            "reference_cache: with use_peft the model is its own reference, which is asked "
-            "before its weights are shared out, when only the main process has them; leave it "
-            "out, or set fsdp_cpu_ram_efficient_loading to false"
-        )
+    has_8bit = importlib.util.find_spec("bitsandbytes") is not None
+    where = (is_sharded(accelerator), reads_once(accelerator), has_8bit)
+    refuse(place_problems(cfg, *where))
 
 # %% ../nbs/26_train.ipynb #1fa26ee6
 class Prepared(NamedTuple):

@@ -199,3 +199,12 @@ def test_what_may_be_a_word_or_a_number_says_both():
             LoopConfig(keep=keep)
     with pytest.raises(ValueError, match="max_token: unknown .*did you mean `max_tokens`"):
         LoopConfig(label_options="max_token=128")
+
+
+@pytest.mark.parametrize("method, enough", [("dpo", 2), ("kto", 1), ("grpo", 2), ("raft", 1)])
+def test_a_method_that_compares_has_something_to_compare(method, enough):
+    "Told before a round has been sampled for nothing."
+    LoopConfig(method=method, num_samples_per_prompt=enough)
+    if enough > 1:
+        with pytest.raises(ValueError, match=f"num_samples_per_prompt: {method} compares"):
+            LoopConfig(method=method, num_samples_per_prompt=1)

@@ -723,6 +723,29 @@ def test_answers_are_scored_where_they_were_drawn():
     assert said.for_stage("score").sharded and not said.for_stage("sample").sharded
 
 
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not run here"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "has a trainer of its own"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "nothing is compiled here"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "sharding is over all processes"),
+        ("ACCELERATE_FP8_BACKEND", "TE", "the precision is the experiment's"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "however token_budget cuts them"),
+    ],
+)
+def test_what_a_launch_by_hand_asks_for_is_refused(name, value, told, monkeypatch):
+    "Before any model is read; what says no, or nothing, is no wish."
+    from halos_nb.processes import start_processes, wish_problems
+
+    for nothing in ("no", "NO", "false", "1" if name.endswith("STEPS") else "0"):
+        monkeypatch.setenv(name, nothing)
+        assert not [*wish_problems()]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}: is {value}, .* and .*{told}"):
+        start_processes(1, cpu=True)
+
+
 def test_scoring_beside_a_training_has_devices_of_its_own():
     from halos_nb.loop import check_apart
 

@@ -14,7 +14,7 @@ from job_helpers import NEEDS_LINUX, alive, code_cell, until
 from halos_nb.configs import LoopConfig, SubmitConfig
 from halos_nb.loop import run_rounds
 from halos_nb.playground import into_playground
-from halos_nb.settings import load_settings
+from halos_nb.settings import SHIPPED, load_settings
 from halos_nb.submit import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +236,10 @@ python.train = /no/such/python
 cpu = no
 [profile stays]
 sampler = server
+[profile read_once]
+accelerate_config = once.yaml
 """
+BY_ITSELF = "use_peft=true, reference_cache=cache"
 JUDGED = dict(labeller="judge", api_model="j", reward_checkpoint="")
 
 
@@ -265,6 +268,10 @@ def said_at_launch(cfg, settings):
         (dict(evaluate_every=1, prompts="here.json"), "eval_prompts: an evaluation needs"),
         (dict(owner="label_by_hand"), "was made by label_by_hand, and this is online_loop"),
         (dict(max_requests=1, **JUDGED), "max_requests: .* are more than 1"),
+        (dict(train_options="optimizer=adamw_8bit"), "optimizer: adamw_8bit needs bitsandb"),
+        (dict(train_options=BY_ITSELF, profile="read_once"), "reference_cache: with use_peft"),
+        (dict(reward_checkpoint="lm"), "lm is a LlamaForCausalLM, not a reward model"),
+        (dict(sft_checkpoint="rm"), "rm is a LlamaForSequenceClassification, a reward"),
     ],
 )
 def test_the_dry_run_refuses_what_the_launch_refuses(place, monkeypatch, given, told, request):
@@ -274,7 +281,13 @@ def test_the_dry_run_refuses_what_the_launch_refuses(place, monkeypatch, given, 
     with open(place / "settings.ini", "a", encoding="utf-8") as f:
         f.write(LIKE_A_LAUNCH)
     (place / "here.json").write_text("[]")
-    (place / "sft").mkdir()
+    for name, kind in dict(sft="", lm="CausalLM", rm="SequenceClassification").items():
+        (place / name).mkdir()
+        architectures = [f"LlamaFor{kind}"] if kind else None
+        (place / name / "config.json").write_text(json.dumps(dict(architectures=architectures)))
+    shared = (SHIPPED / "fsdp2_cpu2.yaml").read_text("utf-8")
+    once = shared.replace("efficient_loading: false", "efficient_loading: true")
+    (place / "once.yaml").write_text(once)
     given = dict(sft_checkpoint="sft", prompts="here.json", reward_checkpoint="sft") | given
     given |= dict(lr=1e-4, run_name="r")
     if exported := given.pop("exported", ""):
