@@ -1629,7 +1629,7 @@ def check_training(cfg: LoopConfig, profile: Profile) -> None:
     "An error if training could not be done as it is asked for where it will be."
     own = profile.for_stage("train")
     said = own.accelerate
-    read_once = bool(said) and is_said(said.of_sharing("cpu_ram_efficient_loading"))
+    read_once = said is not None and is_said(said.of_sharing("cpu_ram_efficient_loading"))
     training = cfg.training(load_from=cfg.sft_checkpoint or "sft")
     asked = training.optimizer == "adamw_8bit"
     has_8bit = asked and has_package("bitsandbytes", own.python)
