@@ -59,6 +59,7 @@ from halos_nb.configs import (
     AuditConfig,
     SampleConfig,
     TrainConfig,
+    refuse_foreign,
     refuse_own_inputs,
     require_path,
 )
@@ -1383,6 +1384,8 @@ def main(cfg: AuditConfig) -> dict:
     models = [cfg.model, cfg.reward_model_path, cfg.reference, cfg.from_checkpoint]
     reads = dict(datasets=cfg.datasets, samples=[cfg.samples], model=models)
     refuse_own_inputs(reads, dict(json=[cfg.json] if cfg.json else []))
+    if cfg.json:
+        refuse_foreign("json", cfg.json, r'"checks"\s*:')
     with alone() as first:
         report = audit(cfg) if first else dict(checks=[], examples=[])
     if cfg.model and asks_for_sharding():

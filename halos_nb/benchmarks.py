@@ -30,7 +30,7 @@ from halos_nb.stats import (
     share_of_parts,
     share_over_prompts,
 )
-from .configs import BenchmarkConfig, LabelConfig, refuse_own_inputs
+from .configs import BenchmarkConfig, LabelConfig, refuse_foreign, refuse_own_inputs
 from .settings import parse_args
 from .feedback import sample_key
 
@@ -361,6 +361,8 @@ def main(
         alpaca_annotations=[cfg.alpaca_annotations] if cfg.alpaca_annotations else [],
     )
     refuse_own_inputs(reads, dict(output_file=[cfg.output_file]))
+    mark = r'"(alpaca_eval|rewardbench|tasks)"\s*:'
+    refuse_foreign("output_file", cfg.output_file, mark)
     is_main = not int(os.environ.get("RANK", 0))
     found: dict[str, Any] = {}
     if cfg.alpaca_annotations and is_main:  # a matter of seconds, and the first to find a fault

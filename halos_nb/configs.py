@@ -13,30 +13,30 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'IN_AN_ADDRESS', 'KEY_WORD', '
            'looks_secret', 'is_clear', 'secret_values', 'base64_forms', 'says_secret', 'texts_in', 'secret_in',
            'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem', 'field_names',
            'config_error', 'make_config', 'looks_like_path', 'require_path', 'name_problem', 'plain_name', 'free_name',
-           'place_problem', 'check_place', 'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs',
-           'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value',
-           'read_template_options', 'option_value', 'template_problems', 'sample_problems', 'LabellerOptions',
-           'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions',
-           'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'ensemble_problems',
-           'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'is_file_name',
-           'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of', 'near_source', 'given_to',
-           'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named', 'is_own', 'own_trainer_name',
-           'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family', 'own_name',
-           'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions',
-           'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
-           'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
-           'reward_problems', 'objectives_problems', 'place_problems', 'adapter_problems', 'train_problems',
-           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
-           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
-           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
-           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
-           'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
-           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
-           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
-           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
-           'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
-           'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
-           'PlanConfig', 'config_json']
+           'place_problem', 'folder_problem', 'check_place', 'refuse_foreign', 'of_type', 'same_place', 'lies_at',
+           'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig',
+           'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
+           'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
+           'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
+           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
+           'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of',
+           'near_source', 'given_to', 'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named',
+           'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own',
+           'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
+           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
+           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
+           'dropout_problems', 'reward_problems', 'objectives_problems', 'place_problems', 'adapter_problems',
+           'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
+           'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling',
+           'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems', 'evaluator_problems',
+           'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions', 'EvaluationOptions',
+           'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings', 'method_problems', 'fill_from_preset',
+           'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems', 'own_form',
+           'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds', 'seed_problems',
+           'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
+           'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files',
+           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig',
+           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import ast
@@ -46,6 +46,7 @@ import importlib
 import importlib.util
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -430,6 +431,21 @@ def place_problem(target: Path) -> str:
         return f"{target} is a folder; name a file, such as {target / 'out.json'}"
     if target.exists() and not target.is_file():
         return f"{target} is a device, a pipe or a socket, and a file would replace it"
+    return folder_problem(target)
+
+
+def folder_problem(target: Path) -> str:
+    "Why nothing can be written beside a file that may not be there yet; empty if it can."
+    try:
+        parents = target.resolve().parents if target.is_symlink() else target.absolute().parents
+    except (OSError, RuntimeError):
+        return f"{target} is a link in a loop of links"
+    place = next(folder for folder in parents if os.path.lexists(folder))
+    if not place.is_dir():
+        what = "a link that leads nowhere" if place.is_symlink() else "a file"
+        return f"{target} needs a folder where {place} is, {what}"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"{target} cannot be written: {place} may only be read"
     return ""
 
 
@@ -437,6 +453,30 @@ def check_place(name: str, target: str | Path) -> None:
     "An error that names the parameter if its file cannot be written where it says."
     if problem := place_problem(Path(target)):
         raise ValueError(f"{name}: {problem}")
+
+# %% ../nbs/02_configs.ipynb #10bcfcb7
+def refuse_foreign(
+    name: str,  # the config's field
+    target: str | Path,  # the output, which may be there already
+    mark: str,  # a regular expression: what a file of this kind has in it
+) -> None:
+    "An error if something else than what is written there is where an output goes."
+    target = Path(target)
+    if not target.is_file() or not target.stat().st_size:
+        return
+    with open(target, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        is_empty = len(data) < 10 and bytes(data).split() in ([b"[]"], [b"[", b"]"])
+        if is_empty or re.search(mark.encode(), data):
+            return
+    raise ValueError(
+        f"{name}: {target} is there, and nothing that this command writes: it would be lost; "
+        f"give another {name}, or move it away"
+    )
+
+
+def of_type(*types: str) -> str:
+    "The mark of files with records of these types."
+    return rf'"type"\s*:\s*"({"|".join(types)})"'
 
 # %% ../nbs/02_configs.ipynb #4e991540
 def same_place(a: Path, b: Path) -> bool:

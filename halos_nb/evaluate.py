@@ -47,6 +47,7 @@ from halos_nb.configs import (
     make_config,
     named_files,
     read_models,
+    refuse_foreign,
     refuse_own_inputs,
 )
 from .settings import parse_args
@@ -554,6 +555,9 @@ def check_outputs(cfg: EvaluateConfig, against: dict[str, str]) -> None:
     alpaca = [cfg.alpaca_file] if cfg.alpaca_file else []
     made = [made_beside(cfg, name) for name in ("ours", *against)]
     refuse_own_inputs(reads, dict(output_file=[cfg.output_file, *made], alpaca_file=alpaca))
+    refuse_foreign("output_file", cfg.output_file, r'"labellers"\s*:')
+    if cfg.alpaca_file:
+        refuse_foreign("alpaca_file", cfg.alpaca_file, r'"instruction"\s*:')
 
 # %% ../nbs/45_evaluate.ipynb #f5207f65
 def main(

@@ -58,7 +58,9 @@ from halos_nb.configs import (
     load_named,
     module_and_name,
     check_place,
+    of_type,
     read_models,
+    refuse_foreign,
     refuse_own_inputs,
     require_path,
     split_names,
@@ -1092,6 +1094,7 @@ def check_outputs(cfg: LabelConfig) -> None:
         del reads["from_labels"]
     refuse_own_inputs(reads, dict(output_file=[labels]))
     refuse_companions(Path(cfg.output_file))
+    refuse_foreign("output_file", cfg.output_file, of_type(r"\w+_feedback"))
 
 # %% ../nbs/43_label.ipynb #f459161b
 def require_room_for(cfg: LabelConfig) -> None:

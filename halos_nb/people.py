@@ -6,13 +6,13 @@
 __all__ = ['Table', 'SampleId', 'CHOICES', 'WHYS', 'choose_pairs', 'most_uncertain', 'in_own_units', 'most_disputed',
            'assign_pairs', 'KnownAnswers', 'SamplesAndPairs', 'samples_of_pairs', 'Item', 'Placed', 'second_look',
            'make_items', 'Answers', 'undo_last', 'apply_event', 'choice_problem', 'undo_problem', 'event_problem',
-           'replay', 'texts_hash', 'read_session', 'items_of_journal', 'check_samples_known', 'check_same_session',
-           'Session', 'winner_of', 'comparison_of', 'comparisons', 'journal_of', 'comparisons_of_others', 'share_won',
-           'label_of', 'labels', 'feedback_of_labels', 'session_feedback', 'Split', 'hold_out', 'OfferRule', 'Look',
-           'logistic', 'strengths', 'log_odds', 'look_at', 'chances', 'may_be_next', 'next_offer', 'self_agreement',
-           'left_rate', 'state_of_pair', 'pair_states', 'agreement_with', 'session_report', 'pairs_for_people',
-           'disputed_pairs', 'Questions', 'open_questions', 'PairsOpen', 'how_to_label', 'refresh', 'wait_for_answers',
-           'unasked', 'main']
+           'replay', 'texts_hash', 'read_session', 'items_of_journal', 'is_item', 'check_samples_known',
+           'check_same_session', 'Session', 'winner_of', 'comparison_of', 'comparisons', 'journal_of',
+           'comparisons_of_others', 'share_won', 'label_of', 'labels', 'feedback_of_labels', 'session_feedback',
+           'Split', 'hold_out', 'OfferRule', 'Look', 'logistic', 'strengths', 'log_odds', 'look_at', 'chances',
+           'may_be_next', 'next_offer', 'self_agreement', 'left_rate', 'state_of_pair', 'pair_states', 'agreement_with',
+           'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions', 'open_questions', 'PairsOpen',
+           'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
 
 # %% ../nbs/64_people.ipynb #646f0f3f
 import hashlib
@@ -47,6 +47,7 @@ from halos_nb.records import (
 from .configs import LabelConfig, PeopleConfig
 from .settings import parse_args
 from .stats import Interval, agree, share_over_prompts
+from .ledger import is_number
 from halos_nb.feedback import (
     by_key,
     convert_to_binary_feedback,
@@ -294,6 +295,8 @@ def apply_event(state: Answers, event: dict) -> None:
         held[item] = event["value"]
     else:
         held[item] = {k: event[k] for k in ("value", "time", "seconds")}
+        # a clock that was set back, in a journal of before
+        held[item]["seconds"] = max(0, event["seconds"])
 
 # %% ../nbs/64_people.ipynb #2959f7df
 def choice_problem(event: dict) -> str:
@@ -301,8 +304,11 @@ def choice_problem(event: dict) -> str:
     value = event.get("value")
     if value not in CHOICES:
         return f"field `value` is {shortened(value)}, not one of {', '.join(CHOICES)}"
-    if not {"time", "seconds"} <= event.keys():
-        return "field `time` or `seconds` is missing"
+    for name in ("time", "seconds"):
+        if name not in event:
+            return f"field `{name}` is missing"
+        if not is_number(event[name]):
+            return f"field `{name}` should be a number, is {shortened(event[name])}"
     return ""
 
 
@@ -328,7 +334,7 @@ def event_problem(
         return wrong
     if kind not in ("choose", "note", "undo", "offer"):
         return f"field `event` is {shortened(kind)}, not choose, note, undo or offer"
-    if names is not None and item not in names:
+    if not isinstance(item, str) or (names is not None and item not in names):
         return f"field `item` is {shortened(item)}, which is no item of this session"
     if kind == "choose":
         return choice_problem(event)
@@ -381,9 +387,27 @@ def read_session(
     return rows[0], rows[1:]
 
 # %% ../nbs/64_people.ipynb #87f4c7f4
-def items_of_journal(start: dict | None) -> list[Item]:
+def items_of_journal(
+    start: dict | None,  # the journal's first line; None: there is no journal
+    path: str | Path = "journal",  # for messages
+) -> list[Item]:
     "The items that a journal begins with."
-    return [Item(*item) for item in start["items"]] if start else []
+    items = start.get("items") if start else []
+    if isinstance(items, list) and all(map(is_item, items)):
+        return [Item(*item) for item in items]
+    raise RecordError(
+        f"{path}, line 1: field `items` should be a list of items, each with "
+        f"{', '.join(Item._fields)}, is {shortened(items)}. Was the journal edited by hand?"
+    )
+
+
+def is_item(value: Any) -> bool:
+    "Whether a value of JSON is an item as a journal has it."
+    if not isinstance(value, list) or len(value) != len(Item._fields):
+        return False
+    name, *ids, left, again = value
+    are_ids = all(isinstance(one, str | int) for one in ids)
+    return are_ids and isinstance(name, str) and left in ("A", "B") and isinstance(again, bool)
 
 # %% ../nbs/64_people.ipynb #1a5faefd
 def check_samples_known(path: str | Path, items: list[Item], known: dict[tuple, dict]) -> None:
@@ -422,12 +446,15 @@ class Session:
         seed: int = 0,
         repeats: float = 0.05,  # see make_items
         clock: Callable[[], float] = time.time,  # unix seconds
+        # how long an answer took (None: by a clock that nobody sets, or by the one given)
+        timer: Callable[[], float] | None = None,
     ) -> None:
         self.path, self.labeller, self.clock = Path(path), labeller, clock
+        self.timer = timer or (time.monotonic if clock is time.time else clock)
         self.known = by_key(samples)
         start, events = read_session(path)
         if pairs is None:
-            self.items = items_of_journal(start)
+            self.items = items_of_journal(start, path)
         else:
             self.items = make_items(pairs, seed, repeats)
         check_samples_known(path, self.items, self.known)
@@ -435,7 +462,7 @@ class Session:
         self.by_name = {item.name: item for item in self.items}
         self.state = replay(events, set(self.by_name), str(path))
         self.size = self.path.stat().st_size
-        self.shown_at = clock()
+        self.shown_at = self.timer()
 
 # %% ../nbs/64_people.ipynb #4352de9a
 @patch
@@ -473,7 +500,7 @@ def record_event(self: Session, **event: Any) -> None:
     append_jsonl(self.path, event, sync=True)
     apply_event(self.state, event)
     self.size = self.path.stat().st_size
-    self.shown_at = self.clock()
+    self.shown_at = self.timer()
 
 # %% ../nbs/64_people.ipynb #438c6067
 @patch(as_prop=True)
@@ -520,13 +547,13 @@ def choose(
 ) -> None:
     "An answer; on disk when this returns."
     now = self.clock()
-    taken = now - self.shown_at if seconds is None else seconds
+    taken = self.timer() - self.shown_at if seconds is None else seconds
     self.record_event(
         event="choose",
         item=item or self.name_of_current(),
         value=value,
         time=now,
-        seconds=round(taken, 3),
+        seconds=round(max(0, taken), 3),
     )
 
 # %% ../nbs/64_people.ipynb #237a9b4a

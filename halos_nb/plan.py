@@ -61,6 +61,8 @@ from halos_nb.configs import (
     make_config,
     read_models,
     read_options,
+    refuse_foreign,
+    refuse_own_inputs,
 )
 from .settings import Profile, Sharing, load_settings, parse_args
 from .trees import Tree, TreeBatch, make_batch
@@ -1222,6 +1224,9 @@ def as_json(made: Plan) -> dict:
 
 def main(cfg: PlanConfig) -> Plan:
     "Plan what a file asks for; one line, and a line for each stage."
+    if cfg.json:
+        refuse_own_inputs(dict(run=[cfg.run]), dict(json=[cfg.json]))
+        refuse_foreign("json", cfg.json, r'"fits"\s*:')
     asked, beside = read_config(Path(cfg.run))
     name = cfg.profile or ("" if beside else getattr(asked, "profile", ""))
     profile = make_config(Profile, **beside) if beside and not name else None

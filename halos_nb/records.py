@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_BE', 'DRAWN_FIELDS', 'UNPACK', 'MAX_DEPTH', 'ROOM',
            'ONLY_ZEROS', 'FRACTION', 'KEY_END', 'OTHER_KEY_END', 'TOKEN', 'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS',
-           'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY', 'NO_LOCKS', 'LOCKS_MISSING', 'BLANK', 'BETWEEN', 'zero_or_one',
-           'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample',
-           'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened',
-           'field_name', 'rule_of', 'problem_of', 'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw',
-           'fuller', 'plain', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text',
-           'turn_text', 'as_text', 'unpack_zstd', 'unpack_parts', 'packed_beside', 'on_disk', 'files_like',
-           'nothing_at', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped',
+           'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY', 'WRITE_ELSEWHERE', 'NO_LOCKS', 'LOCKS_MISSING', 'BLANK', 'BETWEEN',
+           'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn', 'one_for_each', 'DrawnFields',
+           'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback', 'PairwiseFeedback', 'Label', 'Comparison',
+           'RecordError', 'shortened', 'field_name', 'rule_of', 'problem_of', 'check_record', 'Drawn', 'drawn_of',
+           'drawn_fields', 'same_draw', 'fuller', 'plain', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt',
+           'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'unpack_parts', 'packed_beside', 'on_disk',
+           'files_like', 'nothing_at', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped',
            'equal_but_for_spaces', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
            'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
            'check_type', 'check_records', 'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text',
            'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
            'temporary', 'hidden_name', 'is_alive', 'is_left_over', 'remove_left_over', 'clean_left_over',
-           'clean_beside', 'put_aside', 'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json',
-           'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'without_torn_line',
-           'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'read_objects',
-           'label_lines', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'clean_beside', 'put_aside', 'opened_beside', 'atomic_write', 'StreamingJSONWriter', 'write_records',
+           'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file',
+           'without_torn_line', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl', 'as_object',
+           'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -500,6 +500,8 @@ def files_like(folder: Path, pattern: str) -> list[Path]:
 def nothing_at(path: str | Path) -> str:
     "What is said of a path where nothing is: where that is, and what was probably meant."
     here = Path(path)
+    if here.is_symlink() and not here.exists():
+        return f"{path} is a link that leads nowhere, to {os.readlink(here)}"
     beside = sorted(p.name for p in here.parent.iterdir()) if here.parent.is_dir() else []
     near = difflib.get_close_matches(here.name, beside, 1, 0.7)
     meant = f"; did you mean `{here.with_name(near[0])}`?" if near else ""
@@ -1047,6 +1049,17 @@ def put_aside(
         number += 1
 
 # %% ../nbs/00_records.ipynb #f4ed51c6
+WRITE_ELSEWHERE = "give another place (for runs: runs_dir in settings.ini)"
+
+
+def opened_beside(path: Path, temp: Path) -> TextIO:
+    "The temporary file of a file, open to be written; its folder is made, and cleaned."
+    with telling_read_only(path, WRITE_ELSEWHERE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_beside(path)
+        return open(temp, "x", encoding="utf-8", newline="")
+
+
 @contextmanager
 def atomic_write(
     path: str | Path,  # its folders are made as needed
@@ -1059,16 +1072,15 @@ def atomic_write(
         raise OSError(errno.EINVAL, "is no file, and would be replaced by one", str(path))
     temp = temporary(path)
     with telling_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clean_beside(path)
         try:
-            with open(temp, "x", encoding="utf-8", newline="") as f:
+            with opened_beside(path, temp) as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temp, path)
         finally:
-            temp.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be written, nothing is left
+                temp.unlink(missing_ok=True)
         sync_folder(path.parent)
 
 # %% ../nbs/00_records.ipynb #8d284ca4
@@ -1186,7 +1198,7 @@ def lock_file(
     patience: float = 0,  # seconds to wait for others to be done
 ) -> IO[bytes]:
     "A file opened to append, locked while it is open; FileLocked if others have the lock."
-    with telling_full_disk(path):
+    with telling_full_disk(path), telling_read_only(path, WRITE_ELSEWHERE):
         file = open(path, "ab+")
     late = time.monotonic() + patience
     try:

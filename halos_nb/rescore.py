@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .records import Progress, read_objects, write_records
-from .configs import RescoreConfig, refuse_own_inputs, require_path
+from .configs import RescoreConfig, refuse_foreign, refuse_own_inputs, require_path
 from .settings import parse_args
 from .trees import Tree, trees_from_samples
 from .processes import end_process, start_processes
@@ -92,6 +92,7 @@ def main(cfg: RescoreConfig) -> list[dict]:
     "Rescore as the config says."
     reads = dict(samples_file=[cfg.samples_file], model=[cfg.model], reference=[cfg.reference])
     refuse_own_inputs(reads, dict(output_file=[cfg.output_file]))
+    refuse_foreign("output_file", cfg.output_file, r'"policy_logps"\s*:')
     accelerator = start_processes(cfg.num_processes)
     if accelerator.num_processes > 1:
         raise RuntimeError("rescore: a few answers are read by one process; start one")

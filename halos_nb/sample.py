@@ -27,7 +27,14 @@ from halos_nb.records import (
     read_records,
     require_room,
 )
-from .configs import SampleConfig, make_config, refuse_own_inputs, require_path
+from halos_nb.configs import (
+    SampleConfig,
+    make_config,
+    of_type,
+    refuse_foreign,
+    refuse_own_inputs,
+    require_path,
+)
 from .settings import parse_args
 from .data import Example
 from .templates import tell_template, tokenizer_hash
@@ -414,6 +421,8 @@ def check_outputs(cfg: SampleConfig) -> None:
         reference=[cfg.reference],
     )
     refuse_own_inputs(reads, dict(output_file=[out, *beside]))
+    mark = r'"instruction"\s*:' if cfg.mode == "alpacaeval" else of_type("sample")
+    refuse_foreign("output_file", out, mark)
 
 # %% ../nbs/35_sample.ipynb #2fa6c7b9
 def require_room_for(cfg: SampleConfig) -> None:

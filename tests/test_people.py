@@ -629,3 +629,42 @@ def test_train_takes_it(pressed, tmp_path, kind, loss):
     assert (tmp_path / kind / "FINAL/model.safetensors").exists() and any(
         "loss" in r for r in read_jsonl(tmp_path / kind / "metrics.jsonl")
     )
+
+
+def test_a_clock_that_is_set_gives_no_absurd_seconds(tmp_path):
+    samples, path = make_samples(), tmp_path / "me.jsonl"
+    now = [1e9]
+    timers = dict(clock=lambda: now[0], timer=time.monotonic)  # the second is the default
+    session = Session(path, samples, choose_pairs(samples), "human:ada", **timers)
+    assert Session(path, samples, labeller="human:ada").timer is time.monotonic
+    for jump in (-900, 3e8, -2e8):
+        now[0] += jump
+        session.choose("left")
+    assert all(0 <= event["seconds"] < 60 for event in read_jsonl(path)[1:])
+    lines = path.read_text().splitlines()
+    told = json.loads(lines[1]) | dict(seconds=-990.0)  # of before
+    path.write_text("\n".join([lines[0], json.dumps(told)]) + "\n")
+    again = Session(path, samples, labeller="human:ada")
+    assert [row["seconds"] for row in comparisons(again)] == [0]
+
+
+NO_EVENTS = [dict(seconds=None), dict(seconds="x"), dict(time=True), dict(item=["0001"])]
+
+
+@pytest.mark.parametrize("wrong", [*NO_EVENTS, dict(item={}), dict(item=None)])
+def test_a_line_of_another_kind_is_named(tmp_path, wrong):
+    samples, path = make_samples(), tmp_path / "me.jsonl"
+    Session(path, samples, choose_pairs(samples), "human:ada").choose("left")
+    start, event = path.read_text().splitlines()
+    path.write_text("\n".join([start, json.dumps(json.loads(event) | wrong)]) + "\n")
+    with pytest.raises(RecordError, match=f"me.jsonl, event 1: field `{[*wrong][0]}`"):
+        Session(path, samples, labeller="human:ada")
+
+
+@pytest.mark.parametrize("items", [None, 5, {}, [None], [[1, 2]], [["1", [], 0, 1, "A", True]]])
+def test_a_beginning_of_another_kind_is_named(tmp_path, items):
+    samples, path = make_samples(), tmp_path / "me.jsonl"
+    Session(path, samples, choose_pairs(samples), "human:ada")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(items=items)) + "\n")
+    with pytest.raises(RecordError, match="me.jsonl, line 1: field `items` should be a list"):
+        Session(path, samples, labeller="human:ada")

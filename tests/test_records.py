@@ -1,5 +1,6 @@
 """Records: what is refused, what comes back, and what a killed writer leaves."""
 
+import errno
 import io
 import json
 import re
@@ -371,3 +372,30 @@ def test_an_object_without_a_field_that_it_must_have_is_named(tmp_path):
     assert r.read_object(path) == {}
     with pytest.raises(r.RecordError, match=re.escape(f"{path}: has no field `checks`")):
         r.read_object(path, "checks")
+
+
+def test_a_folder_that_may_only_be_read_is_named(tmp_path, monkeypatch):
+    "Not the hidden file that could not be made there."
+    real = open
+
+    def refused(file, *args, **more):
+        if str(file).endswith((".tmp", ".lock")):
+            raise OSError(errno.EROFS, "Read-only file system", str(file))
+        return real(file, *args, **more)
+
+    monkeypatch.setattr("builtins.open", refused)
+    writers = (lambda path: r.write_json(path, {}), r.lock_file)
+    for write, name in zip(writers, ("x.json", ".lock")):
+        with pytest.raises(OSError, match="may only be read; give another place") as e:
+            write(tmp_path / name)
+        assert f"{tmp_path} may" in str(e.value)
+        assert ".tmp" not in str(e.value)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path):
+    (tmp_path / "x.json").symlink_to("nowhere.json")
+    (tmp_path / "loop").symlink_to("loop")
+    told = "x.json is a link that leads nowhere, to nowhere.json"
+    with pytest.raises(FileNotFoundError, match=told):
+        r.read_rows(tmp_path / "x.json")
+    assert "did you mean" not in r.nothing_at(tmp_path / "loop")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from halos_nb import audit, label, sample, train
+from halos_nb import audit, evaluate, label, sample, train
 from halos_nb.configs import (
     AuditConfig,
     CompareConfig,
+    EvaluateConfig,
     HandConfig,
     LabelConfig,
     LoopConfig,
@@ -262,3 +263,34 @@ def test_a_link_stays_a_link(by_words, tmp_path):
         by_words("f.json")
         assert (tmp_path / "f.json").is_symlink()
         assert len(json.loads((tmp_path / "elsewhere.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["my notes\n", '{"my": "thesis"}', '[{"type": "sample"}]', b"\xff"]
+)
+def test_a_file_of_another_kind_stays(by_words, tmp_path, text):
+    "What a person, or another stage, has written is no feedback of before."
+    theirs = tmp_path / "theirs.json"
+    theirs.write_bytes(text.encode() if isinstance(text, str) else text)
+    before = theirs.read_bytes()
+    with pytest.raises(ValueError, match="output_file: .*theirs.json.* move it away"):
+        by_words(theirs, function="nobody_is_asked")
+    with pytest.raises(ValueError, match="output_file: .*theirs.json.* move it away"):
+        given = dict(samples_file="s.json", output_file=str(theirs), function="sys:exit")
+        evaluate.main(EvaluateConfig(**given))
+    assert theirs.read_bytes() == before and len(list(tmp_path.glob("theirs*"))) == 1
+
+
+@pytest.mark.parametrize("place", ["s.json/f.json", "loop", "loop/f.json", "read_only/f.json"])
+def test_a_place_where_nothing_can_be_written_is_told_before_any_work(
+    by_words, tmp_path, monkeypatch, place
+):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "read_only").mkdir()
+    may = os.access
+    monkeypatch.setattr(  # root may write everywhere
+        os, "access", lambda path, mode: "read_only" not in str(path) and may(path, mode)
+    )
+    with pytest.raises(ValueError, match=r"output_file: ") as told:
+        by_words(place, function="nobody_is_asked")
+    assert place.split("/")[0] in str(told.value)
