@@ -8,8 +8,8 @@ __all__ = ['PACKAGE', 'CODE', 'VLLM_NAMES', 'ANY_NUMBER', 'OF_THE_MACHINE', 'TOL
            'function_hash', 'vllm_version', 'installed', 'path_state', 'versions', 'versions_there', 'Manifest',
            'leads_away', 'texts', 'identity_problem', 'manifest_problem', 'read_manifest', 'Stage', 'hub_revisions',
            'fingerprint', 'RunFiles', 'stage_profile', 'prompts_at', 'hash_of_prompts', 'prompts_read', 'identity',
-           'with_revisions', 'read_alike', 'same_identity', 'change', 'Difference', 'value_text', 'differing',
-           'differences', 'damage', 'reason_to_run']
+           'with_revisions', 'by_prompts', 'read_alike', 'same_identity', 'change', 'Difference', 'value_text',
+           'differing', 'differences', 'damage', 'reason_to_run']
 
 # %% ../nbs/55_identity.ipynb #49403efc
 import ast
@@ -574,6 +574,14 @@ def with_revisions(
         now = files.hash(path)
         if f"{now} ".startswith(f"name {path} "):
             text = text.replace(json.dumps(f"name {path}"), json.dumps(now))
+    return json.loads(text)
+
+
+def by_prompts(found: dict) -> dict:
+    "An identity with the prompts that were read in place of their file, and without its names."
+    text = json.dumps({k: v for k, v in found.items() if k not in ("prompts_read", "modules")})
+    for whole, read in found.get("prompts_read", {}).items():
+        text = text.replace(whole, read)
     return json.loads(text)
 
 

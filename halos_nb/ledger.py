@@ -7,8 +7,8 @@ __all__ = ['KEPT', 'MARKS', 'OPEN_LEDGERS', 'OF_EVENTS', 'NEEDED', 'OF_PATIENCE'
            'looks_like_a_run', 'empty_run', 'NotOurs', 'object_if_any', 'made_by', 'check_owner', 'check_folder',
            'claim', 'RunBusy', 'lock_run', 'is_number', 'is_time', 'is_text', 'is_count', 'names_or_hashes',
            'event_problem', 'Journal', 'is_in_the_making', 'read_journal', 'read_events', 'mend_journal', 'RunFolder',
-           'identity_digest', 'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed', 'may_be_had_again',
-           'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
+           'identity_digest', 'told_digests', 'Running', 'Ledger', 'asks_engine', 'RunChanged', 'what_changed',
+           'may_be_had_again', 'seconds_of', 'take_file', 'take_path', 'take_stage', 'pack_outputs']
 
 # %% ../nbs/56_ledger.ipynb #49403efc
 import hashlib
@@ -51,6 +51,7 @@ from halos_nb.identity import (
     Difference,
     RunFiles,
     Stage,
+    by_prompts,
     change,
     damage,
     differences,
@@ -371,8 +372,13 @@ def tidy_up(self: RunFolder) -> None:
 
 # %% ../nbs/56_ledger.ipynb #57ad65a0
 def identity_digest(now: dict) -> str:
-    "An identity as the journal has it."
+    "One hash for an identity."
     return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
+
+
+def told_digests(now: dict) -> list[str]:
+    "How the journal has an identity: by the prompts read; of before, by their file."
+    return [identity_digest(by_prompts(now)), identity_digest(now)]
 
 
 @patch
@@ -390,7 +396,7 @@ def note(
         stage=stage.name,
         round=stage.round,
         folder=self.name(stage.folder),
-        identity=identity_digest(now),
+        identity=told_digests(now)[0],
         inputs=dict(zip(names, now["inputs"])),
         **more,
     )
@@ -476,6 +482,8 @@ def look(self: Ledger, stage: Stage) -> dict:
     manifest = read_manifest(stage.manifest)
     if problem := manifest.problem or self.misfit(stage, manifest.content, now):
         self.set_aside_manifest(stage, now, problem)
+    elif not manifest.content and self.has_left(stage):
+        self.seal_as_told(stage, now, "its manifest is gone")
     return now
 
 # %% ../nbs/56_ledger.ipynb #34c2f797
@@ -506,7 +514,7 @@ def told_of(self: Ledger, stage: Stage) -> dict:
 def stands_as_told(self: Ledger, stage: Stage, now: dict) -> dict:
     "What the journal says of this very stage, if its outputs are so; else {}."
     told = self.told_of(stage)
-    same = told and told["identity"] == identity_digest(now)
+    same = told and told["identity"] in told_digests(now)
     return told if same and not damage(self, told, "") else {}
 
 
@@ -532,9 +540,29 @@ def set_aside_manifest(self: Ledger, stage: Stage, now: dict, problem: str) -> N
     where = dict(stage=stage.name, folder=self.name(stage.folder))
     name = f"{where['folder']}/{stage.manifest.name}"
     self.say(f"{name}: {problem}; it is set aside as {aside.name}", **where)
-    if told := self.stands_as_told(stage, now):
-        write_json(stage.manifest, told | dict(identity=now))
-        self.say(f"{name}: sealed again, its outputs are what the journal says", **where)
+    self.seal_as_told(stage, now)
+
+
+@patch
+def seal_as_told(self: Ledger, stage: Stage, now: dict, why: str = "") -> None:
+    "Seal a stage again whose outputs are what the journal says of it."
+    if not (told := self.stands_as_told(stage, now)):
+        return
+    write_json(stage.manifest, told | dict(identity=now))
+    where = dict(stage=stage.name, folder=self.name(stage.folder))
+    name = f"{where['folder']}/{stage.manifest.name}"
+    because = f"{why}, and " if why else ""
+    self.say(f"{name}: {because}sealed again, its outputs are what the journal says", **where)
+
+
+@patch
+def has_left(self: Ledger, stage: Stage) -> bool:
+    "Whether there are outputs of a stage that is not at work, so that no seal is to come."
+    at_work = [one.stage.manifest for one in (self.running, self.beside) if one]
+    journal = self.run_dir / "ledger.jsonl"
+    if stage.manifest in at_work or not journal.is_file():
+        return False
+    return any(on_disk(path).exists() for path in stage.outputs)
 
 # %% ../nbs/56_ledger.ipynb #ee35b518
 def asks_engine(profile: Profile, stage: Stage) -> bool:
@@ -655,6 +683,15 @@ def check_change(self: Ledger, stage: Stage, now: dict) -> None:
 
 # %% ../nbs/56_ledger.ipynb #e71d4d2b
 @patch
+def say_damage(self: Ledger, stage: Stage) -> None:
+    "Tell that a sealed stage is done again because of what has become of its outputs."
+    sealed = stage.sealed()
+    if unlike := damage(self, sealed, "") if sealed else "":
+        place = f"{self.run_dir.name}: {self.name(stage.folder)} {stage.name}"
+        print(f"{place} is done again: {unlike}", file=sys.stderr)
+
+
+@patch
 def keep_altered(self: Ledger, stage: Stage) -> None:
     "Rename the files of a sealed stage that are not what it wrote."
     for name, digest in stage.sealed().get("outputs", {}).items():
@@ -683,6 +720,7 @@ def begin(
 ) -> None:
     "Start a stage, from nothing or from what an attempt to make the same has left."
     self.check_change(stage, now)
+    self.say_damage(stage)
     self.keep_altered(stage)
     if (self.aside or stage.name == "evaluate") and what_changed(stage, now):
         self.keep_sealed(stage)

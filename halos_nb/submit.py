@@ -381,7 +381,7 @@ def collect(self: Pool) -> list[str]:
         how = "done"
         if code:
             how = self.failed[job.stage] = why_it_failed(job, code)
-        told.append(f"{job.stage}: {how} ({clock(time.time() - self.began[slot])})")
+        told.append(f"{job.stage}: {how} ({clock(max(0, time.time() - self.began[slot]))})")
     return told
 
 # %% ../nbs/58_submit.ipynb #39317f39

@@ -99,7 +99,9 @@ def test_a_run_goes_on_with_prompts_that_are_put_behind_its_own(
 
     ask(*range(20))
     assert "r: prompts ran out: 20 of 30" in capsys.readouterr().out
+    (tmp_path / "runs/r/round-1/sample.manifest.json").write_text("null")
     more = ask(*range(30))
+    assert "round-1/sample.manifest.json: sealed again" in capsys.readouterr().err
     assert [r.name for r in more] == ["round-1", "round-2", "round-3", "final"]
     assert [len(r.skipped) for r in more] == [3, 3, 0, 0]
     assert "ran out" not in more[1].note and not (tmp_path / "runs/r-2").exists()
@@ -432,6 +434,25 @@ def test_a_damaged_manifest_is_set_aside_and_its_stage_stands(home, capsys, kind
     assert summaries(home) == TOLD
 
 
+@pytest.mark.parametrize("what", ["*/*.manifest.json", "round-1/sample.manifest.json"])
+def test_a_manifest_that_is_gone_is_written_again(home, capsys, what):
+    sealed = {path: json.loads(path.read_text()) for path in (home.runs / "r").glob(what)}
+    assert sealed
+    for path in sealed:
+        path.unlink()
+    assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]
+    assert {path: json.loads(path.read_text()) for path in sealed} == sealed
+    told = "round-1/sample.manifest.json: its manifest is gone, and sealed again"
+    assert told in capsys.readouterr().err
+
+
+def test_what_a_sealed_stage_is_done_again_for_is_said(home, capsys):
+    (home.runs / "r/round-1/samples.counts.json").unlink()
+    assert skipped(home.go())[0] == ["label", "train"]
+    told = "r: round-1 sample is done again: round-1/samples.counts.json is not there"
+    assert capsys.readouterr().err.count(told) == 1
+
+
 @pytest.mark.parametrize("kind", ["no outputs", "another hash", "another output"])
 def test_a_manifest_that_is_not_its_stages_is_named(home, capsys, kind):
     "It can be read, and says of the stage's files what is not so."
@@ -542,6 +563,17 @@ def test_a_clock_that_was_set_back_gives_no_negative_time(home):
     journal.write_text("".join(rows))
     assert [row["seconds"] for row in run_summary(home.runs / "r")] == [0, 0, 0]
     assert look(home.runs / "r").elapsed == 0
+
+
+def test_a_clock_that_was_set_ahead_gives_no_absurd_time(home):
+    "The container had no clock when it began, say."
+    took = look(home.runs / "r").elapsed
+    journal = home.runs / "r/ledger.jsonl"
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    for row in rows[len(rows) // 2 :]:
+        row["time"] += 56 * 365 * 86_400
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert 0 <= look(home.runs / "r").elapsed <= took + 1
 
 
 # ---- ways to lose what was paid for
