@@ -8,12 +8,12 @@ __all__ = ['Feedback', 'OF_SCORES', 'OF_COMPARISONS', 'LOST', 'DROPPED', 'ASIDE'
            'pair_records', 'gaps_to_choose_from', 'threshold_in_use', 'count_wins', 'companion_file', 'label_row',
            'label_rows', 'write_labels', 'was_paid_for', 'check_paid_labels_kept', 'read_journal', 'read_labels',
            'Labelled', 'score_differences', 'pair_verdicts', 'wins_of_files', 'feedback_from_scores',
-           'feedback_from_comparisons', 'other_thresholds', 'nothing_to_learn', 'length_words', 'what_was_made',
-           'LengthPart', 'length_part', 'at_equal_length', 'write_feedback', 'with_dropped', 'penalised',
-           'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units', 'together',
-           'label_by_reward_model', 'label_by_function', 'compared_before', 'tell_kept_pairs', 'questions_about',
-           'judge_job', 'label_by_judge', 'fitting_questions', 'read_letters', 'comparison_row', 'letter_counts',
-           'label_by_letters', 'keys_of_row', 'check_can_compare', 'scored_by', 'scores_from_labels',
+           'feedback_from_comparisons', 'other_thresholds', 'common_reasons', 'nothing_to_learn', 'length_words',
+           'what_was_made', 'LengthPart', 'length_part', 'at_equal_length', 'write_feedback', 'with_dropped',
+           'penalised', 'check_prompts', 'scores_beside', 'kept_scores', 'ModelSays', 'ask_model', 'known_units',
+           'together', 'label_by_reward_model', 'label_by_function', 'compared_before', 'tell_kept_pairs',
+           'questions_about', 'judge_job', 'label_by_judge', 'fitting_questions', 'read_letters', 'comparison_row',
+           'letter_counts', 'label_by_letters', 'keys_of_row', 'check_can_compare', 'scored_by', 'scores_from_labels',
            'label_from_journal', 'dry_run', 'timed', 'label_in_one_process', 'module_file', 'refuse_companions',
            'check_outputs', 'require_room_for', 'main']
 
@@ -22,6 +22,7 @@ import copy
 import importlib.util
 import json
 import math
+import numbers
 import os
 import random
 import statistics
@@ -29,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,8 +165,10 @@ def score_with(function: Callable, sample: dict) -> Scored:
         value = function(copy.deepcopy(sample["prompt"]), sample["output"])
     except Exception as e:
         return Scored(None, writable(f"{type(e).__name__}: {e}"), False)
-    if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
-        return Scored(float(value), "", False)
+    if isinstance(value, numbers.Real):  # numpy's, too
+        with suppress(OverflowError):
+            if math.isfinite(score := float(value)):
+                return Scored(score, "", False)
     return Scored(None, writable(f"the function gave {value!r}"), False)
 
 
@@ -475,6 +479,13 @@ OF_COMPARISONS = (
 )
 
 
+def common_reasons(reasons: dict[str, int], most: int = 3) -> str:
+    "The reasons that were given most often, each with its number."
+    found = Counter(reasons).most_common()
+    more = f"; and {len(found) - most} more" if len(found) > most else ""
+    return "; ".join(f"{n} {reason}" for reason, n in found[:most]) + more
+
+
 def nothing_to_learn(
     data: LabelInput,
     got: Labelled,
@@ -492,6 +503,8 @@ def nothing_to_learn(
     )
     if before:
         said += f"; the feedback that was there is {before.name} now"
+    if counts.get("reasons"):
+        said += f". Why unscored: {common_reasons(counts['reasons'])}"
     if got.scored is not None and cfg.feedback_type == "pairwise":
         said += "".join(f"\n  {line}" for line in other_thresholds(data, got.scored, cfg))
     return ValueError(said)

@@ -24,8 +24,8 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'refuse_world_seed', 'check_kind', 'check_sources', 'as_if_named', 'check_stages', 'check_run',
            'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead',
            'counted_by_folder', 'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch',
-           'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits', 'settle', 'choose_run', 'choose_folder',
-           'spared_policies', 'run_rounds', 'main']
+           'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits', 'settle', 'check_changed_prompts',
+           'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -2922,6 +2922,16 @@ def settle(
     return Settled(beside)
 
 # %% ../nbs/57_loop.ipynb #4902dfd4
+def check_changed_prompts(found: Outlook) -> None:
+    "An error if prompts have become what cannot be read: no run beside is made for that."
+    if not any(one.what.startswith("datasets") for one in found.why):
+        return
+    config = getattr(found.changed, "config", None)
+    for path in map(str, getattr(config, "datasets", [])):
+        if Path(path).is_file():
+            prompts_at(path, getattr(config, "split", None), str(source_state([path])))
+
+
 def choose_run(
     cfg: LoopConfig,
     settings: Settings,
@@ -2934,9 +2944,15 @@ def choose_run(
         return cfg
     profile = settings.get_profile(cfg.profile)
     asked = located(cfg)
+
+    def look(run: Path) -> Outlook:
+        found = also_changed(look_ahead(asked, run, profile), asked)
+        check_changed_prompts(found)
+        return found
+
     settled = settle(
         run,
-        lambda run: also_changed(look_ahead(asked, run, profile), asked),
+        look,
         cfg.on_change,
         "online_loop",
         ask,

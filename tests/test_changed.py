@@ -233,7 +233,7 @@ def test_what_has_changed_is_named(home, monkeypatch, capsys, what):
         if what == "model":
             (Path(home.given["reward_checkpoint"]) / "weights").write_text("other")
         if what == "prompts":
-            Path(home.given["prompts"]).write_text("[ ]")
+            Path(home.given["prompts"]).write_text('[{"prompt": "another"}]')
         chosen = choose_run(home.config(), home.settings)
     assert chosen.run_name == "r-2"
     said = capsys.readouterr().out
@@ -244,6 +244,20 @@ def test_what_has_changed_is_named(home, monkeypatch, capsys, what):
         prompts=r"datasets \(.*prompts.json\) contents \w{8} -> contents \w{8}",
     )
     assert re.search(expected[what], said), said
+
+
+@pytest.mark.parametrize("text", ["", "[]", '[{"prompt": "ano', '[{"prompt": 7}]'])
+def test_prompts_that_cannot_be_read_are_told_before_a_run_beside_is_made(home, text):
+    "Somebody is just writing them, say."
+    file = Path(home.given["prompts"])
+    file.write_text(json.dumps([dict(prompt=str(n)) for n in range(20)]))
+    run = home.runs / "r"
+    shutil.rmtree(run)
+    home.go()
+    file.write_text(text)
+    with pytest.raises(RecordError, match="prompts.json"):
+        choose_run(home.config(), home.settings)
+    assert [p.name for p in home.runs.iterdir()] == ["r"]
 
 
 def test_all_parameters_that_have_changed_are_named(home, capsys):

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -26,7 +27,7 @@ import golden
 from halos_nb.templates import byte_tokenizer, encode, encode_all, encode_prompt
 from halos_nb.configs import LabelConfig
 from halos_nb.settings import parse_args
-from halos_nb.label import feedback_from_scores, main, make_feedback
+from halos_nb.label import feedback_from_scores, main, make_feedback, score_with
 from halos_nb.label_input import LabelInput, only_finished, pairs_to_ask, read_samples
 from halos_nb.judge import Judge, letter_turns, questions_of_pair
 from halos_nb.models import AutoModelForBradleyTerry, load_reward_model, small_llama
@@ -1426,3 +1427,36 @@ def test_language_model_says_which_of_two_is_better(tmp_path, tok):
     assert len(feedback) == counts["records"]
     assert {row["labeller"] for row in rows} == {f"lm:{tmp_path / 'lm'}"}
     assert not list(tmp_path.glob("*.lm*"))  # nothing half done is left
+
+
+@pytest.mark.parametrize(
+    "value, score",
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (True, 1.0),
+        (np.float32("inf"), None),
+        ("5", None),
+    ],
+)
+def test_what_a_function_gives_is_a_number_or_named(value, score):
+    "numpy's are numbers, too."
+    said = score_with(lambda prompt, output: value, make_samples()[0])
+    assert said.score == score and bool(said.reason) == (score is None)
+
+
+def test_why_nothing_was_scored_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    samples = make_samples()
+    write_records("s.json", samples)
+    Path("rules.py").write_text("def says(prompt, output):\n    return '5'\n")
+    given = dict(samples_file="s.json", output_file="f.json", feedback_type="pairwise")
+    told = f"Why unscored: {len(samples)} the function gave '5'"
+    with pytest.raises(ValueError, match=told):
+        main(LabelConfig(**given, function="rules.py:says"))
+    rows = [s | dict(labeller="human:me", score=1.0, reason="", type="label") for s in samples]
+    with open("other.jsonl", "w") as file:
+        for row in rows:
+            file.write(json.dumps(row | dict(sample_id=str(row["sample_id"]))) + "\n")
+    with pytest.raises(ValueError, match="Why unscored: "):
+        main(LabelConfig(**given | dict(output_file="g.json"), from_labels="other.jsonl"))
