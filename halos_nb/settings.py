@@ -8,14 +8,14 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_K
            'ACCELERATE_PREFIXES', 'RANK', 'WORLD', 'MEETING', 'MPI', 'TASK', 'LEFT_OUT', 'FROM_PROFILE', 'RANKS',
            'FOR_STAGES', 'SET_FOR_STAGES', 'OURS_TO_GIVE', 'TELLS', 'AS_IT_IS', 'VARIABLE', 'QUOTED', 'COMMANDS',
            'UNSEEN', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES', 'PAPERMILL_NAMES', 'DEFINITIONS',
-           'INSTEAD', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'accelerate_path', 'sources_of', 'accelerate_words',
-           'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said', 'fsdp_problems',
-           'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems', 'accelerate_problems', 'Sharing',
-           'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions',
-           'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions', 'seconds_of', 'slurm_form_problems',
-           'slurm_problems', 'Profile', 'fill_from_accelerate', 'is_left_out', 'tells_rank', 'said_elsewhere',
-           'why_no_fork', 'launcher_problems', 'variable_problems', 'device_problems', 'machine_problems',
-           'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'numbers_of',
+           'INSTEAD', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'TRACEBACK', 'accelerate_path', 'sources_of',
+           'accelerate_words', 'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said',
+           'fsdp_problems', 'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems',
+           'accelerate_problems', 'Sharing', 'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate',
+           'ProcessOptions', 'PlaceOptions', 'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions',
+           'seconds_of', 'slurm_form_problems', 'slurm_problems', 'Profile', 'fill_from_accelerate', 'is_left_out',
+           'tells_rank', 'said_elsewhere', 'why_no_fork', 'launcher_problems', 'variable_problems', 'device_problems',
+           'machine_problems', 'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'numbers_of',
            'where_it_was_drawn', 'profile_of_stage', 'stage_problems', 'classes_in', 'model_kinds', 'layer_like',
            'layer_problems', 'profile_record', 'Settings', 'find_settings', 'expanded', 'plain_value', 'value_problems',
            'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini', 'check_spelling', 'environment_values',
@@ -23,7 +23,8 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_K
            'moved_precision', 'check_runs_dir', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
            'check_precision', 'set_aside', 'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks',
            'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'ours_for', 'said_here',
-           'old_problems', 'flag_values', 'command_name', 'read_config', 'said_in_a_line', 'parse_args']
+           'old_problems', 'says_all', 'show_plainly', 'tell_plainly', 'flag_values', 'command_name', 'read_config',
+           'said_in_a_line', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
@@ -1152,6 +1153,7 @@ def read_ini(path: Path | None, env: Mapping[str, str]) -> IniFile:
 OF_SETTINGS = ("RUNS_DIR", "PROFILE", "PRECISION")  # behind HALOS_NB_
 # variables of a person, beside those
 OF_PERSONS = ("CACHE_DIR", "NO_LOCKS", "NO_ROOM_CHECK", "VLLM_PYTHON", "PROGRESS")
+OF_PERSONS += ("TRACEBACK",)
 
 
 def check_spelling(env: Mapping[str, str]) -> None:
@@ -1606,6 +1608,39 @@ def old_problems(args: Sequence[str], known: Collection[str]) -> Iterator[str]:
         elif equals and (first or arg.startswith("++")):
             yield f"{arg}: here it is {said_here(ours, known, value)}"
 
+# %% ../nbs/03_settings.ipynb #1c1d8e9a
+TRACEBACK = "HALOS_NB_TRACEBACK"  # variable with which a command shows where an error arose
+
+
+def says_all(error: BaseException) -> bool:
+    "Whether an error's words are enough: it was raised by us, or is about a file."
+    if not str(error) or isinstance(error, OSError) and error.filename:
+        return bool(str(error))
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not isinstance(error, ValueError | OSError | RuntimeError | ImportError):
+        return False
+    is_here = Path(frames[-1].filename).parent == Path(halos_nb.__file__).parent
+    return is_here and (frames[-1].line or "").startswith("raise")
+
+
+def show_plainly(
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    "Print an error that nobody caught, its words alone where they are enough."
+    if says_all(error):
+        sys.stderr.write(f"{command_name() or sys.argv[0]}: {error}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def tell_plainly() -> None:
+    "From now on errors of this command are their words alone, if a person has given it."
+    others = ("HALOS_NB_PROGRESS", "LOCAL_RANK")  # of a stage of a run, of several ranks
+    if os.environ.get(TRACEBACK) != "1" and not any(map(os.environ.get, others)):
+        sys.excepthook = show_plainly
+
 # %% ../nbs/03_settings.ipynb #65185550
 def flag_values(args: Sequence[str]) -> dict[str, str]:
     "What a command line gives, by the names of its flags, for a look at each value."
@@ -1655,6 +1690,7 @@ def parse_args(
     import tyro
 
     if args is None:
+        tell_plainly()
         return said_in_a_line(lambda: parse_args(cls, sys.argv[1:]))
     args = list(args)
     check_letters(*args)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -230,3 +231,19 @@ def test_the_docs_show_these_mistakes():
         assert all(name in text for name in given)
     for _, line, told in COMMANDS:
         assert line in text and told in text, line
+
+
+def test_a_command_ends_with_its_message_alone(tmp_path):
+    "Its traceback is there for who asks for it, and in a stage's log."
+    command = [sys.executable, "-m", "halos_nb.people", "--samples-file", "here.json"]
+    command += ["--output-file", "me.labels.jsonl", "--session-file", "me.jsonl"]
+    command += ["--labeller", "human:me"]
+    told = f"nothing is at here.json in {tmp_path}"
+    given = dict(cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    for more, is_alone in (({}, True), (dict(HALOS_NB_TRACEBACK="1"), False)):
+        env = {k: v for k, v in os.environ.items() if k != "HALOS_NB_PROGRESS"}
+        env |= dict(PYTHONPATH=str(ROOT)) | more
+        done = subprocess.run(command, env=env, **given)
+        assert done.returncode == 1 and done.stderr.rstrip().endswith(told)
+        assert ("Traceback" in done.stderr) != is_alone
+        assert not is_alone or done.stderr == f"python -m halos_nb.people: {told}\n"
