@@ -1152,8 +1152,7 @@ def read_ini(path: Path | None, env: Mapping[str, str]) -> IniFile:
 # %% ../nbs/03_settings.ipynb #f618de67
 OF_SETTINGS = ("RUNS_DIR", "PROFILE", "PRECISION")  # behind HALOS_NB_
 # variables of a person, beside those
-OF_PERSONS = ("CACHE_DIR", "NO_LOCKS", "NO_ROOM_CHECK", "VLLM_PYTHON", "PROGRESS")
-OF_PERSONS += ("TRACEBACK",)
+OF_PERSONS = ("CACHE_DIR", "NO_LOCKS", "NO_ROOM_CHECK", "VLLM_PYTHON", "PROGRESS", "TRACEBACK")
 
 
 def check_spelling(env: Mapping[str, str]) -> None:

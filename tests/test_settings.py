@@ -96,7 +96,7 @@ def test_the_command_itself(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
-    assert last == f"FileNotFoundError: model: nothing is at {gone}"
+    assert last == f"python -m halos_nb.train: model: nothing is at {gone}"
 
 
 # ---- this machine, and notebooks
