@@ -15,11 +15,12 @@ __all__ = ['QUESTIONS', 'LENT', 'OTHER_HEADS', 'ALLOWED', 'LOG2', 'MOST', 'POLIC
            'pair_trainer', 'FirstStep', 'take_first_step', 'check_dropout', 'check_reference', 'loss_finding',
            'check_loss', 'check_loss_bfloat16', 'saved_again', 'saved_logps', 'check_save', 'nudge', 'adapted_logps',
            'check_merge', 'many_examples', 'check_cut', 'texts_of', 'check_special', 'drawn_in', 'check_samples',
-           'check_unfinished', 'UntouchedScores', 'Reward', 'read_scores', 'scores_together', 'ask_untouched_scores',
-           'our_scores', 'same_scores', 'check_reward_files', 'check_reward_weights', 'check_reward_scores',
-           'check_reward_batch', 'check_reward_template', 'check_reward_ids', 'check_reward_vocabulary', 'is_left_out',
-           'run_checks', 'token_texts', 'as_example', 'shown_examples', 'how_many', 'audit', 'examples_or_none',
-           'wrong_checks', 'printable', 'token_line', 'report_text', 'alone', 'shared_finding', 'check_shared', 'main']
+           'check_unfinished', 'UntouchedScores', 'Reward', 'read_scores', 'rows_read', 'scores_together',
+           'ask_untouched_scores', 'our_scores', 'same_scores', 'check_reward_files', 'check_reward_weights',
+           'check_reward_scores', 'check_reward_batch', 'check_reward_template', 'check_reward_ids',
+           'check_reward_vocabulary', 'is_left_out', 'run_checks', 'token_texts', 'as_example', 'shown_examples',
+           'how_many', 'audit', 'examples_or_none', 'wrong_checks', 'printable', 'token_line', 'report_text', 'alone',
+           'shared_finding', 'check_shared', 'main']
 
 # %% ../nbs/44_audit.ipynb #77c357e8
 import gc
@@ -109,6 +110,7 @@ from halos_nb.score import (
     Head,
     head_at,
     load_scorer,
+    reads_at_most,
     sample_trees,
     score_samples,
     weighted_logits,
@@ -993,10 +995,18 @@ def check_unfinished(policy: Policy) -> Finding:
 class UntouchedScores(NamedTuple):
     "What the untouched reward model said."
 
-    alone: list[float]  # the score of each answer, one row at a time
+    read: list[list[int]]  # the tokens of each answer, as the labelling stage reads them
+    values: list[float] | Exception  # the score of each answer, one row at a time
     together: list[float] | str  # the same in one padded batch; why not, where it takes none
     loading: dict[str, Any]  # missing_keys, unexpected_keys, mismatched_keys
     rows: int  # of its embeddings
+
+    @property
+    def alone(self) -> list[float]:
+        "The scores; an error where the model cannot be asked."
+        if isinstance(self.values, Exception):
+            raise self.values
+        return self.values
 
 # %% ../nbs/44_audit.ipynb #87bc0848
 @dataclass
@@ -1028,12 +1038,7 @@ class Reward:
     @cached_property
     def rows(self) -> list[list[int]]:
         "The tokens of each sample, as the labelling stage reads them."
-        trees = sample_trees(self.samples, self.tokenizer, self.cfg.max_length, Counter()).trees
-        rows: list[list[int]] = [[] for _ in self.samples]
-        for tree in trees:
-            for number, branch in zip(tree.index, tree.branches):
-                rows[number] = tree.prompt_ids + branch
-        return rows
+        return self.untouched.read
 
     @cached_property
     def untouched(self) -> UntouchedScores:
@@ -1051,12 +1056,26 @@ def read_scores(out: Any, head: Head) -> list[float]:
     return weighted_logits(out.logits, head.weights).tolist()
 
 
-def scores_together(reward: Reward, model: "PreTrainedModel") -> list[float] | str:
+def rows_read(reward: Reward, model: "PreTrainedModel") -> list[list[int]]:
+    "The tokens of each sample; no more of them than the model has positions for."
+    limit = reads_at_most(model, reward.tokenizer, reward.cfg.max_length)
+    rows: list[list[int]] = [[] for _ in reward.samples]
+    for tree in sample_trees(reward.samples, reward.tokenizer, limit, Counter()).trees:
+        for number, branch in zip(tree.index, tree.branches):
+            rows[number] = tree.prompt_ids + branch
+    return rows
+
+
+def scores_together(
+    reward: Reward,
+    model: "PreTrainedModel",
+    rows: list[list[int]],
+) -> list[float] | str:
     "Plain transformers' scores of all rows in one padded batch, or why there are none."
     pad = reward.tokenizer.pad_token_id or 0
-    width = max(map(len, reward.rows))
-    ids = [row + [pad] * (width - len(row)) for row in reward.rows]
-    mask = [[1] * len(row) + [0] * (width - len(row)) for row in reward.rows]
+    width = max(map(len, rows))
+    ids = [row + [pad] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     batch = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
     on_device = {name: x.to(model.device) for name, x in batch.items()}
     try:
@@ -1072,12 +1091,17 @@ def ask_untouched_scores(reward: Reward) -> UntouchedScores:
     kind = AutoModelForSequenceClassification
     with untouched_model(kind, cfg.reward_model_path, cfg) as (model, loading):
         rows = model.get_input_embeddings().num_embeddings
+        read = rows_read(reward, model)
+        if any(max(row) >= rows for row in read):
+            error = ValueError(f"not asked: tokens lie beyond its {rows} rows")
+            return UntouchedScores(read, error, str(error), loading, rows)
         model.to(reward.device)
         alone: list[float] = []
-        for row in reward.rows:
+        for row in read:
             ids = torch.tensor([row], device=model.device)
             alone += read_scores(model(input_ids=ids), head)
-        return UntouchedScores(alone, scores_together(reward, model), loading, rows)
+        together = scores_together(reward, model, read)
+        return UntouchedScores(read, alone, together, loading, rows)
 
 # %% ../nbs/44_audit.ipynb #78a0df39
 def our_scores(reward: Reward) -> list[float]:
@@ -1112,6 +1136,7 @@ def check_reward_weights(reward: Reward) -> Finding:
 
 def check_reward_scores(reward: Reward) -> Finding:
     "The labelling stage gives the scores of plain transformers, and they differ."
+    _ = reward.untouched.alone  # an error where they cannot be asked
     if len(reward.scores) > 1 and len(set(reward.scores)) == 1:
         n = len(reward.scores)
         return Finding("counted", f"all {n} answers have one score, {reward.scores[0]:g}")
@@ -1150,7 +1175,10 @@ def check_reward_vocabulary(reward: Reward) -> Finding:
     "No token that is read lies beyond the reward model's embedding."
     rows = reward.untouched.rows
     beyond = sum(max(row) >= rows for row in reward.rows)
-    return wrong_if(beyond, len(reward.rows), f"answers have tokens beyond its {rows} rows")
+    what = (
+        f"answers have tokens beyond its {rows} rows: its chat template or tokenizer has more"
+    )
+    return wrong_if(beyond, len(reward.rows), what)
 
 # %% ../nbs/44_audit.ipynb #a9cec8e9
 POLICY_CHECKS: dict[str, Callable[[Policy], Finding]] = {

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 import halos_nb
-from .records import file_hash, read_object, shortened, write_json
+from .records import file_hash, meant_beside, read_object, shortened, write_json
 from .hub_sets import LIBRARIES, hub_revision
 from .processes import cut_unfinished, drop_shards, shards_of
 
@@ -478,6 +478,7 @@ def naming(path: str | Path) -> Iterator[None]:
             said = re.sub(r"'?https?://\S+", "the hub", str(e).strip().split("\n")[0])
             raise CheckpointError(
                 f"{path}: is no folder here, and the hub did not give it ({said})"
+                f"{meant_beside(path)}"
             ) from e
         raise CheckpointError(f"{path}: cannot be loaded ({type(e).__name__}: {e})") from e
 

@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'IN_AN_ADDRESS', 'KEY_WORD', 'SIGNED', 'SURE_KEY', 'GIVEN_A_NAME',
-           'NAMES_A_KEY', 'TAKE_A_TRAINER', 'OF_NUMBERS', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName',
+           'NAMES_A_KEY', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'ONE_THING', 'ROUNDS', 'OF_A_RUN_ELSEWHERE',
+           'OPTIONS', 'TAKE_A_TRAINER', 'OF_NUMBERS', 'DATA_FILE', 'LONGEST_NAME', 'FolderName', 'TAKEN', 'RunName',
            'LONGEST_FILE', 'OF_A_CHECKPOINT', 'Backend', 'LEVELS', 'Threshold', 'LABELLERS', 'LITERALS', 'Shipped',
            'BETA', 'EPSILON', 'COMPARING', 'FAMILIES', 'OwnMethod', 'Method', 'FeedbackType', 'FEEDBACK_FORMS',
            'DEFAULT_THRESHOLD', 'PLAYGROUND', 'SHORT', 'INSTRUCT', 'PAIRED', 'HALOS_INSTRUCT', 'BASE', 'HALOS_BASE',
            'SIMPO', 'DEEPSEEK', 'PRESETS', 'OnlineShipped', 'OnlineMethod', 'PERSON', 'JUDGE_FIELDS', 'QUESTION_FIELDS',
            'COMMON', 'RATIO', 'HandMethod', 'OF_A_RUN', 'misread_number', 'checked', 'refuse', 'is_mixed',
            'looks_secret', 'is_clear', 'secret_values', 'base64_forms', 'says_secret', 'texts_in', 'secret_in',
-           'refuse_secrets', 'did_you_mean', 'unknown_parameter', 'literal_problem', 'parameter_problem', 'field_names',
-           'config_error', 'make_config', 'looks_like_path', 'require_path', 'name_problem', 'plain_name', 'free_name',
-           'place_problem', 'folder_problem', 'check_place', 'refuse_foreign', 'of_type', 'same_place', 'lies_at',
-           'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig',
-           'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
-           'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
-           'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
-           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
-           'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of',
-           'near_source', 'given_to', 'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named',
-           'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own',
-           'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
-           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
-           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
-           'dropout_problems', 'reward_problems', 'objectives_problems', 'place_problems', 'adapter_problems',
+           'refuse_secrets', 'did_you_mean', 'option_for', 'called_here', 'unknown_parameter', 'literal_problem',
+           'parameter_problem', 'field_names', 'config_error', 'make_config', 'looks_like_path', 'require_path',
+           'name_problem', 'plain_name', 'free_name', 'place_problem', 'folder_problem', 'check_place',
+           'refuse_foreign', 'of_type', 'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs',
+           'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value',
+           'read_template_options', 'option_value', 'template_problems', 'sample_problems', 'LabellerOptions',
+           'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions',
+           'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'ensemble_problems',
+           'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'is_file_name',
+           'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of', 'near_source', 'given_to',
+           'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named', 'is_own', 'own_trainer_name',
+           'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family', 'own_name',
+           'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions',
+           'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
+           'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
+           'reward_problems', 'objectives_problems', 'place_problems', 'length_problems', 'adapter_problems',
            'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
            'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling',
            'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems', 'evaluator_problems',
@@ -44,13 +46,14 @@ import base64
 import difflib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import mmap
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -285,13 +288,124 @@ def did_you_mean(
         return f"did you mean `{near[0]}`?"
     return f"known are {', '.join(known)}" if known else "there is none yet"
 
+# %% ../nbs/02_configs.ipynb #64bced36
+# HALOs' names -> ours: a field, or a sentence
+HALOS_NAMES: dict[str, str] = {
+    "gpu_count": "`accelerate launch --num_processes N`, or in a run `-p profile`",
+    "max_tokens": "max_new_tokens",
+    "stop_token": "stop",
+    "num_epochs": "epochs",
+    "n_epochs": "epochs",
+    "model_path": "model",
+    "name_or_path": "model",
+    "do_first_eval": "eval_at_start",
+    "intermediate_checkpoints": "save_every",
+    "warmup_steps": "`--warmup`, a share of the steps, or from 1 on so many steps",
+    "minimum_log_interval_secs": "`--log_every`, in optimiser steps",
+    "cache_reference_logprobs": "`--reference_cache FOLDER`",
+    "load_reference_logprobs": "`--reference_cache FOLDER`",
+    "local_run_dir": "cache_dir",
+    "trainer": "what follows from `--loss`",
+    "dataloader": "what follows from `--loss`",
+    "policy_dtype": "`--precision float32` or `bfloat16`",
+    "reference_dtype": "`--precision float32` or `bfloat16`",
+    "gradient_accumulation_steps": "`--batch_size` is a whole step, cut by `--token_budget`",
+    "attn_implementation": "attention",
+    "datasets": "train_datasets",
+    "alpacaeval": "nothing: one-turn prompts get their `instruction` anyway",
+    "wandb": "`--report_to wandb`",
+    "debug": "nothing: no tracker is told unless `--report_to` names one",
+}
+
+# %% ../nbs/02_configs.ipynb #d4b57885
+# TRL's names -> ours, likewise
+TRL_NAMES: dict[str, str] = {
+    "model_name_or_path": "model",
+    "dataset_name": "train_datasets",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "`--batch_size`, of a whole step over all processes",
+    "output_dir": "`--cache_dir` and `--exp_name`",
+    "max_completion_length": "max_new_tokens",
+    "num_generations": "num_samples_per_prompt",
+    "loss_type": "loss",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "lr_scheduler",
+    "optim": "optimizer",
+    "bf16": "`--precision bfloat16`",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "resume_from_checkpoint": "from_checkpoint",
+    "lora_target_modules": "lora_targets",
+    "ref_model": "load_from",
+    "precompute_ref_log_probs": "`--reference_cache FOLDER`",
+    "sync_ref_model": "`--reference ema`",
+    "ref_model_mixup_alpha": "`--ema_decay`, the share that stays at each step",
+    "simpo_gamma": "`--gamma_beta_ratio`, in units of beta",
+    "rpo_alpha": "alpha",
+    "center_rewards_coefficient": "centring",
+    "num_ppo_epochs": "ppo_epochs",
+    "kl_coef": "KL_coef",
+    "use_vllm": "`--backend vllm`",
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+}
+OLD_NAMES = TRL_NAMES | HALOS_NAMES
+
+# %% ../nbs/02_configs.ipynb #e5f876de
+# one thing that configs call by several names
+ONE_THING = (
+    ("sft_checkpoint", "model", "policy", "base_model", "model_name", "checkpoint"),
+    ("reward_checkpoint", "reward_model_path", "reward_model"),
+    ("methods", "method", "loss"),
+    ("prompts", "train_datasets", "datasets", "dataset", "data"),
+    ("samples", "samples_file"),
+    ("run_name", "exp_name", "output_dir"),
+    ("num_samples_per_prompt", "num_samples", "n_samples"),
+    ("profile", "gpu_count", "num_gpus", "gpus", "num_processes"),
+)
+ROUNDS = "`--total_prompts` / `--prompts_per_round`"
+OF_A_RUN_ELSEWHERE = dict.fromkeys(("rounds", "num_rounds", "n_rounds", "iterations"), ROUNDS)
+OPTIONS = dict(train_options="TrainConfig", sampler_options="SampleConfig")
+OPTIONS["label_options"] = "LabelConfig"
+
+
+def option_for(
+    names: Iterable[str],  # what one thing is called
+    known: Collection[str],  # the config's fields
+) -> str:
+    "Into which text of options a field of a stage goes; empty if into none."
+    for options, config in OPTIONS.items():
+        if options in known:
+            for name in names:
+                if name in field_names(globals()[config]):
+                    return f"`{name}` in `{options}`"
+    return ""
+
+
+def called_here(
+    name: str,  # that the config does not have
+    known: Collection[str],  # names of the config's fields
+) -> str:
+    "What a parameter with another name is called here; empty where none is known."
+    ours = OLD_NAMES.get(name) or OF_A_RUN_ELSEWHERE.get(name, name)
+    flags = re.findall(r"--(\w+)", ours)
+    if flags and set(flags) <= set(known):
+        return ours.replace("--", "")
+    groups = [group for group in ONE_THING if ours in group or name in group]
+    names = (ours, *itertools.chain(*groups))
+    here = [f"`{one}`" for one in names if one in known]
+    return here[0] if here else option_for(names, known)
+
 
 def unknown_parameter(
     name: str,
     known: list[str],  # names of the config's fields
 ) -> str:
     "What is said about a parameter that a config does not have."
-    return f"{name}: unknown parameter; {did_you_mean(name, known)}"
+    here = called_here(name, known)
+    said = f"here it is {here}" if here else did_you_mean(name, known)
+    return f"{name}: unknown parameter; {said}"
 
 # %% ../nbs/02_configs.ipynb #553c755f
 # fields that take a trainer of one's own beside a name
@@ -1789,6 +1903,15 @@ def place_problems(
         )
 
 
+def length_problems(c: Any) -> Iterator[str]:
+    "What is wrong with the two lengths of a config, in whichever it is asked for."
+    if c.max_prompt_length >= c.max_length:
+        yield (
+            f"max_prompt_length: {c.max_prompt_length} leaves no room for a completion in "
+            f"max_length {c.max_length}"
+        )
+
+
 def adapter_problems(c: TrainConfig) -> Iterator[str]:
     "What LoRA cannot have."
     if c.model != c.load_from:
@@ -1822,11 +1945,7 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
     yield from reward_problems(c)
     if c.use_peft:
         yield from adapter_problems(c)
-    if c.max_prompt_length >= c.max_length:
-        yield (
-            f"max_prompt_length: {c.max_prompt_length} leaves no room for a completion in "
-            f"max_length {c.max_length}"
-        )
+    yield from length_problems(c)
 
 # %% ../nbs/02_configs.ipynb #5955a7b1
 FeedbackType = Literal["pairwise", "binary", "scalar"]
@@ -2760,6 +2879,7 @@ def has_other_labellers(c: HandConfig) -> bool:
 def hand_problems(c: HandConfig) -> Iterator[str]:
     "What is wrong with a HandConfig as a whole, each as 'field: why'."
     alone = not has_other_labellers(c)
+    yield from length_problems(c)
     if alone and c.pending == "judge":
         yield (
             "pending: nobody but you labels these samples; name other labellers' journals in "
@@ -3069,6 +3189,7 @@ class RewardConfig:
         if self.lr is None and self.model:
             raise ValueError(f"lr: none suits every model; give one for {self.model}")
         self.lr = self.lr or 1e-3
+        refuse(length_problems(self))
 
 # %% ../nbs/02_configs.ipynb #95d06815
 @checked

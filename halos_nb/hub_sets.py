@@ -63,6 +63,7 @@ from halos_nb.records import (
     dump_json,
     file_hash,
     lock_file,
+    meant_beside,
     nothing_at,
     on_disk,
     usable_json,
@@ -673,6 +674,8 @@ HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 def unknown_source(name: str) -> str:
     "What is said about a name behind which no data can be."
     if looks_like_path(name):
+        return nothing_at(name)
+    if meant_beside(name):
         return nothing_at(name)
     advice = did_you_mean(name, DATASETS)
     more = "" if advice.endswith("?") else f"; a set of the hub is org/name, a file {READ}"

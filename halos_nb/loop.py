@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'FRAME',
-           'TOKENS_OF_ONE', 'ASKED_HOW', 'AuditMode', 'SMALL', 'STOPPED_BY_ALARM', 'TRACKERS', 'LOOKED_AT', 'AT_ONCE',
-           'WAYS', 'NOT_OF_THE_RUN', 'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of', 'sample_stage',
-           'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units', 'label_stage',
-           'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
+           'TOKENS_OF_ONE', 'ASKED_HOW', 'AuditMode', 'SAYS', 'SMALL', 'STOPPED_BY_ALARM', 'TRACKERS', 'LOOKED_AT',
+           'AT_ONCE', 'WAYS', 'NOT_OF_THE_RUN', 'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of',
+           'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units',
+           'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
            'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with',
            'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate',
            'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'check_prompt_counts',
@@ -17,8 +17,8 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'tokens_beside', 'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before',
            'totals_before', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations',
            'people_asked', 'ToAsk', 'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
-           'as_policy_or_reward', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError',
-           'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
+           'as_policy_or_reward', 'why_no_audit', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage',
+           'AlarmError', 'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
            'check_trackers', 'check_training', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name',
            'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all',
            'refuse_world_seed', 'check_kind', 'check_sources', 'as_if_named', 'check_stages', 'check_run',
@@ -1391,6 +1391,23 @@ def as_policy_or_reward(path: str) -> dict[str, str]:
     kinds = object_if_any(config).get("architectures") if config.is_file() else None
     is_reward = "SequenceClassification" in str(kinds)
     return {"reward_model_path" if is_reward else "model": path}
+
+
+# heads with which a model says or scores something; one with another head, or with none, can
+# be the beginning of a reward model
+SAYS = re.compile(r"CausalLM|LMHead|ConditionalGeneration|SequenceClassification|Reward")
+
+
+def why_no_audit(path: str) -> str:
+    "Why a model to be trained as a reward model has nothing to be asked; empty if it has."
+    config = Path(path) / "config.json"
+    kinds = object_if_any(config).get("architectures") if config.is_file() else None
+    if not kinds or SAYS.search(str(kinds)):
+        return ""
+    return (
+        f"audit: {path} is a {', '.join(kinds)}, neither a policy nor yet a reward model: it "
+        "says nothing that could be compared; what training reads is in counts.json"
+    )
 
 # %% ../nbs/57_loop.ipynb #6434a78c
 SMALL = 200_000_000  # bytes of weights; what is below fits wherever Python does

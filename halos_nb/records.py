@@ -11,16 +11,17 @@ __all__ = ['Id', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_B
            'RecordError', 'shortened', 'field_name', 'rule_of', 'problem_of', 'check_record', 'Drawn', 'drawn_of',
            'drawn_fields', 'same_draw', 'fuller', 'plain', 'dump_json', 'turn_parts', 'prompt_id', 'same_prompt',
            'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd', 'unpack_parts', 'packed_beside', 'on_disk',
-           'files_like', 'nothing_at', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped',
-           'equal_but_for_spaces', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
-           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
-           'check_type', 'check_records', 'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text',
-           'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
-           'temporary', 'hidden_name', 'is_alive', 'is_left_over', 'remove_left_over', 'clean_left_over',
-           'clean_beside', 'put_aside', 'opened_beside', 'atomic_write', 'StreamingJSONWriter', 'write_records',
-           'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file',
-           'without_torn_line', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl', 'as_object',
-           'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'files_like', 'meant_beside', 'nothing_at', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of',
+           'whole_number', 'wrapped', 'equal_but_for_spaces', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json',
+           'place_too_deep', 'text_fault', 'fault_in', 'usable_json', 'parse_lines', 'parse_rows',
+           'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records', 'read_records', 'DiskFull',
+           'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk', 'require_room',
+           'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'hidden_name', 'is_alive', 'is_left_over',
+           'remove_left_over', 'clean_left_over', 'clean_beside', 'put_aside', 'opened_beside', 'atomic_write',
+           'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock',
+           'wait_for_lock', 'is_locked', 'lock_file', 'without_torn_line', 'cut_torn_line', 'append_jsonl',
+           'read_at_once', 'read_jsonl', 'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file',
+           'unpack_file', 'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -497,16 +498,20 @@ def files_like(folder: Path, pattern: str) -> list[Path]:
     return sorted({*folder.glob(pattern), *packed})
 
 
-def nothing_at(path: str | Path) -> str:
-    "What is said of a path where nothing is: where that is, and what was probably meant."
+def meant_beside(path: str | Path) -> str:
+    "Which file or folder beside a place was probably meant, as a sentence's end; or nothing."
     here = Path(path)
     if here.is_symlink() and not here.exists():
         return f"{path} is a link that leads nowhere, to {os.readlink(here)}"
     beside = sorted(p.name for p in here.parent.iterdir()) if here.parent.is_dir() else []
     near = difflib.get_close_matches(here.name, beside, 1, 0.7)
-    meant = f"; did you mean `{here.with_name(near[0])}`?" if near else ""
-    where = "" if here.is_absolute() else f" in {Path.cwd()}"
-    return f"nothing is at {path}{where}{meant}"
+    return f"; did you mean `{here.with_name(near[0])}`?" if near else ""
+
+
+def nothing_at(path: str | Path) -> str:
+    "What is said of a path where nothing is: where that is, and what was probably meant."
+    where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+    return f"nothing is at {path}{where}{meant_beside(path)}"
 
 
 def file_bytes(path: str | Path) -> bytes:

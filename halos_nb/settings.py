@@ -8,23 +8,22 @@ __all__ = ['SHIPPED', 'ONLY', 'READ', 'DEEPSPEED', 'NOT_HERE', 'TRUTHS', 'FSDP_K
            'ACCELERATE_PREFIXES', 'RANK', 'WORLD', 'MEETING', 'MPI', 'TASK', 'LEFT_OUT', 'FROM_PROFILE', 'RANKS',
            'FOR_STAGES', 'SET_FOR_STAGES', 'OURS_TO_GIVE', 'TELLS', 'AS_IT_IS', 'VARIABLE', 'QUOTED', 'COMMANDS',
            'UNSEEN', 'OF_SETTINGS', 'OF_PERSONS', 'OF_A_CELL', 'IPYTHON_NAMES', 'PAPERMILL_NAMES', 'DEFINITIONS',
-           'INSTEAD', 'HALOS_NAMES', 'TRL_NAMES', 'OLD_NAMES', 'TRACEBACK', 'accelerate_path', 'sources_of',
-           'accelerate_words', 'should_be', 'whole_problems', 'truth_problems', 'word_problems', 'nearest', 'is_said',
-           'fsdp_problems', 'fsdp_value_problems', 'only_problems', 'read_problems', 'port_problems',
-           'accelerate_problems', 'Sharing', 'AccelerateConfig', 'twice', 'parse_accelerate', 'read_accelerate',
-           'ProcessOptions', 'PlaceOptions', 'numbers_in', 'host_list', 'is_host', 'host_problems', 'SlurmOptions',
-           'seconds_of', 'slurm_form_problems', 'slurm_problems', 'Profile', 'fill_from_accelerate', 'is_left_out',
-           'tells_rank', 'said_elsewhere', 'why_no_fork', 'launcher_problems', 'variable_problems', 'device_problems',
-           'machine_problems', 'accelerate_and_profile_problems', 'profile_problems', 'default_profiles', 'numbers_of',
-           'where_it_was_drawn', 'profile_of_stage', 'stage_problems', 'classes_in', 'model_kinds', 'layer_like',
-           'layer_problems', 'profile_record', 'Settings', 'find_settings', 'expanded', 'plain_value', 'value_problems',
-           'settings_text', 'line_of', 'spoken_of', 'IniFile', 'read_ini', 'check_spelling', 'environment_values',
-           'key_problems', 'path_value', 'profile_values', 'read_profiles', 'key_case', 'check_letters',
-           'moved_precision', 'check_runs_dir', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision',
-           'check_precision', 'set_aside', 'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks',
-           'assigned', 'of_startup', 'is_text_only', 'text_problems', 'notebook_config', 'ours_for', 'said_here',
-           'old_problems', 'says_all', 'show_plainly', 'tell_plainly', 'flag_values', 'command_name', 'read_config',
-           'said_in_a_line', 'parse_args']
+           'INSTEAD', 'TRACEBACK', 'accelerate_path', 'sources_of', 'accelerate_words', 'should_be', 'whole_problems',
+           'truth_problems', 'word_problems', 'nearest', 'is_said', 'fsdp_problems', 'fsdp_value_problems',
+           'only_problems', 'read_problems', 'port_problems', 'accelerate_problems', 'Sharing', 'AccelerateConfig',
+           'twice', 'parse_accelerate', 'read_accelerate', 'ProcessOptions', 'PlaceOptions', 'numbers_in', 'host_list',
+           'is_host', 'host_problems', 'SlurmOptions', 'seconds_of', 'slurm_form_problems', 'slurm_problems', 'Profile',
+           'fill_from_accelerate', 'is_left_out', 'tells_rank', 'said_elsewhere', 'why_no_fork', 'launcher_problems',
+           'variable_problems', 'device_problems', 'machine_problems', 'accelerate_and_profile_problems',
+           'profile_problems', 'default_profiles', 'numbers_of', 'where_it_was_drawn', 'profile_of_stage',
+           'stage_problems', 'classes_in', 'model_kinds', 'layer_like', 'layer_problems', 'profile_record',
+           'no_profile', 'find_settings', 'Settings', 'expanded', 'plain_value', 'value_problems', 'settings_text',
+           'line_of', 'spoken_of', 'IniFile', 'read_ini', 'check_spelling', 'environment_values', 'key_problems',
+           'path_value', 'profile_values', 'read_profiles', 'key_case', 'check_letters', 'moved_precision',
+           'check_runs_dir', 'load_settings', 'MixedPrecision', 'accelerate_file', 'mixed_precision', 'check_precision',
+           'set_aside', 'first_words', 'folded_traceback', 'show_error', 'fold_tracebacks', 'assigned', 'of_startup',
+           'is_text_only', 'text_problems', 'notebook_config', 'ours_for', 'said_here', 'old_problems', 'says_all',
+           'show_plainly', 'tell_plainly', 'flag_values', 'command_name', 'read_config', 'said_in_a_line', 'parse_args']
 
 # %% ../nbs/03_settings.ipynb #512ea89a
 import ast
@@ -53,6 +52,7 @@ import halos_nb
 from halos_nb.configs import (
     Config,
     checked,
+    OLD_NAMES,
     field_names,
     make_config,
     did_you_mean,
@@ -966,6 +966,33 @@ def profile_record(p: Profile) -> dict[str, Any]:
             told[stage] = dict(said.values)
     return asdict(p) | {"accelerate": told}
 
+# %% ../nbs/03_settings.ipynb #e963ffae
+def no_profile(
+    name: str,
+    known: Iterable[str],  # profiles that there are
+) -> str:
+    "What is said of a profile that is not there, and where one was looked for."
+    meant = did_you_mean(name, known)
+    read = find_settings()
+    if read is None and not meant.endswith("?"):
+        return (
+            f"no settings.ini was found in {Path.cwd()} or above it, so there is no [profile "
+            f"{name}]; {meant}"
+        )
+    where = "" if meant.endswith("?") else f" (read: {read})"
+    return f"settings.ini has no section [profile {name}]; {meant}{where}"
+
+
+def find_settings(
+    start: Path | None = None,  # where to look first; None: the current folder
+) -> Path | None:
+    "The `settings.ini` of this folder or the nearest one above it."
+    here = Path(start or Path.cwd()).resolve()
+    for folder in [here, *here.parents]:
+        if (folder / "settings.ini").is_file():
+            return folder / "settings.ini"
+    return None
+
 # %% ../nbs/03_settings.ipynb #23abe5f1
 @checked
 class Settings:
@@ -982,20 +1009,8 @@ class Settings:
         "The profile of this name; an error if settings.ini has none."
         name = name or self.profile
         if name not in self.profiles:
-            meant = did_you_mean(name, self.profiles)
-            raise ValueError(f"profile: settings.ini has no section [profile {name}]; {meant}")
+            raise ValueError(f"profile: {no_profile(name, self.profiles)}")
         return self.profiles[name]
-
-# %% ../nbs/03_settings.ipynb #e963ffae
-def find_settings(
-    start: Path | None = None,  # where to look first; None: the current folder
-) -> Path | None:
-    "The `settings.ini` of this folder or the nearest one above it."
-    here = Path(start or Path.cwd()).resolve()
-    for folder in [here, *here.parents]:
-        if (folder / "settings.ini").is_file():
-            return folder / "settings.ini"
-    return None
 
 # %% ../nbs/03_settings.ipynb #4d40f655
 VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
@@ -1501,70 +1516,6 @@ def notebook_config(
     refuse(text_problems(cls, given))
     check_letters(*filter(lambda value: isinstance(value, str), given.values()))
     return make_config(cls, **given)
-
-# %% ../nbs/03_settings.ipynb #64bced36
-# HALOs' names -> ours: a field, or a sentence
-HALOS_NAMES: dict[str, str] = {
-    "gpu_count": "`accelerate launch --num_processes N`, or in a run `-p profile`",
-    "max_tokens": "max_new_tokens",
-    "stop_token": "stop",
-    "num_epochs": "epochs",
-    "n_epochs": "epochs",
-    "model_path": "model",
-    "name_or_path": "model",
-    "do_first_eval": "eval_at_start",
-    "intermediate_checkpoints": "save_every",
-    "warmup_steps": "`--warmup`, a share of the steps, or from 1 on so many steps",
-    "minimum_log_interval_secs": "`--log_every`, in optimiser steps",
-    "cache_reference_logprobs": "`--reference_cache FOLDER`",
-    "load_reference_logprobs": "`--reference_cache FOLDER`",
-    "local_run_dir": "cache_dir",
-    "trainer": "what follows from `--loss`",
-    "dataloader": "what follows from `--loss`",
-    "policy_dtype": "`--precision float32` or `bfloat16`",
-    "reference_dtype": "`--precision float32` or `bfloat16`",
-    "gradient_accumulation_steps": "`--batch_size` is a whole step, cut by `--token_budget`",
-    "attn_implementation": "attention",
-    "datasets": "train_datasets",
-    "alpacaeval": "nothing: one-turn prompts get their `instruction` anyway",
-    "wandb": "`--report_to wandb`",
-    "debug": "nothing: no tracker is told unless `--report_to` names one",
-}
-
-# %% ../nbs/03_settings.ipynb #d4b57885
-# TRL's names -> ours, likewise
-TRL_NAMES: dict[str, str] = {
-    "model_name_or_path": "model",
-    "dataset_name": "train_datasets",
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "`--batch_size`, of a whole step over all processes",
-    "output_dir": "`--cache_dir` and `--exp_name`",
-    "max_completion_length": "max_new_tokens",
-    "num_generations": "num_samples_per_prompt",
-    "loss_type": "loss",
-    "warmup_ratio": "warmup",
-    "lr_scheduler_type": "lr_scheduler",
-    "optim": "optimizer",
-    "bf16": "`--precision bfloat16`",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "resume_from_checkpoint": "from_checkpoint",
-    "lora_target_modules": "lora_targets",
-    "ref_model": "load_from",
-    "precompute_ref_log_probs": "`--reference_cache FOLDER`",
-    "sync_ref_model": "`--reference ema`",
-    "ref_model_mixup_alpha": "`--ema_decay`, the share that stays at each step",
-    "simpo_gamma": "`--gamma_beta_ratio`, in units of beta",
-    "rpo_alpha": "alpha",
-    "center_rewards_coefficient": "centring",
-    "num_ppo_epochs": "ppo_epochs",
-    "kl_coef": "KL_coef",
-    "use_vllm": "`--backend vllm`",
-    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
-}
-OLD_NAMES = TRL_NAMES | HALOS_NAMES
 
 # %% ../nbs/03_settings.ipynb #55eeeb43
 def ours_for(

@@ -18,14 +18,9 @@ from papermill.cli import _resolve_type
 from test_notebooks import CONFIG
 
 from halos_nb import configs
+from halos_nb.configs import HALOS_NAMES, TRL_NAMES
 from halos_nb.playground import build, into_playground
-from halos_nb.settings import (
-    HALOS_NAMES,
-    TRL_NAMES,
-    load_settings,
-    notebook_config,
-    parse_args,
-)
+from halos_nb.settings import load_settings, notebook_config, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

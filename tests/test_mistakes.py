@@ -13,19 +13,28 @@ import sys
 import tomllib
 from pathlib import Path
 
+import papermill
 import pytest
 
 import halos_nb
 from halos_nb import label, sample
 from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig
 from halos_nb.hub_sets import load_data
-from halos_nb.settings import parse_args
+from halos_nb.settings import load_settings, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # driver, its parameters, and what the message says
 NOTEBOOKS = [
     ("online_loop", dict(bta=0.1), "bta: unknown parameter; did you mean `beta`?"),
+    ("online_loop", dict(model="m"), "model: unknown parameter; here it is `sft_checkpoint`"),
+    ("online_loop", dict(reward_model="m"), "here it is `reward_checkpoint`"),
+    ("online_loop", dict(learning_rate=1e-5), "unknown parameter; here it is `lr`"),
+    ("online_loop", dict(num_generations=8), "here it is `num_samples_per_prompt`"),
+    ("online_loop", dict(num_epochs=2), "here it is `epochs` in `train_options`"),
+    ("online_loop", dict(rounds=3), "here it is `total_prompts` / `prompts_per_round`"),
+    ("reward_model", dict(sft_checkpoint="m"), "here it is `model`"),
+    ("label_by_hand", dict(loss="dpo"), "here it is `method`"),
     ("online_loop", dict(method="dpoo"), "got 'dpoo'; did you mean `dpo`?"),
     ("online_loop", dict(beta="hello"), "beta: should be a number, got 'hello'"),
     ("online_loop", dict(total_prompts=0), "total_prompts: should be greater than 0, got 0"),
@@ -39,6 +48,7 @@ NOTEBOOKS = [
     ("online_loop", dict(preset="zephyrr"), "did you mean `zephyr`?"),
     ("online_loop", dict(train_options="lrr=1"), "lrr: unknown parameter; did you mean `lr`?"),
     ("online_loop", dict(prompts="pompts.jsonl"), "did you mean `prompts.jsonl`?"),
+    ("online_loop", dict(prompts="prompts.jsn"), "did you mean `prompts.jsonl`?"),
     ("online_loop", dict(prompts="ultrafedback"), "did you mean `ultrafeedback_armorm`?"),
     ("online_loop", dict(profile="cpu11"), "no section [profile cpu11]; did you mean `cpu1`?"),
     (
@@ -74,6 +84,11 @@ NOTEBOOKS = [
         "reward_model",
         dict(train_datasets="pais.json", test_datasets="pairs.json", model="m", lr=1e-5),
         "did you mean `pairs.json`?",
+    ),
+    (
+        "reward_model",
+        dict(max_length=512),
+        "RewardConfig: max_prompt_length: 512 leaves no room for a completion in max_length",
     ),
 ]
 
@@ -194,6 +209,28 @@ def test_a_model_that_the_hub_does_not_give_is_said_without_its_address(desk, mo
         architecture("gpt2x")
     said = one_line(str(error.value))
     assert said.startswith("gpt2x: is no folder here, and the hub did not give it (")
+    (desk / "my_policy").mkdir()
+    with pytest.raises(CheckpointError) as error:
+        architecture("my_polcy")
+    assert one_line(str(error.value)).endswith("did you mean `my_policy`?")
+
+
+def test_a_profile_that_is_missing_is_said_with_the_file_that_was_read(desk):
+    with pytest.raises(ValueError, match="no settings.ini was found in .* or above it, so"):
+        load_settings().get_profile("slurm_2x8")
+    (desk / "settings.ini").write_text("[profile mine]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="settings.ini has no section") as error:
+        load_settings().get_profile("slurm_2x8")
+    assert f"(read: {desk / 'settings.ini'})" in str(error.value)
+
+
+def test_papermill_says_how_a_parameter_is_given(desk):
+    "`-p lr=1e-5` takes the next word for its value, and would be code that is no Python."
+    driver = str(ROOT / "nbs/compare_runs.ipynb")
+    with pytest.raises(ValueError, match="-p lr=1e-5: .* write `-p lr 1e-5`"):
+        papermill.execute_notebook(
+            driver, "out.ipynb", {"lr=1e-5": "--log-output"}, engine_name="halos_nb"
+        )
 
 
 def test_papermill_prints_the_message_once_and_folds_the_traceback(desk):
