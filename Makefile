@@ -54,7 +54,6 @@ demo: setup
 	@mkdir -p runs/online
 	@echo '== Online DPO, 4 rounds: nbs/online_loop.ipynb -> runs/online/online_loop.ipynb (progress below)'
 	@papermill nbs/online_loop.ipynb runs/online/online_loop.ipynb --no-progress-bar
-	@python -c "import json; print(*(''.join(o.get('text') or o['data'].get('text/plain', '')) for c in json.load(open('runs/online/online_loop.ipynb'))['cells'][-3:] for o in c.get('outputs', [])), sep='\n')"
 	@echo '== Executed notebook: runs/online/online_loop.ipynb (make lab opens it; it needs no kernel)'
 
 # Tests have a runs folder of their own: yours is never touched. One OpenMP thread each, for notebooks and test files run side by side.

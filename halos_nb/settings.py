@@ -251,7 +251,7 @@ def fsdp_problems(config: Mapping[Any, Any]) -> Iterator[str]:
         yield f"fsdp_version: should be 2, got {found}; version 1 is deprecated"
     for key in given:
         if key not in FSDP_KEYS:
-            yield unknown_parameter(key, list(FSDP_KEYS)) + "; those of version 1 are gone"
+            yield unknown_parameter(str(key), list(FSDP_KEYS)) + "; those of version 1 are gone"
     yield from fsdp_value_problems(given)
 
 
@@ -322,7 +322,7 @@ def accelerate_problems(values: Mapping[Any, Any]) -> Iterator[str]:
     kind = values.get("distributed_type")
     for key, value in values.items():
         if key not in known:
-            yield unknown_parameter(key, known)
+            yield unknown_parameter(str(key), known)
         if key in NOT_HERE and value:
             yield f"{key}: {NOT_HERE[key]}"
     if kind == "DEEPSPEED":

@@ -212,9 +212,9 @@ def chromium():
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(chromium, tmp_path_factory):
-    "A blank page of a headless browser."
+    "A blank page of a headless browser; while there is one, no other event loop can run."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:

@@ -71,8 +71,8 @@ def test_a_notebook_runs_to_its_verdict(name, tmp_path):
         pytest.skip("make test-gallery")
     done, out = run_short(name, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    last = json.dumps(code_cells(out)[-1]["outputs"])
-    number = r"[+-]\d+\.\d{3}"
+    last = json.dumps(code_cells(out)[-1]["outputs"], ensure_ascii=False)
+    number = r"[+−]\d+\.\d{3}"  # a minus sign, as figures have it
     over_prompts = rf"\[{number}, {number}\] over prompts"
     assert re.search(
         SAYS + rf".* {number} \(no interval\) over 1 seed, {over_prompts}", last

@@ -35,7 +35,7 @@ function render({ model, el }) {
     stop.disabled = status.state !== "running" || status.stopping;
     stop.textContent = status.stopping ? "Stopping…" : "Stop";
     log.textContent = status.log.join("\n");
-    head.textContent = `Log, last ${status.log.length} lines`;
+    head.textContent = "The last lines of the log";
     more.hidden = !status.log.length;
   }
 
