@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from halos_nb import widgets
+from conftest import every
 from golden import without_ids
 from halos_nb.feedback import (
     convert_to_binary_feedback,
@@ -397,6 +398,7 @@ def test_the_page_gets_plain_json_and_what_it_asks_for(run):
     flag_pair(browser.pairs, 3, on=False)
 
 
+@every  # it has a time, and machines differ
 def test_twenty_thousand_pairs(tmp_path):
     "Time of this process, so that it does not matter what else runs."
     make_round(
