@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'WHOLE', 'CUT', 'READ', 'MOST_TOKENS', 'PROXIES', 'FIRST',
-           'run_async', 'api_key', 'Letters', 'on_keyboard', 'letter_of', 'letters', 'only_letters', 'fragments',
-           'Hidden', 'spans_of', 'words_of', 'places_of', 'decoded', 'encoded_places', 'said_places', 'without_secrets',
-           'hide', 'excerpt', 'ServerError', 'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to',
-           'about_address', 'check_address', 'address_of', 'error_text', 'describe', 'answer_or_error', 'how_it_ended',
-           'Said', 'field_of', 'text_of', 'as_json', 'kept_as_it_came', 'said_in', 'writable', 'mended', 'count_in',
-           'error_in', 'Limiter', 'proxy_problem', 'connect', 'is_one_fault', 'ask_all']
+           'run_in_thread', 'run_async', 'api_key', 'Letters', 'on_keyboard', 'letter_of', 'letters', 'only_letters',
+           'fragments', 'Hidden', 'spans_of', 'words_of', 'places_of', 'decoded', 'encoded_places', 'said_places',
+           'without_secrets', 'hide', 'excerpt', 'ServerError', 'is_hopeless', 'is_down', 'causes', 'cause_of',
+           'proxy_to', 'about_address', 'check_address', 'address_of', 'error_text', 'describe', 'answer_or_error',
+           'how_it_ended', 'Said', 'field_of', 'text_of', 'as_json', 'kept_as_it_came', 'said_in', 'writable', 'mended',
+           'count_in', 'error_in', 'Limiter', 'proxy_problem', 'connect', 'is_one_fault', 'last_answers', 'ask_all']
 
 # %% ../nbs/31_api.ipynb #e3f87bfb
 import asyncio
@@ -20,6 +20,7 @@ import os
 import re
 import socket
 import ssl
+import sys
 import time
 import unicodedata
 from codecs import encode as rot13
@@ -42,14 +43,33 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # %% ../nbs/31_api.ipynb #31b59422
+def run_in_thread(work: Coroutine[Any, Any, T]) -> T:
+    "The result of a coroutine from a loop in another thread, which an interrupt reaches."
+    cancel: list[Callable[[], object]] = []
+
+    async def cancellable() -> T:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        cancel.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await work
+
+    with ThreadPoolExecutor(1) as pool:  # at its end it waits for what the work ends with
+        future = pool.submit(asyncio.run, cancellable())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            if cancel and not future.done():
+                cancel[0]()
+            raise
+
+
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     "The result of a coroutine, also where a loop is running already, as in a notebook."
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+    return run_in_thread(work)
 
 # %% ../nbs/31_api.ipynb #051c0ac6
 def api_key() -> str:
@@ -621,6 +641,15 @@ def is_one_fault(said: list[str]) -> bool:
     return len(set(said)) == 1 and not of_questions
 
 
+async def last_answers(at_work: list[asyncio.Task[None]]) -> None:
+    "Wait for what has been asked, which is paid for; another interrupt leaves it."
+    left = sum(not task.done() for task in at_work)
+    sys.stderr.write(
+        f"\ninterrupted: waiting for up to {left} answers that are under way; once more leaves them\n"
+    )
+    await asyncio.gather(*at_work, return_exceptions=True)
+
+
 async def ask_all(
     take: Callable[[], T | None],  # the next question; None sends the worker that asked home
     # asks a question and keeps the answer; returns what failed, or an empty text
@@ -652,6 +681,12 @@ async def ask_all(
                 told = f"{failures} requests in a row failed, the last one: {trouble}"
                 stopped = stopped or ServerError(told)
 
-    await asyncio.gather(*(work() for _ in range(workers)))
+    at_work = [asyncio.create_task(work()) for _ in range(workers)]
+    try:
+        await asyncio.shield(asyncio.gather(*at_work))
+    except asyncio.CancelledError:
+        stopped = ServerError("interrupted")
+        await last_answers(at_work)
+        raise
     if stopped is not None:
         raise stopped

@@ -83,6 +83,7 @@ from halos_nb.configs import (
     labellers,
     labelling,
     make_config,
+    name_problem,
     place_problems,
     read_models,
     refuse,
@@ -2818,7 +2819,9 @@ def ask_person(told: str) -> str:  # one of WAYS
 
 def base_of(run: Path) -> str:
     "The name of the run that this one, and others, have gone on beside; its own if it has not."
-    return str(object_if_any(run / "run.json").get("branch_of", run.name))
+    told = object_if_any(run / "run.json").get("branch_of")
+    is_name = isinstance(told, str) and told and not name_problem(told)
+    return told if is_name else run.name
 
 
 def branches_of(run: Path) -> list[Path]:

@@ -1579,8 +1579,11 @@ def show_plainly(
     trace: TracebackType | None,
 ) -> None:
     "Print an error that nobody caught, its words alone where they are enough."
-    if says_all(error):
-        sys.stderr.write(f"{command_name() or sys.argv[0]}: {error}\n")
+    name = command_name() or sys.argv[0]
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write(f"{name}: interrupted\n")
+    elif says_all(error):
+        sys.stderr.write(f"{name}: {error}\n")
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -72,11 +72,12 @@ def mean_scores(
     table: Table,
     keys: list[Key],  # of the samples of one prompt
 ) -> Scores:
-    "The mean of the scores there are."
+    "The mean over all who scored one of these samples; None where one of them is missing."
     means: Scores = {}
+    who = [scores for scores in table.values() if any(key in scores for key in keys)]
     for key in keys:
-        said = [scores[key] for scores in table.values() if key in scores]
-        means[key] = mean_or_none(said)
+        said = [scores[key] for scores in who if key in scores]
+        means[key] = mean_or_none(said) if len(said) == len(who) else None
     return means
 
 # %% ../nbs/07_verdicts.ipynb #9059fdca

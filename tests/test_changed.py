@@ -651,6 +651,13 @@ def test_two_that_start_at_once_have_a_run_each(home):
     assert loop.next_branch(run).name == "r-5"
 
 
+@pytest.mark.parametrize("told", ["null", "7", '""', '"../x"', '"a/b"', "[]"])
+def test_a_damaged_origin_of_a_run_is_not_followed(home, told):
+    run = home.runs / "r"
+    (run / "run.json").write_text(f'{{"branch_of": {told}}}')
+    assert loop.next_branch(run) == home.runs / "r-2"
+
+
 @pytest.mark.parametrize("name", ["x" * 150, "\N{GREEK SMALL LETTER ALPHA}" * 75])
 def test_a_run_beside_has_a_name_however_long_the_first_is(home, name):
     (home.runs / "r").rename(home.runs / name)

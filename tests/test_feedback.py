@@ -603,12 +603,24 @@ def test_combined_labels(said, how, rng):
             if a[0] == b[0] == k[0]
         )
         quiet = not any(j[0] == k[0] for n in machines for j in known[n])
+        same = [v for v in known.values() if any(j[0] == k[0] for j in v)]
         values = (
-            [v[k] for v in known.values() if k in v]
+            [v[k] for v in same if all(k in v for v in same)]
             if how == "mean"
             else beats(known if how == "vote" else people if fight or quiet else machines, k)
         )
         assert x == (pytest.approx(sum(values) / len(values)) if values else None)
+
+
+def test_a_mean_is_over_the_same_labellers_for_every_answer_of_a_prompt():
+    "A judge says 8 and 9 of 10, a reward model -2 and 1; of the better answer the judge is silent."
+    said = {
+        "api:judge": {("p", 0): 8.0, ("p", 1): None, ("q", 0): 9.0},
+        "rm": {("p", 0): -2.0, ("p", 1): 1.0, ("q", 0): None},
+    }
+    found = combine_labels(as_labels(said), "mean")
+    assert found.scores == {("p", 0): 3.0, ("p", 1): None, ("q", 0): 9.0}
+    assert (found.counts["scored_by_some"], found.counts["unscored"]) == (2, 1)
 
 
 looks = st.lists(

@@ -14,7 +14,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ import golden
 from halos_nb import api, judge
 from halos_nb.configs import LabelConfig, config_json
 from halos_nb.replies import read_number
-from halos_nb.api import ServerError
+from halos_nb.api import ServerError, ask_all, run_async
 from halos_nb.judge import Judge, interpret, process_samples_with_api
 from halos_nb.label import main
 from halos_nb.verdicts import pair_table
@@ -191,8 +191,9 @@ class Server:
     `answer(body, times)` gives a text, the name of a fault, or (status, object).
     """
 
-    def __init__(self, answer):
+    def __init__(self, answer, late=0):
         self.answer = answer
+        self.late = late  # seconds
         self.heard = []
         self.seen = Counter()
         self.keys = set()
@@ -249,6 +250,8 @@ class Server:
         "Answer as told; False if the connection is to end."
         if what == "hang":
             await asyncio.sleep(3)
+        if self.late:
+            await asyncio.sleep(self.late)
         if what == "drip":
             writer.write(http(200, b"", size=len(GOOD)))
             for byte in GOOD:
@@ -1691,6 +1694,53 @@ def test_soak_10000_requests_and_20_kills(tmp_path):
     assert len(rows) == n
     for i, key in enumerate(keys):
         assert rows[key]["score"] == truth(i)
+
+
+def test_an_interrupt_waits_for_what_is_asked_and_nothing_is_asked_twice(tmp_path):
+    with Server(lambda body, times: f"Final Score: {truth(number_of(body))}", 0.7) as server:
+        cfg = config(server, tmp_path, 60, structured=False, batch_size=6)
+        alone = environment(tmp_path, OPENAI_API_KEY=KEY)
+        del alone["HALOS_NB_PROGRESS"]  # somebody at a terminal
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        first = subprocess.Popen(flags(cfg), env=alone, **pipes)
+        while len(server.heard) < 12:
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        told = first.communicate(timeout=60)[1]
+        journal = tmp_path / "feedback.labels.jsonl"
+        asked = len(server.heard)
+        assert len(answers(journal)) == asked < 60
+        assert "waiting for up to 6 answers" in told and "Traceback" not in told, told
+        assert told.endswith("python -m halos_nb.label: interrupted\n")
+        assert first.returncode == -signal.SIGINT  # which a shell takes for an interrupt
+        again = subprocess.run(flags(cfg), env=alone, timeout=120, capture_output=True)
+        assert again.returncode == 0 and len(server.heard) == 60
+    assert len(answers(journal)) == 60
+
+
+def test_an_interrupt_in_a_notebook_stops_asking():
+    "A kernel has a loop already, so questions are asked from another thread."
+    asked, ended = [], []
+
+    async def ask(i):
+        asked.append(i)
+        if len(asked) == 4:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        await asyncio.sleep(0.4)
+        ended.append(i)
+        return ""
+
+    async def kernel():
+        todo = deque(range(100))
+        run_async(ask_all(lambda: todo.popleft() if todo else None, ask, 4, 9))
+
+    with pytest.raises(KeyboardInterrupt):
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(kernel())
+        finally:
+            loop.close()
+    assert asked == ended == [0, 1, 2, 3]
 
 
 # ---- what a server or an environment says that no file may hold, or takes

@@ -101,6 +101,25 @@ def test_wrong_type(type, name, wrong, path):
         r.read_records(path)
 
 
+NUMBERED = [
+    ("binary_feedback", "sample_id"),
+    ("pairwise_feedback", "sample_id_A"),
+    ("pairwise_feedback", "sample_id_B"),
+]
+
+
+@pytest.mark.parametrize("type, name", NUMBERED)
+def test_ids_that_feedback_need_not_have_are_ids_where_it_has_them(type, name, path):
+    rows = [GOOD[type], *(GOOD[type] | {name: id} for id in ("a", 3, None))]
+    path.write_text(json.dumps(rows))
+    assert r.read_records(path) == rows
+    for wrong in ([1], {"a": 1}, 1.5, True):
+        path.write_text(json.dumps([*rows, GOOD[type] | {name: wrong}]))
+        told = rf"file\.json, record 5: field `{name}` should be a text or a whole number"
+        with pytest.raises(r.RecordError, match=told):
+            r.read_records(path)
+
+
 NUMBERS = [(type, name) for type, name in fields() if name.startswith(("reward", "score"))]
 
 
