@@ -28,17 +28,18 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'IN_AN_ADDRESS', 'KEY_WORD', '
            'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
            'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
            'reward_problems', 'objectives_problems', 'place_problems', 'length_problems', 'adapter_problems',
-           'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions',
-           'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling',
-           'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems', 'evaluator_problems',
-           'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions', 'EvaluationOptions',
-           'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings', 'method_problems', 'fill_from_preset',
-           'of_playground', 'loop_problems', 'sampler_problems', 'is_difference', 'stale_problems', 'own_form',
-           'check_labelling', 'stage_config', 'training_config', 'sampling_config', 'read_seeds', 'seed_problems',
-           'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems',
-           'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files',
-           'evaluate_problems', 'BenchmarkConfig', 'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig',
-           'RunsConfig', 'SubmitConfig', 'PlanConfig', 'config_json']
+           'without_adapters', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
+           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
+           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
+           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
+           'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
+           'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
+           'stale_problems', 'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config',
+           'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig',
+           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig',
+           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
+           'PlanConfig', 'config_json']
 
 # %% ../nbs/02_configs.ipynb #7b35b140
 import ast
@@ -1921,6 +1922,13 @@ def adapter_problems(c: TrainConfig) -> Iterator[str]:
         )
 
 
+def without_adapters(c: TrainConfig) -> Iterator[str]:
+    "What is said of adapters where there will be none."
+    for name in ("lora_r", "lora_alpha", "lora_targets"):
+        if getattr(c, name) != getattr(LoraOptions, name):
+            yield f"{name}: does nothing without adapters; add use_peft=True, or leave it out"
+
+
 def train_problems(c: TrainConfig) -> Iterator[str]:
     "What is wrong with a TrainConfig as a whole, each as 'field: why'."
     if not c.model:
@@ -1943,8 +1951,7 @@ def train_problems(c: TrainConfig) -> Iterator[str]:
             "it is below 0.5"
         )
     yield from reward_problems(c)
-    if c.use_peft:
-        yield from adapter_problems(c)
+    yield from adapter_problems(c) if c.use_peft else without_adapters(c)
     yield from length_problems(c)
 
 # %% ../nbs/02_configs.ipynb #5955a7b1

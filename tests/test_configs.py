@@ -208,3 +208,15 @@ def test_a_method_that_compares_has_something_to_compare(method, enough):
     if enough > 1:
         with pytest.raises(ValueError, match=f"num_samples_per_prompt: {method} compares"):
             LoopConfig(method=method, num_samples_per_prompt=1)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("lora_r", 8), ("lora_alpha", 16), ("lora_targets", "q")]
+)
+def test_what_is_said_of_adapters_without_adapters_is_refused(name, value):
+    given = dict(loss="dpo", model="x", train_datasets=["d.json"], lr=1e-6)
+    with pytest.raises(
+        ValueError, match=f"{name}: does nothing without adapters; add use_peft"
+    ):
+        TrainConfig(**given, **{name: value})
+    assert getattr(TrainConfig(**given, use_peft=True, **{name: value}), name) == value

@@ -13,6 +13,8 @@ import pytest
 
 from halos_nb.configs import LabelConfig, SampleConfig, TrainConfig, make_config
 from halos_nb.settings import (
+    ELSEWHERE,
+    ONLY,
     SHIPPED,
     Profile,
     SlurmOptions,
@@ -379,6 +381,10 @@ FILE_PROBLEMS = [
     ("num_processes: 4\nnum_processes: 8", "num_processes: stands there twice"),
     ("distributed_type: NO", "distributed_type: .*in quotes: 'NO'"),
     ("distributed_type: MULTI_GPUS", "distributed_type: .*did you mean `MULTI_GPU`"),
+    (
+        "distributed_type: MULTI_XPU",
+        "distributed_type: .*CPUs and on GPUs of CUDA or ROCm alone$",
+    ),
 ]
 SHARDING_PROBLEMS = [
     ("fsdp_state_dict_type: NONSENSE", "should be SHARDED_STATE_DICT or FULL_STATE_DICT, got"),
@@ -811,3 +817,10 @@ def test_a_user_s_answers_to_accelerate_in_another_encoding(tmp_path):
         check_precision("float32", {"HF_HOME": str(tmp_path)})
     with pytest.raises(ValueError, match="default_config.yaml: is no YAML"):
         Profile(accelerate_config=str(file))
+
+
+def test_every_kind_of_accelerate_is_taken_or_said_to_be_elsewhere():
+    from accelerate.utils import DistributedType
+
+    ours = {*ONLY["distributed_type"], *ELSEWHERE, "DEEPSPEED"}
+    assert ours == {kind.value for kind in DistributedType}
