@@ -43,7 +43,7 @@ help:
 	@echo 'make bench-real  the same on a real model of 270M parameters (REAL_MODEL=folder: on yours)'
 	@echo 'make bench-gpu   one GPU, 8 minutes: attention, DPO, reward models, labelling and sampling beside TRL and transformers'
 	@echo 'make bench-gpu-wheels  first, where the GPU has no network: what its Python lacks, TRL among it, into build/gpu-wheels'
-	@echo 'make screenshots draw the pictures of the README again, from the demo run'
+	@echo 'make screenshots make the runs that the pictures of README and docs show (some minutes), then draw them again'
 	@echo 'make clean       remove caches and build outputs (not .venv, not runs/)'
 	@echo 'make clean-runs  remove everything computed in runs/'
 	@echo 'PYTHON=python3.12 chooses another Python; . .venv/bin/activate gives you papermill, jupyter and halos_nb'
@@ -292,9 +292,14 @@ clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-# Small pictures of a real run for the README; needs runs/online (`make demo`).
-screenshots: setup
-	@python tests/screenshots.py runs/online nbs/images
+# Small pictures of real runs for README and docs; the demo's, three methods with three seeds, and a reward model. Those that are
+# there stand.
+screenshots: export OMP_NUM_THREADS := 1
+screenshots: setup demo
+	@papermill nbs/compare_methods.ipynb runs/pictures.ipynb --no-progress-bar -r run_name pictures \
+		-r methods 'dpo, kto, grpo' -p seeds 3 -p total_prompts 64 -p prompts_per_round 32 -r audit skip
+	@papermill nbs/reward_model.ipynb runs/reward_model.ipynb --no-progress-bar -r audit skip
+	@python tests/screenshots.py runs nbs/images
 
 clean-runs:
 	@find runs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

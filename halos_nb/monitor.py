@@ -424,7 +424,7 @@ class RunState:
             parts.append(describe(self.row, self.spent))
         if self.elapsed:
             parts.append(f"{clock(self.elapsed)} since the start")
-        if self.left is not None:
+        if self.left is not None and self.left >= 1:
             parts.append(f"about {clock(self.left)} left in all")
         parts.append(visible(self.note)[:300])
         return " · ".join(part for part in parts if part)

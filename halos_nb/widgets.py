@@ -353,8 +353,9 @@ def speed_text(r: dict) -> str:
     "How fast it goes, by `people.session_report`; empty before the first answer."
     if not r["answered"]:
         return ""
-    left = clock(r["seconds_left"])
-    return f"{r['median_seconds']:.1f} s each, about {left} left"
+    speed = f"{r['median_seconds']:.1f} s each"
+    left = r["seconds_left"]
+    return f"{speed}, about {clock(left)} left" if left >= 1 else speed
 
 # %% ../nbs/67_widgets.ipynb #85e158c0
 def others_of(view: SessionView) -> dict:

@@ -1,5 +1,5 @@
-"""The README's pictures, from a run that is there: `python tests/screenshots.py runs/online
-nbs/images`. A real JupyterLab in a real Chromium.
+"""The README's and the docs' pictures, of runs that are there (`make screenshots` makes them):
+`python tests/screenshots.py runs nbs/images`. A real JupyterLab in a real Chromium.
 """
 
 import shutil
@@ -17,6 +17,16 @@ from halos_nb.widgets import SessionView, label_pairs
 samples = read_records({run!r} + "/round-1/samples.json", "sample")
 session = Session("journal.jsonl", samples, choose_pairs(samples, 20), "human:me")
 label_pairs(SessionView(session, "feedback.json", "Which answer is true, and kind?"))"""
+COMPARE = """from halos_nb.compare import RunComparer
+RunComparer({runs!r}, "pictures-*").show()"""
+REWARD = """from halos_nb import reward_report, show
+pairs = reward_report.read_scored_pairs({runs!r} + "/reward_model/rm/eval_scores.jsonl")
+rows = reward_report.accuracy_rows(pairs)
+shares = dict.fromkeys(["model", "the longer wins", "gain"], ".3f")
+display(show.summary_table(rows, shares, "Held-out accuracy"))
+rows = reward_report.margin_rows(pairs)
+display(show.summary_table(rows, dict(value=".3f"), "Margins, and their claims"))
+display(reward_report.accuracy_by_length({{"rm": [pairs]}}))"""
 LIVE = {  # picture -> what is run, and what of its output is shown (empty: all)
     "monitor": (
         "from halos_nb.monitor import RunMonitor\nRunMonitor({run!r}).show()",
@@ -24,14 +34,30 @@ LIVE = {  # picture -> what is run, and what of its output is shown (empty: all)
     ),
     "pairs": ("from halos_nb.widgets import browse_pairs\nbrowse_pairs({run!r})", ".hnb"),
     "labeller": (LABEL, ".hnb"),
+    "compared": (COMPARE, ".hnb"),
+    "reward": (REWARD, ""),
+}
+NEEDED = {  # runs that the pictures show, and what makes them
+    "online": "make demo",
+    "pictures-dpo": "make screenshots",
+    "reward_model": "make screenshots",
 }
 
 
-def shots(run: Path, out: Path):
-    "Write pictures of the report, light and dark, and one for each line of LIVE."
+def start_page(folder: Path, runs: Path):
+    "The page that `make lab` opens, with these runs, in a folder that JupyterLab serves."
+    sys.path.insert(0, str(ROOT / "docs"))
+    import start
+
+    start.write(folder / "start.ipynb", runs)
+
+
+def shots(runs: Path, out: Path):
+    "Pictures of the report, light and dark, the start page, and each line of LIVE."
     from halos_nb.page import report
     from halos_nb.playground import BEST, true_reward
 
+    run = runs / "online"
     browser = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
     )
@@ -58,9 +84,8 @@ def shots(run: Path, out: Path):
             lab = Lab(tmp)
             for name, (source, selector) in LIVE.items():
                 page.set_viewport_size(dict(width=1500, height=800 if selector else 1400))
-                write_notebook(
-                    tmp / f"{name}.ipynb", source.format(run=str(run.resolve())), DONE
-                )
+                told = source.format(run=str(run.resolve()), runs=str(runs.resolve()))
+                write_notebook(tmp / f"{name}.ipynb", told, DONE)
                 open_notebook(page, lab, f"{name}.ipynb")
                 run_all(page)
                 shown = (
@@ -69,6 +94,12 @@ def shots(run: Path, out: Path):
                 shown.wait_for()
                 page.wait_for_timeout(1500)
                 shown.screenshot(path=out / f"{name}.png")
+            start_page(tmp, runs)
+            page.set_viewport_size(dict(width=1500, height=1000))
+            open_notebook(page, lab, "start.ipynb")
+            page.locator(".jp-RenderedMarkdown table").first.wait_for()
+            page.wait_for_timeout(500)
+            page.locator(".jp-NotebookPanel").first.screenshot(path=out / "start.png")
         finally:
             if lab:
                 lab.close()
@@ -78,8 +109,9 @@ def shots(run: Path, out: Path):
 
 
 if __name__ == "__main__":
-    run, out = Path(sys.argv[1]), Path(sys.argv[2])
-    if not (run / "ledger.jsonl").exists():
-        sys.exit(f"{run}: no run there; `make demo` makes runs/online")
+    runs, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for name, maker in NEEDED.items():
+        if not (runs / name / "ledger.jsonl").exists():
+            sys.exit(f"{runs / name}: no run there; `{maker}` makes it")
     out.mkdir(parents=True, exist_ok=True)
-    shots(run, out)
+    shots(runs, out)
