@@ -6,17 +6,18 @@
 __all__ = ['HYPHEN', 'UNKNOWN', 'MOST_GROUPS', 'FEWEST_PROMPTS', 'Ends', 'WeightedEstimate', 'floats', 'finite_values',
            'is_whole', 'drawn_logp', 'kl_terms', 'pair_margins', 'prompts_of', 'minus', 'Interval', 'ratio', 'sign',
            'share_interval', 'prompt_numbers', 'effective_of', 'effective_prompts', 'MeanError', 'mean_error', 'reach',
-           'mean_interval', 'prompt_means', 'bounded_mean', 'prompt_groups', 'drawn_weights', 'outer_share',
-           'percentile_interval', 'bootstrap', 'bootstrap_sums', 'mean_over_seeds', 'trials_of', 'share_over_prompts',
-           'share_of_parts', 'late_and_early', 'mean_over_runs', 'prompt_deviations', 'mean_gain', 'mean_share_of_way',
-           'share_of_way', 'centred', 'slope', 'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all',
-           'rate_interval', 'win_rate', 'logistic_fit', 'clustered_errors', 'log_odds_interval', 'length_controlled',
-           'best_of_n_weights', 'best_of_n_kl', 'answer_groups', 'best_of_n', 'coded', 'kappa_of', 'midranks',
-           'spearman_of', 'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman', 'krippendorff',
-           'Agreement', 'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin', 'Calibration',
-           'best_slope', 'slope_interval', 'calibration_bins', 'likeness', 'error_by_chance', 'mean_of_claims',
-           'calibrate', 'mean_difference', 'hits_difference', 'hits_of', 'WithoutLength', 'slope_through_zero',
-           'without_length', 'PairAccuracy', 'ordered_pairs', 'order_accuracy']
+           'all_alike', 'mean_interval', 'prompt_means', 'bounded_mean', 'prompt_groups', 'drawn_weights',
+           'outer_share', 'percentile_interval', 'bootstrap', 'bootstrap_sums', 'mean_over_seeds', 'trials_of',
+           'share_over_prompts', 'share_of_parts', 'known_prompts', 'late_and_early', 'mean_over_runs',
+           'prompt_deviations', 'mean_gain', 'mean_share_of_way', 'share_of_way', 'centred', 'slope',
+           'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all', 'rate_interval', 'win_rate',
+           'logistic_fit', 'clustered_errors', 'log_odds_interval', 'length_controlled', 'best_of_n_weights',
+           'best_of_n_kl', 'answer_groups', 'best_of_n', 'coded', 'kappa_of', 'midranks', 'spearman_of',
+           'nominal_alpha', 'numeric_alpha', 'alpha_of', 'cohen_kappa', 'spearman', 'krippendorff', 'Agreement',
+           'both_orders', 'confusion_of', 'agree', 'compare_labellers', 'CalibrationBin', 'Calibration', 'best_slope',
+           'slope_interval', 'calibration_bins', 'likeness', 'error_by_chance', 'mean_of_claims', 'calibrate',
+           'mean_difference', 'hits_difference', 'hits_of', 'WithoutLength', 'slope_through_zero', 'without_length',
+           'PairAccuracy', 'ordered_pairs', 'order_accuracy']
 
 # %% ../nbs/01_stats.ipynb #8d496a57
 import math
@@ -173,6 +174,11 @@ def reach(prompts: float) -> float:  # effective number
     return float(t.ppf(0.975, max(1.0, prompts - 1)))
 
 # %% ../nbs/01_stats.ipynb #4a34a6e6
+def all_alike(x: np.ndarray) -> bool:
+    "Whether numbers differ by no more than rounding."
+    return bool(np.ptp(x) <= 1e-12 * np.abs(x).max())
+
+
 def mean_interval(
     values: Iterable,  # numbers; those not finite are left out
     prompts: Iterable[Hashable] | None = None,  # of each value (None: each stands alone)
@@ -185,7 +191,7 @@ def mean_interval(
     kept = x[finite]
     if len(kept) == 0:
         return UNKNOWN
-    if number.max() == 0 or np.ptp(kept) == 0:  # nothing is known of how prompts differ
+    if number.max() == 0 or all_alike(kept):  # nothing is known of how prompts differ
         return Interval(float(kept.mean()), math.nan, math.nan)
     mean, error, effective = mean_error(np.bincount(number, kept), np.bincount(number))
     off = reach(effective) * error
@@ -262,8 +268,7 @@ def percentile_interval(
 ) -> Interval:
     "The estimate and the middle of its replicates."
     finite = replicates[np.isfinite(replicates)]
-    alike = len(finite) == 0 or np.ptp(finite) <= 1e-12 * max(1e-300, np.abs(finite).max())
-    if alike or prompts < FEWEST_PROMPTS:
+    if len(finite) == 0 or all_alike(finite) or prompts < FEWEST_PROMPTS:
         return Interval(float(value), math.nan, math.nan)
     outside = 0.025 if math.isinf(prompts) else outer_share(int(prompts))
     low, high = np.quantile(finite, [outside, 1 - outside])
@@ -310,12 +315,14 @@ def bootstrap_sums(
 def mean_over_seeds(
     values: Sequence[float],  # of independent runs, one each
 ) -> Interval:
-    "Mean of runs with its Student's t interval, which one run has not."
+    "Mean of runs with its Student's t interval; one run has none, nor have equal ones."
     from scipy.stats import t
 
     n = len(values)
-    if n < 2:
-        return Interval(values[0], math.nan, math.nan) if n else UNKNOWN
+    if n == 0:
+        return UNKNOWN
+    if n == 1 or all_alike(np.asarray(values, float)):
+        return Interval(float(np.mean(values)), math.nan, math.nan)
     mean, error = float(np.mean(values)), np.std(values, ddof=1) / math.sqrt(n)
     off = float(t.ppf(0.975, n - 1) * error)
     return Interval(mean, mean - off, mean + off)
@@ -382,13 +389,19 @@ def share_of_parts(
     return trials_of(MeanError(float(weight @ share), error, effective), len(x))
 
 # %% ../nbs/01_stats.ipynb #5a1e0f02
+def known_prompts(rows: Sequence[dict], key: str) -> set[Hashable]:
+    "The prompts of which an answer has the reward."
+    known = np.isfinite(floats(rows, key))
+    return {prompt for prompt, is_known in zip(prompts_of(rows), known) if is_known}
+
+
 def late_and_early(
     rows: Sequence[dict],  # records with `prompt_id` and the reward, of a policy
     start: Sequence[dict],  # of the policy that it began as
     key: str,  # the reward's field
 ) -> tuple[np.ndarray, list[Hashable]]:  # (4, answers): reward and 1 late, then early; prompts
-    "Rewards and counts, late and early, of every answer to a prompt that both have answered."
-    both = set(prompts_of(rows)) & set(prompts_of(start))
+    "Rewards and counts, late and early, of every answer to a prompt that both have rewards of."
+    both = known_prompts(rows, key) & known_prompts(start, key)
     late = [row for row in rows if row["prompt_id"] in both]
     early = [row for row in start if row["prompt_id"] in both]
     values = floats([*late, *early], key)
@@ -671,8 +684,9 @@ def length_controlled(
     found = logistic_fit(x, y, w)
     if found is None:
         return UNKNOWN
-    low, high = expit(log_odds_interval(x, y, w, number))
-    return Interval(float(expit(found[0])), float(low), float(high))
+    value = expit(found[0])
+    low, high = expit(log_odds_interval(x, y, w, number))  # drawn towards 1/2
+    return Interval(float(value), float(np.minimum(low, value)), float(np.maximum(high, value)))
 
 # %% ../nbs/01_stats.ipynb #df7ef466
 def best_of_n_weights(
@@ -1047,6 +1061,8 @@ def mean_of_claims(
     if len(margins) == 0:
         return UNKNOWN
     low, high = sorted([float(went.mean()), float(failed.mean())])
+    if high - low < 1e-12:  # nothing was claimed
+        return Interval(low, math.nan, math.nan)
     return bounded_mean(np.where(margins < 0, failed, went), numbers, low, high)
 
 # %% ../nbs/01_stats.ipynb #fd186b90

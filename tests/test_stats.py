@@ -26,6 +26,7 @@ from halos_nb.stats import (
     length_controlled,
     mean_gain,
     mean_interval,
+    mean_over_seeds,
     mean_share_of_way,
     rate_interval,
     share_interval,
@@ -396,6 +397,18 @@ def test_the_mean_gain_is_that_of_each_run_against_its_own_start():
     assert mean_gain(short).value == pytest.approx((first + each[1].value + each[2].value) / 3)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_prompt_unscored_on_one_side_is_compared_on_neither(side):
+    "Else an easy prompt without a score would look like a fall."
+    rng = np.random.default_rng(0)
+    means = rng.uniform(0, 0.8, 60)
+    ends = [answers_of(means + 0.15, rng), answers_of(means, rng)]
+    kept = tuple([r for r in x if r["prompt_id"] >= 20] for x in ends)
+    ends[side] = [r | dict(true_reward=None) if r["prompt_id"] < 20 else r for r in ends[side]]
+    assert mean_gain([tuple(ends)]) == pytest.approx(mean_gain([kept]))
+    assert share_of_way(*ends, best=1.0) == pytest.approx(share_of_way(*kept, best=1.0))
+
+
 def test_bootstrap_is_seeded():
     prompts = [i // 3 for i in range(60)]
 
@@ -454,6 +467,10 @@ def test_one_prompt_has_no_interval():
     "found, value",
     [
         (lambda: mean_interval([2.0] * 60), 2.0),  # no bounds, no spread
+        (lambda: mean_interval([0.1 + 0.2, 0.3, 0.3]), None),  # but for rounding
+        (lambda: mean_over_seeds([0.5, 0.5, 0.5]), 0.5),
+        (lambda: mean_over_seeds([0.1 + 0.2, 0.3]), None),
+        (lambda: calibrate([0.0] * 20).too_sure, 0.0),  # no claim, so no bounds
         (lambda: bootstrap(lambda w: 1.0, range(60)), 1.0),
         (lambda: bootstrap(lambda w: float(w @ np.arange(4.0)), range(4)), 6.0),  # few
         (lambda: length_controlled([1, 0, 1, 0], [3, 1, -2, 2], "abcd"), None),
@@ -489,6 +506,17 @@ def test_a_point_of_best_of_n_is_of_the_same_prompts():
         rows += [dict(prompt_id=i, reward=float(x)) for x in rewards]
     curve = [best_of_n(rows, n, fewest=4).value for n in (1, 2, 4)]
     assert curve == pytest.approx([1.5, 7 / 3, 3.0])
+
+
+def test_an_interval_at_equal_length_holds_its_value():
+    "Of few prompts, where length nearly tells who wins."
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(5, 14))
+        won = (rng.random(n) < 0.9).astype(float)
+        won[rng.random(n) < 0.2] = 0.5
+        found = length_controlled(won, rng.normal(0, 50, n).round(), range(n))
+        assert math.isnan(found.low) or found.low <= found.value <= found.high
 
 
 def test_what_is_no_number_is_told():
