@@ -785,6 +785,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.evaluate.check_outputs': ('evaluate.html#check_outputs', 'halos_nb/evaluate.py'),
                                    'halos_nb.evaluate.compare_looks': ('evaluate.html#compare_looks', 'halos_nb/evaluate.py'),
                                    'halos_nb.evaluate.compare_scores': ('evaluate.html#compare_scores', 'halos_nb/evaluate.py'),
+                                   'halos_nb.evaluate.curve_told': ('evaluate.html#curve_told', 'halos_nb/evaluate.py'),
                                    'halos_nb.evaluate.decision': ('evaluate.html#decision', 'halos_nb/evaluate.py'),
                                    'halos_nb.evaluate.evaluation': ('evaluate.html#evaluation', 'halos_nb/evaluate.py'),
                                    'halos_nb.evaluate.for_labellers': ('evaluate.html#for_labellers', 'halos_nb/evaluate.py'),

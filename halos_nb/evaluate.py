@@ -6,9 +6,9 @@
 __all__ = ['OWN', 'ASKED', 'seen_prompts', 'only_unseen', 'Comparisons', 'characters', 'by_prompt', 'reward_of', 'compare_scores',
            'compare_looks', 'three', 'mean_of_prompts', 'win_row', 'Said', 'read_said', 'with_scores', 'scored_by',
            'against_one', 'labeller_row', 'sizes_up_to', 'whole_prompts', 'best_of_curve', 'orders', 'labeller_names',
-           'who_decides', 'decision', 'evaluation', 'as_text_of', 'told', 'Task', 'tasks_of', 'label_config',
-           'unit_in_words', 'ask_labellers', 'made_beside', 'for_labellers', 'write_alpaca', 'to_same_prompts',
-           'check_outputs', 'main']
+           'who_decides', 'decision', 'evaluation', 'as_text_of', 'curve_told', 'told', 'Task', 'tasks_of',
+           'label_config', 'unit_in_words', 'ask_labellers', 'made_beside', 'for_labellers', 'write_alpaca',
+           'to_same_prompts', 'check_outputs', 'main']
 
 # %% ../nbs/45_evaluate.ipynb #ab68f129
 import math
@@ -23,6 +23,7 @@ import numpy as np
 from halos_nb.records import (
     RecordError,
     as_text,
+    prompt_id,
     read_rows,
     write_json,
     write_records,
@@ -54,7 +55,7 @@ from .settings import parse_args
 from .hub_sets import load_prompts
 from .feedback import sample_key
 from .verdicts import pair_of, verdict_table
-from .label_input import match_by_prompt, read_answers, read_samples
+from .label_input import check_prompts, match_by_prompt, read_answers, read_samples
 
 # %% ../nbs/45_evaluate.ipynb #47cb0cba
 from .answers import without_lists
@@ -73,7 +74,10 @@ def seen_prompts(names: Iterable[str]) -> set[str]:
 
 def only_unseen(rows: list[dict], seen: set[str], path: str) -> list[dict]:
     "The answers to prompts that were not trained on; an error if there are none."
-    kept = [row for row in rows if row["prompt_id"] not in seen]
+    kept = []
+    for row in rows:  # ids of other tools are numbers: the words tell
+        if row["prompt_id"] not in seen and prompt_id(row["prompt"]) not in seen:
+            kept.append(row)
     if not kept:
         raise RecordError(
             f"{path}: all {len(set(prompts_of(rows)))} prompts are among those that were "
@@ -383,6 +387,19 @@ def as_text_of(three: Sequence[float | None]) -> str:
     return f"{Interval(*[math.nan if x is None else x for x in three]):.3g}"
 
 
+def curve_told(curves: dict[str, list[dict]], prompts: int) -> list[str]:
+    "Of which best-of-n curves some prompts are left out."
+    lines = []
+    for name, curve in curves.items():
+        last = curve[-1]
+        if last["prompts"] < prompts:
+            lines.append(
+                f"best of {last['n']} by {name}: of {last['prompts']} of {prompts} prompts, "
+                "for the others have fewer answers that everybody scored"
+            )
+    return lines
+
+
 def told(found: dict) -> list[str]:
     "An evaluation in a few lines."
     lines = [f"{found['answers']} answers to {found['prompts']} prompts"]
@@ -397,8 +414,9 @@ def told(found: dict) -> list[str]:
             lines.append(
                 f"win rate against {other} by {name}: {as_text_of(one['win_rate'])}, at equal "
                 f"length {as_text_of(one['length_controlled'])} ({one['comparisons']} "
-                f"comparisons, {one['ties']} ties{lost})"
+                f"comparisons of {one['prompts']} prompts, {one['ties']} ties{lost})"
             )
+    lines += curve_told(found.get("best_of_n", {}), found["prompts"])
     for one in found.get("orders", []):
         lines.append(
             f"{one['score']} puts the better of two answers first, by {one['by']}: "
@@ -525,17 +543,26 @@ def write_alpaca(path: str, rows: list[dict]) -> int:
     "A file for AlpacaEval: the first answer to each prompt; returns how many these are."
     first = [group[0] for group in by_prompt(rows).values()]
     records = []
+    longer = 0
     for row in first:
         turns = [turn for turn in row["prompt"] if turn["role"] == "user"]
+        longer += len(row["prompt"]) > 1
         records.append(without_lists(row | dict(instruction=as_text(turns[-1:]))))
     write_json(Path(path), records)
+    if longer:
+        print(
+            f"{path}: {longer} of {len(records)} prompts are more than one question; "
+            "AlpacaEval's form has room for the last one alone"
+        )
     return len(records)
 
 # %% ../nbs/45_evaluate.ipynb #de153402
 def to_same_prompts(kept: list[dict], file: str, ours: str) -> list[dict]:
     "The answers of a file to the prompts that count; an error if there are none."
     prompts = {row["prompt_id"] for row in kept}
-    others = [row for row in read_answers(file) if row["prompt_id"] in prompts]
+    answers = read_answers(file)
+    check_prompts(answers, kept, file, ours)
+    others = [row for row in answers if row["prompt_id"] in prompts]
     if not others:
         raise RecordError(
             f"{file}: answers none of the {len(prompts)} prompts of {ours}; compare answers to "
@@ -583,12 +610,14 @@ def main(
     found = evaluation(kept, against, labels, cfg.best_of, cfg.decides)
     if unit := unit_in_words(cfg):
         found["labellers"]["rm"]["unit"] = unit
-    here = set(prompts_of(rows))
-    found["seen_prompts"] = len(here & seen)
+    found["seen_prompts"] = len(set(prompts_of(rows))) - found["prompts"]
     if cfg.alpaca_file:
         found["alpaca_answers"] = write_alpaca(cfg.alpaca_file, kept)
     write_json(Path(cfg.output_file), found)
     print("\n".join(told(found)))
+    for name in against:
+        if not any(name in row["against"] for row in found["labellers"].values()):
+            print(f"{name}: nobody here says anything of it; give labels LABELLER@{name}=FILE")
     return found
 
 # %% ../nbs/45_evaluate.ipynb #dca6fba1

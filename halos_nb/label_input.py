@@ -163,15 +163,17 @@ def match_by_prompt(
     return pairs
 
 # %% ../nbs/08_label_input.ipynb #715a87c4
-def check_prompts(second: list[dict], first: list[dict], cfg: LabelConfig) -> None:
+def check_prompts(
+    second: list[dict], first: list[dict], second_path: str, first_path: str
+) -> None:
     "A RecordError if a prompt_id stands for another prompt in the second file."
     prompts = {s["prompt_id"]: s["prompt"] for s in first}
     for number, sample in enumerate(second, 1):
         prompt = sample["prompt"]
         if not same_prompt(prompts.get(sample["prompt_id"], prompt), prompt):
             raise RecordError(
-                f"{cfg.second_samples_path}, record {number}: field `prompt` is not that "
-                f"of the same prompt_id in {cfg.samples_file}; see records.prompt_id"
+                f"{second_path}, record {number}: field `prompt` is not that of the same "
+                f"prompt_id in {first_path}; see records.prompt_id"
             )
 
 # %% ../nbs/08_label_input.ipynb #8eeb65e1
@@ -211,7 +213,7 @@ def read_two_files(cfg: LabelConfig) -> LabelInput:
     "The samples of both files, and the pairs across them."
     first = read_samples(cfg.samples_file, cfg.split)
     second = read_samples(str(cfg.second_samples_path), cfg.split)
-    check_prompts(second, first, cfg)
+    check_prompts(second, first, str(cfg.second_samples_path), cfg.samples_file)
     pairs = match_by_prompt(first, second)
     if not pairs:
         raise RecordError(

@@ -12,7 +12,14 @@ from halos_nb.configs import EvaluateConfig, LabelConfig, LoopConfig, evaluators
 from halos_nb.evaluate import main
 from halos_nb.label import main as label
 from halos_nb.label import write_labels
-from halos_nb.records import as_turns, prompt_id, read_jsonl, read_records, write_records
+from halos_nb.records import (
+    RecordError,
+    as_turns,
+    prompt_id,
+    read_jsonl,
+    read_records,
+    write_records,
+)
 from halos_nb.templates import byte_tokenizer
 
 RULES = """
@@ -105,6 +112,56 @@ def test_prompts_that_were_trained_on_are_neither_labelled_nor_exported(tmp_path
     assert (found["prompts"], found["seen_prompts"], found["alpaca_answers"]) == (2, 8, 2)
     assert len((tmp_path / f"{rules}.py.asked").read_text()) == 4
     assert len(json.loads((tmp_path / "al.json").read_text())) == 2
+
+
+def numbered(rows, first=0):
+    "The answers with numbers as HALOs has them for the prompts' ids."
+    return [row | dict(prompt_id=first + i) for i, row in enumerate(rows)]
+
+
+def test_a_prompt_that_was_trained_on_is_known_by_its_words(tmp_path, rules):
+    "Ids are hashes here and numbers in other tools; numbers of two files say nothing."
+    ours, theirs = numbered(answers("abcd")), numbered(answers("efgh"))
+    trained = [dict(prompt=row["prompt"]) for row in ours[:3]]
+    write_records(tmp_path / "trained.json", trained)
+    seen = dict(seen=[str(tmp_path / "trained.json")])
+    found = evaluate(tmp_path, ours, theirs, function=f"{rules}:length", **seen)
+    assert (found["prompts"], found["seen_prompts"]) == (1, 3)
+
+
+def test_answers_to_other_prompts_of_the_same_number_are_refused(tmp_path, rules):
+    ours, theirs = numbered(answers("abcd")), numbered(answers("efgh"))
+    theirs[2]["prompt"] = as_turns("another?", "user")
+    with pytest.raises(RecordError, match="theirs.json, record 3: field `prompt` is not that"):
+        evaluate(tmp_path, ours, theirs, function=f"{rules}:length")
+    assert not (tmp_path / f"{rules}.py.asked").exists()  # before anybody is asked
+
+
+def test_what_a_number_does_not_rest_on_is_told(tmp_path, rules, capsys):
+    "Prompts without an answer of the others, too few answers, words before the last question."
+    ours, theirs = answers("abcdefgh"), answers(["yy", "y"])
+    ours[0]["prompt"] = theirs[0]["prompt"] = [
+        *as_turns("Be brief.", "system"),
+        *ours[0]["prompt"],
+    ]
+    for row in (ours[0], theirs[0]):
+        row["prompt_id"] = prompt_id(row["prompt"])
+    more = dict(best_of=2, alpaca_file=str(tmp_path / "al.json"))
+    evaluate(tmp_path, ours, theirs, function=f"{rules}:length", **more)
+    told = capsys.readouterr().out
+    assert "(2 comparisons of 2 prompts, 1 ties)" in told
+    assert "best of 2 by function: of 0 of 8 prompts, for" in told
+    assert "1 of 8 prompts are more than one question" in told
+
+
+def test_others_that_nobody_has_compared_with_are_told(tmp_path, rules, capsys):
+    rows = answers("abcd")
+    evaluate(tmp_path, rows, rows, function=f"{rules}:length")
+    said = [f"function={tmp_path / 'out.function.labels.jsonl'}"]
+    capsys.readouterr()
+    found = evaluate(tmp_path, rows, rows, labels=said)
+    assert found["labellers"]["function"]["against"] == {}
+    assert "b: nobody here says anything of it" in capsys.readouterr().out
 
 
 def test_who_decides_must_say_something(tmp_path, rules):
