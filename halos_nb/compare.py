@@ -500,10 +500,11 @@ def seed_points(
     found = [go.Scatter(**seeds, marker=dict(color=color, size=6, opacity=0.4))]
     shown = dict(x=[mean.value], y=[label], mode="markers", marker=dict(color=color, size=10))
     known = math.isfinite(mean.low)
+    seeds_told = "one seed" if len(values) == 1 else f"the same in {len(values)} seeds"
     off = dict(type="data", array=[mean.high - mean.value], color=color, width=6)
     text = hover(
         f"<b>{label}</b>",
-        f"{mean:.3f}" if known else f"{number_text(mean.value, '.3f')}, one seed",
+        f"{mean:.3f}" if known else f"{number_text(mean.value, '.3f')}, {seeds_told}",
     )
     found.append(go.Scatter(**shown, error_x=off if known else None, hovertemplate=text))
     return found
@@ -521,6 +522,8 @@ def seeds_figure(self: RunComparer, key: str = "") -> go.Figure:
         if not known:
             missing.append(escape(name))
             continue
+        if len(known) < len(values):
+            missing.append(f"{len(values) - len(known)} of {len(values)} of {escape(name)}")
         fig.add_traces(seed_points(known, name, run_line(i)))
     what = key.replace("_", " ")
     notes = ["Mean and 95% interval for other seeds (Student's t), each seed faintly"]
@@ -538,12 +541,15 @@ def seeds_frontier(self: RunComparer, key: str = "", best: float | None = None) 
     ended = {name: list(one.ended.values()) for name, one in self.groups().items() if one.ended}
     lines: dict[str, Sequence[dict]] = {}
     behind: dict[str, Sequence[Sequence[dict]]] = {}
+    uneven = []
     for name, runs in ended.items():
-        if len({len(run.rounds) for run in runs}) == 1:
-            lines[name] = mean_rounds(runs)
-            behind[name] = [run.rounds for run in runs] if len(runs) > 1 else []
+        lines[name] = mean_rounds(runs)
+        behind[name] = [run.rounds for run in runs] if len(runs) > 1 else []
+        if len({len(run.rounds) for run in runs}) > 1:
+            uneven.append(escape(name))
     title = f"{key.replace('_', ' ').capitalize()} against KL, round by round"
-    return reward_frontier(lines, key, best, title, behind)
+    note = f"of {', '.join(uneven)} the rounds that all seeds have" if uneven else ""
+    return reward_frontier(lines, key, best, title, behind, note)
 
 # %% ../nbs/68_compare.ipynb #4eff2aaf
 @patch

@@ -239,9 +239,12 @@ def save_figure(
     return files
 
 # %% ../nbs/75_paper.ipynb #dd5f4438
-def difference_of(row: dict) -> Interval | None:
-    "Of a paired difference the interval over seeds, else that over prompts."
-    return row["over seeds"] or row["difference, over prompts"]
+def difference_of(row: dict, repeated: bool) -> Interval | None:
+    "A paired difference; where seeds are repeated with the interval over seeds, or none."
+    found = row["difference, over prompts"]
+    if not repeated or found is None:
+        return found
+    return row["over seeds"] or Interval(found.value, math.nan, math.nan)
 
 
 def comparison_table(
@@ -256,7 +259,7 @@ def comparison_table(
         raise ValueError(f"against: {against!r} is none; {did_you_mean(against, groups)}")
     differences = {}
     for found in paired_differences(groups, compared.truth, against):
-        differences[found["method"]] = difference_of(found)
+        differences[found["method"]] = difference_of(found, compared.repeats())
     rows = []
     for name, seeds in groups.items():
         told = seed_row(name, seeds)

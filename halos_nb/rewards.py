@@ -896,6 +896,7 @@ def frontier(
     title: str = "Reward against KL",
     # name -> the runs that its line is the mean of, drawn faintly behind it
     behind: dict[str, Sequence[Sequence[dict]]] | None = None,
+    more: str = "",  # another note
 ) -> go.Figure:
     "One line per run through its rounds, named at its end."
     fig = go.Figure()
@@ -917,6 +918,7 @@ def frontier(
         "start the first, on unseen prompts"
     )
     notes = [note, "lines are means over seeds, each seed faintly behind" if behind else ""]
+    notes += [more] if more else []
     across = "KL to the reference (nats per completion)"
     axes = dict(xaxis_title_text=across, yaxis_title_text=key.replace("_", " "))
     return name_lines(styled(fig, title, notes, 520, **axes), best)

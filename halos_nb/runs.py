@@ -786,9 +786,13 @@ def paired_differences(
 
 # %% ../nbs/63_runs.ipynb #db5cc9cb
 def mean_rounds(runs: Sequence[Run]) -> list[dict]:
-    "KL and rewards of ended runs with the same rounds, means over the runs."
+    "KL and rewards of ended runs, means over the runs, of the rounds that all of them have."
+    rounds = [{row["round"]: row for row in run.rounds} for run in runs]
     rows = []
-    for same in zip(*[run.rounds for run in runs], strict=True):
+    for name in rounds[0] if rounds else ():
+        if not all(name in of_run for of_run in rounds):  # another run has ended earlier
+            continue
+        same = [of_run[name] for of_run in rounds]
         means = {key: mean_of(same, key) for key in ("kl", "reward", "true_reward")}
-        rows.append(dict(round=same[0]["round"]) | means)
+        rows.append(dict(round=name) | means)
     return rows
