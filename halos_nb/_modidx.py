@@ -328,6 +328,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'halos_nb.benchmarks.check_bench_row': ('benchmarks.html#check_bench_row', 'halos_nb/benchmarks.py'),
                                      'halos_nb.benchmarks.check_packages': ('benchmarks.html#check_packages', 'halos_nb/benchmarks.py'),
                                      'halos_nb.benchmarks.device_here': ('benchmarks.html#device_here', 'halos_nb/benchmarks.py'),
+                                     'halos_nb.benchmarks.from_error': ('benchmarks.html#from_error', 'halos_nb/benchmarks.py'),
                                      'halos_nb.benchmarks.harness_interval': ('benchmarks.html#harness_interval', 'halos_nb/benchmarks.py'),
                                      'halos_nb.benchmarks.harness_numbers': ('benchmarks.html#harness_numbers', 'halos_nb/benchmarks.py'),
                                      'halos_nb.benchmarks.judge_pairs': ('benchmarks.html#judge_pairs', 'halos_nb/benchmarks.py'),

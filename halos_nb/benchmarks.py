@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'SHARES', 'INSTRUCTIONS', 'FEWEST', 'BenchPair', 'check_bench_row', 'read_rewardbench', 'Judged',
            'judge_pairs', 'weighted_accuracy', 'subset_row', 'overall', 'rewardbench_table', 'score_pairs', 'need',
-           'check_packages', 'harness_interval', 'harness_numbers', 'device_here', 'run_harness', 'check_annotations',
-           'alpaca_rates', 'main']
+           'check_packages', 'from_error', 'harness_interval', 'harness_numbers', 'device_here', 'run_harness',
+           'check_annotations', 'alpaca_rates', 'main']
 
 # %% ../nbs/46_benchmarks.ipynb #30019d92
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,12 +239,17 @@ def check_packages(cfg: BenchmarkConfig) -> None:
 SHARES = ("acc", "acc_norm", "exact_match")  # each question is right or wrong
 
 
+def from_error(value: float, error: Any) -> Interval:
+    "An interval from a standard error; none where that is 0 or unknown."
+    off = 1.96 * error if isinstance(error, int | float) and error > 0 else math.nan
+    return Interval(value, value - off, value + off)
+
+
 def harness_interval(metric: str, value: float, error: Any, questions: Any) -> Interval:
     "An interval for a number of the harness, from its standard error where it is no share."
     if metric in SHARES and questions:
         return share_interval(value * questions, questions)
-    off = 1.96 * error if isinstance(error, int | float) and error else float("nan")
-    return Interval(value, value - off, value + off)
+    return from_error(value, error)
 
 
 def harness_numbers(
@@ -346,8 +352,8 @@ def alpaca_rates(cfg: BenchmarkConfig) -> dict:
     rates = {}
     parts = dict(win_rate="standard_error", length_controlled_winrate="lc_standard_error")
     for name, error in parts.items():
-        value, off = found[name] / 100, 1.96 * found[error] / 100
-        rates[name] = three(Interval(value, value - off, value + off))
+        value, low, high = from_error(found[name] / 100, found[error] / 100)
+        rates[name] = three(Interval(value, max(low, 0.0), min(high, 1.0)))
     return rates | dict(glm=cfg.alpaca_glm, annotations=int(found["n_total"]))
 
 # %% ../nbs/46_benchmarks.ipynb #a668a1c4

@@ -2008,7 +2008,7 @@ def add_score(self: Loop, folder: str, now: Health) -> None:
         return
     if folder == "start" or now.score is None:  # round 1 asks the first policy more
         return
-    off = 1.96 * now.errors.get("score", math.inf)
+    off = 1.96 * now.errors.get("score", 0.0) or math.nan
     score = Interval(now.score, now.score - off, now.score + off)
     last = self.done[-1] if self.done else None
     policy = last.policy if last else Path(self.cfg.sft_checkpoint)

@@ -489,6 +489,9 @@ def outcome(
         lines.append(
             f"the score is right on pairs of a round's own answers: {', '.join(shares)}"
         )
+    ended = run.params.get("ended") or "as planned"
+    if ended != "as planned":
+        lines.append(f"how it ended: {ended}")
     policy = run.folder / "policy"
     return [*lines, f"the aligned policy, which loads with from_pretrained: {policy}"]
 

@@ -14,7 +14,7 @@ from halos_nb.compare import RunComparer
 from halos_nb.configs import LoopConfig
 from halos_nb.failures import StageError
 from halos_nb.loop import AuditError, run_rounds
-from halos_nb.page import report
+from halos_nb.page import outcome, report
 from halos_nb.records import read_jsonl, read_records
 from halos_nb.runs import read_run, run_summary
 from halos_nb.settings import Settings
@@ -306,8 +306,17 @@ def test_the_best_policy_is_the_one_that_evaluations_say(evaluated, tmp_path):
     assert "stopped early: 2 evaluations (patience) without" in again[-2].note
     assert "the policy of round-2 (mean score by rm 1 [0.9, 1.1]" in again[-2].note
     assert params(tmp_path)["ended"].startswith("stopped early")
+    told = "\n".join(outcome(run))  # what an unattended run leaves in its terminal
+    assert "how it ended: stopped early: 2 evaluations (patience) without" in told
     page = report(run).read_text()
     assert "Evaluation on prompts that no round trains on" in page
+
+
+def test_the_best_policy_of_one_prompt_has_no_interval(pretend, tmp_path):
+    pretend(total_prompts=2, prompts_per_round=1, keep="best")
+    best = params(tmp_path)["best"]
+    assert "(no interval)" in best["words"]
+    assert best["low"] is None and best["high"] is None
 
 
 @every
