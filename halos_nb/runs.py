@@ -789,7 +789,7 @@ def mean_rounds(runs: Sequence[Run]) -> list[dict]:
     "KL and rewards of ended runs, means over the runs, of the rounds that all of them have."
     rounds = [{row["round"]: row for row in run.rounds} for run in runs]
     rows = []
-    for name in rounds[0] if rounds else ():
+    for name in rounds[0] if rounds else {}:
         if not all(name in of_run for of_run in rounds):  # another run has ended earlier
             continue
         same = [of_run[name] for of_run in rounds]
