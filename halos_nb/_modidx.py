@@ -2495,6 +2495,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'halos_nb.playground.Playground.sft': ('playground.html#playground.sft', 'halos_nb/playground.py'),
                                      'halos_nb.playground.all_true': ('playground.html#all_true', 'halos_nb/playground.py'),
                                      'halos_nb.playground.asked': ('playground.html#asked', 'halos_nb/playground.py'),
+                                     'halos_nb.playground.asks_truth': ('playground.html#asks_truth', 'halos_nb/playground.py'),
                                      'halos_nb.playground.build': ('playground.html#build', 'halos_nb/playground.py'),
                                      'halos_nb.playground.claims_by_sentence': ( 'playground.html#claims_by_sentence',
                                                                                  'halos_nb/playground.py'),

@@ -2372,7 +2372,8 @@ def evaluator_problems(c: "LoopConfig") -> Iterator[str]:
     if c.eval_function and "function" not in who:
         yield "eval_function: given, and nobody asks it; add function to eval_labeller"
     needed = dict(watch=c.watch_reward, judge=c.api_model, lm=c.judge_model_path)
-    needed["function"] = c.eval_function or c.function
+    of_playground = "" if c.prompts or c.eval_prompts else "the truth"
+    needed["function"] = c.eval_function or c.function or of_playground
     for name, given in needed.items():
         if name in who and not given:
             yield f"eval_labeller: it asks {name}, and there is none; name it"

@@ -11,8 +11,8 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED
            'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'with_ratings', 'sample_record', 'make_data',
            'shared_questions', 'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts',
            'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build',
-           'train_reward', 'into_playground', 'pairs_of_playground', 'models_of_playground', 'method_label',
-           'sweep_configs']
+           'train_reward', 'asks_truth', 'into_playground', 'pairs_of_playground', 'models_of_playground',
+           'method_label', 'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
 import random
@@ -33,6 +33,7 @@ from halos_nb.configs import (
     RewardConfig,
     TrainConfig,
     did_you_mean,
+    evaluators,
     is_own,
     labellers,
     own_name,
@@ -632,6 +633,13 @@ def train_reward(
     return stage.folder / "FINAL"
 
 # %% ../nbs/70_playground.ipynb #e7ed8df4
+def asks_truth(cfg: LoopConfig) -> bool:
+    "Whether the truth evaluates: on the playground's questions, if no other function does."
+    if not cfg.evaluate_every or cfg.prompts or cfg.eval_prompts:
+        return False
+    return not cfg.eval_labeller or ("function" in evaluators(cfg) and not cfg.function)
+
+
 def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     "The config with the playground's policy, reward model and prompts where none are named."
     check_sources(cfg)
@@ -641,10 +649,9 @@ def into_playground(cfg: LoopConfig, settings: Settings) -> LoopConfig:
     asks_model = "rm" in labellers(cfg)
     world = build(settings, seed=cfg.world_seed)
     heldout = "" if cfg.prompts else str(world.heldout)
-    by_truth = cfg.evaluate_every and not (cfg.prompts or cfg.eval_labeller or cfg.eval_prompts)
     return replace(
         cfg,
-        eval_function=cfg.eval_function or (TRUE_REWARD if by_truth else ""),
+        eval_function=cfg.eval_function or (TRUE_REWARD if asks_truth(cfg) else ""),
         sft_checkpoint=cfg.sft_checkpoint or str(world.policy),
         reward_checkpoint=cfg.reward_checkpoint or asks_model * str(world.reward_model),
         prompts=cfg.prompts or str(world.prompts),

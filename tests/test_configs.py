@@ -19,7 +19,7 @@ from halos_nb.configs import (
     require_path,
 )
 from halos_nb.loop import run_rounds
-from halos_nb.playground import into_playground, pairs_of_playground
+from halos_nb.playground import asks_truth, into_playground, pairs_of_playground
 from halos_nb.score import head_at
 from halos_nb.settings import Profile, Settings, SlurmOptions
 
@@ -220,3 +220,14 @@ def test_what_is_said_of_adapters_without_adapters_is_refused(name, value):
     ):
         TrainConfig(**given, **{name: value})
     assert getattr(TrainConfig(**given, use_peft=True, **{name: value}), name) == value
+
+
+def test_the_truth_of_the_playground_evaluates_where_it_is_asked():
+    given = dict(run_name="r", lr=1e-3, evaluate_every=1)
+    assert asks_truth(LoopConfig(**given))
+    assert asks_truth(LoopConfig(**given, eval_labeller="function, rm"))
+    assert not asks_truth(LoopConfig(**given, eval_labeller="rm"))
+    own = dict(labeller="function", function="rules:score", eval_labeller="function")
+    assert not asks_truth(LoopConfig(**given, **own))
+    with pytest.raises(ValueError, match="eval_labeller: it asks function, and there is none"):
+        LoopConfig(**given, prompts="mine.json", eval_labeller="function")
