@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import every
 from job_helpers import NEEDS_LINUX, ONE, TWO, alive, maps_torch, papermill, start, until
 
 from halos_nb import preload
@@ -91,7 +92,8 @@ def test_a_copy_ends_as_a_process_of_its_own_does(n, mode, says, code, tmp_path,
     assert not alive(tmp_path)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+# CI has two of its ranks in test_jobs
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=every)])
 def test_who_asks_for_accelerate_gets_no_copy(n, tmp_path, server):
     apart = Profile(num_processes=n, launcher="accelerate")
     assert not prepare(apart)
@@ -254,7 +256,8 @@ job.wait()
 """
 
 
-@pytest.mark.parametrize("death", ["TERM", "KILL", "INT"])
+# CI has INT in test_jobs
+@pytest.mark.parametrize("death", ["TERM", "KILL", pytest.param("INT", marks=every)])
 def test_no_copy_outlives_its_notebook(death, tmp_path):
     notebook = papermill(tmp_path, FORKING_CELL)
     until((tmp_path / "out").exists, 300, "running")
@@ -319,10 +322,11 @@ def test_a_waiting_process_whose_code_was_changed_begins_anew(waiting, tmp_path)
 @pytest.mark.parametrize(
     "launcher, changed, said",
     [
-        ("fork", False, "True 1 good"),
+        pytest.param("fork", False, "True 1 good", marks=every),
         ("fork", True, "True 2 good"),
         ("accelerate", False, "True 1 good"),
-        ("accelerate", True, "False 2 good"),  # a rank of its own begins anew by itself
+        # a rank of its own begins anew by itself
+        pytest.param("accelerate", True, "False 2 good", marks=every),
     ],
 )
 def test_ranks_have_imported_before_their_turn(launcher, changed, said, tmp_path, module):
