@@ -110,6 +110,11 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def stages_on_path(monkeypatch):
     "Jobs find the stages of this folder (tiny_stage, pretend), and so does this process."
+    put_stages_on_path(monkeypatch)
+
+
+def put_stages_on_path(monkeypatch):
+    "As `stages_on_path`, for what is set up for a whole file."
     here = str(Path(__file__).parent)
     known = [here, str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(known))
