@@ -49,8 +49,9 @@ every = pytest.mark.skipif(os.environ.get("HALOS_NB_LONG") != "every", reason="m
 
 
 # files that take minutes begin first, so that no process waits at the end for one of them
-LONG = "trainers jobs browser_widgets bench methods loop labellers browser_monitor ledger"
-LONG = [f"test_{name}" for name in f"{LONG} preload browser gallery audit".split()]
+LONG = "trainers browser_widgets jobs sample preload ledger browser judge methods labellers"
+LONG = f"{LONG} browser_monitor loop alarm gallery bench audit notebooks"
+LONG = [f"test_{name}" for name in LONG.split()]
 
 
 def pytest_collection_modifyitems(items):
