@@ -33,10 +33,11 @@ pytestmark = [
 @pytest.mark.parametrize(
     "n, launcher",
     [
-        (1, "fork"),
         (2, "fork"),
         (2, "accelerate"),
-        pytest.param(1, "accelerate", marks=every),  # CI has one in test_preload
+        # CI has one in test_preload
+        pytest.param(1, "fork", marks=every),
+        pytest.param(1, "accelerate", marks=every),
     ],
 )
 def test_runs_the_processes_asked_for(n, launcher, tmp_path):
@@ -142,15 +143,19 @@ ENDS = [
     (2, "segfault", "killed by SIGSEGV", -11),
     (2, "quiet", "exit code 7", 7),
 ]
-# under Accelerate's launcher, by far the slower one, CI has one of each kind
-BY_BOTH = [ENDS[3], ENDS[4]]
+# CI has all of them as copies of a server (test_preload), and here one of each kind
+IN_CI = dict(fork=[ENDS[0], ENDS[3], ENDS[5]], accelerate=[ENDS[3], ENDS[4]])
 
 
-@pytest.mark.parametrize(
-    "n, mode, says, code, launcher",
-    [(*end, LAUNCHERS[0]) for end in ENDS]
-    + [pytest.param(*end, LAUNCHERS[1], marks=[] if end in BY_BOTH else every) for end in ENDS],
-)
+def ends_by_both():
+    "How a job ends, and by which launcher it was started."
+    for launcher in LAUNCHERS:
+        for end in ENDS:
+            marks = [] if end in IN_CI[launcher] else every
+            yield pytest.param(*end, launcher, marks=marks)
+
+
+@pytest.mark.parametrize("n, mode, says, code, launcher", ends_by_both())
 def test_failure_is_raised_with_its_cause(n, mode, says, code, launcher, tmp_path):
     job = start(mode, tmp_path, Profile(num_processes=n, launcher=launcher))
     with pytest.raises(StageError, match=re.escape(says)) as raised:
