@@ -29,7 +29,7 @@ help:
 	@echo 'make test-vllm   make vllm, then the tests that run it: engine, server, reward model, a loop (ten minutes)'
 	@echo 'make test-trl    set up, then one step of KTO and GRPO beside TRL itself, installed into build/trl-venv (1.5 GB): losses and gradients (2 minutes)'
 	@echo 'make test-slurm  set up, install SLURM with apt-get where it is missing (as root), then jobs of a SLURM of two nodes, started and ended here (10 minutes)'
-	@echo 'make test-every  set up, then all of the files of which make test has one of each kind: every method in every cut and layout, every page of the site, and more (half an hour)'
+	@echo 'make test-every  set up, then all of the files of which make test has one of each kind: every method in every cut, layout and architecture, every death of a job by both launchers, every page of the site, and more (an hour)'
 	@echo 'make test-fsdp   set up, then every method with its weights shared out over 2 and 4 processes (FSDP2 on a CPU), beside one (15 minutes)'
 	@echo 'make test-plan   set up, then planned memory beside measured, ten trainings of a model of 230M parameters (half an hour)'
 	@echo 'make test-trackers  set up, then the tests with real trackers, installed into build/trackers: TensorBoard, Trackio, W&B offline'
