@@ -1,5 +1,7 @@
 "What the tests share: a runs folder of their own, and a browser with a JupyterLab in it."
 
+import gc
+import json
 import os
 import re
 import secrets
@@ -9,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -45,13 +49,46 @@ every = pytest.mark.skipif(os.environ.get("HALOS_NB_LONG") != "every", reason="m
 
 
 # files that take minutes begin first, so that no process waits at the end for one of them
-LONG = "trainers jobs browser_widgets bench methods loop labellers browser_monitor ledger"
-LONG = [f"test_{name}" for name in f"{LONG} preload browser gallery audit".split()]
+LONG = "trainers browser_widgets jobs sample preload ledger browser judge methods labellers"
+LONG = f"{LONG} browser_monitor loop alarm gallery bench audit notebooks"
+LONG = [f"test_{name}" for name in LONG.split()]
 
 
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+# A training ends with a look for garbage. Through all that is imported it takes longer than the
+# training of a tiny model, and finds nothing there: what is imported is set aside.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    "While everything is imported nobody looks for garbage, and afterwards no longer there."
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        set_aside()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    "What a test was the first to import is set aside after it."
+    known = len(sys.modules)
+    try:
+        return (yield)
+    finally:
+        if len(sys.modules) > known + 50:
+            set_aside()
+
+
+def set_aside():
+    "What is alive now is not looked through again."
+    gc.collect()
+    gc.freeze()
 
 
 def missing(what):
@@ -74,6 +111,11 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def stages_on_path(monkeypatch):
     "Jobs find the stages of this folder (tiny_stage, pretend), and so does this process."
+    put_stages_on_path(monkeypatch)
+
+
+def put_stages_on_path(monkeypatch):
+    "As `stages_on_path`, for what is set up for a whole file."
     here = str(Path(__file__).parent)
     known = [here, str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(known))
@@ -128,11 +170,8 @@ class Lab:
 
     def __init__(self, folder: Path, kernels=True):
         self.folder, self.token, self.port = folder, secrets.token_hex(16), free_port()
-        state = folder / f".lab-{self.port}"
-        for name, text in LAB_SETTINGS.items():
-            file = state / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
+        self.state = state = folder / f".lab-{self.port}"
+        self.forget_settings()
         env = os.environ | {
             "JUPYTERLAB_SETTINGS_DIR": str(state / "settings"),
             "JUPYTERLAB_WORKSPACES_DIR": str(state / "workspaces"),
@@ -188,8 +227,29 @@ class Lab:
         self.log.seek(0)
         raise RuntimeError(f"JupyterLab did not start:\n{self.log.read()[-3000:]}")
 
+    def forget_settings(self):
+        "What a page has set, such as its theme, is as at the beginning."
+        shutil.rmtree(self.state / "settings", ignore_errors=True)
+        for name, text in LAB_SETTINGS.items():
+            file = self.state / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+
     def url(self, name):
         return f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset"
+
+    def ask(self, method, path):
+        "What the server answers to a request of its own interface."
+        url = f"http://127.0.0.1:{self.port}/api/{path}?token={self.token}"
+        with urllib.request.urlopen(urllib.request.Request(url, method=method)) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def end_kernels(self):
+        "Shut down what the notebooks of a test have started."
+        for kind in ("sessions", "kernels"):
+            for known in self.ask("GET", kind):
+                with suppress(urllib.error.HTTPError):  # it went with its session
+                    self.ask("DELETE", f"{kind}/{known['id']}")
 
     def close(self):
         self.process.terminate()
@@ -260,18 +320,45 @@ def quiet(page):
     assert not errors, "\n".join(errors)
 
 
+@pytest.fixture(scope="module")
+def labs(chromium, tmp_path_factory):
+    "The servers of a file's tests, by whether they have kernels, and their environment."
+    servers = {}
+    yield servers
+    for server in servers.values():
+        server.close()
+
+
 @pytest.fixture
-def lab(chromium, tmp_path):
-    """`lab(kernels=True)`: a JupyterLab over the test's folder, with this checkout's settings;
-    ended after the test.
+def lab(labs, tmp_path):
+    """`lab(kernels=True)`: a JupyterLab over the test's folder, with this checkout's settings.
+
+    One serves all tests of a file that have the same environment; their kernels end with them.
     """
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    servers = []
 
-    def start(**kw):
-        servers.append(Lab(tmp_path, **kw))
-        return servers[-1]
+    def start(kernels=True):
+        env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+        known = kernels, tuple(sorted(env.items()))
+        if known not in labs:
+            labs[known] = Lab(tmp_path.parent, kernels=kernels)
+        return LabOver(tmp_path.name, labs[known])
 
     yield start
-    for s in servers:
-        s.close()
+    for server in labs.values():
+        server.end_kernels()
+        server.forget_settings()
+
+
+class LabOver(NamedTuple):
+    "A server as seen from one of the folders below its own."
+
+    folder: str
+    lab: Lab
+
+    def url(self, name):
+        return self.lab.url(f"{self.folder}/{name}")
+
+    @property
+    def process(self):
+        return self.lab.process

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import collapses
 import pytest
+from conftest import every
 from job_helpers import NEEDS_LINUX, quiet
 
 from halos_nb import ledger, playground
@@ -228,6 +229,7 @@ def test_thirty_times_the_learning_rate(settings):
     assert (run / "policy").resolve() == playground.locate(settings).policy.resolve()
 
 
+@every
 @pytest.mark.timeout(900)
 def test_a_reference_of_noise(settings):
     alarm, rounds = collapses.corrupted(settings)

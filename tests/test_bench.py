@@ -88,7 +88,7 @@ def small(tmp_path_factory):
     return folder
 
 
-def run_bench(script, folder, *more):
+def run_command(script, folder, *more):
     "What a measurement says of itself, as `bench/run.py` reads it."
     command = [sys.executable, BENCH / script, "--model", folder / "model", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -96,9 +96,33 @@ def run_bench(script, folder, *more):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def forks():
+    "Runs commands in copies of a process that has imported what they need."
+    script = Path(__file__).parent / "forks.py"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, script], **pipes) as process:
+        yield process
+
+
+@pytest.fixture
+def run_bench(forks, tmp_path):
+    "As `run_command`, but nothing is imported again."
+
+    def measured(script, folder, *more):
+        command = [str(BENCH / script), "--model", str(folder / "model"), *map(str, more)]
+        forks.stdin.write(json.dumps([command, str(tmp_path / "told")]) + "\n")
+        forks.stdin.flush()
+        code = forks.stdout.readline()
+        assert code == "0\n", (code, (tmp_path / "told.err").read_text())
+        return json.loads((tmp_path / "told.out").read_text().splitlines()[-1])
+
+    return measured
+
+
 @pytest.mark.parametrize("script", ["dpo.py", "reward_model.py"])
 @pytest.mark.parametrize("more", [[], ["--no-share"]])
-def test_training_is_measured(script, more, small):
+def test_training_is_measured(script, more, small, run_bench):
     told = run_bench(script, small, "--pairs", small / "pairs.jsonl", "--n", "2", *more)
     assert told["steps"] == 1 and (told["unit"], told["n"]) == ("pairs", 2)
     assert 0 < told["needed"] <= told["tokens"]
@@ -109,7 +133,7 @@ METHODS = {("kto",): 4, ("ppo",): 4, ("sft",): 2, ("dpo", "--lora"): 2}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_measured(method, small):
+def test_every_method_is_measured(method, small, run_bench):
     loss, *more = method
     data = ["--pairs", small / "pairs.jsonl", "--n", "2", "--loss", loss]
     told = run_bench("training.py", small, *data, *more)
@@ -118,7 +142,7 @@ def test_every_method_is_measured(method, small):
     assert told["operations"] > 0
 
 
-def test_what_a_run_asks_before_its_first_step_is_counted(small):
+def test_what_a_run_asks_before_its_first_step_is_counted(small, run_bench):
     "GRPO asks the policy about all answers first, beside the step and the reference."
     data = ["--groups", small / "groups.json", "--n", "2", "--loss", "grpo"]
     told = run_bench("training.py", small, *data, "--layout", "tree")
@@ -132,14 +156,14 @@ def test_what_a_run_asks_before_its_first_step_is_counted(small):
 
 
 @pytest.mark.parametrize("more", [[], ["--logps"]])
-def test_labelling_is_measured(more, small):
+def test_labelling_is_measured(more, small, run_bench):
     data = ["--samples", small / "samples.json", "--n", "4"]
     told = run_bench("label.py", small, *data, *more)
     assert 0 < told["needed"] <= told["tokens"]
 
 
 @every
-def test_sampling_is_measured(small):
+def test_sampling_is_measured(small, run_bench):
     flags = ["--pairs", small / "pairs.jsonl", "--n", "2", "--new", "4"]
     ours = run_bench("sample.py", small, *flags)
     assert ours["tokens"] > 0 and 0 < ours["mean_length"] <= 4
@@ -155,8 +179,8 @@ WAYS = [[], ["--layout", "plain"], ["--way", "padded"]]
 @pytest.mark.parametrize(
     "more", [pytest.param(w, marks=[every] * bool(w)) for w in WAYS], ids=str
 )
-def test_scoring_of_samples_is_measured(small, more):
-    told = run_bench("kl.py", small, "--samples", small / "samples.json", *more)
+def test_scoring_of_samples_is_measured(small, more, run_bench):
+    told = run_command("kl.py", small, "--samples", small / "samples.json", *more)
     assert told["n"] == 4 and 0 < told["needed"] <= told["tokens"]
     assert told["logps"] == pytest.approx(
         run_bench("kl.py", small, "--samples", small / "samples.json")["logps"], abs=1e-3

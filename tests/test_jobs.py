@@ -30,8 +30,16 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    "n, launcher",
+    [
+        (2, "fork"),
+        (2, "accelerate"),
+        # CI has one in test_preload
+        pytest.param(1, "fork", marks=every),
+        pytest.param(1, "accelerate", marks=every),
+    ],
+)
 def test_runs_the_processes_asked_for(n, launcher, tmp_path):
     job = start("gather", tmp_path, Profile(num_processes=n, launcher=launcher, threads=1))
     job.wait()
@@ -135,15 +143,19 @@ ENDS = [
     (2, "segfault", "killed by SIGSEGV", -11),
     (2, "quiet", "exit code 7", 7),
 ]
-# under Accelerate's launcher, by far the slower one, CI has one of each kind
-BY_BOTH = [ENDS[0], ENDS[3], ENDS[4]]
+# CI has all of them as copies of a server (test_preload), and here one of each kind
+IN_CI = dict(fork=[ENDS[0], ENDS[3], ENDS[5]], accelerate=[ENDS[3], ENDS[4]])
 
 
-@pytest.mark.parametrize(
-    "n, mode, says, code, launcher",
-    [(*end, LAUNCHERS[0]) for end in ENDS]
-    + [pytest.param(*end, LAUNCHERS[1], marks=[] if end in BY_BOTH else every) for end in ENDS],
-)
+def ends_by_both():
+    "How a job ends, and by which launcher it was started."
+    for launcher in LAUNCHERS:
+        for end in ENDS:
+            marks = [] if end in IN_CI[launcher] else every
+            yield pytest.param(*end, launcher, marks=marks)
+
+
+@pytest.mark.parametrize("n, mode, says, code, launcher", ends_by_both())
 def test_failure_is_raised_with_its_cause(n, mode, says, code, launcher, tmp_path):
     job = start(mode, tmp_path, Profile(num_processes=n, launcher=launcher))
     with pytest.raises(StageError, match=re.escape(says)) as raised:
@@ -313,8 +325,9 @@ def pid_of(folder, what):
 
 
 DEATHS = ["papermill KILL", "papermill INT", "launcher KILL", "rank KILL", "papermill TERM"]
-SLOW = [("papermill TERM", LAUNCHERS[0])]
-SLOW += [(DEATHS[i], LAUNCHERS[1]) for i in (1, 2, 4)]
+# CI has each death by the faster launcher, or, KILL, by the other; it has TERM in test_preload
+SLOW = [(DEATHS[i], LAUNCHERS[0]) for i in (0, 4)]
+SLOW += [(DEATHS[i], LAUNCHERS[1]) for i in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -360,8 +373,15 @@ def reply_to(client, request):
             return reply["content"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("death", ["interrupt", "KILL"])
+@pytest.mark.parametrize(
+    "death, launcher",
+    [
+        ("interrupt", "fork"),
+        ("KILL", "accelerate"),
+        pytest.param("interrupt", "accelerate", marks=every),
+        pytest.param("KILL", "fork", marks=every),
+    ],
+)
 def test_nothing_outlives_its_kernel(death, launcher, tmp_path, kernel):
     manager, client = kernel
     cell = CELL.format(out=tmp_path / "out", folder=tmp_path, launcher=launcher)

@@ -266,7 +266,7 @@ def test_who_waits_in_vain_is_gone(run, case):
     assert waiting.poll() is not None
     assert waiting.process.poll() is not None
     ledger.close()
-    assert go(run, chain(run), APART)[2]
+    assert go(run, chain(run))[2]
 
 
 def test_a_stage_that_was_started_while_somebody_looked(run):
@@ -313,7 +313,8 @@ def test_a_stage_that_was_started_on_what_is_no_longer_true(run, change):
 
 
 def test_copies_of_a_server_end_in_the_same_bits(run):
-    assert all(go(run, chain(run, 4), APART))
+    with Ledger(run, APART, watch=quiet) as ledger:  # each a process of its own
+        assert all([ledger.run(stage) for stage in chain(run, 4)])
     bits = hashes(run, 4)
     jobs.prepare(ONE)
     assert preload.SERVERS[0].is_ready(600)

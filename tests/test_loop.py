@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import every
+from conftest import every, put_stages_on_path
 from job_helpers import NEEDS_LINUX, quiet
 
 from halos_nb import ledger
@@ -29,26 +29,31 @@ pytestmark = [
 @pytest.fixture
 def pretend(tmp_path, monkeypatch, stages_on_path):
     "`pretend(look=..., **parameters)`: the rounds of a run, each looked at when it is yielded."
+    return pretending(tmp_path, monkeypatch)
+
+
+def pretending(folder, monkeypatch):
+    "As `pretend`, with its files in a folder."
     launch = ledger.launch
 
-    def launch_pretend(stage, cfg, profile, folder, module, **more):
-        return launch(stage, cfg, profile, folder, "pretend", **more)
+    def launch_pretend(stage, cfg, profile, where, module, **more):
+        return launch(stage, cfg, profile, where, "pretend", **more)
 
     monkeypatch.setattr(ledger, "launch", launch_pretend)
     for name in ("sft", "rm"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(name)
-    (tmp_path / "prompts.json").write_text("[]")
+        (folder / name).mkdir()
+        (folder / name / "weights").write_text(name)
+    (folder / "prompts.json").write_text("[]")
     given = dict(
         run_name="r",
-        sft_checkpoint=str(tmp_path / "sft"),
-        reward_checkpoint=str(tmp_path / "rm"),
-        prompts=str(tmp_path / "prompts.json"),
+        sft_checkpoint=str(folder / "sft"),
+        reward_checkpoint=str(folder / "rm"),
+        prompts=str(folder / "prompts.json"),
         audit="skip",
         lr=3e-4,
         alarm="skip",  # tests/test_alarm.py has runs that look
     )
-    settings = Settings(runs_dir=str(tmp_path / "runs"))
+    settings = Settings(runs_dir=str(folder / "runs"))
 
     def rounds(look=None, **more):
         seen = []
@@ -69,10 +74,19 @@ def params(tmp_path):
     return json.loads((tmp_path / "runs/r/params.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    "A folder, and the rounds that a run there has had: 25 prompts, 10 a round."
+    folder = tmp_path_factory.mktemp("three")
+    with pytest.MonkeyPatch.context() as patch:
+        put_stages_on_path(patch)
+        return folder, pretending(folder, patch)(total_prompts=25, prompts_per_round=10)
+
+
 @pytest.fixture
-def three_rounds(pretend):
-    "25 prompts, 10 a round."
-    return pretend(total_prompts=25, prompts_per_round=10)
+def three_rounds(three):
+    "Looked at by several tests, and changed by none."
+    return three[1]
 
 
 def test_rounds_share_the_prompts(three_rounds):
@@ -88,8 +102,8 @@ def test_rounds_share_the_prompts(three_rounds):
     assert sum(map(len, seen)) == len(set.union(*seen)) == 35
 
 
-def test_rounds_follow_each_other(three_rounds, tmp_path):
-    sft = str(tmp_path / "sft")
+def test_rounds_follow_each_other(three, three_rounds):
+    sft = str(three[0] / "sft")
     policies = [str(r.policy) for r in three_rounds[:3]]
     trained = stage_configs(three_rounds[:3], "train")
     assert [c["from_checkpoint"] for c in trained] == [None, *policies[:2]]
@@ -101,19 +115,19 @@ def test_rounds_follow_each_other(three_rounds, tmp_path):
     assert {c["reference"] for c in sampled} == {sft}
 
 
-def test_a_run_keeps_its_last_policy_and_its_first(three_rounds, tmp_path):
-    run = tmp_path / "runs/r"
+def test_a_run_keeps_its_last_policy_and_its_first(three, three_rounds):
+    run = three[0] / "runs/r"
     assert [r.policy.exists() for r in three_rounds] == [False, False, True, True]
-    assert (tmp_path / "sft/weights").exists()
+    assert (three[0] / "sft/weights").exists()
     assert (run / "policy").resolve() == three_rounds[2].policy
     assert not Path(os.readlink(run / "policy")).is_absolute()
 
 
-def test_a_run_says_what_it_was(three_rounds, tmp_path):
-    known = params(tmp_path)
+def test_a_run_says_what_it_was(three):
+    known = params(three[0])
     assert (known["ended"], known["rounds"]) == ("as planned", 3)
     assert known["parameters"]["beta"] == 0.1
-    summary = run_summary(tmp_path / "runs/r")
+    summary = run_summary(three[0] / "runs/r")
     assert [row["round"] for row in summary] == ["1", "2", "3", "final"]
     assert summary[0]["kl"] == 0.5
 

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import every
 from test_house import NOTEBOOKS, default_exp
 
 from halos_nb.configs import (
@@ -97,9 +98,37 @@ def test_guard_is_the_first_cell_after_the_parameters(name):
     )
 
 
-@pytest.mark.parametrize(
-    "name, parameter, value", [(n, *w) for n in DRIVERS for w in WRONG.get(n, [])]
-)
+def started(path):
+    "A driver's parameters cell and its guard, as one would run them."
+    cells = code_cells(path)
+    i = next(i for i, c in enumerate(cells) if "parameters" in tags(c))
+    return ["".join(c["source"]) for c in cells[i : i + 2]]
+
+
+MISTAKES = [(name, *wrong) for name in DRIVERS for wrong in WRONG.get(name, [])]
+
+
+@pytest.mark.parametrize("name, parameter, value", MISTAKES)
+def test_wrong_parameter_is_refused_by_the_guard(name, parameter, value, monkeypatch):
+    "The first lines of the driver itself, with the parameter as papermill would set it."
+    monkeypatch.chdir(ROOT)
+    parameters, guard = started(DRIVERS[name])
+    here = {}
+    exec(parameters, here)
+    here[parameter] = int(value) if value.isdigit() else value
+    with pytest.raises(ValueError, match=rf"^{CONFIG[name].__name__}: {parameter}: "):
+        exec(guard, here)
+
+
+def through_papermill():
+    "CI has all mistakes in one driver, and a misspelling in each of the others."
+    for name, wrong in WRONG.items():
+        for i, (parameter, value) in enumerate(wrong):
+            ci = i == 0 or name == "online_loop"
+            yield pytest.param(name, parameter, value, marks=[] if ci else every)
+
+
+@pytest.mark.parametrize("name, parameter, value", through_papermill())
 def test_wrong_parameter_stops_at_once(name, parameter, value, tmp_path):
     "As a user types it, from the repository's root."
     done = subprocess.run(
@@ -140,8 +169,7 @@ def test_cleaning_keeps_the_parameters_tag(tmp_path):
     (tmp_path / "small.ipynb").write_text(
         json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5))
     )
-    for path in tmp_path.glob("*.ipynb"):
-        subprocess.run(["nbdev-clean", "--fname", str(path)], cwd=ROOT, check=True, timeout=120)
+    subprocess.run(["nbdev-clean", "--fname", str(tmp_path)], cwd=ROOT, check=True, timeout=120)
     small = code_cells(tmp_path / "small.ipynb")[0]
     assert (small["metadata"], small["execution_count"]) == ({"tags": ["parameters"]}, None)
     for name in DRIVERS:
