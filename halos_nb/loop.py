@@ -2820,8 +2820,9 @@ def ask_person(told: str) -> str:  # one of WAYS
 def base_of(run: Path) -> str:
     "The name of the run that this one, and others, have gone on beside; its own if it has not."
     told = object_if_any(run / "run.json").get("branch_of")
-    is_name = isinstance(told, str) and told and not name_problem(told)
-    return told if is_name else run.name
+    if isinstance(told, str) and not name_problem(told):
+        return told
+    return run.name
 
 
 def branches_of(run: Path) -> list[Path]:
