@@ -235,9 +235,9 @@ def test_hostile_parameters_arrive_as_they_are(cluster, place, submit):
 
 
 def test_a_name_with_quotes_has_its_log(cluster, place, submit):
-    number = submit(run_name='it\'s a "run" #1 (id) %', total_prompts=10)
+    number = submit(run_name='it\'s a "run" #1 (id);', total_prompts=10)
     cluster.wait(number, "COMPLETED")
-    log = place / 'runs/it\'s a "run" #1 (id) %' / f"submit/slurm-{number}.log"
+    log = place / 'runs/it\'s a "run" #1 (id);' / f"submit/slurm-{number}.log"
     assert "ended with 0" in log.read_text()
 
 
