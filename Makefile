@@ -33,7 +33,7 @@ help:
 	@echo 'make test-fsdp   set up, then every method with its weights shared out over 2 and 4 processes (FSDP2 on a CPU), beside one (15 minutes)'
 	@echo 'make test-plan   set up, then planned memory beside measured, ten trainings of a model of 230M parameters (half an hour)'
 	@echo 'make test-trackers  set up, then the tests with real trackers, installed into build/trackers: TensorBoard, Trackio, W&B offline'
-	@echo 'make gallery     set up, then every notebook of nbs/gallery in full, three seeds each, with its picture (GALLERY=name: one; half an hour each)'
+	@echo 'make gallery     set up, then every notebook of nbs/gallery in full, ten seeds each, with its picture (GALLERY=name: one of them; an hour in all)'
 	@echo 'make test-gallery  set up, then each of them in its short form (some minutes; one of them is in make test)'
 	@echo 'make test-benchmarks  set up, then RewardBench, AlpacaEval and lm-evaluation-harness themselves, installed into build/benchmarks-venv, on files made here'
 	@echo 'make lab         set up, then open JupyterLab on a start page: tutorials, drivers, the runs that exist'

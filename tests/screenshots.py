@@ -37,6 +37,7 @@ LIVE = {  # picture -> what is run, and what of its output is shown (empty: all)
     "compared": (COMPARE, ".hnb"),
     "reward": (REWARD, ""),
 }
+LONG = ("compared", "reward")
 NEEDED = {  # runs that the pictures show, and what makes them
     "online": "make demo",
     "pictures-dpo": "make screenshots",
@@ -83,11 +84,13 @@ def shots(runs: Path, out: Path):
                 page.screenshot(path=out / f"{name}.png", clip=clip, full_page=True)
             lab = Lab(tmp)
             for name, (source, selector) in LIVE.items():
-                page.set_viewport_size(dict(width=1500, height=800 if selector else 1400))
+                # JupyterLab draws what is in the window: all of a long output needs a high one
+                height = 4000 if name in LONG else 800 if selector else 1400
+                page.set_viewport_size(dict(width=1500, height=height))
                 told = source.format(run=str(run.resolve()), runs=str(runs.resolve()))
                 write_notebook(tmp / f"{name}.ipynb", told, DONE)
                 open_notebook(page, lab, f"{name}.ipynb")
-                run_all(page)
+                run_all(page, 120)
                 shown = (
                     outputs(page).locator(selector).first if selector else outputs(page).first
                 )
