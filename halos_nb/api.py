@@ -645,7 +645,8 @@ async def last_answers(at_work: list[asyncio.Task[None]]) -> None:
     "Wait for what has been asked, which is paid for; another interrupt leaves it."
     left = sum(not task.done() for task in at_work)
     sys.stderr.write(
-        f"\ninterrupted: waiting for up to {left} answers that are under way; once more leaves them\n"
+        f"\ninterrupted: waiting for up to {left} answers that are under way; "
+        "once more leaves them\n"
     )
     await asyncio.gather(*at_work, return_exceptions=True)
 

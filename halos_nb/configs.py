@@ -54,7 +54,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -1045,10 +1045,10 @@ def weight_of(weight: str, part: str) -> float:
     return value
 
 
-def split_names(x: str | list[str]) -> list[str]:
+def split_names(x: str | Sequence[str]) -> list[str]:
     "Names set apart by commas, or a list of them."
     if not isinstance(x, str):
-        return x
+        return list(x)
     return [name.strip() for name in x.split(",") if name.strip()]
 
 # %% ../nbs/02_configs.ipynb #3d7b3e58

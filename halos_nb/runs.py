@@ -56,7 +56,7 @@ from halos_nb.stats import (
     share_over_prompts,
     sign,
 )
-from .configs import did_you_mean, read_models
+from .configs import did_you_mean, read_models, split_names
 from .verdicts import mean_or_none, pair_table
 from .settings import Profile, load_settings
 from .identity import PACKAGE
@@ -627,7 +627,7 @@ def pack(
 # %% ../nbs/63_runs.ipynb #d3b19b0a
 def run_folders(
     runs_dir: Path,
-    names: Sequence[str],  # of runs, or patterns such as sweep-* (empty: all)
+    names: str | Sequence[str],  # of runs, or patterns such as sweep-* (empty: all)
 ) -> list[Path]:
     "The folders with these names, or all of them in order; links are not followed."
     if not runs_dir.is_dir():
@@ -635,7 +635,7 @@ def run_folders(
     folders = sorted(p for p in runs_dir.iterdir() if p.is_dir() and not p.is_symlink())
     known = [p.name for p in folders if (p / "params.json").exists()]
     found: dict[Path, None] = {}
-    for name in names:
+    for name in split_names(names):
         matching = fnmatch.filter(known, name) if set(name) & set("*?[") else [name]
         if not matching or not (runs_dir / matching[0]).is_dir():
             raise ValueError(
@@ -651,7 +651,7 @@ DAMAGED = (OSError, KeyError, TypeError, AttributeError, IndexError)
 
 def read_runs(
     runs_dir: str | Path,  # the folder of all runs
-    names: Sequence[str] = (),  # these only (empty: all)
+    names: str | Sequence[str] = (),  # these only (empty: all)
     truth: Truth | None = None,  # where the truth can be computed
     best: float | None = None,  # true reward of the best possible answer
 ) -> tuple[list[Run], dict[str, str]]:

@@ -18,7 +18,7 @@ samples = read_records({run!r} + "/round-1/samples.json", "sample")
 session = Session("journal.jsonl", samples, choose_pairs(samples, 20), "human:me")
 label_pairs(SessionView(session, "feedback.json", "Which answer is true, and kind?"))"""
 COMPARE = """from halos_nb.compare import RunComparer
-RunComparer({runs!r}, "pictures-*").show()"""
+RunComparer({runs!r}, ["pictures-*"]).show()"""
 REWARD = """from halos_nb import reward_report, show
 pairs = reward_report.read_scored_pairs({runs!r} + "/reward_model/rm/eval_scores.jsonl")
 rows = reward_report.accuracy_rows(pairs)
@@ -34,7 +34,7 @@ LIVE = {  # picture -> what is run, and what of its output is shown (empty: all)
     ),
     "pairs": ("from halos_nb.widgets import browse_pairs\nbrowse_pairs({run!r})", ".hnb"),
     "labeller": (LABEL, ".hnb"),
-    "compared": (COMPARE, ".hnb"),
+    "compared": (COMPARE, ""),
     "reward": (REWARD, ""),
 }
 LONG = ("compared", "reward")

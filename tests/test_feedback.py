@@ -613,7 +613,7 @@ def test_combined_labels(said, how, rng):
 
 
 def test_a_mean_is_over_the_same_labellers_for_every_answer_of_a_prompt():
-    "A judge says 8 and 9 of 10, a reward model -2 and 1; of the better answer the judge is silent."
+    "A judge says 8 and 9, a reward model -2 and 1; of the better answer the judge is silent."
     said = {
         "api:judge": {("p", 0): 8.0, ("p", 1): None, ("q", 0): 9.0},
         "rm": {("p", 0): -2.0, ("p", 1): 1.0, ("q", 0): None},

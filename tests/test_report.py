@@ -574,3 +574,10 @@ def test_driver_runs_and_converts_with_every_figure(runs, tmp_path):
     assert len(re.findall(r"<img[^>]*data:image/png", page)) == 4
     assert "only parameters that differ" in page
     assert page.count("(median of 3)") == 9
+
+
+def test_runs_are_named_in_one_text_or_in_a_list(runs):
+    for names in ("one, wide", ["one", "wide"], "[!t]*e"):
+        assert [r.name for r in RunComparer(runs, names, mode="static").runs] == ["one", "wide"]
+    with pytest.raises(ValueError, match="no run is called won; did you mean"):
+        RunComparer(runs, "won")
