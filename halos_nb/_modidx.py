@@ -2161,6 +2161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.page.board_parts': ('page.html#board_parts', 'halos_nb/page.py'),
                                'halos_nb.page.counts_table': ('page.html#counts_table', 'halos_nb/page.py'),
                                'halos_nb.page.data_block': ('page.html#data_block', 'halos_nb/page.py'),
+                               'halos_nb.page.ends_of': ('page.html#ends_of', 'halos_nb/page.py'),
                                'halos_nb.page.evaluation_parts': ('page.html#evaluation_parts', 'halos_nb/page.py'),
                                'halos_nb.page.feedback_by_round': ('page.html#feedback_by_round', 'halos_nb/page.py'),
                                'halos_nb.page.feedback_figures': ('page.html#feedback_figures', 'halos_nb/page.py'),

@@ -11,6 +11,7 @@ __all__ = ['SECTIONS', 'SHARES', 'INSTRUCTIONS', 'FEWEST', 'BenchPair', 'check_b
 # %% ../nbs/46_benchmarks.ipynb #30019d92
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,18 +121,18 @@ class Judged(NamedTuple):
     right: list[float]  # 1 where the better answer scores higher, else 0
     prompts: list[str]
     ties: int = 0  # among the wrong ones
-    unscored: int = 0  # pairs that are not among these
+    unscored: Counter[str] = Counter()  # pairs that are not among these, by subset
 
 
 def judge_pairs(pairs: list[BenchPair], scores: dict[tuple, float | None]) -> Judged:
     "Which pairs a labeller has right."
     found = Judged([], [], [])
     ties = 0
-    unscored = 0
+    unscored: Counter[str] = Counter()
     for subset, better, worse in pairs:
         high, low = scores[sample_key(better)], scores[sample_key(worse)]
         if high is None or low is None:
-            unscored += 1
+            unscored[subset] += 1
             continue
         ties += high == low
         found.subset.append(subset)
@@ -171,9 +172,13 @@ def rewardbench_table(judged: Judged) -> dict:
     "Accuracy by subset, by section, and overall."
     sections = {}
     for name, subsets in SECTIONS.items():
-        missing = [subset for subset in subsets if subset not in judged.subset]
+        gone = [subset for subset in subsets if subset not in judged.subset]
         rate = three(weighted_accuracy(judged, dict(subsets)))
-        sections[name] = dict(accuracy=rate, missing_subsets=missing)
+        sections[name] = dict(
+            accuracy=rate,
+            missing_subsets=[subset for subset in gone if subset not in judged.unscored],
+            unscored_subsets=[subset for subset in gone if subset in judged.unscored],
+        )
     known = {subset for subsets in SECTIONS.values() for subset in subsets}
     names = list(dict.fromkeys(judged.subset))
     return dict(
@@ -183,7 +188,7 @@ def rewardbench_table(judged: Judged) -> dict:
         other_subsets=[name for name in names if name not in known],
         pairs=len(judged.right),
         ties=judged.ties,
-        unscored=judged.unscored,
+        unscored=judged.unscored.total(),
     )
 
 # %% ../nbs/46_benchmarks.ipynb #1aeaca89
