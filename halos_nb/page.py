@@ -410,7 +410,12 @@ def state_and_rounds(state: RunState, run: Run, truth: Truth | None) -> list[Par
     if state.state in ("failed", "killed"):
         parts.append("Log:\n" + "\n".join(state.log))
     if best := run.params.get("best"):
-        span = minus(f"95% interval {best['low']:.3g} to {best['high']:.3g}")
+        ends = best["low"], best["high"]
+        span = (
+            "no interval"
+            if None in ends
+            else minus("95% interval {:.3g} to {:.3g}".format(*ends))
+        )
         parts.append(f"Best: {best['words']}, {span}, at {best['policy']}")
     if by := run.params.get("labelled_by"):
         parts.append(f"Labelled by {by}; reward: {run.params['reward']}")
