@@ -13,6 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,7 +247,7 @@ SHARES = ("acc", "acc_norm", "exact_match")  # each question is right or wrong
 
 def from_error(value: float, error: Any) -> Interval:
     "An interval from a standard error; none where that is 0 or unknown."
-    off = 1.96 * error if isinstance(error, int | float) and error > 0 else math.nan
+    off = 1.96 * error if isinstance(error, Real) and error > 0 else math.nan
     return Interval(value, value - off, value + off)
 
 
