@@ -247,7 +247,8 @@ SHARES = ("acc", "acc_norm", "exact_match")  # each question is right or wrong
 
 def from_error(value: float, error: Any) -> Interval:
     "An interval from a standard error; none where that is 0 or unknown."
-    off = 1.96 * error if isinstance(error, Real) and error > 0 else math.nan
+    off = 1.96 * float(error) if isinstance(error, Real) else 0.0
+    off = off if off > 0 else math.nan
     return Interval(value, value - off, value + off)
 
 
