@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'SHARES', 'INSTRUCTIONS', 'FEWEST', 'BenchPair', 'check_bench_row', 'read_rewardbench', 'Judged',
            'judge_pairs', 'weighted_accuracy', 'subset_row', 'overall', 'rewardbench_table', 'score_pairs', 'need',
-           'check_packages', 'from_error', 'harness_interval', 'harness_numbers', 'device_here', 'run_harness',
-           'check_annotations', 'alpaca_rates', 'main']
+           'check_packages', 'harness_interval', 'harness_numbers', 'device_here', 'run_harness', 'check_annotations',
+           'alpaca_rates', 'main']
 
 # %% ../nbs/46_benchmarks.ipynb #30019d92
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ from halos_nb.records import (
 from halos_nb.stats import (
     UNKNOWN,
     Interval,
+    from_error,
     share_interval,
     share_of_parts,
     share_over_prompts,
@@ -243,13 +242,6 @@ def check_packages(cfg: BenchmarkConfig) -> None:
 
 # %% ../nbs/46_benchmarks.ipynb #f53be7db
 SHARES = ("acc", "acc_norm", "exact_match")  # each question is right or wrong
-
-
-def from_error(value: float, error: Any) -> Interval:
-    "An interval from a standard error; none where that is 0 or unknown."
-    off = 1.96 * float(error) if isinstance(error, Real) else 0.0
-    off = off if off > 0 else math.nan
-    return Interval(value, value - off, value + off)
 
 
 def harness_interval(metric: str, value: float, error: Any, questions: Any) -> Interval:

@@ -94,7 +94,7 @@ from halos_nb.configs import (
 from .hub_sets import load_prompts, require_source, source_state
 from .settings import Profile, Settings, is_said, load_settings, parse_args
 from .settings import profile_record
-from .stats import Interval, minus
+from .stats import Interval, from_error, minus
 from halos_nb.health import (
     Alarm,
     Health,
@@ -2008,8 +2008,7 @@ def add_score(self: Loop, folder: str, now: Health) -> None:
         return
     if folder == "start" or now.score is None:  # round 1 asks the first policy more
         return
-    off = 1.96 * now.errors.get("score", 0.0) or math.nan
-    score = Interval(now.score, now.score - off, now.score + off)
+    score = from_error(now.score, now.errors.get("score"))
     last = self.done[-1] if self.done else None
     policy = last.policy if last else Path(self.cfg.sft_checkpoint)
     scored = Scored(policy, last.name if last else "start", folder, score)

@@ -29,7 +29,7 @@ from halos_nb.records import (
     read_object,
     telling_read_only,
 )
-from .stats import Interval, minus
+from .stats import Interval
 from halos_nb.show import (
     DARK,
     Shown,
@@ -410,13 +410,7 @@ def state_and_rounds(state: RunState, run: Run, truth: Truth | None) -> list[Par
     if state.state in ("failed", "killed"):
         parts.append("Log:\n" + "\n".join(state.log))
     if best := run.params.get("best"):
-        ends = best["low"], best["high"]
-        span = (
-            "no interval"
-            if None in ends
-            else minus("95% interval {:.3g} to {:.3g}".format(*ends))
-        )
-        parts.append(f"Best: {best['words']}, {span}, at {best['policy']}")
+        parts.append(f"Best: {best['words']}, at {best['policy']}")
     if by := run.params.get("labelled_by"):
         parts.append(f"Labelled by {by}; reward: {run.params['reward']}")
     return [*parts, rounds_left_out(run)]

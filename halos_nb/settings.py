@@ -105,10 +105,10 @@ READ = [
     "same_network",  # not read by accelerate launch from a file either
 ]
 
-# kinds of Accelerate's that need another machine, or another trainer
+# kinds of Accelerate's that need another machine
 ELSEWHERE = (
     *("MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU"),
-    *("MULTI_NEURON", "XLA", "MEGATRON_LM"),
+    *("MULTI_NEURON", "XLA"),
 )
 
 # those that may not be set, and why
@@ -296,6 +296,8 @@ def only_problems(values: Mapping[str, Any]) -> Iterator[str]:
             said += f"; which GPUs is the profile's: devices = {numbers}"
         if key == "distributed_type" and value is False:
             said += "; YAML reads NO as false, so it stands in quotes: 'NO'"
+        elif key == "distributed_type" and value == "MEGATRON_LM":
+            said += f"; {NOT_HERE['megatron_lm_config']}"
         elif key == "distributed_type" and value in ELSEWHERE:
             said += "; this toolkit runs on CPUs and on GPUs of CUDA or ROCm alone"
         elif key == "distributed_type":

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HYPHEN', 'UNKNOWN', 'MOST_GROUPS', 'FEWEST_PROMPTS', 'Ends', 'WeightedEstimate', 'floats', 'finite_values',
-           'is_whole', 'drawn_logp', 'kl_terms', 'pair_margins', 'prompts_of', 'minus', 'Interval', 'ratio', 'sign',
-           'share_interval', 'prompt_numbers', 'effective_of', 'effective_prompts', 'MeanError', 'mean_error', 'reach',
-           'all_alike', 'mean_interval', 'prompt_means', 'bounded_mean', 'prompt_groups', 'drawn_weights',
-           'outer_share', 'percentile_interval', 'bootstrap', 'bootstrap_sums', 'mean_over_seeds', 'trials_of',
-           'share_over_prompts', 'share_of_parts', 'known_prompts', 'late_and_early', 'mean_over_runs',
+           'is_whole', 'drawn_logp', 'kl_terms', 'pair_margins', 'prompts_of', 'minus', 'Interval', 'from_error',
+           'ratio', 'sign', 'share_interval', 'prompt_numbers', 'effective_of', 'effective_prompts', 'MeanError',
+           'mean_error', 'reach', 'all_alike', 'mean_interval', 'prompt_means', 'bounded_mean', 'prompt_groups',
+           'drawn_weights', 'outer_share', 'percentile_interval', 'bootstrap', 'bootstrap_sums', 'mean_over_seeds',
+           'trials_of', 'share_over_prompts', 'share_of_parts', 'known_prompts', 'late_and_early', 'mean_over_runs',
            'prompt_deviations', 'mean_gain', 'mean_share_of_way', 'share_of_way', 'centred', 'slope',
            'scores_by_prompt', 'beaten', 'grouped_scores', 'win_rate_over_all', 'rate_interval', 'win_rate',
            'logistic_fit', 'clustered_errors', 'log_odds_interval', 'length_controlled', 'best_of_n_weights',
@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +106,13 @@ class Interval(NamedTuple):
 
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
+def from_error(value: float, error: Any) -> Interval:
+    "An interval from a standard error; none where that is 0 or unknown."
+    off = 1.96 * float(error) if isinstance(error, Real) else 0.0
+    off = off if off > 0 else math.nan
+    return Interval(value, value - off, value + off)
 
 # %% ../nbs/01_stats.ipynb #fb6ba2fb
 def ratio(a: Any, b: Any) -> float:

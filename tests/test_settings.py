@@ -381,6 +381,7 @@ FILE_PROBLEMS = [
     ("num_processes: 4\nnum_processes: 8", "num_processes: stands there twice"),
     ("distributed_type: NO", "distributed_type: .*in quotes: 'NO'"),
     ("distributed_type: MULTI_GPUS", "distributed_type: .*did you mean `MULTI_GPU`"),
+    ("distributed_type: MEGATRON_LM", "distributed_type: .*has a trainer of its own$"),
     (
         "distributed_type: MULTI_XPU",
         "distributed_type: .*CPUs and on GPUs of CUDA or ROCm alone$",
@@ -822,5 +823,5 @@ def test_a_user_s_answers_to_accelerate_in_another_encoding(tmp_path):
 def test_every_kind_of_accelerate_is_taken_or_said_to_be_elsewhere():
     from accelerate.utils import DistributedType
 
-    ours = {*ONLY["distributed_type"], *ELSEWHERE, "DEEPSPEED"}
+    ours = {*ONLY["distributed_type"], *ELSEWHERE, "DEEPSPEED", "MEGATRON_LM"}
     assert ours == {kind.value for kind in DistributedType}
