@@ -125,6 +125,7 @@ from halos_nb.score import (
     weighted_score,
     with_rewards,
 )
+from .api import hide
 from .judge import process_samples_with_api as process_samples_with_api
 from .replies import Reading
 from halos_nb.judge import (
@@ -163,7 +164,7 @@ def score_with(function: Callable, sample: dict) -> Scored:
     "What the function says of a sample; unscored if it raises or gives no finite number."
     try:
         value = function(copy.deepcopy(sample["prompt"]), sample["output"])
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         return Scored(None, writable(f"{type(e).__name__}: {e}"), False)
     if isinstance(value, numbers.Real):  # numpy's, too
         with suppress(OverflowError):
@@ -173,8 +174,8 @@ def score_with(function: Callable, sample: dict) -> Scored:
 
 
 def writable(reason: str, most: int = 300) -> str:
-    "The beginning of a reason, as a text that can be written."
-    return reason[:most].encode("utf-8", "backslashreplace").decode()
+    "The beginning of a reason, as a text that can be written: without a key, too."
+    return hide(reason)[:most].encode("utf-8", "backslashreplace").decode()
 
 
 def score_with_function(

@@ -1460,3 +1460,20 @@ def test_why_nothing_was_scored_is_said(tmp_path, monkeypatch):
             file.write(json.dumps(row | dict(sample_id=str(row["sample_id"]))) + "\n")
     with pytest.raises(ValueError, match="Why unscored: "):
         main(LabelConfig(**given | dict(output_file="g.json"), from_labels="other.jsonl"))
+
+
+def test_what_a_function_dies_of_names_no_key_and_ends_nothing(monkeypatch):
+    "A client's error repeats the key it was given; a function that exits ended all with 0."
+    key = "sk-" + "Zx9" * 10
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    def asks(prompt, output):
+        raise RuntimeError(f"401: {key} is no key of ours")
+
+    def leaves(prompt, output):
+        sys.exit(0)
+
+    sample = make_samples()[0]
+    assert score_with(asks, sample).reason == "RuntimeError: 401: [key] is no key of ours"
+    assert key not in score_with(lambda prompt, output: key, sample).reason
+    assert score_with(leaves, sample).reason == "SystemExit: 0"
