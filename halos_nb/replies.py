@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED', 'SIGN', 'BEHIND', 'SCORE', 'FINAL', 'START', 'BEGINS',
            'FILLERS', 'BETWEEN', 'WILL', 'ADVERB', 'I_GIVE', 'THIS', 'GETS', 'SO', 'SAYS', 'QUOTED', 'LABELS', 'LEADS',
-           'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'LAST_COMMA', 'FAILURE', 'ADDED', 'IF_TRUE', 'IF_FALSE',
-           'NAMED', 'SCORES', 'WINNERS', 'ALSO_SCORES', 'SCALES', 'SCALE_WORD', 'LIMIT_WORD', 'SCORE_WORD',
-           'SCALE_NAME', 'TOTALS', 'SPAN', 'STARS', 'SHARE', 'RATED', 'OVERALL', 'N', 'TO', 'SCALED', 'NAMES_SCALE',
-           'POSSIBLE', 'MARK_WORD', 'EQUAL', 'SCALES_SAID', 'BEST_SAID', 'DEFINED', 'TOP', 'BOTTOM', 'BETWEEN_ENDS',
-           'LOW', 'HIGH', 'LINK', 'TURNED', 'JUDGE', 'UNABLE', 'WHO', 'NO_VERDICT', 'BOTH', 'TIE', 'KINDS', 'ANSWER',
-           'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'BAD', 'HOW', 'SAID_OF', 'THINGS_SAID', 'LENGTH',
-           'NOT', 'OF_A_LOSER', 'BEATS', 'STRICT', 'ONLY_NAMED', 'CLAUSES', 'DENIES', 'PRAISED', 'EQUALS', 'NOBODYS',
-           'A_TIE_ENDS', 'INTRODUCES', 'BETTER', 'OPENS', 'SENTENCE', 'PREFERS', 'IT_IS_A_TIE', 'TAGGED_WINNER',
-           'ORDERS', 'BESIDE', 'LETTER', 'NO_SCORES', 'REVISES_WINNER', 'ANSWERED', 'SCORE_OF', 'Reading', 'unread',
-           'Value', 'TooMany', 'find_all', 'value_of', 'whole_value', 'announced_value', 'values_behind',
-           'value_out_of', 'values_out_of', 'number_alone', 'value_of_last_sentence', 'marked_value', 'tagged_values',
-           'no_key_twice', 'Found', 'json_objects', 'without_objects', 'prose_of', 'is_number', 'fields_named',
-           'is_failure', 'is_revised', 'words_of_name', 'is_qualified', 'scale_in_json', 'scales_named',
-           'value_in_json', 'value_of_object', 'json_values', 'Stated', 'short_sentences', 'has_another_number',
+           'FIRST_OF_RANGE', 'TAGGED', 'BRACKETED', 'DECODER', 'LAST_COMMA', 'FAILURE', 'REASONS', 'NO_REASON', 'ADDED',
+           'TIMES', 'IF_TRUE', 'IF_FALSE', 'NAMED', 'SCORES', 'WINNERS', 'ALSO_SCORES', 'SCALES', 'SCALE_WORD',
+           'LIMIT_WORD', 'SCORE_WORD', 'SCALE_NAME', 'TOTALS', 'SPAN', 'STARS', 'SHARE', 'RATED', 'OVERALL', 'N', 'TO',
+           'SCALED', 'NAMES_SCALE', 'POSSIBLE', 'MARK_WORD', 'EQUAL', 'SCALES_SAID', 'BEST_SAID', 'DEFINED', 'TOP',
+           'BOTTOM', 'BETWEEN_ENDS', 'LOW', 'HIGH', 'LINK', 'TURNED', 'JUDGE', 'TOO_LITTLE', 'UNABLE', 'WHO',
+           'NO_VERDICT', 'BOTH', 'TIE', 'KINDS', 'ANSWER', 'CHOICE', 'BRACKETS', 'CALLED', 'SUBJECT', 'VERDICT', 'BAD',
+           'HOW', 'SAID_OF', 'THINGS_SAID', 'LENGTH', 'NOT', 'OF_A_LOSER', 'BEATS', 'STRICT', 'ONLY_NAMED', 'CLAUSES',
+           'DENIES', 'PRAISED', 'EQUALS', 'NOBODYS', 'A_TIE_ENDS', 'INTRODUCES', 'BETTER', 'OPENS', 'SENTENCE',
+           'PREFERS', 'IT_IS_A_TIE', 'TAGGED_WINNER', 'ORDERS', 'BESIDE', 'LETTER', 'NO_SCORES', 'REVISES_WINNER',
+           'ANSWERED', 'SCORE_OF', 'SCORE_BESIDE', 'SCORE_FOR', 'LOSER', 'Reading', 'unread', 'Value', 'TooMany',
+           'find_all', 'value_of', 'whole_value', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of',
+           'number_alone', 'value_of_last_sentence', 'marked_value', 'tagged_values', 'no_key_twice', 'Found',
+           'json_objects', 'without_objects', 'prose_of', 'is_number', 'plain_names', 'fields_named', 'is_failure',
+           'is_revised', 'words_of_name', 'is_qualified', 'scale_in_json', 'scales_named', 'value_in_json',
+           'value_of_object', 'said_beside', 'json_values', 'Stated', 'short_sentences', 'has_another_number',
            'is_taken_back', 'behind_all', 'taken_back', 'behind_marks', 'other_totals', 'statements', 'wrongly_defined',
            'other_scale', 'is_of_another_scale', 'agreed', 'nothing_in', 'read_number', 'other_than', 'its_names',
            'Names', 'names_beside', 'clause_is_against', 'is_against', 'is_settled', 'chosen', 'whole_choice',
@@ -71,6 +72,7 @@ from halos_nb.wording import (
     is_negated,
     is_of_answer,
     is_only_spoken_of,
+    is_quoted,
     is_repeated,
     last_sentence,
     number_of,
@@ -187,6 +189,7 @@ def announced_value(
         return None  # (1-5) Final Score: 4
     unsure = is_negated(clause_of(before)) or is_elsewhere(before) or is_repeated(before)
     unsure = unsure or not is_led_in(before)
+    unsure = unsure or is_quoted(stated.string, place.start(), stated.end())
     return None if unsure else value
 
 
@@ -360,20 +363,34 @@ def is_number(x: Any) -> bool:
     return abs(x) <= sys.float_info.max
 
 
+def plain_names(key: str) -> set[str]:
+    "A field's name in small letters without signs: final_score, and scoreFinal turned round."
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", key)
+    words = re.split(r"[\s_-]+", apart.lower())
+    return {"".join(words), "".join(reversed(words))}
+
+
 def fields_named(
     found: dict,
     names: str,  # in small letters, without signs
 ) -> list[Any]:
     "The values of the fields that are called so, however they are written."
     wanted = set(names.split())
-    return [v for k, v in found.items() if re.sub(r"[\s_-]", "", k.lower()) in wanted]
+    return [value for key, value in found.items() if wanted & plain_names(key)]
 
 
 FAILURE = "error errors failure refusal refused exception abstain abstained unscorable skipped"
 
 
+REASONS = "why reason reasons reasoning rationale explanation justification"
+NO_REASON = r"\W*(?:n/?a|not\s+applicable|placeholder|default|random|unknown|tbd|todo)\W*"
+
+
 def is_failure(found: dict) -> bool:
     "Whether an object says beside its verdict that there is none."
+    whys = [x for x in fields_named(found, REASONS) if isinstance(x, str)]
+    if any(re.fullmatch(NO_REASON, why, re.I) for why in whys):
+        return True
     told = [x for x in fields_named(found, FAILURE) if isinstance(x, str | dict) or x is True]
     state = [str(x).lower() for x in fields_named(found, "status state valid ok success")]
     bad = {"error", "failed", "failure", "refused", "invalid", "false", "incomplete"}
@@ -397,15 +414,22 @@ def words_of_name(key: str) -> set[str]:
 # words of a field whose number belongs to the score, or is another one
 ADDED = words_of_name(
     "penalty penalties deduction deductions deducted bonus adjustment correction revision "
-    "after weighted true real actual new my stars available"
+    "after weighted true real actual new my stars available minus subtract subtracted malus "
+    "delta adjust adjusting offset discount"
 )
+# and one that it is multiplied by, which 1 leaves as it is
+TIMES = words_of_name("multiplier multiply factor coefficient")
 # words of a field that may not be true
 IF_TRUE = words_of_name(
     "percent percentage normalized normalised dummy example placeholder na swap swapped "
-    "inverted reversed"
+    "inverted reversed draft preliminary provisional tentative mock fake simulated default "
+    "guess guessed random uncertain unsure unverified"
 )
 # and of one that may not be false
-IF_FALSE = words_of_name("valid applicable scored gradable")
+IF_FALSE = words_of_name(
+    "valid applicable scored gradable final done finished sure judgeable judgable scorable "
+    "rateable decided judge judged rated usable"
+)
 
 
 def is_qualified(found: dict, score: Any = None) -> bool:
@@ -416,6 +440,8 @@ def is_qualified(found: dict, score: Any = None) -> bool:
             if words & (IF_TRUE if x else IF_FALSE):
                 return True
         elif is_number(x) and x not in (0, score) and words & ADDED:
+            return True
+        elif is_number(x) and x != 1 and words & TIMES:
             return True
     return False
 
@@ -493,6 +519,16 @@ def value_of_object(found: dict, x: Any, scale: float) -> Value | None:
     return None if is_qualified(found, x) else value_in_json(found, x, scale)
 
 
+def said_beside(found: dict) -> list[Any]:
+    "What other fields of an object with a score give as the score, too: a verdict, a why."
+    said: list[Any] = []
+    for x in fields_named(found, ALSO_SCORES):
+        is_value = is_number(x) or (isinstance(x, str) and whole_value(x))
+        said += [x] if is_value else []
+        said += fields_named(x, SCORES) if isinstance(x, dict) else []
+    return said
+
+
 def json_values(text: str, scale: float) -> list[Value | None]:
     "The scores of the JSON objects in a text."
     values: list[Value | None] = []
@@ -503,7 +539,7 @@ def json_values(text: str, scale: float) -> list[Value | None]:
         told = told or is_failure(found or {}) or is_revised(found or {})
         named = fields_named(found, SCORES) if found else []
         if named and found:
-            named += filter(is_number, fields_named(found, ALSO_SCORES))
+            named += said_beside(found)
         if found and not named and scales_named(found, scale) - {scale}:
             named = [None]  # an object of its own names another scale
         values += [None if told else value_of_object(found or {}, x, scale) for x in named]
@@ -736,8 +772,11 @@ JUDGE = (
     r"(?:judge|rate|score|grade|evaluate|assess|compare|decide|rank|choose|pick|verify|"
     r"determine|(?:tell|say|know)\s+(?:which|whether|who|if|what)|(?:give|provide|assign|make|"
     r"reach|offer)\s+(?:an?|any|the|this|it)?\s*(?:\w+\s+)?(?:score|rating|grade|verdict|"
-    r"judge?ment|evaluation|comparison|number|decision))\b"
+    r"judge?ment|evaluation|comparison|number|decision)|(?:read|see|access|open|load)\s+"
+    r"(?:the|an?|any|either|this|these)\s+(?:answer|response|reply|output|text)s?)\b"
 )
+TOO_LITTLE = r"(?:insufficient|not\s+enough|too\s+little)\s+(?:\w+\s+)?"
+TOO_LITTLE += r"(?:information|context|data|detail|evidence)\s+(?:here\s+)?"
 UNABLE = (
     r"(?:can(?:\s?not|['’]t)|could\s*(?:not|n['’]t)|(?:not|un)\s?able\s+to|impossible\s+to|"
     r"not\s+(?:possible|qualified|allowed)\s+to|(?:decline|refuse|unwilling|fail)(?:d|"
@@ -753,6 +792,8 @@ NO_VERDICT = rules(
         "the reply says that it cannot judge": rf"{WHO}\b{UNABLE}\s+(?:\w+ly\s+)?{JUDGE}"
         rf"|\b{UNABLE}\s+be\s+(?:judged|rated|scored|graded|evaluated|assessed|compared|"
         rf"decided)"
+        rf"|\b{TOO_LITTLE}to\s+(?:\w+ly\s+)?{JUDGE}"
+        r"|\bdefault(?:s|ed|ing)?\s+to\s+(?:the\s+|an?\s+)?(?:middle|neutral|average)\b"
         r"|\bno\s+(?:\w+\s+)?(?:comparison|judge?ment|verdict|evaluation|assessment|"
         r"decision)\s+"
         r"(?:is|was|can|could|possible)\b|\bnot\s+(?:scorable|rat(?:e)?able|gradable)\b",
@@ -1061,6 +1102,8 @@ def is_announced(text: str, start: int, end: int) -> bool:
     before = text[max(0, start - 400) : start]
     if re.search(r"\bno\s+\Z", before[-20:], re.I) or is_negated(clause_of(before)):
         return False
+    if is_quoted(text, start, end):
+        return False
     return not is_elsewhere(before) and not is_repeated(before)
 
 
@@ -1127,7 +1170,8 @@ ORDERS |= {"B>A": "B", "B>>A": "B", "A<B": "B", "A<<B": "B"}
 def is_given(text: str, start: int, end: int, winner: str | None) -> bool:
     "Whether a mark with a winner is given, and no words around it take it back."
     before = last_sentence(text[max(0, start - 400) : start])
-    loser = rf"\b(?:loser|the\s+{BAD}(?:\s+{KINDS})?(?:\s+one)?)(?:\s+is)?\W*\Z"
+    loser = rf"(?:\b(?:loser|the\s+{BAD})|\A\W*{BAD})(?:\s+{KINDS})?(?:\s+one)?"
+    loser += r"(?:\s+is)?\W*\Z"
     if re.search(loser, before, re.I) or is_only_spoken_of(text, start):
         return False
     if winner is None or is_changed_behind(text, end):
@@ -1167,7 +1211,7 @@ def choice_in_json(x: Any) -> str | None:
 
 # %% ../nbs/41_replies.ipynb #e9965fba
 # what is better with a smaller number, or says nothing
-NO_SCORES = re.compile(r"rank|place|position|error|mistake|fault|flaw|length|word|token", re.I)
+NO_SCORES = re.compile(r"place|position|error|mistake|fault|flaw|length|word|token", re.I)
 
 
 def numbers_in(found: dict, within: str = "") -> Iterator[tuple[str, float]]:
@@ -1179,8 +1223,8 @@ def numbers_in(found: dict, within: str = "") -> Iterator[tuple[str, float]]:
         if isinstance(inner, dict) and within.count(" ") < 2:
             yield from numbers_in(inner, name)
         value = whole_value(x) if isinstance(x, str) else Value(x) if is_number(x) else None
-        if value and not NO_SCORES.search(name):
-            yield name, float(value.x)
+        if value and not NO_SCORES.search(name):  # the first of ranks is the best
+            yield name, float(-value.x if re.search(r"rank", name, re.I) else value.x)
 
 
 def scores_disagree(found: dict, winner: str) -> bool:
@@ -1221,7 +1265,8 @@ def names_two(found: dict, winner: str) -> bool:
         is_lost = name in ("loser", "worse", "worst", "rejected", "not")
         if is_lost and said == winner:
             return True
-        if words_of_name(key) & {"tie", "tied", "draw"} and x is True and winner != "tie":
+        is_tie = bool(words_of_name(key) & {"tie", "tied", "draw"}) and isinstance(x, bool)
+        if is_tie and (x and winner != "tie" or not x and winner == "tie"):
             return True
         if (
             said not in (None, winner)
@@ -1317,15 +1362,28 @@ SCORE_OF = re.compile(
     rf"\b(?:(?:score|rating|grade|total|points|overall)\s+(?:for\s+|of\s+)?)?(?:{KINDS}\s+)?"
     rf"(?P<x>[AB])(?:['’]s)?(?:\s+(?i:score|rating|grade|"
     rf"total))?[*_`]*(?:\s*[:=]|\s*[(](?=\d+\s*/)|\s+(?:gets|got|scores?d?|receives|earns|"
-    rf"deserves)(?:\s+an?)?|(?=\s+\d+\s*/))[*_`\s]*(?P<n>{NUMBER})",
+    rf"deserves)(?:\s+an?)?|(?=\s+\d+\s*/))[*_`\s]*(?P<n>{NUMBER}|{'|'.join(WORDS)}\b)",
+    re.I,
+)
+# A 3, B 8; A (3), B (8); | A | 3 |
+SCORE_BESIDE = re.compile(
+    rf"(?<![\w-])(?P<x>[AB])(?:[ \t]*[|(][ \t]*|[ \t]+[-–—][ \t]+|[ \t]+)(?P<n>{NUMBER})"
+    r"(?:[ \t]*(?:points?|pts))?(?=[ \t]*(?:[|),;]|\.?(?:\s|\Z)))(?![ \t]+\w)"
+)
+SCORE_FOR = re.compile(
+    rf"(?<![\w.,])(?P<n>{NUMBER})(?:\s+points?)?\s+(?:for|to)\s+(?:{KINDS}\s+)?"
+    r"(?-i:(?P<x>[AB]))(?!\w)",
     re.I,
 )
 
 
 def numbers_disagree(text: str, winner: str) -> bool:
     "Whether scores of the two in the words of a reply say that another has won."
-    last = {m["x"].upper(): to_float(m["n"]) for m in SCORE_OF.finditer(text)}
-    return len(last) == 2 and scores_disagree(last, winner)
+    for pattern in (SCORE_OF, SCORE_BESIDE, SCORE_FOR):
+        last = {m["x"].upper(): number_of(m["n"]) for m in pattern.finditer(text)}
+        if len(last) == 2 and scores_disagree(last, winner):
+            return True
+    return False
 
 # %% ../nbs/41_replies.ipynb #6238194c
 def names_another(text: str, winner: str) -> bool:
@@ -1339,6 +1397,12 @@ def names_another(text: str, winner: str) -> bool:
     return not all(is_of_either(s, winner) for s in sentences_of(behind_remark(rest)))
 
 
+LOSER = re.compile(
+    rf"(?i:(?:\A|[.!;\n])[\s*_#>-]*(?:the\s+)?(?:loser|{BAD})(?:\s+{KINDS})?"
+    rf"(?:\s+is|\s*[:=])){MARKS}{ANSWER}(?!\w)"
+)
+
+
 def settled(winners: list[str | None], text: str) -> Reading:
     "The one winner that all verdicts of a text agree on."
     named = {winner for winner in winners if winner is not None}
@@ -1347,6 +1411,8 @@ def settled(winners: list[str | None], text: str) -> Reading:
     if not named or None in winners or REVISES_WINNER.search(text):
         return unread("the reply names no winner")
     winner = named.pop()
+    if winner in {found["x"] for found in LOSER.finditer(text)}:
+        return unread("the reply names its winner as the loser, too")
     if names_another(text, winner) or opening_winner(text, winner):
         return unread("the reply names another behind its verdict")
     return Reading(winner, "")

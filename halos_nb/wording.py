@@ -7,13 +7,13 @@ __all__ = ['TAGS', 'THOUGHTS', 'KEYBOARD', 'DASH', 'INVISIBLE', 'BOXED', 'END_TO
            'NUMBER', 'PARTS', 'WORDS', 'CLOSE', 'POINTS', 'OF', 'OUT_OF', 'VALUE', 'PRAISE', 'BETTER_WORD', 'FAULTS',
            'COMPARED', 'BLAME', 'FAILS', 'ABOUT', 'JUDGES', 'OF_THE_VERDICT', 'NOT_THIS', 'DOUBTS', 'DOUBTED', 'REASON',
            'REMARK', 'NO_NUMBER', 'STOP', 'ENDING', 'CLOSED', 'ELSEWHERE_READ', 'CHANGE', 'NO_REASONS', 'ELSEWHERE',
-           'CROSSED', 'REPEATS', 'LEAD_IN', 'LEADS_IN', 'NEGATION', 'SAY', 'OBJECT', 'DENIED', 'SPOKEN_OF', 'SIGNED',
-           'OWN_WORDS', 'MARK_ENDS', 'NEW_SENTENCE', 'MARK_LEFT', 'LISTED', 'THINGS', 'A_WORD', 'A_FEW',
+           'CROSSED', 'REPEATS', 'LEAD_IN', 'LEADS_IN', 'QUOTES', 'NEGATION', 'SAY', 'OBJECT', 'DENIED', 'SPOKEN_OF',
+           'SIGNED', 'OWN_WORDS', 'MARK_ENDS', 'NEW_SENTENCE', 'MARK_LEFT', 'LISTED', 'THINGS', 'A_WORD', 'A_FEW',
            'SENTENCE_BEGINS', 'NOT_MINE', 'CHANGED', 'TAKEN_BACK', 'COURTESY', 'BASED_ON', 'LABELLED', 'VERDICT_WORD',
            'IMPROVES', 'SPOKEN_OF_ANSWERS', 'IS_ON_THE_ANSWER', 'NOT_BEHIND', 'REVISES', 'any_of', 'Rule', 'rules',
            'broken', 'without_thoughts', 'without_end', 'plain_text', 'to_float', 'number_of', 'remark_holds',
-           'is_closed', 'last_sentence', 'clause_of', 'is_negated', 'is_elsewhere', 'is_repeated', 'is_led_in',
-           'is_only_spoken_of', 'is_changed_behind', 'is_of_answer', 'sentences_of', 'behind_remark']
+           'is_closed', 'last_sentence', 'clause_of', 'is_negated', 'is_elsewhere', 'is_repeated', 'is_quoted',
+           'is_led_in', 'is_only_spoken_of', 'is_changed_behind', 'is_of_answer', 'sentences_of', 'behind_remark']
 
 # %% ../nbs/37_wording.ipynb #cdcd2a57
 import re
@@ -182,6 +182,7 @@ DOUBTS = {
     "changes it": "minus plus lower higher half percent hundred thousand million to_be "
     "at_(?:least|most|best|worst) halved? doubled? reduced? revers(?:e|ed)_(?:it|them|that) "
     + " ".join(WORDS),
+    "is none": "example sample template",
     "denies it": "by_mistake by_accident no(?!_errors|_faults|_mistakes) never nein nicht "
     "invalid void placeholder "
     "kidding joking nobody pending default random",
@@ -292,7 +293,10 @@ REPEATS = re.compile(
     r"(?:the|this|following)\s+(?:line|text|words?|sentence))[*_`\s]*\n[*_`\s]*\Z|"
     r"\b(?:contain|say|read|end|begin|include|demand|state|claim|ask|add|repeat|quote)s?\b"
     r"[^.!?;\n]*:\s*\Z|\bhere\s+is\s+(?:the|its|their)\s+(?:answer|response|text|reply)\b"
-    r"[^.!?;\n]*:\s*\Z|\b(?:wrote|written|said|example|template)\b[^.!?;\n]*:\s*\Z",
+    r"[^.!?;\n]*:\s*\Z|\b(?:wrote|written|said|example|template|pasted|verbatim|given|told|"
+    r"tells?|orders?|instructs?)\b[^.!?;\n]*:\s*\Z|\b(?:its|their|['’]s)\s+(?:last|final|first)"
+    r"\s+(?:line|words?|sentence)\b[^.!?;\n]*:\s*\Z|\b(?:answer|response|reply|text|it)\b"
+    r"[^.!?;:\n]*\b(?:adding|appending|inserting|writing|saying)[*_`\s]*\n[*_`\s]*\Z",
     re.I,
 )
 
@@ -339,6 +343,25 @@ LEAD_IN = any_of(
     "result assessment evaluation which well then to sum up end clear strong weak judge['’]?s?"
 )
 LEADS_IN = re.compile(rf"(?:[\W\d_]|\b{LEAD_IN}\b)*", re.I)
+
+
+# an opening quotation mark that words lead to, and what closes it
+QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“"}
+
+
+def is_quoted(text: str, start: int, end: int) -> bool:
+    "Whether a place stands in a quotation that words before it lead to."
+    before, behind = text[:start], text[end:]
+    for opens, closes in QUOTES.items():
+        begin = before.rfind(opens)
+        is_open = closes not in before[begin + 1 :]
+        if opens == closes:
+            is_open = before.count(opens) % 2 == 1
+        lead = before[max(0, begin - 400) : max(0, begin)]
+        led_to = re.search(r"\w[^.!?\n]*\n?[ \t]*\Z", lead)
+        if is_open and led_to and closes in behind:
+            return not lead[-1].isdigit()  # 5" wide
+    return False
 
 
 def is_led_in(before: str) -> bool:
