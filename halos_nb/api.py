@@ -9,7 +9,8 @@ __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'WHOLE', 'CUT', 'REA
            'without_secrets', 'hide', 'excerpt', 'ServerError', 'is_hopeless', 'is_down', 'causes', 'cause_of',
            'proxy_to', 'about_address', 'check_address', 'address_of', 'error_text', 'describe', 'answer_or_error',
            'how_it_ended', 'Said', 'field_of', 'text_of', 'as_json', 'kept_as_it_came', 'said_in', 'writable', 'mended',
-           'count_in', 'error_in', 'Limiter', 'proxy_problem', 'connect', 'is_one_fault', 'last_answers', 'ask_all']
+           'count_in', 'error_in', 'not_its_words', 'reason_of', 'stream_parts', 'joined', 'from_stream', 'Limiter',
+           'proxy_problem', 'connect', 'is_one_fault', 'last_answers', 'ask_all']
 
 # %% ../nbs/31_api.ipynb #e3f87bfb
 import asyncio
@@ -531,7 +532,7 @@ def count_in(usage: Any, name: str) -> int | None:
     is_count = isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS
     return n if is_count else None
 
-
+# %% ../nbs/31_api.ipynb #e44f3b5f
 def error_in(answer: Any) -> str:
     "The error beside an answer, or in its choice, in words; empty if there is none."
     for x in (answer, next(iter(field_of(answer, "choices") or []), None)):
@@ -539,6 +540,60 @@ def error_in(answer: Any) -> str:
         if any(error.values()) if isinstance(error, dict) else error:
             return f"an error beside the answer: {excerpt(error)}"
     return ""
+
+
+def not_its_words(message: Any) -> str:
+    "Why the text of a message is not surely what its model has decided; empty if it is."
+    if field_of(message, "role") == "user":
+        return "the user's words, not its own"
+    calls = field_of(message, "tool_calls") or field_of(message, "function_call")
+    return f"a tool call beside its text: {excerpt(calls)}" if calls else ""
+
+
+def reason_of(choice: Any) -> str:
+    "Why a choice has ended; a gateway may say beside a plain stop that it was cut."
+    names = ("finish_reason", "native_finish_reason", "stop_reason")
+    said, *more = [field_of(choice, name) for name in names]
+    cut = [x for x in more if how_it_ended(x) == "cut"]
+    return str(cut[0] if cut and how_it_ended(said) == "whole" else said)
+
+# %% ../nbs/31_api.ipynb #d676e781
+def stream_parts(text: str) -> list[dict]:
+    "The parts of a stream; none where the text is no stream, or one of them cannot be read."
+    lines = [line.strip() for line in re.findall(r"^data:(.*)", text, re.M)]
+    parts = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            parts.append(json.loads(line) if line != "[DONE]" else {})
+    whole = len(parts) == len(lines) and all(isinstance(x, dict) for x in parts)
+    return parts if whole else []
+
+
+def joined(deltas: list[Any]) -> dict | None:
+    "The message that the parts of one make up; None if they do not fit together."
+    message: dict = {}
+    for delta in deltas:
+        for name, x in delta.items() if isinstance(delta, dict) else ():
+            if name != "role" and x is not None:
+                before = message.get(name, type(x)())
+                if not isinstance(x, str | list) or type(before) is not type(x):
+                    return None
+                message[name] = before + x
+    return message or None
+
+
+def from_stream(text: str) -> dict | None:
+    "The answer that the parts of a stream make up; None if there is none to be read."
+    answer: dict = dict(usage=None, error=None)
+    choices = []
+    for part in stream_parts(text):
+        answer |= {name: part[name] for name in answer if part.get(name)}
+        choices += part.get("choices") or []
+    choices = [x for x in choices if isinstance(x, dict) and not x.get("index")]
+    ends = [x["finish_reason"] for x in choices if x.get("finish_reason")]
+    message = joined([choice.get("delta") for choice in choices])
+    choice = dict(index=0, message=message, finish_reason=ends[-1] if ends else None)
+    return answer | dict(choices=[choice]) if message else None
 
 # %% ../nbs/31_api.ipynb #e69e50a4
 class Limiter:

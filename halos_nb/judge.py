@@ -8,7 +8,7 @@ __all__ = ['SYSTEM', 'SHOWN', 'ASKED', 'AS_JSON', 'AS_LAST_LINE', 'PLACEHOLDERS'
            'Judge', 'digest', 'Question', 'question', 'questions_of_pair', 'messages', 'schema', 'json_options',
            'letter_turns', 'in_range', 'of_samples', 'meaning', 'interpret', 'Budget', 'Terms', 'parts_of',
            'request_options', 'named_parts', 'is_doubtful', 'parts_refused', 'parts_to_try_without', 'ErrorInAnswer',
-           'raise_error_in', 'complete', 'read_answer', 'without_key', 'blank_line', 'ask_judge',
+           'raise_error_in', 'complete', 'no_answer', 'read_answer', 'without_key', 'blank_line', 'ask_judge',
            'process_samples_with_api', 'judge_of', 'JudgeJob', 'key_of', 'refuse_other_judges',
            'refuse_changed_samples', 'check_judge_lines', 'read_journal', 'says_something', 'latest_lines',
            'latest_answers', 'unanswered', 'budget_of', 'estimate', 'estimate_text', 'JudgeRun', 'connect_and_ask',
@@ -63,8 +63,12 @@ from halos_nb.api import (
     error_in,
     error_text,
     excerpt,
+    field_of,
+    from_stream,
     how_it_ended,
     mended,
+    not_its_words,
+    reason_of,
     run_async,
     said_in,
     without_secrets,
@@ -571,27 +575,42 @@ async def complete(
         return answer
 
 # %% ../nbs/42_judge.ipynb #6f350b78
+def no_answer(answer: Any) -> str:
+    "What is said of an answer that is none: what it holds, and what that may mean."
+    dump = getattr(answer, "model_dump", None)
+    said = dump(exclude_none=True, warnings=False) if dump else answer
+    hint = ""
+    if str(answer).lstrip().startswith("<"):
+        hint = "; a web page: is base_url the API's, which mostly ends in /v1?"
+    elif isinstance(said, dict) and not said.get("choices"):
+        hint = "; it has no choices: is it OpenAI's chat protocol?"
+    return f"the server sent no answer: {excerpt(said)}{hint}"
+
+
 def read_answer(
     answer: Any,  # what the client returned, of whatever kind
 ) -> dict:  # reply, finish, both counts of tokens; refusal, reasoning, error
     "What is in the server's answer; a ValueError if it is none."
+    answer = (from_stream(answer) if isinstance(answer, str) else None) or answer
     try:
-        choice = answer.choices[0]
+        choices = field_of(answer, "choices")
+        choice = next((x for x in choices if field_of(x, "index") == 0), choices[0])
         # a completion's text, and a stream's part: not a chat's, but an answer
-        found = [getattr(choice, name, None) for name in ("message", "text", "delta")]
-        said = said_in(next((x for x in found if x), None))
+        found = [field_of(choice, name) for name in ("message", "text", "delta")]
+        message = next((x for x in found if x), None)
+        said = said_in(message)
     except (AttributeError, IndexError, TypeError, KeyError):
-        page = "; a web page: is base_url the API's, which mostly ends in /v1?"
-        hint = page if str(answer).lstrip().startswith("<") else ""
-        raise ValueError(f"the server sent no answer: {excerpt(answer)}{hint}") from None
+        raise ValueError(no_answer(answer)) from None
     error = error_in(answer)
     reply = said.text or said.other
     if error and not reply:
         raise ValueError(error)
-    usage = getattr(answer, "usage", None)
+    if said.text and not error:
+        error = not_its_words(message)
+    usage = field_of(answer, "usage")
     row: dict = dict(
         reply=reply or "",
-        finish=str(getattr(choice, "finish_reason", None)),
+        finish=reason_of(choice),
         input_tokens=count_in(usage, "prompt_tokens"),
         output_tokens=count_in(usage, "completion_tokens"),
     )
@@ -638,7 +657,11 @@ async def ask_judge(
     "A journal line: the reply and what it means, or why there is none."
 
     async def request() -> dict:
-        return read_answer(await complete(client, judge, question, terms))
+        try:
+            answer = await complete(client, judge, question, terms)
+        except json.JSONDecodeError as error:  # a stream may say that it is JSON
+            answer = error.doc
+        return read_answer(answer)
 
     said = await answer_or_error(request(), deadline, judge.model)
     if isinstance(said, TimeoutError):

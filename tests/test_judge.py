@@ -1954,3 +1954,69 @@ def test_a_slow_judge_is_told_which_time_is_over(tmp_path):
         cfg = config(server, tmp_path, 6, request_timeout=0.2, max_retries=0, batch_size=6)
         with pytest.raises(ServerError, match="it was heard.*request_timeout"):
             main(cfg)
+
+
+def streamed(text, *, ends="stop", kind="text/event-stream"):
+    "A stream of parts that nobody asked for."
+    parts = [dict(content=piece) for piece in re.findall(r".{1,7}", text, re.S)]
+    lines = []
+    for delta, finish in [*((d, None) for d in parts), ({}, ends)]:
+        choice = dict(index=0, delta=delta, finish_reason=finish)
+        lines.append(json.dumps(dict(object="chat.completion.chunk", choices=[choice])))
+    usage = dict(prompt_tokens=40, completion_tokens=10)
+    lines += [json.dumps(dict(choices=[], usage=usage)), "[DONE]"]
+    body = "".join(f": ping\n\ndata: {line}\n\n" for line in lines)
+    return http(200, body.encode(), kind)
+
+
+def chosen(content="Final Score: 8", finish="stop", **more):
+    said = dict(role="assistant", content=content) | more.pop("said", {})
+    return dict(index=0, message=said, finish_reason=finish) | more
+
+
+CALL = dict(id="c", type="function", function=dict(name="s", arguments='{"score": 3}'))
+AS_ASKED, ODDLY = "Fine.\nFinal Score: 8", "Final Score: 8"
+
+
+@pytest.mark.parametrize(
+    "body, score, told",
+    [
+        (streamed(AS_ASKED), 8, ""),
+        (streamed(AS_ASKED, kind="application/json"), 8, ""),
+        (streamed(AS_ASKED, ends="length"), None, "cut off at max_tokens"),
+        (streamed(AS_ASKED, ends=None), None, "not complete"),
+        (told(chosen(native_finish_reason="MAX_TOKENS")), None, "cut off"),
+        (told(chosen(stop_reason="max_tokens")), None, "cut off"),
+        (told(chosen(native_finish_reason="STOP", stop_reason=128001)), 8, ""),
+        (told(chosen(said=dict(tool_calls=[CALL]))), None, "a tool call beside its text"),
+        (told(chosen(said=dict(tool_calls=[], function_call=None))), 8, ""),
+        (told(chosen(said=dict(role="user"))), None, "the user's words"),
+        (
+            http(200, completion("?") | dict(choices=[chosen("3") | dict(index=1), chosen()])),
+            8,
+            "",
+        ),
+    ],
+)
+def test_an_answer_that_comes_otherwise_is_read_or_kept(tmp_path, body, score, told):
+    "It is paid for: in the journal, and nobody asks again."
+    with Server(lambda *asked: body) as server:
+        cfg = config(server, tmp_path, 2, structured=False, max_retries=0)
+        for _ in range(2):
+            with contextlib.suppress(ValueError):
+                main(cfg)
+    assert len(server.heard) == 2
+    for row in read_jsonl(tmp_path / "feedback.labels.jsonl"):
+        assert row["score"] == score and told in row["reason"]
+        assert "Final Score: 8" in row["reply"]
+        assert (row["input_tokens"], row["output_tokens"]) == (40, 10)
+
+
+def test_an_answer_of_another_protocol_is_told(tmp_path):
+    "What it holds is shown, not what it lacks."
+    said = dict(type="message", content=[dict(type="text", text="Final Score: 8")])
+    with Server(lambda *asked: http(200, said)) as server, contextlib.suppress(ValueError):
+        main(config(server, tmp_path, 2, structured=False, max_retries=0))
+    [row, _] = read_jsonl(tmp_path / "feedback.labels.jsonl")
+    assert "'text': 'Final Score: 8'" in row["reason"] and "None" not in row["reason"]
+    assert "has no choices: is it OpenAI's chat protocol?" in row["reason"]
