@@ -30,6 +30,7 @@ from fastcore.basics import patch
 
 import halos_nb
 from halos_nb.records import (
+    bytes_at,
     RecordError,
     file_bytes,
     file_hash,
@@ -313,7 +314,7 @@ def manifest_problem(found: Any) -> str:
 def read_manifest(path: Path) -> Manifest:
     "A manifest's content, and what is wrong with its file."
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(bytes_at(path))
     except FileNotFoundError:
         return Manifest({})
     except (OSError, ValueError, RecursionError) as e:

@@ -28,6 +28,7 @@ from typing import IO, Any, NamedTuple, Self
 from fastcore.basics import patch
 
 from halos_nb.records import (
+    bytes_at,
     FileLocked,
     append_jsonl,
     atomic_write,
@@ -108,7 +109,7 @@ class NotOurs(ValueError):
 def object_if_any(path: Path) -> dict:
     "A JSON object; {} where there is none that can be read."
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(bytes_at(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -265,7 +266,7 @@ def is_in_the_making(last: bytes) -> bool:  # what stands behind the last end of
 def read_journal(path: Path) -> Journal:
     "A journal's events, and what is wrong with its other lines; a line in the making is none."
     found = Journal([], [], [])
-    *lines, last = path.read_bytes().split(b"\n")
+    *lines, last = bytes_at(path).split(b"\n")
     if not is_in_the_making(last):
         lines.append(last)
     for number, line in enumerate(lines, 1):

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLOUR_CODE', 'STAGES', 'OF_A_ROUND', 'STAGE_EVENTS', 'GOES_ON', 'A_MONTH', 'MEANS', 'MOST_CHARTS', 'ROUND_CHARTS',
-           'DRAWN', 'FIRST_COLUMNS', 'MOST_HISTORY', 'Tail', 'as_on_screen', 'log_tail', 'read_if_there', 'is_active',
-           'writes_to', 'supervisors', 'was_stopped', 'cannot_stop', 'stop_run', 'Pace', 'Session', 'started_state',
-           'stage_left', 'time_left', 'pace_left', 'RunState', 'modified', 'last_written', 'planned_rounds',
-           'round_title', 'passed', 'fill_in_stage', 'session_seconds', 'worked', 'look', 'RoundView', 'round_view',
-           'Steps', 'Columns', 'columns_of', 'all_columns_of', 'metric_charts', 'round_charts', 'outline_line',
-           'score_chart', 'round_words', 'panels', 'Panel', 'answer_while_busy', 'Stopped', 'RunMonitor',
-           'metrics_file', 'first_columns', 'Folded', 'texts_of', 'newest_trained']
+           'DRAWN', 'FIRST_COLUMNS', 'MOST_HISTORY', 'open_file', 'Tail', 'as_on_screen', 'log_tail', 'read_if_there',
+           'is_active', 'writes_to', 'supervisors', 'was_stopped', 'cannot_stop', 'stop_run', 'Pace', 'Session',
+           'started_state', 'stage_left', 'time_left', 'pace_left', 'RunState', 'modified', 'last_written',
+           'planned_rounds', 'round_title', 'passed', 'fill_in_stage', 'session_seconds', 'worked', 'look', 'RoundView',
+           'round_view', 'Steps', 'Columns', 'columns_of', 'all_columns_of', 'metric_charts', 'round_charts',
+           'outline_line', 'score_chart', 'round_words', 'panels', 'Panel', 'answer_while_busy', 'Stopped',
+           'RunMonitor', 'metrics_file', 'first_columns', 'Folded', 'texts_of', 'newest_trained']
 
 # %% ../nbs/66_monitor.ipynb #d013ed8b
 import json
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import anywidget
 import numpy as np
@@ -36,7 +36,7 @@ import traitlets
 from fastcore.basics import patch
 from markupsafe import Markup
 
-from .records import is_locked, on_disk, read_object
+from .records import is_locked, not_a_file, on_disk, read_object
 from .stats import Interval, finite_values, floats, order_accuracy
 from .failures import StageError
 from .progress import StatusLine, clock, describe, last_line
@@ -86,6 +86,13 @@ from halos_nb.runs import (
 )
 
 # %% ../nbs/66_monitor.ipynb #b3d143bf
+def open_file(path: Path) -> IO[bytes]:
+    "A file to read; an OSError where something else lies there, which may keep who looks."
+    if said := not_a_file(path):
+        raise OSError(said)
+    return open(path, "rb")
+
+
 class Tail:
     "The whole lines of a journal that grows; each is read once."
 
@@ -120,7 +127,7 @@ class Tail:
     def new_lines(self) -> list[bytes]:
         "Whole lines that were written since the last look; empty ones are left out."
         try:
-            file = open(self.path, "rb")
+            file = open_file(self.path)
         except OSError:
             self.restart(inode=None)
             return []
@@ -146,7 +153,7 @@ def as_on_screen(line: str) -> str:
 def log_tail(path: Path, n: int = 20) -> list[str]:
     "The last n lines of a log that hold something."
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 16_384))
             text = file.read().decode(errors="replace")

@@ -23,6 +23,8 @@ TAIL_BYTES = 8192
 
 def last_line(path: Path) -> dict:
     "The last whole line of a journal; {} if there is none yet."
+    if not path.is_file():  # a pipe would keep whoever looks
+        return {}
     try:
         with open(path, "rb") as f:
             size = f.seek(0, os.SEEK_END)

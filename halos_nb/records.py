@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['Id', 'SampleId', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS', 'SHOULD_BE', 'DRAWN_FIELDS', 'UNPACK',
-           'MAX_DEPTH', 'ROOM', 'ONLY_ZEROS', 'FRACTION', 'KEY_END', 'OTHER_KEY_END', 'TOKEN', 'HALF', 'NOT_TEXT',
-           'NO_ROOM', 'NO_ROOM_WORDS', 'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY', 'WRITE_ELSEWHERE', 'NO_LOCKS',
+           'NO_FILE', 'MAX_DEPTH', 'ROOM', 'ONLY_ZEROS', 'FRACTION', 'KEY_END', 'OTHER_KEY_END', 'TOKEN', 'HALF',
+           'NOT_TEXT', 'NO_ROOM', 'NO_ROOM_WORDS', 'NO_ROOM_CHECK', 'TEMPORARY', 'A_DAY', 'WRITE_ELSEWHERE', 'NO_LOCKS',
            'LOCKS_MISSING', 'BLANK', 'BETWEEN', 'zero_or_one', 'text_or_integer', 'encodable', 'Record', 'Turn',
            'one_for_each', 'DrawnFields', 'DrawnPairFields', 'Sample', 'ScalarFeedback', 'BinaryFeedback',
            'PairwiseFeedback', 'Label', 'Comparison', 'RecordError', 'shortened', 'field_name', 'rule_of', 'problem_of',
            'check_record', 'Drawn', 'drawn_of', 'drawn_fields', 'same_draw', 'fuller', 'plain', 'dump_json',
            'turn_parts', 'prompt_id', 'same_prompt', 'as_turns', 'call_text', 'turn_text', 'as_text', 'unpack_zstd',
-           'unpack_parts', 'packed_beside', 'on_disk', 'files_like', 'meant_beside', 'nothing_at', 'file_bytes',
-           'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped', 'equal_but_for_spaces', 'is_lossy',
-           'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault', 'fault_in', 'usable_json',
-           'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows', 'check_type', 'check_records',
-           'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text', 'no_room', 'telling_full_disk',
-           'require_room', 'telling_read_only', 'sync_folder', 'this_place', 'temporary', 'hidden_name', 'is_alive',
-           'is_left_over', 'remove_left_over', 'clean_left_over', 'clean_beside', 'put_aside', 'opened_beside',
-           'atomic_write', 'StreamingJSONWriter', 'write_records', 'write_json', 'FileLocked', 'NoLocks', 'lock',
-           'take_lock', 'wait_for_lock', 'is_locked', 'lock_file', 'without_torn_line', 'cut_torn_line', 'append_jsonl',
-           'read_at_once', 'read_jsonl', 'refuse_halves', 'as_object', 'read_object', 'read_objects', 'label_lines',
-           'pack_file', 'unpack_file', 'file_hash', 'Progress']
+           'unpack_parts', 'not_a_file', 'bytes_at', 'packed_beside', 'on_disk', 'files_like', 'meant_beside',
+           'nothing_at', 'file_bytes', 'as_utf8', 'RepeatedKey', 'object_of', 'whole_number', 'wrapped',
+           'equal_but_for_spaces', 'is_lossy', 'Parsed', 'parsed_json', 'parse_json', 'place_too_deep', 'text_fault',
+           'fault_in', 'usable_json', 'parse_lines', 'parse_rows', 'first_line_is_whole', 'check_rows', 'read_rows',
+           'check_type', 'check_records', 'read_records', 'DiskFull', 'says_no_room', 'Room', 'room_at', 'size_text',
+           'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
+           'temporary', 'hidden_name', 'is_alive', 'is_left_over', 'remove_left_over', 'clean_left_over',
+           'clean_beside', 'put_aside', 'opened_beside', 'atomic_write', 'StreamingJSONWriter', 'write_records',
+           'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file',
+           'without_torn_line', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl', 'refuse_halves',
+           'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file', 'file_hash',
+           'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -37,6 +38,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 import zlib
@@ -483,7 +485,36 @@ UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x28\xb5\x2f\xfd": unpack_zstd,
 }
 
+# %% ../nbs/00_records.ipynb #99f182d2
+# what may lie where a file should, and is read without end, or never
+NO_FILE = {
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+    stat.S_ISSOCK: "a socket",
+}
 
+
+def not_a_file(path: str | Path) -> str:
+    "What lies there instead of a file, as a sentence; empty for a file, a folder, or nothing."
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    kind = next((name for is_one, name in NO_FILE.items() if is_one(mode)), "")
+    return f"{path} is {kind}, not a file; save to a file what it gives" if kind else ""
+
+
+def bytes_at(path: str | Path) -> bytes:
+    "The bytes of a file as they lie there; a RecordError where they might have no end."
+    if said := not_a_file(path):
+        raise RecordError(said)
+    try:
+        return Path(path).read_bytes()
+    except MemoryError:
+        raise RecordError(f"{path}: is larger than there is memory") from None
+
+# %% ../nbs/00_records.ipynb #76d9a1ec
 def packed_beside(path: str | Path) -> Path:
     "Where a file lies once it is packed: under its name and .gz."
     return Path(path).with_name(f"{Path(path).name}.gz")
@@ -506,7 +537,7 @@ def meant_beside(path: str | Path) -> str:
     "Which file or folder beside a place was probably meant, as a sentence's end; or nothing."
     here = Path(path)
     if here.is_symlink() and not here.exists():
-        return f"{path} is a link that leads nowhere, to {os.readlink(here)}"
+        return f"; {here.name} is a link that leads nowhere, to {os.readlink(here)}"
     beside = sorted(p.name for p in here.parent.iterdir()) if here.parent.is_dir() else []
     near = difflib.get_close_matches(here.name, beside, 1, 0.7)
     return f"; did you mean `{here.with_name(near[0])}`?" if near else ""
@@ -514,6 +545,8 @@ def meant_beside(path: str | Path) -> str:
 
 def nothing_at(path: str | Path) -> str:
     "What is said of a path where nothing is: where that is, and what was probably meant."
+    if said := not_a_file(path):
+        return said
     where = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
     return f"nothing is at {path}{where}{meant_beside(path)}"
 
@@ -521,7 +554,7 @@ def nothing_at(path: str | Path) -> str:
 def file_bytes(path: str | Path) -> bytes:
     "The bytes of a file, unpacked if gzip, bzip2, xz or zstd has packed them."
     try:
-        data = on_disk(path).read_bytes()
+        data = bytes_at(on_disk(path))
     except FileNotFoundError:
         raise FileNotFoundError(nothing_at(path)) from None
     for mark, unpack in UNPACK.items():
@@ -1267,6 +1300,8 @@ def append_jsonl(
     "Add one line; it is there whole, or not at all."
     options = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
     line = dump_json(row, options) + b"\n"
+    if said := not_a_file(path):
+        raise RecordError(said)
     with telling_full_disk(path), open(path, "ab+", buffering=0) as f:
         wait_for_lock(f)
         before = cut_torn_line(f)

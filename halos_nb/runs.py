@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from halos_nb.records import (
+    bytes_at,
     RecordError,
     append_jsonl,
     file_hash,
@@ -541,7 +542,7 @@ def placed(
 def read_params(folder: Path) -> dict:
     "A run's params.json; a ValueError that says what is wrong with it."
     try:
-        found = json.loads((folder / "params.json").read_bytes())
+        found = json.loads(bytes_at(folder / "params.json"))
     except FileNotFoundError:
         if not folder.exists():
             raise ValueError(nothing_at(str(folder))) from None

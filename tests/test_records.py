@@ -4,11 +4,13 @@ import errno
 import io
 import json
 import re
+import socket
 import math
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -418,3 +420,25 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=told):
         r.read_rows(tmp_path / "x.json")
     assert "did you mean" not in r.nothing_at(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a socket"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, monkeypatch, kind):
+    "A pipe that nobody writes to keeps a reader for ever, and /dev/zero has no end."
+    monkeypatch.chdir(tmp_path)  # a socket's name is short
+    path = Path("x.jsonl")
+    with socket.socket(socket.AF_UNIX) as here:
+        make = dict(zip(("a pipe", "a socket"), (os.mkfifo, lambda p: here.bind(str(p)))))
+        make.get(kind, lambda p: p.symlink_to("/dev/zero"))(path)
+        readers = (r.read_rows, r.read_jsonl, r.read_object, r.read_objects, r.file_bytes)
+        for read in (*readers, lambda p: r.append_jsonl(p, {})):
+            with pytest.raises(r.RecordError, match=f"x.jsonl is {kind}, not a file; "):
+                read(path)
+        assert f"x.jsonl is {kind}" in r.nothing_at(path)
+
+
+def test_where_nothing_is_one_sentence_says_so(tmp_path):
+    (tmp_path / "x.json").symlink_to("gone.json")
+    said = r.nothing_at(tmp_path / "x.json")
+    link = "x.json is a link that leads nowhere, to gone.json"
+    assert said == f"nothing is at {tmp_path}/x.json; {link}"
