@@ -1300,8 +1300,8 @@ def append_jsonl(
     "Add one line; it is there whole, or not at all."
     options = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
     line = dump_json(row, options) + b"\n"
-    if said := not_a_file(path):
-        raise RecordError(said)
+    if Path(path).is_fifo():
+        raise RecordError(not_a_file(path))
     with telling_full_disk(path), open(path, "ab+", buffering=0) as f:
         wait_for_lock(f)
         before = cut_torn_line(f)
