@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'halos_nb.api.mended': ('api.html#mended', 'halos_nb/api.py'),
                               'halos_nb.api.not_its_words': ('api.html#not_its_words', 'halos_nb/api.py'),
                               'halos_nb.api.on_keyboard': ('api.html#on_keyboard', 'halos_nb/api.py'),
+                              'halos_nb.api.on_screen': ('api.html#on_screen', 'halos_nb/api.py'),
                               'halos_nb.api.only_letters': ('api.html#only_letters', 'halos_nb/api.py'),
                               'halos_nb.api.places_of': ('api.html#places_of', 'halos_nb/api.py'),
                               'halos_nb.api.proxy_problem': ('api.html#proxy_problem', 'halos_nb/api.py'),

@@ -68,6 +68,7 @@ from halos_nb.api import (
     how_it_ended,
     mended,
     not_its_words,
+    on_screen,
     reason_of,
     run_async,
     said_in,
@@ -320,7 +321,7 @@ def meaning(
         length = row.get("output_tokens")
         return unread(f"the reply was cut off at max_tokens, {length} tokens")
     if row.get("refusal"):
-        return unread(f"the judge refused: {row['refusal'][:200]}")
+        return unread(f"the judge refused: {on_screen(row['refusal'][:200])}")
     if ended != "whole":
         return unread(f"the reply is not complete: {ended}")
     if not row["reply"].strip() and row.get("reasoning"):

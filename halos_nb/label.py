@@ -125,7 +125,7 @@ from halos_nb.score import (
     weighted_score,
     with_rewards,
 )
-from .api import hide
+from .api import on_screen
 from .judge import process_samples_with_api as process_samples_with_api
 from .replies import Reading
 from halos_nb.judge import (
@@ -175,7 +175,7 @@ def score_with(function: Callable, sample: dict) -> Scored:
 
 def writable(reason: str, most: int = 300) -> str:
     "The beginning of a reason, as a text that can be written: without a key, too."
-    return hide(reason)[:most].encode("utf-8", "backslashreplace").decode()
+    return on_screen(reason)[:most].encode("utf-8", "backslashreplace").decode()
 
 
 def score_with_function(

@@ -273,7 +273,7 @@ def read_journal(path: Path) -> Journal:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
             problem = event_problem(row)
         except (ValueError, RecursionError) as e:
             problem = f"cannot be read: {e}"

@@ -986,7 +986,11 @@ def write_params(
 
 # %% ../nbs/57_loop.ipynb #1c3720cf
 def point_to(link: Path, target: Path) -> None:
-    "Make `link` a relative link to `target`, in one step."
+    "Make `link` a relative link to `target`, in one step; a folder in its place is kept."
+    if link.exists() and not link.is_symlink():
+        aside = put_aside(link)
+        told = f"{link} was no link, as a copy may make of one; it is {aside.name} now"
+        print(told, file=sys.stderr)
     new = link.with_name(f".{link.name}.new")
     remove(new)
     new.symlink_to(os.path.relpath(target, link.parent))
@@ -1887,9 +1891,10 @@ def sound(self: Loop, stage: Stage, seen: Breakage) -> None:
     if self.cfg.alarm == "warn":
         self.told.setdefault(stage.folder.name, []).append(f"alarm: {seen}")
         return
-    remove(run / "policy")
     if Path(seen.good).exists():
         point_to(run / "policy", Path(seen.good))
+    elif (run / "policy").is_symlink():
+        (run / "policy").unlink()
     raise AlarmError(seen)
 
 # %% ../nbs/57_loop.ipynb #ee144e5c

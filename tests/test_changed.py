@@ -746,3 +746,26 @@ def finished(stage, clear, text):
     job.poll, job.stop, job.wait = lambda: 0, lambda: None, lambda **shown: None
     job.file("status.json").write_text("{}")
     return job
+
+
+def test_a_journal_in_another_encoding_is_set_aside(tmp_path):
+    "As an editor may save it; a mark at its beginning changes nothing."
+    path = tmp_path / "ledger.jsonl"
+    text = '{"event": "x"}\n{"event": "y"}\n'
+    path.write_text(text, "utf-8-sig")
+    assert ledger.mend_journal(tmp_path) == "" and len(read_journal(path).events) == 2
+    path.write_text(text, "utf-16")
+    assert "set aside as ledger.broken-1.jsonl" in ledger.mend_journal(tmp_path)
+    assert path.read_text() == "" and (tmp_path / "ledger.broken-1.jsonl").exists()
+
+
+def test_a_copy_that_has_a_folder_for_the_link_goes_on(tmp_path, capsys):
+    "`cp -rL` and many a cloud write what the link to the last policy led to."
+    (tmp_path / "round-1/FINAL").mkdir(parents=True)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy/weights").write_text("1")
+    for _ in range(2):
+        loop.point_to(tmp_path / "policy", tmp_path / "round-1/FINAL")
+    assert os.readlink(tmp_path / "policy") == "round-1/FINAL"
+    assert (tmp_path / "policy.before-1/weights").read_text() == "1"
+    assert capsys.readouterr().err.count("policy.before-1") == 1

@@ -2020,3 +2020,23 @@ def test_an_answer_of_another_protocol_is_told(tmp_path):
     [row, _] = read_jsonl(tmp_path / "feedback.labels.jsonl")
     assert "'text': 'Final Score: 8'" in row["reason"] and "None" not in row["reason"]
     assert "has no choices: is it OpenAI's chat protocol?" in row["reason"]
+
+
+SIGN = "\x1b[2J\x1b]8;;http://there.invalid\x07\u202e"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        message(None, refusal=SIGN),
+        message("Final Score: 8", SIGN),
+        flagged(403, SIGN),
+        flagged(401, SIGN),
+        http(200, SIGN.encode(), "text/html"),
+    ],
+)
+def test_a_terminal_obeys_no_server(tmp_path, body):
+    "What clears a screen, makes a link or turns letters around is spelt out."
+    with Server(lambda *asked: body) as server, pytest.raises(Exception, match="x1b.2J") as e:
+        main(config(server, tmp_path, 4, structured=False, max_retries=0))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", str(e.value))
