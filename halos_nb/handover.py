@@ -25,7 +25,7 @@ from .identity import read_manifest
 from .loop import Round, losses_of, round_counts, round_samples
 from .show import escape, readable, spread
 from .figures import reward_distributions
-from .runs import Run, placed, read_run
+from .runs import Run, kept_as_made, placed, read_run
 
 # %% ../nbs/71_handover.ipynb #39aebef4
 SIGNS = re.compile(r"([\\`*_{}\[\]()#+|~-])")  # that mean something in Markdown
@@ -157,6 +157,7 @@ def card_text(run: Run) -> str:
         "## What was lost on the way\n\n" + table(lost_rows(run)),
         "## To repeat it\n\n" + table(versions),
         f"Revision of halos_nb: {in_markdown(params.get('revision') or 'not known')}. " + WHERE,
+        *[f"- {in_markdown(words)}" for words in kept_as_made(run.folder)],
         LOADING,
     ]
     return "\n\n".join([*head, *chosen_here, *came_of_it]) + "\n"

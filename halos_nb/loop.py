@@ -5,27 +5,28 @@
 # %% auto #0
 __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TIMES', 'COUNT_FILES', 'LOOKING_ON', 'OF_VOTES',
            'FRAME', 'TOKENS_OF_ONE', 'ASKED_HOW', 'AuditMode', 'SAYS', 'SMALL', 'STOPPED_BY_ALARM', 'TRACKERS',
-           'LOOKED_AT', 'AT_ONCE', 'WAYS', 'NOT_OF_THE_RUN', 'HOW_ELSE', 'is_evaluation', 'derive_seed', 'batches_of',
-           'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form', 'label_files', 'first_units',
-           'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage', 'answers_of_start', 'people_stage',
-           'combining_stage', 'labelling_stages', 'train_stage', 'check_stage', 'eval_source', 'compared_with',
-           'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage', 'losses_of', 'win_rate',
-           'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line', 'Round', 'check_prompt_counts',
-           'prompts_left', 'round_counts', 'drawn_at', 'scores_in', 'combined_how', 'round_scores', 'check_labelled',
-           'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in',
-           'questions_in', 'lengths_in', 'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer',
-           'tokens_beside', 'longest_prompt', 'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before',
-           'totals_before', 'prompts_of_rounds', 'folders_in_order', 'evaluations_planned', 'questions_of_evaluations',
-           'people_asked', 'ToAsk', 'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage',
-           'as_policy_or_reward', 'why_no_audit', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage',
-           'AlarmError', 'absolute', 'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package',
-           'check_trackers', 'check_training', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name',
-           'health_in', 'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all',
-           'refuse_world_seed', 'check_kind', 'check_sources', 'as_if_named', 'check_stages', 'check_run',
-           'check_before', 'AsSealed', 'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead',
-           'counted_by_folder', 'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch',
-           'is_busy_otherwise', 'also_changed', 'branch', 'Settled', 'fits', 'settle', 'check_changed_prompts',
-           'choose_run', 'choose_folder', 'spared_policies', 'run_rounds', 'main']
+           'LOOKED_AT', 'AT_ONCE', 'WAYS', 'ASKED', 'NOT_OF_THE_RUN', 'HOW_ELSE', 'OR_KEPT', 'is_evaluation',
+           'derive_seed', 'batches_of', 'sample_stage', 'draw_stage', 'with_draw', 'reading', 'feedback_form',
+           'label_files', 'first_units', 'label_stage', 'is_direct', 'Asked', 'asked_in', 'Cap', 'labeller_stage',
+           'answers_of_start', 'people_stage', 'combining_stage', 'labelling_stages', 'train_stage', 'check_stage',
+           'eval_source', 'compared_with', 'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage',
+           'losses_of', 'win_rate', 'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line',
+           'Round', 'check_prompt_counts', 'prompts_left', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
+           'round_scores', 'check_labelled', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate',
+           'CostError', 'Paid', 'paid_in', 'questions_in', 'lengths_in', 'lengths_of', 'lengths_asked',
+           'tokens_to_read', 'longest_answer', 'tokens_beside', 'longest_prompt', 'cost_of', 'dearest_question',
+           'prompts_sealed', 'parameters_before', 'totals_before', 'prompts_of_rounds', 'folders_in_order',
+           'evaluations_planned', 'questions_of_evaluations', 'people_asked', 'ToAsk', 'still_to_ask', 'estimate',
+           'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'why_no_audit', 'is_small',
+           'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models',
+           'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers', 'check_training',
+           'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'round_of',
+           'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_kind',
+           'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
+           'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
+           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch',
+           'Settled', 'fits', 'keep_as_made', 'settle', 'check_changed_prompts', 'choose_run', 'choose_folder',
+           'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -120,6 +121,7 @@ from halos_nb.identity import (
     hub_revisions,
     identity,
     installed,
+    only_made_otherwise,
     path_state,
     prompts_at,
     read_manifest,
@@ -2703,6 +2705,8 @@ class Outlook:
     again: list[Stage] = field(default_factory=list)  # of evaluations: no round rests on them
     rounds_stand: bool = True
     also: list[Difference] = field(default_factory=list)  # parameters of what is behind it
+    # sealed stages that were made otherwise and stand all the same, their identity now, and how
+    kept: list[tuple[Stage, dict, list[Difference]]] = field(default_factory=list)
 
     def note(self, stage: Stage, why: list[Difference], now: dict) -> None:
         "Remember the first stage that would be done again."
@@ -2729,7 +2733,12 @@ def beside_the_rounds(stage: Stage) -> bool:
     return is_evaluation(stage.folder)
 
 
-def stands_so_far(run: Path, files: AsSealed, stages: Iterable[Stage]) -> Outlook:
+def stands_so_far(
+    run: Path,
+    files: AsSealed,
+    stages: Iterable[Stage],
+    as_made: bool = False,  # what was only made otherwise stands, too
+) -> Outlook:
     "Which of these sealed stages stand, one after the other, and the first that does not."
     found = Outlook(run)
     for stage in stages:
@@ -2745,6 +2754,9 @@ def stands_so_far(run: Path, files: AsSealed, stages: Iterable[Stage]) -> Outloo
         why = what_changed(stage, now)
         if why and not what_changed(stage, files.as_found(stage)):
             why = []  # a manifest is damaged, its file is not: the ledger says so
+        if why and as_made and only_made_otherwise(sealed["identity"], now, stage.config):
+            found.kept.append((stage, now, why))
+            why = []
         if why:
             found.note(stage, why, now)
         if not why and sealed:
@@ -2765,13 +2777,19 @@ def hash_of_records(rows: list[dict]) -> str:
         return file_hash(Path(folder) / "rows.json")
 
 
-def look_ahead(cfg: LoopConfig, run: Path, profile: Profile) -> Outlook:
+def look_ahead(
+    cfg: LoopConfig,
+    run: Path,
+    profile: Profile,
+    as_made: bool = False,  # what was only made otherwise stands, too
+) -> Outlook:
     "Which sealed stages of a loop's run stand under these parameters."
     files = AsSealed(run, profile)
     if cfg.evaluate_every and cfg.eval_against:
         compared = str(run / "evaluate-file/samples.json")
         files.to_come[compared] = hash_of_records(read_answers(cfg.eval_against))
-    return stands_so_far(run, files, Loop(cfg, cast(Ledger, files)).stages_known())
+    stages = Loop(cfg, cast(Ledger, files)).stages_known()
+    return stands_so_far(run, files, stages, as_made)
 
 # %% ../nbs/57_loop.ipynb #61d00eaf
 def counted_by_folder(manifests: list[Path]) -> str:
@@ -2800,7 +2818,11 @@ def change_text(found: Outlook) -> str:
     )
 
 # %% ../nbs/57_loop.ipynb #694fab4a
-WAYS = ("branch", "redo", "stop")
+WAYS = ("branch", "keep", "redo", "stop")
+ASKED = (
+    "branch (go on in a run beside), keep (it stands as it was made; for other machines, "
+    "versions or code), redo (make it again here) or stop? "
+)
 
 
 def ask_person(told: str) -> str:  # one of WAYS
@@ -2811,7 +2833,7 @@ def ask_person(told: str) -> str:  # one of WAYS
     print(told, flush=True)
     for _ in range(3):
         try:
-            said = input("branch (go on in a run beside), redo (make it again here) or stop? ")
+            said = input(ASKED)
         except (EOFError, NotImplementedError, RuntimeError):  # no keyboard after all
             return "branch"
         words = [way for way in WAYS if said.strip() and way.startswith(said.strip().lower())]
@@ -2915,14 +2937,28 @@ HOW_ELSE = (
     "on_change=redo does it again there, on_change=stop stops here, fresh=True begins it again "
     "from nothing"
 )
+# where only that differs
+OR_KEPT = "on_change=keep lets it stand there as it was made, "
+
+
+def keep_as_made(found: Outlook, owner: str) -> None:
+    "Have what was only made otherwise stand; an error where more than that has changed."
+    if found.changed:
+        raise RunChanged(
+            f"{change_text(found)}\nnothing was started: on_change=keep is for other machines, "
+            "versions or code; this asks for something else (on_change=branch, redo or stop)"
+        )
+    with RunFolder(found.run, Profile(), fresh=False, owner=owner) as folder:
+        for stage, now, why in found.kept:
+            folder.take_as_made(stage, now, why)
 
 
 def settle(
     run: Path,
-    look: Callable[[Path], Outlook],  # at a run's folder
+    look: Callable[..., Outlook],  # at a run's folder; as_made=True: what was stands
     on_change: str,  # the parameter
     owner: str,  # the driver
-    ask: Callable[[str], str] = ask_person,  # branch, redo or stop, where that is asked
+    ask: Callable[[str], str] = ask_person,  # one of WAYS, where that is asked
     busy: Callable[[Path], bool] = lambda run: False,  # with something else
 ) -> Settled:
     "Where a run goes on whose parameters may have changed; says why."
@@ -2939,10 +2975,16 @@ def settle(
     if way == "redo":
         tell(f"{told}\n-> done again in {run}, as on_change=redo says")
         return Settled(run, True)
+    as_made = look(run, as_made=True)
+    if way == "keep":
+        keep_as_made(as_made, owner)
+        tell(f"{told}\n-> none of it is: it stands as it was made, as on_change=keep says")
+        return Settled(run)
     how = "goes on in" if beside else "a run beside goes on with them:"
     beside = beside or next_branch(run)
     branch(found, beside, owner)
-    tell(f"{told}\n-> {how} {beside}; {run} stays as it is. ({HOW_ELSE})")
+    else_ = HOW_ELSE if as_made.changed else OR_KEPT + HOW_ELSE
+    tell(f"{told}\n-> {how} {beside}; {run} stays as it is. ({else_})")
     return Settled(beside)
 
 # %% ../nbs/57_loop.ipynb #4902dfd4
@@ -2959,7 +3001,7 @@ def check_changed_prompts(found: Outlook) -> None:
 def choose_run(
     cfg: LoopConfig,
     settings: Settings,
-    ask: Callable[[str], str] = ask_person,  # branch, redo or stop, where that is asked
+    ask: Callable[[str], str] = ask_person,  # one of WAYS, where that is asked
 ) -> LoopConfig:
     "The config with the run in which it goes on: its own, or one beside; says why."
     run = run_folder(settings, cfg.run_name)
@@ -2969,8 +3011,8 @@ def choose_run(
     profile = settings.get_profile(cfg.profile)
     asked = located(cfg)
 
-    def look(run: Path) -> Outlook:
-        found = also_changed(look_ahead(asked, run, profile), asked)
+    def look(run: Path, as_made: bool = False) -> Outlook:
+        found = also_changed(look_ahead(asked, run, profile, as_made), asked)
         check_changed_prompts(found)
         return found
 
@@ -2998,8 +3040,8 @@ def choose_folder(
     if cfg.fresh or not (run / "ledger.jsonl").exists():
         return Settled(run)
 
-    def look(run: Path) -> Outlook:
-        return stands_so_far(run, AsSealed(run, profile), stages_in(run))
+    def look(run: Path, as_made: bool = False) -> Outlook:
+        return stands_so_far(run, AsSealed(run, profile), stages_in(run), as_made)
 
     return settle(run, look, cfg.on_change, owner)
 

@@ -398,7 +398,9 @@ def test_what_a_run_of_several_is_followed_by(loop, models, tmp_path, combine):
     "Half of a prompt's comparisons are won in every round: a vote says nothing of a policy."
     with Server(likes_x) as server:
         given = dict(labeller="rm, judge", reward_checkpoint=models[0], method="grpo")
-        start, first, final = loop(**given, total_prompts=4, combine=combine, **of_judge(server))
+        start, first, final = loop(
+            **given, total_prompts=4, combine=combine, **of_judge(server)
+        )
     seen, of_rm = rewards_of(first.folder), scores_of(first.folder, "rm")
     if combine == "vote":
         assert seen == of_rm
