@@ -711,10 +711,12 @@ def only_made_otherwise(was: dict, now: dict, config: Any) -> bool:
     was, now = read_alike(was, now)
     new = now["config"].keys() - was["config"].keys()
     grown = {k: v for k, v in defaults_of(config).items() if k in new}
+    function = str(now["config"].get("function") or "")
+    apart = {*HOW_MADE, *(["function"] if function.startswith("halos_nb.") else [])}
     sides = []
     for one in (was | dict(config=grown | was["config"]), now):
         asked = {k: v for k, v in one["config"].items() if k != "num_processes"}
-        sides.append({k: v for k, v in one.items() if k not in HOW_MADE} | dict(config=asked))
+        sides.append({k: v for k, v in one.items() if k not in apart} | dict(config=asked))
     return sides[0] == sides[1]
 
 # %% ../nbs/55_identity.ipynb #acfa5a5f
