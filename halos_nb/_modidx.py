@@ -1031,6 +1031,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'halos_nb.handover.table': ('handover.html#table', 'halos_nb/handover.py'),
                                    'halos_nb.handover.told_of': ('handover.html#told_of', 'halos_nb/handover.py'),
                                    'halos_nb.handover.track_round': ('handover.html#track_round', 'halos_nb/handover.py'),
+                                   'halos_nb.handover.whose_policy': ('handover.html#whose_policy', 'halos_nb/handover.py'),
                                    'halos_nb.handover.with_interval': ('handover.html#with_interval', 'halos_nb/handover.py'),
                                    'halos_nb.handover.written_by_papermill': ( 'handover.html#written_by_papermill',
                                                                                'halos_nb/handover.py')},
