@@ -584,7 +584,7 @@ def joined(deltas: list[Any]) -> dict | None:
     for delta in deltas:
         for name, x in delta.items() if isinstance(delta, dict) else ():
             if name != "role" and x is not None:
-                before = message.get(name, type(x)())
+                before: Any = message.get(name, type(x)())
                 if not isinstance(x, str | list) or type(before) is not type(x):
                     return None
                 message[name] = before + x
@@ -594,7 +594,7 @@ def joined(deltas: list[Any]) -> dict | None:
 def from_stream(text: str) -> dict | None:
     "The answer that the parts of a stream make up; None if there is none to be read."
     answer: dict = dict(usage=None, error=None)
-    choices = []
+    choices: list[Any] = []
     for part in stream_parts(text):
         answer |= {name: part[name] for name in answer if part.get(name)}
         choices += part.get("choices") or []
