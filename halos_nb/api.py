@@ -584,8 +584,8 @@ def joined(deltas: list[Any]) -> dict | None:
     for delta in deltas:
         for name, x in delta.items() if isinstance(delta, dict) else ():
             if name != "role" and x is not None:
-                before: Any = message.get(name, type(x)())
-                if not isinstance(x, str | list) or type(before) is not type(x):
+                before = message.get(name, type(x)())
+                if type(x) not in (str, list) or type(before) is not type(x):
                     return None
                 message[name] = before + x
     return message or None
