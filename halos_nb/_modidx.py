@@ -3133,6 +3133,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.runs.read_run': ('runs.html#read_run', 'halos_nb/runs.py'),
                                'halos_nb.runs.read_runs': ('runs.html#read_runs', 'halos_nb/runs.py'),
                                'halos_nb.runs.refuse_run_file': ('runs.html#refuse_run_file', 'halos_nb/runs.py'),
+                               'halos_nb.runs.reward_words': ('runs.html#reward_words', 'halos_nb/runs.py'),
                                'halos_nb.runs.round_metrics': ('runs.html#round_metrics', 'halos_nb/runs.py'),
                                'halos_nb.runs.row_code': ('runs.html#row_code', 'halos_nb/runs.py'),
                                'halos_nb.runs.run_folders': ('runs.html#run_folders', 'halos_nb/runs.py'),

@@ -917,10 +917,13 @@ LOOKING_ON = ("watch", "rm", "function", "judge")
 # %% ../nbs/57_loop.ipynb #8161b2ad
 def round_scores(folder: Path) -> dict[tuple, float | None]:
     "The score of each sample: the labellers', else of the first who scored beside them."
-    scores = scores_in(folder / "feedback.labels.jsonl", combined_how(folder))
+    how = combined_how(folder)
+    together = scores_in(folder / "feedback.labels.jsonl", how)
+    # the share of a prompt's comparisons that its samples win is a half in every round
+    scores = {} if how == "vote" else together
     for name in LOOKING_ON:
         scores = scores or scores_in(folder / f"{name}.labels.jsonl")
-    return scores
+    return scores or together
 
 
 def check_labelled(
@@ -1909,15 +1912,16 @@ def labelled_by(cfg: LoopConfig, round: int | str) -> str:
 def score_name(cfg: LoopConfig) -> str:
     "What a sample's `reward` is in this run, for the axis of a figure."
     who = labellers(cfg)
-    if any(compares(name, cfg) for name in who):
+    votes = len(who) > 1 and cfg.combine == "vote"
+    if votes or any(compares(name, cfg) for name in who):
         if cfg.watch_reward:
             return "score of the reward model that looks on"
         who = [name for name in LOOKING_ON if name in who and not compares(name, cfg)][:1]
         if not who:
             return "no score: answers are compared"
     if len(who) > 1:
-        means = dict(mean="mean score", vote="share of comparisons won")
-        return f"{means.get(cfg.combine, cfg.combine)} ({', '.join(who)})"
+        how = "mean score" if cfg.combine == "mean" else cfg.combine
+        return f"{how} ({', '.join(who)})"
     if who == ["rm"]:
         several = len(read_models(cfg.reward_checkpoint)) > 1
         return "weighted reward, standard deviations" if several else "reward model score"

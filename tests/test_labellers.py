@@ -371,13 +371,17 @@ def test_people_decide_what_others_dispute(loop, tmp_path):
 
 
 def test_scores_are_put_together(loop, models, tmp_path, monkeypatch):
-    "A reward model and a judge of scores vote; another reward model looks on."
+    """A reward model and a judge of scores vote, and that is trained on. The mean of a vote is
+    a half in every round, so the rounds are told by another reward model, which looks on.
+    """
     with Server(likes_x) as server:
         given = dict(labeller="rm, judge", reward_checkpoint=models[0], method="grpo")
         given |= dict(watch_reward=models[1], total_prompts=4)
         start, first, final = loop(**given, **of_judge(server))
     rows = round_samples(first.folder)
-    assert {s["reward"] for s in rows} <= {n / 6 for n in range(7)}
+    voted = {s["reward"] for s in read_records(first.folder / "feedback.json")}
+    assert voted <= {n / 6 for n in range(7)}
+    assert [s["reward"] for s in rows] == [s["watch"] for s in rows]
     watched = {
         (r["prompt_id"], r["sample_id"]): r["score"]
         for r in read_jsonl(first.folder / "watch.labels.jsonl")
