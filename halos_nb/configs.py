@@ -2534,8 +2534,9 @@ class LoopConfig(
     seed: int = 0  # decides samples, pairs and order of training
     # sealed results of the run that would now be others, by parameters, libraries or code: ask
     # (in JupyterLab; branch where nobody is there), branch (go on in a run beside, name-2, with
-    # what still stands), redo (make them again here) or stop
-    on_change: Literal["ask", "branch", "redo", "stop"] = "ask"
+    # what still stands), keep (only machines, libraries or code are others: they stand as they
+    # were made), redo (make them again here) or stop
+    on_change: Literal["ask", "branch", "keep", "redo", "stop"] = "ask"
     fresh: bool = False  # start this run again from nothing instead of continuing it
 
     def __post_init__(self) -> None:
@@ -2814,8 +2815,9 @@ class CompareConfig:
     slots: PositiveInt = 1
     # sealed results of the run that would now be others, by parameters, libraries or code: ask
     # (in JupyterLab; branch where nobody is there), branch (go on in a run beside, name-2, with
-    # what still stands), redo (make them again here) or stop
-    on_change: Literal["ask", "branch", "redo", "stop"] = "ask"
+    # what still stands), keep (only machines, libraries or code are others: they stand as they
+    # were made), redo (make them again here) or stop
+    on_change: Literal["ask", "branch", "keep", "redo", "stop"] = "ask"
     fresh: bool = False  # start all runs again from nothing
 
     def __post_init__(self) -> None:
@@ -3201,8 +3203,9 @@ class RewardConfig:
     seeds: PositiveInt = 1
     # sealed results of the run that would now be others, by parameters, libraries or code: ask
     # (in JupyterLab; branch where nobody is there), branch (go on in a run beside, name-2, with
-    # what still stands), redo (make them again here) or stop
-    on_change: Literal["ask", "branch", "redo", "stop"] = "ask"
+    # what still stands), keep (only machines, libraries or code are others: they stand as they
+    # were made), redo (make them again here) or stop
+    on_change: Literal["ask", "branch", "keep", "redo", "stop"] = "ask"
     fresh: bool = False  # start this run again from nothing
 
     def __post_init__(self) -> None:

@@ -77,6 +77,7 @@ from halos_nb.runs import (
     NoRun,
     Truth,
     held_out_words,
+    kept_as_made,
     is_finished,
     known_row,
     placed,
@@ -1146,7 +1147,7 @@ def static(
     views = self.shown_rounds()
     rows = self.table_rows()
     table, texts = first_columns(rows), newest_trained(views)
-    told = held_out_words(read_if_there(self.run / "params.json"))
+    told = [held_out_words(read_if_there(self.run / "params.json")), *kept_as_made(self.run)]
     folded = self.history(views)
     if rows:
         formats = dict(share_of_way=".0%", win_rate=".1%", cost=".4f")
@@ -1163,13 +1164,13 @@ def static(
         warning=warning,
         charts=charts,
         table=Markup(table.html),
-        told=told,
+        told=[words for words in told if words],
         pairs=Markup(pairs.html),
         note=self.notes[-1].splitlines() if self.notes else [],
         folded=folded,
         log=s.log if whole else [],
     )
-    said = [str(s), warning, table.text, told, *self.notes[-1:], pairs.text, *s.log]
+    said = [str(s), warning, table.text, *told, *self.notes[-1:], pairs.text, *s.log]
     return Shown(page, "\n".join(text for text in said if text))
 
 # %% ../nbs/66_monitor.ipynb #5ffc22d2

@@ -75,6 +75,7 @@ from halos_nb.runs import (
     health_rows,
     held_out_right,
     interval_formats,
+    kept_as_made,
     read_feedback,
     read_run,
     refuse_run_file,
@@ -517,6 +518,7 @@ def outcome(
     ended = run.params.get("ended") or "as planned"
     if ended != "as planned":
         lines.append(f"how it ended: {ended}")
+    lines += kept_as_made(run.folder)
     policy = run.folder / "policy"
     return [*lines, f"the aligned policy, which loads with from_pretrained: {policy}"]
 

@@ -8,7 +8,7 @@ __all__ = ['SAID_IN_WORDS', 'AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROW
            'scores_of_model', 'other_journals', 'agreement_with', 'agreement_columns', 'held_out_right',
            'held_out_words', 'labelling_columns', 'read_feedback', 'summary_row', 'sampled_by_older', 'row_code',
            'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'add_seconds', 'is_finished',
-           'run_summary', 'reward_words', 'health_rows', 'as_interval', 'evaluations', 'evaluation_row',
+           'run_summary', 'reward_words', 'health_rows', 'kept_as_made', 'as_interval', 'evaluations', 'evaluation_row',
            'evaluation_rows', 'win_rows', 'interval_formats', 'Run', 'with_truth', 'NoRun', 'placed', 'read_params',
            'add_truth', 'read_run', 'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds', 'both_ends',
            'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'last_answers', 'paired_differences',
@@ -67,6 +67,7 @@ from halos_nb.loop import (
     LOOKING_ON,
     MEASURED,
     STOPPED_BY_ALARM,
+    counted_by_folder,
     round_counts,
     round_samples,
     scores_in,
@@ -415,6 +416,23 @@ def health_rows(run: str | Path) -> list[dict]:
         else:
             row |= {name: event.get(name) for name in MEASURES}
     return list(rows.values())
+
+# %% ../nbs/63_runs.ipynb #93f30c7c
+def kept_as_made(run: str | Path) -> list[str]:
+    "Which sealed results of a run were made otherwise than it is made now, and how."
+    run, kept = Path(run), dict[Path, str]()
+    for event in read_events(run):
+        if event["event"] in ("started", "stands"):
+            manifest = run / event["folder"] / f"{event['stage']}.manifest.json"
+            kept.pop(manifest, None)
+            if event["event"] == "stands":
+                kept[manifest] = event.get("why", "")
+    how: dict[str, list[Path]] = {}
+    for manifest, why in kept.items():
+        how.setdefault(why, []).append(manifest)
+    return [
+        f"kept as made before ({why}): {counted_by_folder(those)}" for why, those in how.items()
+    ]
 
 # %% ../nbs/63_runs.ipynb #cb86e86f
 def as_interval(three: Sequence[float | None] | None) -> Interval | None:

@@ -2,6 +2,7 @@
 unasked, and what is damaged is named and set aside.
 """
 
+import html
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from long_runs import Pretended, wait
 from halos_nb import identity, ledger, loop
 from halos_nb.compare import RunComparer
 from halos_nb.configs import AuditConfig, LoopConfig
+from halos_nb.handover import card_text
 from halos_nb.ledger import NotOurs, RunChanged, read_journal
 from halos_nb.loop import choose_run, run_rounds
 from halos_nb.monitor import look
 from halos_nb.page import report
 from halos_nb.records import RecordError, temporary, write_json, write_records
-from halos_nb.runs import health_rows, run_summary
+from halos_nb.runs import health_rows, kept_as_made, read_run, run_summary
 from halos_nb.settings import Profile, Settings
 
 pytestmark = [pytest.mark.timeout(300), NEEDS_LINUX]
@@ -176,6 +178,61 @@ def test_who_says_so_has_it_done_again(home, capsys):
     assert [p.name for p in home.runs.iterdir()] == ["r"]
     said = capsys.readouterr().out
     assert "beta 0.2 -> 0.4" in said and "beta 0.4 -> 1.3" in said
+
+
+def made_with(patch, torch, processes=1):
+    "Other versions, and another number of processes."
+    versions = {"torch": torch}
+    patch.setattr(identity, "versions", lambda config, python="": versions)
+    by = Profile(name="cpu1", cpu=True, num_processes=processes, launcher="accelerate")
+    patch.setattr(Settings, "get_profile", lambda self, name="": by)
+
+
+def test_on_other_machines_it_stands_as_it_was_made_if_that_is_wished(
+    home, monkeypatch, capsys
+):
+    run = home.runs / "r"
+    made = {
+        k: v for k, v in files_in(run).items() if re.match("round.*(samples|metrics).json", k)
+    }
+    made_with(monkeypatch, "9", 2)
+    assert choose_run(home.config(), home.settings).run_name == "r-2"
+    assert "on_change=keep lets it stand there as it was made" in capsys.readouterr().out
+    shutil.rmtree(home.runs / "r-2")
+
+    rounds = home.go(on_change="keep", total_prompts=30)
+    assert skipped(rounds) == [ALL, ALL, [], []]
+    assert len(made) == 4 and made.items() <= files_in(run).items()
+    [told] = [line for line in kept_as_made(run) if "num_processes" in line]
+    assert re.search(
+        r"num_processes 1 -> 2; torch \S+ -> 9.*\): round-1 train; round-2 train", told
+    )
+    for place in (report(run).read_text("utf-8"), card_text(read_run(run))):
+        assert "ept as made before (num_processes 1" in html.unescape(place).replace("\\", "")
+    sealed = json.loads((run / "round-1/train.manifest.json").read_text())
+    assert sealed["identity"]["config"]["num_processes"] == 2
+    assert sealed["made"][0]["identity"]["config"]["num_processes"] == 1
+
+    # it is the run's own from now on, also where a manifest is lost
+    (run / "round-1/train.manifest.json").unlink()
+    assert skipped(home.go(total_prompts=30)) == [ALL, ALL, ALL, ["sample", "label"]]
+    assert [p.name for p in home.runs.iterdir()] == ["r"]
+    made_with(monkeypatch, "10", 2)
+    home.go(on_change="keep", total_prompts=30)
+    sealed = json.loads((run / "round-1/train.manifest.json").read_text())
+    assert sealed["identity"]["libraries"] == {"torch": "10"}
+
+
+def test_another_question_is_not_kept(home, monkeypatch):
+    "Nor where machines have changed as well; and all stays as it was."
+    before = files_in(home.runs)
+    made_with(monkeypatch, "9")
+    with pytest.raises(RunChanged, match="(?s)beta 0.2 -> 0.4.*on_change=keep is for other"):
+        home.go(beta=0.4, on_change="keep")
+    (Path(home.given["reward_checkpoint"]) / "weights").write_text("other")
+    with pytest.raises(RunChanged, match="(?s)rm\\) contents .*on_change=keep is for other"):
+        home.go(on_change="keep")
+    assert files_in(home.runs) == before
 
 
 def test_who_says_stop_finds_all_as_it_was(home):

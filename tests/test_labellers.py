@@ -370,24 +370,47 @@ def test_people_decide_what_others_dispute(loop, tmp_path):
     assert None not in {s["reward"] for s in round_samples(first.folder)}
 
 
+def scores_of(folder, name):
+    rows = read_jsonl(folder / f"{name}.labels.jsonl")
+    return {(r["prompt_id"], r["sample_id"]): r["score"] for r in rows}
+
+
+def rewards_of(folder):
+    return {(s["prompt_id"], s["sample_id"]): s["reward"] for s in round_samples(folder)}
+
+
 def test_scores_are_put_together(loop, models, tmp_path, monkeypatch):
-    """A reward model and a judge of scores vote, and that is trained on. The mean of a vote is
-    a half in every round, so the rounds are told by another reward model, which looks on.
-    """
+    "A reward model and a judge of scores vote; another reward model looks on."
     with Server(likes_x) as server:
         given = dict(labeller="rm, judge", reward_checkpoint=models[0], method="grpo")
         given |= dict(watch_reward=models[1], total_prompts=4)
         start, first, final = loop(**given, **of_judge(server))
-    rows = round_samples(first.folder)
-    voted = {s["reward"] for s in read_records(first.folder / "feedback.json")}
-    assert voted <= {n / 6 for n in range(7)}
-    assert [s["reward"] for s in rows] == [s["watch"] for s in rows]
-    watched = {
-        (r["prompt_id"], r["sample_id"]): r["score"]
-        for r in read_jsonl(first.folder / "watch.labels.jsonl")
-    }
-    assert [s["watch"] for s in rows] == list(watched.values())
+    rewards = {r["reward"] for r in read_records(first.feedback_file, "scalar_feedback")}
+    assert rewards <= {n / 6 for n in range(7)}
+    watched = scores_of(first.folder, "watch")
+    assert rewards_of(first.folder) == watched
+    assert [s["watch"] for s in round_samples(first.folder)] == list(watched.values())
     assert "watch" in run_summary(tmp_path / "runs/r")[0]
+
+
+@pytest.mark.parametrize("combine", ["vote", "mean"])
+def test_what_a_run_of_several_is_followed_by(loop, models, tmp_path, combine):
+    "Half of a prompt's comparisons are won in every round: a vote says nothing of a policy."
+    with Server(likes_x) as server:
+        given = dict(labeller="rm, judge", reward_checkpoint=models[0], method="grpo")
+        start, first, final = loop(
+            **given, total_prompts=4, combine=combine, **of_judge(server)
+        )
+    seen, of_rm = rewards_of(first.folder), scores_of(first.folder, "rm")
+    if combine == "vote":
+        assert seen == of_rm
+    else:
+        judged = scores_of(first.folder, "judge")
+        assert seen == {key: (of_rm[key] + judged[key]) / 2 for key in seen}
+    rows = run_summary(tmp_path / "runs/r")
+    assert len({row["reward"] for row in rows}) == len(rows) == 3
+    named = params(tmp_path)["reward"]
+    assert named == dict(vote="reward model score", mean="mean score (rm, judge)")[combine]
 
 
 # ---- costs

@@ -323,6 +323,19 @@ def test_a_model_and_its_card_go_to_the_hub_and_nothing_else(run, hub):
     assert "optimizer.pt" not in hub.files
 
 
+def test_the_best_policy_goes_to_the_hub_if_it_is_asked_for(run, hub):
+    with pytest.raises(ValueError, match="nobody asked which policy is best"):
+        push(run, "me/mine", which="best")
+    assert not hub.made
+    params = json.loads((run / "params.json").read_text())
+    best = dict(policy="round-1/policy/FINAL", words="round 1's: 0.48")
+    (run / "params.json").write_text(json.dumps(params | dict(best=best)))
+    push(run, "me/mine", which="best")
+    final = run / "round-1/policy/FINAL"
+    assert hub.files["model.safetensors"] == (final / "model.safetensors").read_bytes()
+    assert b"the best of the run" in hub.files["README.md"]
+
+
 def test_a_model_that_has_changed_is_not_sent(run, hub):
     (run / "round-1/policy/FINAL/config.json").write_text("{}")
     with pytest.raises(ValueError, match="not what its training wrote; it is not sent"):
