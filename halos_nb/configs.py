@@ -14,23 +14,23 @@ __all__ = ['Config', 'SECRET_NAME', 'KEY_PREFIX', 'IN_AN_ADDRESS', 'KEY_WORD', '
            'looks_secret', 'is_clear', 'secret_values', 'base64_forms', 'says_secret', 'texts_in', 'secret_in',
            'refuse_secrets', 'did_you_mean', 'option_for', 'called_here', 'unknown_parameter', 'literal_problem',
            'parameter_problem', 'field_names', 'config_error', 'make_config', 'looks_like_path', 'require_path',
-           'name_problem', 'plain_name', 'free_name', 'place_problem', 'folder_problem', 'check_place',
-           'refuse_foreign', 'of_type', 'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs',
+           'require_model', 'from_hub', 'name_problem', 'plain_name', 'free_name', 'place_problem', 'folder_problem',
+           'check_place', 'refuse_foreign', 'of_type', 'same_place', 'lies_at', 'is_written_over', 'refuse_own_inputs',
            'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems', 'json_value',
            'read_template_options', 'option_value', 'template_problems', 'sample_problems', 'LabellerOptions',
            'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions', 'BudgetOptions',
            'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'ensemble_problems',
            'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'is_file_name',
-           'module_and_name', 'source_near', 'source_file', 'names_in', 'syntax_of', 'near_source', 'given_to',
-           'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named', 'is_own', 'own_trainer_name',
-           'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family', 'own_name',
-           'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions', 'ReferenceOptions',
-           'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems',
-           'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems', 'dropout_problems',
-           'reward_problems', 'objectives_problems', 'place_problems', 'length_problems', 'adapter_problems',
-           'without_adapters', 'train_problems', 'read_options', 'Preset', 'MethodOptions', 'RoundOptions',
-           'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators', 'asks_judge',
-           'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
+           'module_and_name', 'source_near', 'own_source_near', 'source_file', 'names_in', 'syntax_of', 'near_source',
+           'given_to', 'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named', 'is_own',
+           'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family',
+           'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
+           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
+           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
+           'dropout_problems', 'reward_problems', 'objectives_problems', 'place_problems', 'length_problems',
+           'adapter_problems', 'without_adapters', 'train_problems', 'read_options', 'Preset', 'MethodOptions',
+           'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators',
+           'asks_judge', 'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
            'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
            'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
            'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
@@ -84,7 +84,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .records import nothing_at, on_disk, rule_of
+from .records import meant_beside, nothing_at, on_disk, rule_of
 
 # %% ../nbs/02_configs.ipynb #cc61bf9c
 Config = TypeVar("Config")
@@ -488,6 +488,25 @@ def require_path(
     if looks_like_path(str(path)) and not is_here:
         raise FileNotFoundError(f"{what}: {nothing_at(path)}")
     return path
+
+
+def require_model(
+    name: str,  # of a folder, or a name on the hub (empty: none)
+    what: str,  # the parameter, for the message
+) -> str:
+    "The same; an error also if it might be on the hub, but a folder like it is here."
+    require_path(name, what)
+    top = Path(name).parts[:1]
+    if top and not Path(top[0]).exists() and meant_beside(name):
+        raise FileNotFoundError(
+            f"{what}: {nothing_at(name)} (one of the hub is written org/name)"
+        )
+    return name
+
+
+def from_hub(name: str) -> bool:
+    "Whether a model's name leads to no folder here, so that the hub is asked for it."
+    return bool(name) and not Path(name).exists()
 
 # %% ../nbs/02_configs.ipynb #ad6d5e2e
 LONGEST_NAME = 150  # bytes: room for what is put behind it in a file's name
@@ -1162,6 +1181,11 @@ def source_near(folder: Path, parts: list[str]) -> Path | None:
     return None
 
 
+def own_source_near(folder: Path, parts: list[str]) -> Path | None:
+    "The same of whoever wrote a file there; in a checkout our package lies beside it."
+    return None if parts[0] in ("", "halos_nb") else source_near(folder, parts)
+
+
 def source_file(
     module: str,  # its dotted name, or a file
 ) -> Path | None:
@@ -1427,7 +1451,7 @@ def family_of(file: Path, name: str) -> str:
                 return "dpo" if family == "simpo" and has_reference(node) else family
         return ""
     module, there = source.imported.get(name, ("", name))
-    own = source_near(file.parent, module.split(".")) if module else None
+    own = own_source_near(file.parent, module.split("."))
     return family_of(own, there) if own else FAMILIES.get(there, "")
 
 # %% ../nbs/02_configs.ipynb #503bae8f

@@ -45,6 +45,7 @@ from halos_nb.configs import (
     is_own,
     module_and_name,
     own_name,
+    own_source_near,
     source_file,
     source_near,
 )
@@ -152,6 +153,8 @@ def code_hash(
 def near_imports(file: Path, folder: Path) -> set[Path]:
     "The sources in a folder that one of its sources imports, absolutely or relatively."
     found = set()
+    is_ours = file.relative_to(folder).parts[0] == "halos_nb"
+    look_near = source_near if is_ours else own_source_near
     for node in ast.walk(ast.parse(file.read_bytes())):
         names: list[list[str]] = []
         if isinstance(node, ast.Import):
@@ -164,7 +167,7 @@ def near_imports(file: Path, folder: Path) -> set[Path]:
             names = [base, *([*base, alias.name] for alias in node.names)]
         for parts in names:
             for n in range(1, len(parts) + 1):  # a package's __init__ runs, too
-                if near := source_near(folder, parts[:n]):
+                if near := look_near(folder, parts[:n]):
                     found.add(near)
     return found
 

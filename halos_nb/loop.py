@@ -89,6 +89,7 @@ from halos_nb.configs import (
     read_models,
     refuse,
     require_function,
+    require_model,
     require_path,
     tracker_names,
 )
@@ -2530,12 +2531,12 @@ def check_sources(cfg: LoopConfig) -> None:
         if getattr(cfg, name):
             require_function(getattr(cfg, name), name)
     for name in ("sft_checkpoint", "watch_reward", "judge_model_path"):
-        require_path(getattr(cfg, name), name)
+        require_model(getattr(cfg, name), name)
     for name in ("prompts", "heldout_prompts"):
         if getattr(cfg, name):
             require_source(getattr(cfg, name), name)
     for one in read_models(cfg.reward_checkpoint):
-        require_path(one.model, "reward_checkpoint")
+        require_model(one.model, "reward_checkpoint")
         check_kind(one.model, "reward_checkpoint", is_reward=True)
     check_kind(cfg.watch_reward, "watch_reward", is_reward=True)
     for name in ("sft_checkpoint", "judge_model_path"):

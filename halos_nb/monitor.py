@@ -82,6 +82,7 @@ from halos_nb.runs import (
     known_row,
     placed,
     read_feedback,
+    reward_words,
     add_seconds,
     with_truth,
 )
@@ -919,7 +920,7 @@ def shown_rounds(self: RunMonitor) -> list[RoundView]:
 @patch
 def unit(self: RunMonitor) -> str:
     "What the score is."
-    return self.session.told().get("reward", "score")
+    return reward_words(self.session.told())
 
 # %% ../nbs/66_monitor.ipynb #50ac5ec5
 @patch
@@ -1084,7 +1085,8 @@ def first_columns(rows: list[dict]) -> Shown:
     if not any(row.get("unscored") for row in rows):
         known = [name for name in known if name != "unscored"]
     words = {name: name.replace("_", " ") for name in known}
-    words |= {"accuracy": "training accuracy"} if "accuracy" in known else {}
+    said = dict(accuracy="training accuracy", kl="KL (nats an answer)")
+    words |= {name: said[name] for name in known if name in said}
     short = [
         dict(round=row["round"]) | {words[name]: row.get(name) for name in known}
         for row in rows

@@ -79,6 +79,7 @@ from halos_nb.runs import (
     read_feedback,
     read_run,
     refuse_run_file,
+    reward_words,
     win_rows,
     with_truth,
 )
@@ -413,7 +414,7 @@ def state_and_rounds(state: RunState, run: Run, truth: Truth | None) -> list[Par
     if best := run.params.get("best"):
         parts.append(f"Best: {best['words']}, at {best['policy']}")
     if by := run.params.get("labelled_by"):
-        parts.append(f"Labelled by {by}; reward: {run.params['reward']}")
+        parts.append(f"Labelled by {by}; reward: {reward_words(run.params)}")
     return [*parts, rounds_left_out(run)]
 
 
@@ -425,10 +426,12 @@ def audit_part(run: Path) -> Part:
 # %% ../nbs/69_page.ipynb #757a21e7
 def health_part(run: Path) -> Part:
     "How healthy the run's policies were; None if nobody looked."
-    rows = health_rows(run)
-    shares = dict(cut=".1%", unreadable=".1%")
-    title = "Each policy's own answers, KL and entropy in nats per token"
-    return summary_table(rows, shares, title) if rows else None
+    said = dict(kl="KL (nats a token)", entropy="entropy (nats a token)")
+    rows = [{said.get(k, k): x for k, x in row.items()} for row in health_rows(run)]
+    formats = dict.fromkeys(said.values(), ".3f") | dict(cut=".1%", unreadable=".1%")
+    formats["score"] = ".3f"
+    title = "Each policy's own answers; KL to the reference"
+    return summary_table(rows, formats, title) if rows else None
 
 # %% ../nbs/69_page.ipynb #0e33890c
 def evaluation_parts(run: Run, truth: Truth | None) -> list[Part]:
@@ -485,7 +488,7 @@ def gain_words(
             "way from the SFT policy to the best possible answer"
         )
     if None not in (first["reward"], last["reward"]):
-        score = run.params.get("reward", SCORE_NAME)
+        score = reward_words(run.params, SCORE_NAME)
         both = [number_text(one["reward"], ".3f") for one in (first, last)]
         lines.append(f"mean {score} {both[0]} -> {both[1]}")
     if last.get("win_rate") is not None:
@@ -537,7 +540,7 @@ def report(
     rounds = samples_by_round(run, truth)
     feedback = feedback_by_round(run)
     metrics = {title: rows for title, rows in run.metrics().items() if rows}
-    unit = run.params.get("reward", SCORE_NAME)
+    unit = reward_words(run.params, SCORE_NAME)
     sections: dict[str, list] = {
         "Rounds": state_and_rounds(look(run.folder), run, truth),
         "Evaluation": evaluation_parts(run, truth),

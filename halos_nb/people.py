@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Table', 'SampleId', 'CHOICES', 'WHYS', 'choose_pairs', 'most_uncertain', 'in_own_units', 'most_disputed',
-           'assign_pairs', 'KnownAnswers', 'SamplesAndPairs', 'samples_of_pairs', 'Item', 'Placed', 'second_look',
-           'make_items', 'Answers', 'undo_last', 'apply_event', 'choice_problem', 'undo_problem', 'event_problem',
-           'replay', 'texts_hash', 'read_session', 'items_of_journal', 'is_item', 'check_samples_known',
-           'check_same_session', 'Session', 'winner_of', 'comparison_of', 'comparisons', 'journal_of',
-           'comparisons_of_others', 'share_won', 'label_of', 'labels', 'feedback_of_labels', 'session_feedback',
-           'Split', 'hold_out', 'OfferRule', 'Look', 'logistic', 'strengths', 'log_odds', 'look_at', 'chances',
-           'may_be_next', 'next_offer', 'self_agreement', 'left_rate', 'state_of_pair', 'pair_states', 'agreement_with',
-           'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions', 'open_questions', 'PairsOpen',
-           'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
+           'labels_of_others', 'pairs_to_label', 'assign_pairs', 'KnownAnswers', 'SamplesAndPairs', 'samples_of_pairs',
+           'Item', 'Placed', 'second_look', 'make_items', 'Answers', 'undo_last', 'apply_event', 'choice_problem',
+           'undo_problem', 'event_problem', 'replay', 'texts_hash', 'read_session', 'items_of_journal', 'is_item',
+           'check_samples_known', 'check_same_session', 'Session', 'winner_of', 'comparison_of', 'comparisons',
+           'journal_of', 'comparisons_of_others', 'share_won', 'label_of', 'labels', 'feedback_of_labels',
+           'session_feedback', 'Split', 'hold_out', 'OfferRule', 'Look', 'logistic', 'strengths', 'log_odds', 'look_at',
+           'chances', 'may_be_next', 'next_offer', 'self_agreement', 'left_rate', 'state_of_pair', 'pair_states',
+           'agreement_with', 'session_report', 'pairs_for_people', 'disputed_pairs', 'Questions', 'open_questions',
+           'PairsOpen', 'how_to_label', 'refresh', 'wait_for_answers', 'unasked', 'main']
 
 # %% ../nbs/64_people.ipynb #646f0f3f
 import hashlib
@@ -39,6 +39,7 @@ from halos_nb.records import (
     as_text,
     atomic_write,
     check_record,
+    label_lines,
     lock_file,
     read_jsonl,
     shortened,
@@ -117,6 +118,48 @@ def most_disputed(
                 sure = min(abs(one[pair]), abs(other[pair]))
                 depth[pair] = max(depth.get(pair, 0.0), sure)
     return sorted(depth, key=lambda pair: (-depth[pair], str(pair)))[:n]
+
+# %% ../nbs/64_people.ipynb #43d89dc2
+def labels_of_others(
+    journals: Sequence[str | Path],  # *.labels.jsonl: scores of samples, or comparisons
+    pairs: list[tuple],  # as verdicts.pair_of names them
+) -> Table:
+    "What others say of these pairs; an error names the journal that says nothing of them."
+    comparisons: list[dict] = []
+    labels: list[dict] = []
+    for journal in journals:
+        rows = label_lines(journal)
+        compared = [row for row in rows if "winner" in row]
+        scored = [row for row in rows if "winner" not in row]
+        if not any(pair_table(compared, scored, pairs).values()):
+            raise ValueError(
+                f"labels: {journal} says nothing of the pairs of these samples; name journals "
+                "(*.labels.jsonl) of the same samples, or leave labels out"
+            )
+        comparisons += compared
+        labels += scored
+    return pair_table(comparisons, labels, pairs)
+
+
+def pairs_to_label(
+    choose: str,  # spread, uncertain or disputed
+    pairs: list[tuple],  # all there are, each prompt in turn
+    table: Table,  # what others say of them
+    n: int,  # how many
+) -> list[tuple]:
+    "The pairs worth a person's time; an error if there is none."
+    if not pairs:
+        raise ValueError("samples: no prompt has two different answers to compare")
+    if choose == "spread":
+        return pairs[:n]
+    if choose == "uncertain":
+        return most_uncertain(next(iter(table.values())), n)
+    if found := most_disputed(table, n):
+        return found
+    raise ValueError(
+        f"choose: {' and '.join(table)} contradict each other on no pair (it takes two other "
+        "labellers); take uncertain or spread"
+    )
 
 # %% ../nbs/64_people.ipynb #dfd9a319
 def assign_pairs(

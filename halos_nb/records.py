@@ -538,9 +538,17 @@ def meant_beside(path: str | Path) -> str:
     here = Path(path)
     if here.is_symlink() and not here.exists():
         return f"; {here.name} is a link that leads nowhere, to {os.readlink(here)}"
-    beside = sorted(p.name for p in here.parent.iterdir()) if here.parent.is_dir() else []
-    near = difflib.get_close_matches(here.name, beside, 1, 0.7)
-    return f"; did you mean `{here.with_name(near[0])}`?" if near else ""
+    missing = here  # its first part that is not there
+    while not missing.parent.exists():
+        missing = missing.parent
+    folder = missing.parent
+    beside = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    near = difflib.get_close_matches(missing.name, beside, 1, 0.7)
+    if not near or missing.exists():
+        return ""
+    meant = missing.with_name(near[0])
+    whole = meant / here.relative_to(missing)
+    return f"; did you mean `{whole if whole.exists() else meant}`?"
 
 
 def nothing_at(path: str | Path) -> str:

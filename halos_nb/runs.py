@@ -8,7 +8,7 @@ __all__ = ['SAID_IN_WORDS', 'AGREES', 'ROW_FILES', 'ROW_CODE', 'ROWS_KEPT', 'ROW
            'scores_of_model', 'other_journals', 'agreement_with', 'agreement_columns', 'held_out_right',
            'held_out_words', 'labelling_columns', 'read_feedback', 'summary_row', 'sampled_by_older', 'row_code',
            'made_of', 'read_rows_kept', 'known_row', 'last_session', 'stage_seconds', 'add_seconds', 'is_finished',
-           'run_summary', 'health_rows', 'kept_as_made', 'as_interval', 'evaluations', 'evaluation_row',
+           'run_summary', 'reward_words', 'health_rows', 'kept_as_made', 'as_interval', 'evaluations', 'evaluation_row',
            'evaluation_rows', 'win_rows', 'interval_formats', 'Run', 'with_truth', 'NoRun', 'placed', 'read_params',
            'add_truth', 'read_run', 'refuse_run_file', 'pack', 'run_folders', 'read_runs', 'Seeds', 'both_ends',
            'run_row', 'above_start', 'mean_of', 'gains_of', 'over_seeds', 'last_answers', 'paired_differences',
@@ -65,6 +65,7 @@ from .identity import PACKAGE
 from .ledger import RunFolder, is_number, read_events
 from halos_nb.loop import (
     CHECKS,
+    LOOKING_ON,
     MEASURED,
     STOPPED_BY_ALARM,
     counted_by_folder,
@@ -382,6 +383,21 @@ def run_summary(
             row = known_row(run / folder)
             rows.append(row | dict(seconds=round(sum(seconds.values()), 1)))
     return rows
+
+# %% ../nbs/63_runs.ipynb #6f13a3fb
+def reward_words(
+    params: dict,  # of params.json
+    unknown: str = "score",  # where it does not say
+) -> str:
+    "What a sample's `reward` is in a run."
+    said = params.get("reward", unknown)
+    head, _, names = said.removesuffix(")").partition("share of comparisons won (")
+    first = [name for name in LOOKING_ON if name in names.split(", ")]
+    if head or not first:
+        return said
+    if params.get("parameters", {}).get("watch_reward"):
+        return "score of the reward model that looks on"
+    return "reward model score" if first[0] == "rm" else f"score by {first[0]}"
 
 # %% ../nbs/63_runs.ipynb #e4bb792a
 MEASURES = ("answers", "kl", "cut", "unreadable", "entropy", "score")  # of a policy's health

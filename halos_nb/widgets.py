@@ -6,7 +6,7 @@
 __all__ = ['Reply', 'MessageWidget', 'page_code', 'PairBrowser', 'browse_pairs', 'save_feedback', 'states_text', 'share_text',
            'report_rows', 'SessionView', 'visible_item', 'speed_text', 'others_of', 'rule_text', 'view_content',
            'labelling_report', 'HumanLabeler', 'label_pairs', 'open_round', 'label_round', 'LabelsMissing',
-           'judge_comparison', 'judge_open_pairs', 'check_pending', 'finish']
+           'judge_comparison', 'judge_open_pairs', 'check_pending', 'nothing_to_train_on', 'finish']
 
 # %% ../nbs/67_widgets.ipynb #e90df662
 import json
@@ -537,6 +537,21 @@ def check_pending(view: SessionView, pending: str, mode: str) -> None:
             "pending=skip"
         )
 
+# %% ../nbs/67_widgets.ipynb #d3609bd6
+def nothing_to_train_on(view: SessionView) -> str:
+    "Why no feedback came of a session, and what to do."
+    session = view.session
+    if len(session.open_items) == len(session.items):
+        return (
+            f"{session.path}: nobody has labelled a pair, so there is nothing to train on. "
+            "Label them in JupyterLab with the same run_name, or name other labellers' "
+            "journals (labels) and take pending=judge"
+        )
+    return (
+        f"{session.path}: no pair with a preference, so there is nothing to train on "
+        f"({states_text(session)}). Label more of them (num_pairs)"
+    )
+
 # %% ../nbs/67_widgets.ipynb #a6cbf4fa
 def finish(
     view: SessionView,
@@ -565,7 +580,5 @@ def finish(
     said.append(f"{counts['records']} pairs in {view.file}")
     print("; ".join(said))
     if not counts["records"]:
-        raise RuntimeError(
-            f"{view.file}: no pair with a preference, so there is nothing to train on"
-        )
+        raise RuntimeError(nothing_to_train_on(view))
     return counts

@@ -272,6 +272,7 @@ def said_at_launch(cfg, settings):
         (dict(train_options=BY_ITSELF, profile="read_once"), "reference_cache: with use_peft"),
         (dict(reward_checkpoint="lm"), "lm is a LlamaForCausalLM, not a reward model"),
         (dict(sft_checkpoint="rm"), "rm is a LlamaForSequenceClassification, a reward"),
+        (dict(sft_checkpoint="sfft"), "nothing is at sfft .*did you mean `sft`"),
     ],
 )
 def test_the_dry_run_refuses_what_the_launch_refuses(place, monkeypatch, given, told, request):
