@@ -1,14 +1,18 @@
 """Planned memory beside measured: `python bench/plan.py` (or `make test-plan`).
 
 Each case is a training in a process of its own on this machine's CPU, of a random Llama of
-some 230 million parameters. Measured is the process's highest resident set less what it had
-before it loaded anything (imports done); planned is `halos_nb.plan` of the same config. Of
-weights in two shares (FSDP2) the training alone is measured: reading and writing hold a whole
-model in the machine's memory, which on a GPU's machine is not the GPU's.
+some 230 million parameters, or where its name says experts of a Mixtral of as many. Measured is
+the process's highest resident set less what it had before it loaded anything (imports done);
+planned is `halos_nb.plan` of the same config. Of weights in two shares (FSDP2) the training
+alone is measured: reading and writing hold a whole model in the machine's memory, which on a
+GPU's machine is not the GPU's. Experts lie in the file one by one, put together when they
+are read; the file's pages of them stay resident until the kernel wants them back. They are no
+need of the training, and are told apart (`pages`).
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +22,9 @@ from pathlib import Path
 SHAPE = dict(vocab_size=32_000, hidden_size=1024, intermediate_size=2816)
 SHAPE |= dict(num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=8)
 SHAPE |= dict(max_position_embeddings=2048)
+# the same with experts in place of its linear layers
+EXPERTS = SHAPE | dict(intermediate_size=704, num_local_experts=8, num_experts_per_tok=2)
+EXPERTS |= dict(num_hidden_layers=8)
 COMMON = dict(lr=1e-5, max_length=80, max_prompt_length=32, layout="tree", batch_size=4)
 # name -> fields of the training's config
 CASES: dict[str, dict] = {
@@ -31,6 +38,9 @@ CASES: dict[str, dict] = {
     "bradley-terry": dict(loss="bradley-terry"),
     "bradley-terry, checkpointing": dict(loss="bradley-terry", gradient_checkpointing=True),
     "dpo, bfloat16": dict(loss="dpo", precision="bfloat16"),
+    "dpo, experts": dict(loss="dpo"),
+    "sft, experts, checkpointing": dict(loss="sft", gradient_checkpointing=True),
+    "dpo, experts, LoRA": dict(loss="dpo", use_peft=True, lora_r=16),
     "dpo, two shards": dict(loss="dpo"),
     "dpo, two shards, bfloat16": dict(loss="dpo", precision="bfloat16"),
     "dpo, LoRA, two shards, bfloat16": dict(
@@ -42,18 +52,24 @@ EXACT = dict(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
 SHARED = Path(__file__).parents[1] / "halos_nb/accelerate/fsdp2_cpu2.yaml"
 
 
-def make_model(folder: Path) -> None:
-    "A random Llama with a tokenizer of bytes."
+def make_models(home: Path) -> None:
+    "A random Llama and a Mixtral with a tokenizer of bytes."
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
     from halos_nb.templates import byte_tokenizer
 
     tok = byte_tokenizer()
-    torch.manual_seed(0)
     ids = dict(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, **ids)).save_pretrained(folder)
-    tok.save_pretrained(folder)
+    configs = dict(model=LlamaConfig(**SHAPE, **ids), experts=MixtralConfig(**EXPERTS, **ids))
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(home / name)
+        tok.save_pretrained(home / name)
+
+
+def model_of(home: Path, case: str) -> Path:
+    return home / ("experts" if "experts" in case else "model")
 
 
 def make_pairs(file: Path) -> None:
@@ -68,7 +84,7 @@ def make_pairs(file: Path) -> None:
 def training(home: Path, case: str):
     from halos_nb.configs import TrainConfig
 
-    where = dict(model=str(home / "model"), train_datasets=[str(home / "pairs.jsonl")])
+    where = dict(model=str(model_of(home, case)), train_datasets=[str(home / "pairs.jsonl")])
     where |= dict(
         cache_dir=str(home / "out"), exp_name="x", n_examples=2 * COMMON["batch_size"]
     )
@@ -81,6 +97,20 @@ def resident(name: str) -> float:
         s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(name)
     ]
     return int(line.split()[1]) / 1024
+
+
+def put_together(model: Path) -> float:
+    "Size of the experts in a model's file that make up one weight when they are read, MiB."
+    from safetensors import safe_open
+
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            shapes = [
+                weights.get_slice(n).get_shape() for n in weights.keys() if ".experts." in n
+            ]
+        total += sum(4 * math.prod(shape) for shape in shapes)
+    return total / 2**20
 
 
 def measure(home: Path, case: str) -> dict:
@@ -99,7 +129,8 @@ def measure(home: Path, case: str) -> dict:
     before = resident("VmRSS")
     if "shards" not in case and not os.environ.get("TRACE"):
         halos_nb.train.train(cfg)
-        return dict(case=case, measured=round(resident("VmHWM") - before))
+        pages = round(put_together(Path(cfg.model)))
+        return dict(case=case, measured=round(resident("VmHWM") - before) - pages, pages=pages)
     steps = {}
 
     def step_is_over(step: str) -> None:
@@ -139,8 +170,8 @@ def main() -> None:
     parser.add_argument("--most", type=float, default=0.15, help="largest difference allowed")
     a = parser.parse_args()
     home = Path(a.home or tempfile.mkdtemp())
-    if not (home / "model").is_dir():
-        make_model(home / "model")
+    if not model_of(home, " ".join(a.cases)).is_dir():
+        make_models(home)
         make_pairs(home / "pairs.jsonl")
     if a.do != "all":
         [case] = a.cases
@@ -166,7 +197,9 @@ def main() -> None:
         off = row["planned"] / row["measured"] - 1
         wrong += abs(off) > a.most
         parts = ", ".join(f"{k} {v}" for k, v in row["parts"].items())
-        print(f"| {case} | {row['measured']} | {row['planned']} | {off:+.1%} | {parts} |")
+        of_file = f" ({row['pages']} of the file beside it)" if row.get("pages") else ""
+        told = f"{row['measured']}{of_file} | {row['planned']} | {off:+.1%} | {parts}"
+        print(f"| {case} | {told} |")
         sys.stdout.flush()
     sys.exit(f"{wrong} cases are off by more than {a.most:.0%}" if wrong else 0)
 
