@@ -715,8 +715,8 @@ def only_made_otherwise(was: dict, now: dict, config: Any) -> bool:
     was, now = read_alike(was, now)
     new = now["config"].keys() - was["config"].keys()
     grown = {k: v for k, v in defaults_of(config).items() if k in new}
-    function = str(now["config"].get("function") or "")
-    apart = {*HOW_MADE, *(["function"] if function.startswith("halos_nb.") else [])}
+    is_ours = str(now["config"].get("function")).split(".")[0] == "halos_nb"
+    apart = (*HOW_MADE, "function") if is_ours else HOW_MADE
     sides = []
     for one in (was | dict(config=grown | was["config"]), now):
         asked = {k: v for k, v in one["config"].items() if k != "num_processes"}
