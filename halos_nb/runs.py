@@ -422,7 +422,7 @@ def health_rows(run: str | Path) -> list[dict]:
 def kept_as_made(run: str | Path) -> list[str]:
     "Which sealed results of a run were made otherwise than it is made now, and how."
     run, kept = Path(run), dict[Path, str]()
-    for event in read_events(run):
+    for event in read_events(run) if (run / "ledger.jsonl").exists() else []:
         if event["event"] in ("started", "stands"):
             manifest = run / event["folder"] / f"{event['stage']}.manifest.json"
             kept.pop(manifest, None)
