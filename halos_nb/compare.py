@@ -496,8 +496,6 @@ def seed_points(
     mean = mean_over_seeds(values)
     label = escape(name)
     color = line["color"]
-    seeds = dict(x=list(values), y=[label] * len(values), mode="markers", hoverinfo="skip")
-    found = [go.Scatter(**seeds, marker=dict(color=color, size=6, opacity=0.4))]
     shown = dict(x=[mean.value], y=[label], mode="markers", marker=dict(color=color, size=10))
     known = math.isfinite(mean.low)
     seeds_told = "one seed" if len(values) == 1 else f"the same in {len(values)} seeds"
@@ -506,8 +504,10 @@ def seed_points(
         f"<b>{label}</b>",
         f"{mean:.3f}" if known else f"{number_text(mean.value, '.3f')}, {seeds_told}",
     )
-    found.append(go.Scatter(**shown, error_x=off if known else None, hovertemplate=text))
-    return found
+    found = [go.Scatter(**shown, error_x=off if known else None, hovertemplate=text)]
+    ring = dict(symbol="circle-open", color=color, size=9, line_width=1.5)
+    seeds = dict(x=list(values), y=[label] * len(values), mode="markers", hoverinfo="skip")
+    return [*found, go.Scatter(**seeds, marker=ring)]  # rings show on the interval's bar
 
 
 @patch
@@ -526,7 +526,7 @@ def seeds_figure(self: RunComparer, key: str = "") -> go.Figure:
             missing.append(f"{len(values) - len(known)} of {len(values)} of {escape(name)}")
         fig.add_traces(seed_points(known, name, run_line(i)))
     what = key.replace("_", " ")
-    notes = ["Mean and 95% interval for other seeds (Student's t), each seed faintly"]
+    notes = ["Mean and 95% interval for other seeds (Student's t), each seed a ring"]
     if missing:
         notes.append(f"no {what} in {', '.join(missing)}")
     axes = dict(xaxis_title_text=what, yaxis_autorange="reversed")

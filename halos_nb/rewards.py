@@ -721,8 +721,9 @@ def faint(rows: Sequence[dict], key: str, line: dict) -> go.Scatter:
     return go.Scatter(
         x=floats(rows, "kl"),
         y=floats(rows, key),
-        mode="lines",
+        mode="lines+markers",  # a line alone ends at the very edge of its axis
         line=line | dict(width=1),
+        marker_size=4,
         opacity=0.35,
         hoverinfo="skip",
     )
