@@ -1923,6 +1923,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.loop.still_to_ask': ('loop.html#still_to_ask', 'halos_nb/loop.py'),
                                'halos_nb.loop.tokens_beside': ('loop.html#tokens_beside', 'halos_nb/loop.py'),
                                'halos_nb.loop.tokens_to_read': ('loop.html#tokens_to_read', 'halos_nb/loop.py'),
+                               'halos_nb.loop.told_kept': ('loop.html#told_kept', 'halos_nb/loop.py'),
                                'halos_nb.loop.totals_before': ('loop.html#totals_before', 'halos_nb/loop.py'),
                                'halos_nb.loop.train_stage': ('loop.html#train_stage', 'halos_nb/loop.py'),
                                'halos_nb.loop.what_it_needs': ('loop.html#what_it_needs', 'halos_nb/loop.py'),
