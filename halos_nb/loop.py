@@ -1957,7 +1957,8 @@ def health_of(self: Loop, stage: Stage) -> tuple[Health, str]:
     "What a stage's answers say of their policy, and the hash of all that this comes from."
     files = [stage.outputs[0]]
     if stage.name == "label":
-        names = ("samples.json", "feedback.labels.jsonl", "watch.labels.jsonl")
+        names = ["samples.json", "feedback.labels.jsonl"]
+        names += [f"{name}.labels.jsonl" for name in LOOKING_ON]
         files = [stage.folder / name for name in names if on_disk(stage.folder / name).exists()]
     parts = [code_hash(health.__module__), *map(self.ledger.hash, files)]
     seen = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
@@ -3136,6 +3137,8 @@ def run_rounds(
             for this in loop.play(on_audit):
                 if this.name == "final":
                     write(loop.how_it_ended(this))
+                elif loop.best_told():  # it is asked for before the run has ended, too
+                    write("running, or killed")
                 yield this
         except CostError as error:
             write(f"stopped by the cap: {error}")
