@@ -2458,6 +2458,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'halos_nb.plan.engine_needs': ('plan.html#engine_needs', 'halos_nb/plan.py'),
                                'halos_nb.plan.engine_on_gpu': ('plan.html#engine_on_gpu', 'halos_nb/plan.py'),
                                'halos_nb.plan.fake_model': ('plan.html#fake_model', 'halos_nb/plan.py'),
+                               'halos_nb.plan.for_every_head': ('plan.html#for_every_head', 'halos_nb/plan.py'),
                                'halos_nb.plan.full_batch': ('plan.html#full_batch', 'halos_nb/plan.py'),
                                'halos_nb.plan.gpu_memory': ('plan.html#gpu_memory', 'halos_nb/plan.py'),
                                'halos_nb.plan.gradients_of_before': ('plan.html#gradients_of_before', 'halos_nb/plan.py'),

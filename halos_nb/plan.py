@@ -10,11 +10,12 @@ __all__ = ['STANDS_FOR', 'FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'P
            'Pass', 'Held', 'Seen', 'apart', 'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed',
            'head_bytes', 'kinds_of_layers', 'tried_behind', 'deeper', 'rehearsed', 'Place', 'gpu_memory',
            'machine_memory', 'Needs', 'Lengths', 'longest', 'training_pass', 'arrived', 'in_shares', 'keeps_reference',
-           'training_needs', 'keys_and_values', 'drawing_needs', 'engine_on_gpu', 'engine_needs', 'weights_of_engine',
-           'roomier_engines', 'scoring_needs', 'with_both', 'labelling_needs', 'Plan', 'config_at', 'place_of',
-           'label_stages', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once', 'needs_of',
-           'alternatives', 'changed', 'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring', 'what_to_change',
-           'changes_at_peak', 'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main', 'CalledRoom']
+           'training_needs', 'keys_and_values', 'for_every_head', 'drawing_needs', 'engine_on_gpu', 'engine_needs',
+           'weights_of_engine', 'roomier_engines', 'scoring_needs', 'with_both', 'labelling_needs', 'Plan', 'config_at',
+           'place_of', 'label_stages', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once',
+           'needs_of', 'alternatives', 'changed', 'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring',
+           'what_to_change', 'changes_at_peak', 'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main',
+           'CalledRoom']
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
@@ -652,9 +653,20 @@ ANSWERS_OF_NUMBERS = 4 + 4 + 4 * 8  # bytes of a token's number on its way to be
 def keys_and_values(config: PreTrainedConfig, itemsize: int) -> float:
     "Bytes of a token in the cache of one layer."
     text: Any = text_config(config)
+    if latent := getattr(text, "kv_lora_rank", None):  # what they are computed from is kept
+        return float((latent + text.qk_rope_head_dim) * itemsize)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return for_every_head(config, itemsize) * heads / text.num_attention_heads
+
+
+def for_every_head(config: PreTrainedConfig, itemsize: int) -> float:
+    "Bytes of a token's keys and values in one layer, for every head that reads them."
+    text: Any = text_config(config)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2.0 * heads * width * itemsize
+    both = 2.0 * width
+    if getattr(text, "kv_lora_rank", None):
+        both = float(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    return text.num_attention_heads * both * itemsize
 
 
 def drawing_needs(
@@ -674,9 +686,8 @@ def drawing_needs(
     per_layer = tokens * keys_and_values(config, itemsize)
     read = Pass(PROMPTS_AT_A_TIME, cfg.max_prompt_length, 1, 1, place.device)
     # a layer whose room is used up is copied, and repeated for every head that reads it
+    repeated = tokens * for_every_head(config, itemsize)
     text: Any = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    repeated = per_layer * text.num_attention_heads / heads
     needs = Needs(
         weights=whole,
         reference=whole if two_models else 0,

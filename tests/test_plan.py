@@ -5,8 +5,10 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import FalconMambaConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, FalconMambaConfig
+from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from halos_nb.answers import answer_logps
 from halos_nb.backends import ENGINE_SETTINGS
@@ -22,6 +24,7 @@ from halos_nb.plan import (
     changes_of_scoring,
     changes_of_sharing,
     full_batch,
+    keys_and_values,
     longest,
     place_of,
     plan,
@@ -287,6 +290,24 @@ def test_layers_of_several_kinds_are_planned_each_as_what_it_is(dense, learns):
     held = rehearsed(model, how)
     most = max(all_at_once.forward + held.logits, all_at_once.going, all_at_once.back)
     assert held.activations + held.logits == pytest.approx(most, rel=0.05)
+
+
+LATENT = dict(vocab_size=500, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=12)
+LATENT |= dict(qk_rope_head_dim=4, v_head_dim=8, first_k_dense_replace=3, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(vocab_size=500, num_key_value_heads=2, **TINY),
+        DeepseekV3Config(**LATENT, **TINY),
+    ],
+    ids=["few heads", "latent"],
+)
+def test_a_cache_is_planned_as_a_model_fills_it(config):
+    cache = AutoModelForCausalLM.from_config(config)(torch.arange(7)[None]).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 7 * TINY["num_hidden_layers"] * keys_and_values(config, 4)
 
 
 def test_layers_whose_kinds_follow_from_their_number_are_planned():
