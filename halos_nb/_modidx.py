@@ -2099,6 +2099,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.monitor.Session.begin': ('monitor.html#session.begin', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.Session.count': ('monitor.html#session.count', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.Session.is_row': ('monitor.html#session.is_row', 'halos_nb/monitor.py'),
+                                  'halos_nb.monitor.Session.kept_before': ('monitor.html#session.kept_before', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.Session.read': ('monitor.html#session.read', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.Session.restart': ('monitor.html#session.restart', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.Session.told': ('monitor.html#session.told', 'halos_nb/monitor.py'),

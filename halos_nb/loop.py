@@ -2909,7 +2909,7 @@ def also_changed(found: Outlook, cfg: LoopConfig) -> Outlook:
 def told_kept(run: Path) -> dict[Path, dict]:
     "What a run's journal says of sealed results that were made otherwise, by their manifests."
     kept: dict[Path, dict] = {}
-    for event in read_events(run):
+    for event in read_events(run) if (run / "ledger.jsonl").exists() else []:
         if event["event"] in ("started", "stands"):
             manifest = Path(event["folder"], f"{event['stage']}.manifest.json")
             kept.pop(manifest, None)

@@ -313,6 +313,7 @@ class Session(Tail):
         self.trainings: dict[str, dict] = {}  # the last of each training, by round's folder
         self.seconds: dict[str, dict[str, float]] = {}  # as `stage_seconds` has them
         self.done: tuple = (0, 0)  # stages that are done, and when the last one was
+        self.kept: list[str] | None = None  # see `kept_as_made`; looked up once a session
         self.pace = Pace()
 
     def is_row(self, row: Any) -> bool:
@@ -341,6 +342,12 @@ class Session(Tail):
             self.trainings[event["folder"]] = event
         if event["event"] != "started":
             self.done = self.done[0] + 1, event["time"]
+
+    def kept_before(self) -> list[str]:
+        "Which results were made otherwise before this session, in sentences."
+        if self.kept is None:
+            self.kept = kept_as_made(self.settings.parent)
+        return self.kept
 
     def told(self) -> dict:
         "What params.json says; read again when it has changed."
@@ -1154,7 +1161,7 @@ def static(
     views = self.shown_rounds()
     rows = self.table_rows()
     table, texts = first_columns(rows), newest_trained(views)
-    told = [held_out_words(read_if_there(self.run / "params.json")), *kept_as_made(self.run)]
+    told = [held_out_words(self.session.told()), *self.session.kept_before()]
     folded = self.history(views)
     if rows:
         formats = dict(share_of_way=".0%", win_rate=".1%", cost=".4f")
