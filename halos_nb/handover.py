@@ -187,7 +187,10 @@ def final_of(run_dir: str | Path, which: Which = "last") -> Path:
         raise ValueError(f"{run_dir}: no policy in it yet; no round has finished its training")
     if which == "last":
         return (run / "policy").resolve()
-    best = read_params(run).get("best") or {}
+    params = read_params(run)
+    given, best = params.get("parameters", {}), params.get("best") or {}
+    if not best and (given.get("keep") == "best" or given.get("evaluate_every")):
+        raise ValueError(f"{run_dir}: no policy of it has been scored yet")
     if not best:
         raise ValueError(
             f"{run_dir}: nobody asked which policy is best (keep=best, or evaluate_every)"

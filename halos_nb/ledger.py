@@ -693,14 +693,13 @@ def take_as_made(
     self: RunFolder,
     stage: Stage,
     now: dict,  # the identity that is asked for
-    why: list[Difference],  # how it was made otherwise
 ) -> None:
     "Have a sealed result stand though it was made otherwise, and write down how."
     was = stage.sealed()
-    told = [str(one) for one in why]
-    kept = {key: was[key] for key in ("outputs", "pruned", "seconds")}
+    made = [*was.get("made", []), dict(identity=was["identity"])]
+    told = map(str, differences(made[0]["identity"], now, stage))  # what it has stood for since
+    kept = {key: was[key] for key in ("outputs", "pruned", "seconds")}  # made nothing of it
     self.note("stands", stage, now, **kept, why="; ".join(told))
-    made = [*was.get("made", []), dict(identity=was["identity"], why=told)]
     write_json(stage.manifest, was | dict(identity=now, made=made))
 
 # %% ../nbs/56_ledger.ipynb #e71d4d2b

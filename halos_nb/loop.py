@@ -24,9 +24,9 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_kind',
            'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
            'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
-           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'branch',
-           'Settled', 'fits', 'keep_as_made', 'settle', 'check_changed_prompts', 'choose_run', 'choose_folder',
-           'spared_policies', 'run_rounds', 'main']
+           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'told_kept',
+           'branch', 'Settled', 'fits', 'keep_as_made', 'settle', 'check_changed_prompts', 'choose_run',
+           'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
 import hashlib
@@ -140,6 +140,7 @@ from halos_nb.ledger import (
     may_be_had_again,
     is_count,
     object_if_any,
+    read_events,
     read_journal,
     run_folder,
     take_stage,
@@ -1956,7 +1957,8 @@ def health_of(self: Loop, stage: Stage) -> tuple[Health, str]:
     "What a stage's answers say of their policy, and the hash of all that this comes from."
     files = [stage.outputs[0]]
     if stage.name == "label":
-        names = ("samples.json", "feedback.labels.jsonl", "watch.labels.jsonl")
+        names = ["samples.json", "feedback.labels.jsonl"]
+        names += [f"{name}.labels.jsonl" for name in LOOKING_ON]
         files = [stage.folder / name for name in names if on_disk(stage.folder / name).exists()]
     parts = [code_hash(health.__module__), *map(self.ledger.hash, files)]
     seen = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
@@ -2607,8 +2609,8 @@ def check_before(
     check_owner(run, "online_loop")
     if names_all(cfg):
         cfg = located(cfg)
-        if cfg.on_change == "stop":
-            choose_run(cfg, settings)  # which then only looks
+        if cfg.on_change in ("stop", "keep"):
+            choose_run(cfg, settings, only_look=True)
     costs = estimate(cfg, run)
     check_costs(costs)
     return costs
@@ -2711,8 +2713,8 @@ class Outlook:
     again: list[Stage] = field(default_factory=list)  # of evaluations: no round rests on them
     rounds_stand: bool = True
     also: list[Difference] = field(default_factory=list)  # parameters of what is behind it
-    # sealed stages that were made otherwise and stand all the same, their identity now, and how
-    kept: list[tuple[Stage, dict, list[Difference]]] = field(default_factory=list)
+    # sealed stages that were made otherwise and stand all the same, and their identity now
+    kept: list[tuple[Stage, dict]] = field(default_factory=list)
 
     def note(self, stage: Stage, why: list[Difference], now: dict) -> None:
         "Remember the first stage that would be done again."
@@ -2761,7 +2763,7 @@ def stands_so_far(
         if why and not what_changed(stage, files.as_found(stage)):
             why = []  # a manifest is damaged, its file is not: the ledger says so
         if why and as_made and only_made_otherwise(sealed["identity"], now, stage.config):
-            found.kept.append((stage, now, why))
+            found.kept.append((stage, now))
             why = []
         if why:
             found.note(stage, why, now)
@@ -2904,6 +2906,18 @@ def also_changed(found: Outlook, cfg: LoopConfig) -> Outlook:
     return replace(found, also=also if found.changed else [])
 
 
+def told_kept(run: Path) -> dict[Path, dict]:
+    "What a run's journal says of sealed results that were made otherwise, by their manifests."
+    kept: dict[Path, dict] = {}
+    for event in read_events(run) if (run / "ledger.jsonl").exists() else []:
+        if event["event"] in ("started", "stands"):
+            manifest = Path(event["folder"], f"{event['stage']}.manifest.json")
+            kept.pop(manifest, None)
+            if event["event"] == "stands" and event.get("why"):
+                kept[manifest] = event
+    return kept
+
+
 def branch(found: Outlook, beside: Path, owner: str) -> None:
     "Have what stands of a run in one beside, which goes on from there."
     why = [str(one) for one in found.why]
@@ -2911,11 +2925,14 @@ def branch(found: Outlook, beside: Path, owner: str) -> None:
         branch_of=base_of(found.run), taken_from=found.run.name, why=why, begun_for=found.asked
     )
     claim(beside, owner, **told)
+    kept = told_kept(found.run)
     with RunFolder(beside, Profile(), fresh=False, owner=owner) as folder:
         taken = []
         for stage in found.standing:
-            taken_before = beside / stage.manifest.relative_to(found.run)
-            if not read_manifest(taken_before).content:
+            place = stage.manifest.relative_to(found.run)
+            if not read_manifest(beside / place).content:
+                if was_kept := kept.get(place):
+                    folder.event(**{k: v for k, v in was_kept.items() if k != "time"})
                 take_stage(stage, found.run, beside)
                 taken.append(stage.name)
         if taken:
@@ -2947,16 +2964,18 @@ HOW_ELSE = (
 OR_KEPT = "on_change=keep lets it stand there as it was made, "
 
 
-def keep_as_made(found: Outlook, owner: str) -> None:
+def keep_as_made(found: Outlook, owner: str, only_look: bool) -> None:
     "Have what was only made otherwise stand; an error where more than that has changed."
     if found.changed:
         raise RunChanged(
             f"{change_text(found)}\nnothing was started: on_change=keep is for other machines, "
             "versions or code; this asks for something else (on_change=branch, redo or stop)"
         )
+    if only_look:
+        return
     with RunFolder(found.run, Profile(), fresh=False, owner=owner) as folder:
-        for stage, now, why in found.kept:
-            folder.take_as_made(stage, now, why)
+        for stage, now in found.kept:
+            folder.take_as_made(stage, now)
 
 
 def settle(
@@ -2966,6 +2985,7 @@ def settle(
     owner: str,  # the driver
     ask: Callable[[str], str] = ask_person,  # one of WAYS, where that is asked
     busy: Callable[[Path], bool] = lambda run: False,  # with something else
+    only_look: bool = False,  # what would be refused; of stop and keep
 ) -> Settled:
     "Where a run goes on whose parameters may have changed; says why."
     found = look(run)
@@ -2983,7 +3003,7 @@ def settle(
         return Settled(run, True)
     as_made = look(run, as_made=True)
     if way == "keep":
-        keep_as_made(as_made, owner)
+        keep_as_made(as_made, owner, only_look)
         tell(f"{told}\n-> none of it is: it stands as it was made, as on_change=keep says")
         return Settled(run)
     how = "goes on in" if beside else "a run beside goes on with them:"
@@ -3008,6 +3028,7 @@ def choose_run(
     cfg: LoopConfig,
     settings: Settings,
     ask: Callable[[str], str] = ask_person,  # one of WAYS, where that is asked
+    only_look: bool = False,  # what would be refused; of stop and keep
 ) -> LoopConfig:
     "The config with the run in which it goes on: its own, or one beside; says why."
     run = run_folder(settings, cfg.run_name)
@@ -3029,6 +3050,7 @@ def choose_run(
         "online_loop",
         ask,
         lambda run: is_busy_otherwise(run, asked),
+        only_look,
     )
     on_change = "redo" if settled.redo else cfg.on_change
     return replace(cfg, run_name=settled.run.name, on_change=on_change)
@@ -3115,6 +3137,8 @@ def run_rounds(
             for this in loop.play(on_audit):
                 if this.name == "final":
                     write(loop.how_it_ended(this))
+                elif loop.best_told():  # it is asked for before the run has ended, too
+                    write("running, or killed")
                 yield this
         except CostError as error:
             write(f"stopped by the cap: {error}")

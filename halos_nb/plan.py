@@ -8,13 +8,14 @@ __all__ = ['STANDS_FOR', 'FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'P
            'KINDS', 'NOT_PLANNED', 'grouped_product', 'Live', 'Model', 'with_layers', 'meta_model', 'as_fake',
            'fake_model', 'Size', 'numbers', 'in_layers', 'size_of', 'full_batch', 'KernelShaped', 'kernel_shaped',
            'Pass', 'Held', 'Seen', 'apart', 'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed',
-           'head_bytes', 'deeper', 'rehearsed', 'Place', 'gpu_memory', 'machine_memory', 'Needs', 'Lengths', 'longest',
-           'training_pass', 'arrived', 'in_shares', 'keeps_reference', 'training_needs', 'keys_and_values',
-           'drawing_needs', 'engine_on_gpu', 'engine_needs', 'weights_of_engine', 'roomier_engines', 'scoring_needs',
-           'with_both', 'labelling_needs', 'Plan', 'config_at', 'place_of', 'label_stages', 'loop_stages', 'stages_of',
-           'devices_of', 'moments', 'together', 'add_at_once', 'needs_of', 'alternatives', 'changed',
-           'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring', 'what_to_change', 'changes_at_peak', 'plan',
-           'profile_in', 'config_of', 'read_config', 'as_json', 'main', 'CalledRoom']
+           'head_bytes', 'kinds_of_layers', 'tried_behind', 'deeper', 'rehearsed', 'Place', 'gpu_memory',
+           'machine_memory', 'Needs', 'Lengths', 'longest', 'training_pass', 'arrived', 'in_shares', 'keeps_reference',
+           'training_needs', 'keys_and_values', 'for_every_head', 'drawing_needs', 'engine_on_gpu', 'engine_needs',
+           'weights_of_engine', 'roomier_engines', 'scoring_needs', 'with_both', 'labelling_needs', 'Plan', 'config_at',
+           'place_of', 'label_stages', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once',
+           'needs_of', 'alternatives', 'changed', 'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring',
+           'what_to_change', 'changes_at_peak', 'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main',
+           'CalledRoom']
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
@@ -397,27 +398,53 @@ def head_bytes(model: Model, how: Pass, targets: int) -> float:
     return held
 
 # %% ../nbs/27_plan.ipynb #a468c9f9
-def deeper(found: list[Seen], depth: int, tried: list[int]) -> Seen:
-    "What more layers hold, each as much as the last of those that were tried."
-    first, last = found[0], found[-1]
-    more = depth - tried[-1]
-    return Seen(*[b + more * (b - a) for a, b in zip(first, last)])
+def kinds_of_layers(model: Model) -> list[tuple]:
+    "The shapes of each layer's weights, which say its kind; all alike where they are not told."
+    depth = text_config(model.config).num_hidden_layers
+    made = meta_model(model)
+    names = layers_of(made, "")
+    layers = [layer for layer in made.modules() if type(layer).__name__ in names]
+    kinds = [tuple((n, w.shape) for n, w in one.named_parameters()) for one in layers]
+    return kinds if len(kinds) == depth else [()] * depth
+
+
+def tried_behind(kinds: list[tuple]) -> dict[tuple, int]:
+    "How many layers stand before one of each kind: one like it, or another like it further up."
+    found: dict[tuple, int] = {}
+    for kind in dict.fromkeys(kinds[1:]):
+        places = [n for n in range(1, len(kinds)) if kinds[n] == kind]
+        behind_its_like = [n for n in places if kinds[n - 1] == kind]
+        found[kind] = (behind_its_like or places[1:] or places)[0]
+    return found
+
+
+def deeper(found: Mapping[int, Seen], kinds: list[tuple]) -> Seen:
+    "What all layers hold, each behind the first as much as the one of its kind that was tried."
+    if len(kinds) in found:
+        return found[len(kinds)]
+    total = found[1]
+    for kind, before in tried_behind(kinds).items():
+        number = kinds[1:].count(kind)
+        two = zip(total, found[before], found[before + 1])
+        total = Seen(*[sum_ + number * (b - a) for sum_, a, b in two])
+    return total
 
 
 def rehearsed(model: Model, how: Pass) -> Held:
     "What a pass of this model holds beside weights and gradients."
-    depth = text_config(model.config).num_hidden_layers
-    tried = [1, 2] if depth > 2 else [depth]
+    kinds = kinds_of_layers(model)
+    behind = tried_behind(kinds).values()
+    tried = {1, *behind, *[n + 1 for n in behind]} if len(kinds) > 2 else {len(kinds)}
     itemsize = getattr(torch, how.computing if how.arrives else model.dtype).itemsize
     batch = full_batch(how.tokens, how.prompt, how.answer, how.branches)
-    found = []
+    found = {}
     for layers in tried:
         with FakeTensorMode(allow_non_fake_inputs=True):
             made = as_rehearsed(model, how, layers)
             own = 0 if how.again or not how.learns else itemsize * numbers(made, True)
             seen = seen_in(made, batch, how)
-        found.append(seen._replace(back=max(seen.back - own, seen.forward)))
-    forward, going, back = deeper(found, depth, tried)
+        found[layers] = seen._replace(back=max(seen.back - own, seen.forward))
+    forward, going, back = deeper(found, kinds)
     head = head_bytes(model, how, len(batch.predict))
     # the head is let go before the layers go backward
     most = max(forward + head, going, back)
@@ -626,9 +653,20 @@ ANSWERS_OF_NUMBERS = 4 + 4 + 4 * 8  # bytes of a token's number on its way to be
 def keys_and_values(config: PreTrainedConfig, itemsize: int) -> float:
     "Bytes of a token in the cache of one layer."
     text: Any = text_config(config)
+    if latent := getattr(text, "kv_lora_rank", None):  # what they are computed from is kept
+        return float((latent + text.qk_rope_head_dim) * itemsize)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return for_every_head(config, itemsize) * heads / text.num_attention_heads
+
+
+def for_every_head(config: PreTrainedConfig, itemsize: int) -> float:
+    "Bytes of a token's keys and values in one layer, for every head that reads them."
+    text: Any = text_config(config)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2.0 * heads * width * itemsize
+    both = 2.0 * width
+    if getattr(text, "kv_lora_rank", None):
+        both = float(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    return text.num_attention_heads * both * itemsize
 
 
 def drawing_needs(
@@ -648,9 +686,8 @@ def drawing_needs(
     per_layer = tokens * keys_and_values(config, itemsize)
     read = Pass(PROMPTS_AT_A_TIME, cfg.max_prompt_length, 1, 1, place.device)
     # a layer whose room is used up is copied, and repeated for every head that reads it
+    repeated = tokens * for_every_head(config, itemsize)
     text: Any = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    repeated = per_layer * text.num_attention_heads / heads
     needs = Needs(
         weights=whole,
         reference=whole if two_models else 0,

@@ -72,6 +72,7 @@ from halos_nb.loop import (
     round_counts,
     round_samples,
     scores_in,
+    told_kept,
     win_rate,
 )
 
@@ -421,16 +422,9 @@ def health_rows(run: str | Path) -> list[dict]:
 # %% ../nbs/63_runs.ipynb #93f30c7c
 def kept_as_made(run: str | Path) -> list[str]:
     "Which sealed results of a run were made otherwise than it is made now, and how."
-    run, kept = Path(run), dict[Path, str]()
-    for event in read_events(run) if (run / "ledger.jsonl").exists() else []:
-        if event["event"] in ("started", "stands"):
-            manifest = run / event["folder"] / f"{event['stage']}.manifest.json"
-            kept.pop(manifest, None)
-            if event["event"] == "stands":
-                kept[manifest] = event.get("why", "")
     how: dict[str, list[Path]] = {}
-    for manifest, why in kept.items():
-        how.setdefault(why, []).append(manifest)
+    for manifest, event in told_kept(Path(run)).items():
+        how.setdefault(event["why"], []).append(manifest)
     return [
         f"kept as made before ({why}): {counted_by_folder(those)}" for why, those in how.items()
     ]

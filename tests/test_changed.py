@@ -20,7 +20,7 @@ from halos_nb.compare import RunComparer
 from halos_nb.configs import AuditConfig, LoopConfig
 from halos_nb.handover import card_text
 from halos_nb.ledger import NotOurs, RunChanged, read_journal
-from halos_nb.loop import choose_run, run_rounds
+from halos_nb.loop import check_before, choose_run, run_rounds
 from halos_nb.monitor import look
 from halos_nb.page import report
 from halos_nb.records import RecordError, temporary, write_json, write_records
@@ -221,6 +221,40 @@ def test_on_other_machines_it_stands_as_it_was_made_if_that_is_wished(
     home.go(on_change="keep", total_prompts=30)
     sealed = json.loads((run / "round-1/train.manifest.json").read_text())
     assert sealed["identity"]["libraries"] == {"torch": "10"}
+
+
+def made_how(run):
+    "How results were made otherwise, by which these are."
+    told = [line.rpartition(": ") for line in kept_as_made(run)]
+    return {which: how for how, _, which in told}
+
+
+def test_who_made_a_result_stays_the_same_wherever_the_run_goes_on(home):
+    run = home.runs / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        made_with(patch, "9", 2)
+        home.go(on_change="keep", total_prompts=30)
+        made_with(patch, "10", 4)
+        home.go(on_change="keep", total_prompts=30)
+        how = made_how(run)
+        assert "num_processes 1 -> 4; " in how["round-1 train; round-2 train"]
+        assert "(num_processes 2 -> 4; torch 9 -> 10)" in how["round-3 train"]
+        # a run beside knows it of what it has taken
+        home.go(beta=0.4, total_prompts=30)
+        first = how["round-1 sample, label; round-2 sample, label"]
+        assert made_how(home.runs / "r-2") == {"round-1 sample, label": first}
+    home.go(on_change="keep", total_prompts=30)
+    made = ["round-3 sample, label; final sample, label", "round-3 train"]
+    assert sorted(made_how(run)) == sorted(made)
+
+
+def test_what_will_not_be_kept_is_refused_before_a_job_waits(home, monkeypatch):
+    before = files_in(home.runs)
+    made_with(monkeypatch, "9", 2)
+    check_before(home.config(on_change="keep"), home.settings)
+    with pytest.raises(RunChanged, match="(?s)beta 0.2 -> 0.4.*on_change=keep is for other"):
+        check_before(home.config(beta=0.4, on_change="keep"), home.settings)
+    assert files_in(home.runs) == before
 
 
 def test_another_question_is_not_kept(home, monkeypatch):
@@ -551,6 +585,7 @@ OF_ANOTHER_KIND = {  # a field of a manifest or its identity, and what stands th
     "inputs": ("inputs", [1]),
     "code": ("code", ["x"]),
     "function": ("function", 7),
+    "made by nobody": ("made", [{"why": []}]),
 }
 
 
@@ -564,7 +599,7 @@ def test_a_manifest_of_another_kind_moves_nothing(home, capsys, kind):
     name, value = OF_ANOTHER_KIND[kind]
     if name == "outputs":
         value = sealed[name] | {k.replace("THESIS", str(thesis)): v for k, v in value.items()}
-    (sealed if name in sealed else sealed["identity"])[name] = value
+    (sealed if name in sealed or name == "made" else sealed["identity"])[name] = value
     write_json(manifest, sealed)
     summaries(home)
     assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]

@@ -24,13 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from halos_nb import ledger
 from halos_nb.configs import LabelConfig, LoopConfig
 from halos_nb.failures import StageError
+from halos_nb.identity import RunFiles, Stage
 from halos_nb.judge import Budget, Judge, Question, question, questions_of_pair
 from halos_nb.label import main
-from halos_nb.loop import FRAME, CostError, estimate, round_samples, run_rounds
+from halos_nb.loop import FRAME, CostError, Loop, estimate, round_samples, run_rounds
 from halos_nb.page import report
-from halos_nb.records import as_turns, read_jsonl, read_records, write_records
+from halos_nb.records import as_turns, read_jsonl, read_records, write_json, write_records
 from halos_nb.runs import run_summary
-from halos_nb.settings import Settings
+from halos_nb.settings import Profile, Settings
 from halos_nb.templates import byte_tokenizer
 
 pytestmark = [
@@ -411,6 +412,34 @@ def test_what_a_run_of_several_is_followed_by(loop, models, tmp_path, combine):
     assert len({row["reward"] for row in rows}) == len(rows) == 3
     named = params(tmp_path)["reward"]
     assert named == dict(vote="reward model score", mean="mean score (rm, judge)")[combine]
+
+
+def test_what_is_known_of_a_vote_is_that_of_these_scores(tmp_path):
+    "A journal may know the health of answers by other scores; it is looked at anew."
+    folder = tmp_path / "round-1"
+    folder.mkdir()
+    turns = [dict(role="user", content="?")]
+    rows = [dict(prompt_id="p", sample_id=k, prompt=turns, output="a b") for k in (0, 1)]
+    write_records(folder / "samples.json", [dict(row, type="sample") for row in rows])
+    write_json(folder / "label.config.json", dict(combine="vote"))
+    files = [folder / "feedback.labels.jsonl", folder / "rm.labels.jsonl"]
+
+    def say(file, *scores):
+        ids = [{name: row[name] for name in ("prompt_id", "sample_id")} for row in rows]
+        said = dict(labeller="rm", reason="")
+        file.write_text(
+            "".join(json.dumps(i | said | dict(score=s)) + "\n" for i, s in zip(ids, scores))
+        )
+
+    say(files[0], 0.0, 1.0)
+    stage = Stage("label", folder, None, [], [folder / "feedback.json", *files[:1]])
+    write_records(folder / "feedback.json", [])
+    run = Loop(LoopConfig(lr=1.0), RunFiles(tmp_path, Profile()))
+    for mean in (2.0, 3.0):
+        say(files[1], mean - 1, mean + 1)
+        now, seen = run.health_of(stage)
+        assert now.score == mean
+        run.known[seen] = now
 
 
 # ---- costs

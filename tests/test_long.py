@@ -80,6 +80,19 @@ def test_the_best_policy_stays_and_is_told(pretend, tmp_path):
     assert json.loads((run / "params.json").read_text())["best"] == best
 
 
+def test_the_best_policy_is_told_of_a_run_that_did_not_end(pretend, tmp_path):
+    def look(this):
+        if this.name == "round-3":
+            raise KeyboardInterrupt
+
+    run = tmp_path / "runs/r"
+    with pytest.raises(KeyboardInterrupt):
+        pretend(look, **THREE, keep="best", beta=2.7, fresh=True)
+    told = json.loads((run / "params.json").read_text())
+    assert told["ended"] == "running, or killed"
+    assert told["best"]["policy"] == "round-2/policy/FINAL"
+
+
 def test_where_no_policy_is_better_the_first_is_best(pretend, tmp_path):
     rounds = pretend(**THREE, keep="best")
     assert on_disk(rounds) == [False, False, True]

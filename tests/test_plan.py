@@ -5,7 +5,10 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from transformers import FalconMambaConfig, LlamaConfig, MixtralConfig
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, DeepseekV3Config, FalconMambaConfig
+from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from halos_nb.answers import answer_logps
 from halos_nb.backends import ENGINE_SETTINGS
@@ -15,13 +18,19 @@ from halos_nb.plan import (
     GB,
     SCORED_AT_A_TIME,
     Model,
+    Pass,
     Place,
+    as_rehearsed,
     changes_of_scoring,
     changes_of_sharing,
+    full_batch,
+    keys_and_values,
     longest,
     place_of,
     plan,
+    rehearsed,
     scoring_needs,
+    seen_in,
     size_of,
     training_needs,
     with_layers,
@@ -261,6 +270,44 @@ def test_experts_are_planned(learns):
     made = plan(cfg, Profile(**GPUS), two, memory_gb=10)
     assert not made.notes
     assert made.stages["train"].activations > 0
+
+
+DENSE_FIRST = dict(hidden_size=64, intermediate_size=512, moe_intermediate_size=32)
+DENSE_FIRST |= dict(num_experts=8, num_experts_per_tok=2, vocab_size=500, head_dim=16)
+DENSE_FIRST |= dict(num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(
+    "dense, learns",
+    [([0, 1, 2], True), ([2], True), ([0, 2, 4, 6], True), ([0, 2, 4, 6], False)],
+)
+def test_layers_of_several_kinds_are_planned_each_as_what_it_is(dense, learns):
+    "Some layers have experts and others none; all of them rehearsed at once say how much."
+    model = Model(Qwen3MoeConfig(**DENSE_FIRST, mlp_only_layers=dense))
+    how = Pass(512, 64, 64, 2, learns=learns)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        all_at_once = seen_in(as_rehearsed(model, how, 8), full_batch(512, 64, 64, 2), how)
+    held = rehearsed(model, how)
+    most = max(all_at_once.forward + held.logits, all_at_once.going, all_at_once.back)
+    assert held.activations + held.logits == pytest.approx(most, rel=0.05)
+
+
+LATENT = dict(vocab_size=500, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=12)
+LATENT |= dict(qk_rope_head_dim=4, v_head_dim=8, first_k_dense_replace=3, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(vocab_size=500, num_key_value_heads=2, **TINY),
+        DeepseekV3Config(**LATENT, **TINY),
+    ],
+    ids=["few heads", "latent"],
+)
+def test_a_cache_is_planned_as_a_model_fills_it(config):
+    cache = AutoModelForCausalLM.from_config(config)(torch.arange(7)[None]).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 7 * TINY["num_hidden_layers"] * keys_and_values(config, 4)
 
 
 def test_layers_whose_kinds_follow_from_their_number_are_planned():

@@ -328,6 +328,10 @@ def test_the_best_policy_goes_to_the_hub_if_it_is_asked_for(run, hub):
         push(run, "me/mine", which="best")
     assert not hub.made
     params = json.loads((run / "params.json").read_text())
+    keeping = dict(parameters=params["parameters"] | dict(keep="best"))
+    (run / "params.json").write_text(json.dumps(params | keeping))
+    with pytest.raises(ValueError, match="no policy of it has been scored yet"):
+        push(run, "me/mine", which="best")
     best = dict(policy="round-1/policy/FINAL", words="round 1's: 0.48")
     (run / "params.json").write_text(json.dumps(params | dict(best=best)))
     push(run, "me/mine", which="best")
