@@ -820,7 +820,8 @@ def chart_spans(chart: dict) -> tuple[Span, Span] | None:
         low = min(0.0, low)
     pad = 0.06 * (high - low) or abs(low) * 0.1 or 0.5
     at_zero = chart["zero"] and low == 0
-    room = 0.4 if chart["names"] else 0.5 * (min(xs) == max(xs))
+    # a point at an end is drawn whole, as wide as it is
+    room = 0.4 if chart["names"] else 0.02 * (max(xs) - min(xs)) or 0.5
     return Span(min(xs) - room, max(xs) + room), Span(low - pad * (not at_zero), high + pad)
 
 

@@ -102,7 +102,8 @@ function described(line, i, suffix) {
 function extent(chart, view) {
   const all = chart.lines.flatMap((line) => known(line.x));
   const least = Math.min(...all), most = Math.max(...all);
-  const room = chart.names.length ? 0.4 : most > least ? 0 : 0.5;
+  // a point at an end is drawn whole, as wide as it is
+  const room = chart.names.length ? 0.4 : 0.02 * (most - least) || 0.5;
   const [x0, x1] = view.zoom[chart.title] ?? [least - room, most + room];
   const seen = [];
   for (const line of chart.lines) {
