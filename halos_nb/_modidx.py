@@ -2928,6 +2928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.replies.number_alone': ('replies.html#number_alone', 'halos_nb/replies.py'),
                                   'halos_nb.replies.numbers_disagree': ('replies.html#numbers_disagree', 'halos_nb/replies.py'),
                                   'halos_nb.replies.numbers_in': ('replies.html#numbers_in', 'halos_nb/replies.py'),
+                                  'halos_nb.replies.numbers_within': ('replies.html#numbers_within', 'halos_nb/replies.py'),
                                   'halos_nb.replies.opening_winner': ('replies.html#opening_winner', 'halos_nb/replies.py'),
                                   'halos_nb.replies.other_scale': ('replies.html#other_scale', 'halos_nb/replies.py'),
                                   'halos_nb.replies.other_than': ('replies.html#other_than', 'halos_nb/replies.py'),

@@ -18,15 +18,15 @@ __all__ = ['WORD', 'MARKS', 'ENDS', 'NOTE', 'IN_A_NOTE', 'NOTED', 'SIGN', 'BEHIN
            'find_all', 'value_of', 'whole_value', 'announced_value', 'values_behind', 'value_out_of', 'values_out_of',
            'number_alone', 'value_of_last_sentence', 'marked_value', 'tagged_values', 'no_key_twice', 'Found',
            'json_objects', 'without_objects', 'prose_of', 'is_number', 'plain_names', 'fields_named', 'is_failure',
-           'is_revised', 'words_of_name', 'is_qualified', 'scale_in_json', 'scales_named', 'value_in_json',
-           'value_of_object', 'said_beside', 'json_values', 'Stated', 'short_sentences', 'has_another_number',
-           'is_taken_back', 'behind_all', 'taken_back', 'behind_marks', 'other_totals', 'statements', 'wrongly_defined',
-           'other_scale', 'is_of_another_scale', 'agreed', 'nothing_in', 'read_number', 'other_than', 'its_names',
-           'Names', 'names_beside', 'clause_is_against', 'is_against', 'is_settled', 'chosen', 'whole_choice',
-           'is_announced', 'announced_winners', 'stated_winners', 'is_given', 'is_the_verdict', 'choice_in_json',
-           'numbers_in', 'scores_disagree', 'says_another', 'is_of_the_other', 'names_two', 'marked_winners',
-           'behind_verdicts', 'opening_winner', 'is_of_either', 'numbers_disagree', 'names_another', 'settled',
-           'read_winner']
+           'is_revised', 'words_of_name', 'numbers_within', 'is_qualified', 'scale_in_json', 'scales_named',
+           'value_in_json', 'value_of_object', 'said_beside', 'json_values', 'Stated', 'short_sentences',
+           'has_another_number', 'is_taken_back', 'behind_all', 'taken_back', 'behind_marks', 'other_totals',
+           'statements', 'wrongly_defined', 'other_scale', 'is_of_another_scale', 'agreed', 'nothing_in', 'read_number',
+           'other_than', 'its_names', 'Names', 'names_beside', 'clause_is_against', 'is_against', 'is_settled',
+           'chosen', 'whole_choice', 'is_announced', 'announced_winners', 'stated_winners', 'is_given',
+           'is_the_verdict', 'choice_in_json', 'numbers_in', 'scores_disagree', 'says_another', 'is_of_the_other',
+           'names_two', 'marked_winners', 'behind_verdicts', 'opening_winner', 'is_of_either', 'numbers_disagree',
+           'names_another', 'settled', 'read_winner']
 
 # %% ../nbs/41_replies.ipynb #f39fe583
 import json
@@ -103,7 +103,7 @@ NOTE = (
     rf"(?={MARKS}[:=]))?"
 )  # Final Score (0-10):
 IN_A_NOTE = r"from|to|out|of|on|an?|the|scale|points?|max(?:imum)?|is|best|worst"
-NOTED = rf"(?:[\d\s.,/:=–—-]|\b(?:{IN_A_NOTE})\b)*"
+NOTED = rf"(?:[\d\s.,/:=–—-]|\b(?:{IN_A_NOTE})\b)*"  # not (A), which is an answer's name
 SIGN = r"(?P<sep>(?:is|of|was)(?:\s+(?:therefore|thus|hence))?(?:\s*[:=])?|[:=]|[-–—](?=\s))?"
 BEHIND = rf"{NOTE}{MARKS}{SIGN}{MARKS}{WORD}"
 SCORE = r"(?:score|rating|grade)"
@@ -177,7 +177,8 @@ def announced_value(
     noted = re.findall(NUMBER, f"{place['note'] or ''} {place['outof'] or ''}")
     if noted and to_float(noted[-1].lstrip("+-")) != scale:
         return None
-    if not re.fullmatch(NOTED, place["note"] or "", re.I):
+    note = place["note"] or ""
+    if not re.fullmatch(NOTED, note, re.I) or note.strip().lower() in ("a", "an"):
         return None
     if "\n" in place[0] and re.match(r"[.)]\s+\w", stated.string[stated.end() :]):
         return None  # the first point of a list
@@ -418,7 +419,9 @@ ADDED = words_of_name(
     "delta adjust adjusting offset discount"
 )
 # and one that it is multiplied by, which 1 leaves as it is
-TIMES = words_of_name("multiplier multiply factor coefficient")
+TIMES = words_of_name(
+    "multiplier multipliers multiply factor factors coefficient coefficients"
+)
 # words of a field that may not be true
 IF_TRUE = words_of_name(
     "percent percentage normalized normalised dummy example placeholder na swap swapped "
@@ -432,6 +435,15 @@ IF_FALSE = words_of_name(
 )
 
 
+def numbers_within(x: Any) -> list[float]:
+    "A field's number, or those of its list or object."
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, list):
+        return [n for inner in x[:100] for n in numbers_within(inner)]
+    return [float(x)] if is_number(x) else []
+
+
 def is_qualified(found: dict, score: Any = None) -> bool:
     "Whether numbers or flags beside a verdict change it, or say that it is none."
     for key, x in found.items():
@@ -439,9 +451,9 @@ def is_qualified(found: dict, score: Any = None) -> bool:
         if isinstance(x, bool):
             if words & (IF_TRUE if x else IF_FALSE):
                 return True
-        elif is_number(x) and x not in (0, score) and words & ADDED:
+        elif words & ADDED and any(n not in (0, score) for n in numbers_within(x)):
             return True
-        elif is_number(x) and x != 1 and words & TIMES:
+        elif words & TIMES and any(n != 1 for n in numbers_within(x)):
             return True
     return False
 
