@@ -10,12 +10,12 @@ __all__ = ['STANDS_FOR', 'FEW', 'GB', 'CUDA_ITSELF', 'BRANCHES', 'OPTIMISER', 'P
            'Pass', 'Held', 'Seen', 'apart', 'gradients_of_before', 'own_strips', 'seen_in', 'as_rehearsed',
            'head_bytes', 'kinds_of_layers', 'tried_behind', 'deeper', 'rehearsed', 'Place', 'gpu_memory',
            'machine_memory', 'Needs', 'Lengths', 'longest', 'training_pass', 'arrived', 'in_shares', 'keeps_reference',
-           'training_needs', 'keys_and_values', 'for_every_head', 'drawing_needs', 'engine_on_gpu', 'engine_needs',
-           'weights_of_engine', 'roomier_engines', 'scoring_needs', 'with_both', 'labelling_needs', 'Plan', 'config_at',
-           'place_of', 'label_stages', 'loop_stages', 'stages_of', 'devices_of', 'moments', 'together', 'add_at_once',
-           'needs_of', 'alternatives', 'changed', 'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring',
-           'what_to_change', 'changes_at_peak', 'plan', 'profile_in', 'config_of', 'read_config', 'as_json', 'main',
-           'CalledRoom']
+           'training_needs', 'keys_and_values', 'for_every_head', 'KeptLayer', 'kept_in', 'kept_layers',
+           'drawing_needs', 'engine_on_gpu', 'engine_needs', 'weights_of_engine', 'roomier_engines', 'scoring_needs',
+           'with_both', 'labelling_needs', 'Plan', 'config_at', 'place_of', 'label_stages', 'loop_stages', 'stages_of',
+           'devices_of', 'moments', 'together', 'add_at_once', 'needs_of', 'alternatives', 'changed',
+           'changes_of_engine', 'changes_of_sharing', 'changes_of_scoring', 'what_to_change', 'changes_at_peak', 'plan',
+           'profile_in', 'config_of', 'read_config', 'as_json', 'main', 'CalledRoom']
 
 # %% ../nbs/27_plan.ipynb #54a403cc
 import copy
@@ -669,6 +669,41 @@ def for_every_head(config: PreTrainedConfig, itemsize: int) -> float:
     return text.num_attention_heads * both * itemsize
 
 
+class KeptLayer(NamedTuple):
+    "What a layer of the cache keeps of one row, in bytes."
+
+    token: float  # keys and values of each token
+    window: int | None = None  # of so many tokens at most; None: of all
+    state: float = 0  # however long the row is: convolutions, recurrent states
+
+    def of(self, tokens: int) -> float:
+        "Bytes of a row of so many tokens."
+        return self.token * min(tokens, self.window or tokens) + self.state
+
+
+def kept_in(layer: Any) -> KeptLayer:
+    "What a layer of transformers' cache holds of a row that was read."
+    held = {id(x): x.nbytes for x in tree_leaves(vars(layer)) if isinstance(x, Tensor)}
+    named = [getattr(layer, name, None) for name in ("keys", "values")]
+    both = [x for x in named if isinstance(x, Tensor)]  # (1, heads, tokens, width)
+    token = sum(x.nbytes / x.shape[2] for x in both)
+    state = sum(held.values()) - sum(x.nbytes for x in both)
+    return KeptLayer(token, getattr(layer, "sliding_window", None), state)
+
+
+def kept_layers(model: Model) -> list[KeptLayer]:
+    "Each layer of the cache of a model, as a pass over a few tokens fills it; [] without one."
+    read = 8
+    layers = text_config(model.config).num_hidden_layers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = as_rehearsed(model, Pass(read, read, 0, 1), layers)
+        with torch.no_grad(), Live([]):
+            said = made(input_ids=torch.ones(1, read, dtype=torch.long), use_cache=True)
+        # transformers' own: state space models have theirs under another name
+        cache = said.get("past_key_values") or said.get("cache_params")
+        return [kept_in(layer) for layer in cache.layers] if cache else []
+
+
 def drawing_needs(
     config: PreTrainedConfig,
     cfg: SampleConfig,
@@ -681,19 +716,18 @@ def drawing_needs(
     whole = float(itemsize * size_of(model).weights)
     answers = (cfg.num_prompts or cfg.batch_size) * cfg.num_samples_per_prompt
     rows = min(cfg.batch_size, -(-answers // place.processes))
-    tokens = rows * (cfg.max_prompt_length + cfg.max_new_tokens + ROOM)
-    layers = text_config(config).num_hidden_layers
-    per_layer = tokens * keys_and_values(config, itemsize)
+    longest = cfg.max_prompt_length + cfg.max_new_tokens + ROOM
+    kept = [rows * layer.of(longest) for layer in kept_layers(model)]
     read = Pass(PROMPTS_AT_A_TIME, cfg.max_prompt_length, 1, 1, place.device)
     # a layer whose room is used up is copied, and repeated for every head that reads it
-    repeated = tokens * for_every_head(config, itemsize)
+    repeated = rows * longest * for_every_head(config, itemsize)
     text: Any = text_config(config)
     needs = Needs(
         weights=whole,
         reference=whole if two_models else 0,
         activations=max(rehearsed(model, read).activations, repeated),
         logits=float(ANSWERS_OF_NUMBERS * rows * text.vocab_size),
-        cache=(layers + 1) * per_layer,
+        cache=sum(kept) + max(kept, default=0),
     )
     return {"sample": needs}
 

@@ -419,9 +419,7 @@ ADDED = words_of_name(
     "delta adjust adjusting offset discount"
 )
 # and one that it is multiplied by, which 1 leaves as it is
-TIMES = words_of_name(
-    "multiplier multipliers multiply factor factors coefficient coefficients"
-)
+TIMES = words_of_name("multiplier multipliers multiply factor factors coefficient coefficients")
 # words of a field that may not be true
 IF_TRUE = words_of_name(
     "percent percentage normalized normalised dummy example placeholder na swap swapped "

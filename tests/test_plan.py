@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from tiny_families import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DeepseekV3Config, FalconMambaConfig
-from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
 from halos_nb.answers import answer_logps
 from halos_nb.backends import ENGINE_SETTINGS
@@ -23,7 +25,9 @@ from halos_nb.plan import (
     as_rehearsed,
     changes_of_scoring,
     changes_of_sharing,
+    drawing_needs,
     full_batch,
+    kept_layers,
     keys_and_values,
     longest,
     place_of,
@@ -304,10 +308,57 @@ LATENT |= dict(qk_rope_head_dim=4, v_head_dim=8, first_k_dense_replace=3, num_ke
     ],
     ids=["few heads", "latent"],
 )
-def test_a_cache_is_planned_as_a_model_fills_it(config):
+def test_an_engine_s_cache_has_what_a_model_keeps_of_a_token(config):
     cache = AutoModelForCausalLM.from_config(config)(torch.arange(7)[None]).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == 7 * TINY["num_hidden_layers"] * keys_and_values(config, 4)
+
+
+# shared keys, a latent cache, windows of 6 tokens, recurrent states alone and between
+CACHES = dict(
+    llama={},
+    deepseek_v3={},
+    mistral=dict(sliding_window=6),
+    gemma2=dict(sliding_window=6),
+    qwen3_next={},
+    lfm2={},
+    mamba={},
+    jamba={},
+    falcon_h1={},
+)
+
+
+@pytest.mark.parametrize("family", CACHES)
+def test_a_cache_is_planned_as_a_model_fills_it(family):
+    "A window keeps all tokens but the one that comes next."
+    made = tiny_model("causal", family, **CACHES[family])
+    with torch.no_grad():
+        said = made(torch.arange(20)[None], use_cache=True)
+    cache = said.get("past_key_values") or said.get("cache_params")
+    kept = kept_layers(Model(made.config))
+    assert len(kept) == len(cache.layers)
+    for layer, planned in zip(cache.layers, kept):
+        held = [x for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+        tokens = planned.window - 1 if planned.window else 20
+        assert planned.of(tokens) == sum(x.nbytes for x in {id(x): x for x in held}.values())
+    assert {"mistral", "gemma2"} & {family} == {family for x in kept if x.window}
+
+
+def test_the_cache_of_a_window_does_not_grow_with_the_row():
+    "Of eight times as many tokens windows keep nearly as much; a plain cache eight times."
+    shape = dict(vocab_size=500, num_key_value_heads=2, **TINY)
+    grown = []
+    for config in (LlamaConfig(**shape), MistralConfig(**shape, sliding_window=64)):
+        needs = [
+            drawing_needs(
+                config,
+                SampleConfig(model="x", max_prompt_length=half, max_new_tokens=half),
+                Place(),
+            )["sample"].cache
+            for half in (512, 4096)
+        ]
+        grown.append(needs[1] / needs[0])
+    assert grown[0] > 7 and grown[1] < 1.01
 
 
 def test_layers_whose_kinds_follow_from_their_number_are_planned():
