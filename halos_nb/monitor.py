@@ -73,6 +73,8 @@ from halos_nb.figures import (
 )
 from .rewards import round_means
 from halos_nb.runs import (
+    DAMAGE,
+    DAMAGED,
     RIGHT,
     NoRun,
     Truth,
@@ -585,7 +587,10 @@ def round_view(folder: Path, truth: Truth | None = None) -> RoundView:
         samples = with_truth(samples, truth)
     means = {key: round_means({"": samples}, key)[0, :3].tolist() for key in MEANS}
     file = on_disk(folder / "feedback.json")
-    records = read_feedback(folder / "feedback.json") if file.exists() else []
+    records: list[dict] = []
+    if file.exists():
+        with suppress(*DAMAGED, ValueError):  # the round's row tells of it
+            records = read_feedback(folder / "feedback.json")
     feedback = spread(records, 3) if records and "output_A" in records[0] else records[:3]
     name = folder.name.removeprefix("round-")
     scores = finite_values(samples)[0]
@@ -877,11 +882,18 @@ def summary(self: RunMonitor) -> list[dict]:
         try:
             self.rows = self.new_rows(seconds)
             self.views = self.new_views(seconds)
-            self.summed, self.unread = now, ""
+            self.summed, self.unread = now, self.damage()
         except (OSError, ValueError, KeyError) as e:
             # a file may just be replaced; what stays unread at the next look is told
             self.unread = f"a round cannot be read: {e}"
     return [row for _, row in self.rows.values()]
+
+
+@patch
+def damage(self: RunMonitor) -> str:
+    "Which files of the finished rounds cannot be used, and why; what they tell is left out."
+    told = [row[DAMAGE] for _, row in self.rows.values() if DAMAGE in row]
+    return f"left out, for its file is damaged: {'; '.join(told)}" if told else ""
 
 
 @patch
@@ -893,7 +905,7 @@ def new_rows(
     rows = {}
     for name, own in seconds.items():
         was, row = self.rows.get(name, ({}, {}))
-        if was == own:
+        if was == own and DAMAGE not in row:
             rows[name] = was, row
         elif is_finished(name, list(own)):
             total = round(sum(own.values()), 1)

@@ -1464,7 +1464,7 @@ def file_hash(path: str | Path) -> str:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(not_a_file(path) or f"{path}: no such file or folder")
     files = [p for p in path.rglob("*") if p.is_file()]
     names = sorted((p.relative_to(path).as_posix(), p) for p in files)
     hashes = [[name, file_hash(p)] for name, p in names]
