@@ -2773,6 +2773,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.records.is_left_over': ('records.html#is_left_over', 'halos_nb/records.py'),
                                   'halos_nb.records.is_locked': ('records.html#is_locked', 'halos_nb/records.py'),
                                   'halos_nb.records.is_lossy': ('records.html#is_lossy', 'halos_nb/records.py'),
+                                  'halos_nb.records.keeps_locks': ('records.html#keeps_locks', 'halos_nb/records.py'),
                                   'halos_nb.records.label_lines': ('records.html#label_lines', 'halos_nb/records.py'),
                                   'halos_nb.records.lock': ('records.html#lock', 'halos_nb/records.py'),
                                   'halos_nb.records.lock_file': ('records.html#lock_file', 'halos_nb/records.py'),

@@ -36,7 +36,7 @@ import traitlets
 from fastcore.basics import patch
 from markupsafe import Markup
 
-from .records import is_locked, not_a_file, on_disk, read_object
+from .records import is_locked, keeps_locks, not_a_file, on_disk, read_object
 from .stats import Interval, finite_values, floats, order_accuracy
 from .failures import StageError
 from .progress import StatusLine, clock, describe, last_line
@@ -189,7 +189,11 @@ def is_active(run: str | Path) -> bool:
     here = owner[2] == socket.gethostname()
     if here and not psutil.pid_exists(pid):
         return False
-    return run in OPEN_LEDGERS if pid == os.getpid() else is_locked(run / ".lock")
+    if pid == os.getpid():
+        return run in OPEN_LEDGERS
+    if not keeps_locks(run / ".lock"):  # somebody goes on without: the process is all we know
+        return here
+    return is_locked(run / ".lock")
 
 # %% ../nbs/66_monitor.ipynb #d90eae19
 def writes_to(pid: int, log: Path) -> bool:
@@ -209,7 +213,7 @@ def supervisors(run: str | Path) -> dict[int, Path]:
         log = file.with_name(file.name.replace(".status.json.pid", ".log"))
         with suppress(OSError, ValueError):
             pid = int(file.read_text("utf-8"))
-            if is_locked(log) and writes_to(pid, log):
+            if (is_locked(log) or not keeps_locks(log)) and writes_to(pid, log):
                 found[pid] = file.with_suffix("")
     return found
 

@@ -2,12 +2,15 @@
 unasked, and what is damaged is named and set aside.
 """
 
+import errno
 import html
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import long_runs
@@ -15,13 +18,13 @@ import pytest
 from job_helpers import NEEDS_LINUX
 from long_runs import Pretended, wait
 
-from halos_nb import identity, ledger, loop
+from halos_nb import identity, ledger, loop, records
 from halos_nb.compare import RunComparer
 from halos_nb.configs import AuditConfig, LoopConfig
 from halos_nb.handover import card_text
 from halos_nb.ledger import NotOurs, RunChanged, read_journal
 from halos_nb.loop import check_before, choose_run, run_rounds
-from halos_nb.monitor import RunMonitor, look
+from halos_nb.monitor import RunMonitor, is_active, look, stop_run
 from halos_nb.page import report
 from halos_nb.records import RecordError, temporary, write_json, write_records
 from halos_nb.runs import health_rows, kept_as_made, read_run, run_summary
@@ -947,3 +950,24 @@ def test_a_damaged_file_takes_its_own_part_away_alone(home, tmp_path, file, cont
     if "/" in file:
         assert file in rows[0]["damaged"] and file in shown and file in both.title(True)
     assert not any("damaged" in row for row in rows[1:])
+
+
+def test_a_run_on_a_disk_without_locks_is_seen_to_run(home, monkeypatch):
+    "A network disk without locks: the process that has the run is alive, or it is not."
+    run = home.runs / "r"
+
+    def none(file, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    driver = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (run / ".lock").write_text(f"process {driver.pid} on {socket.gethostname()}")
+        assert not is_active(run)  # nobody has the lock
+        monkeypatch.setattr(records.fcntl, "flock", none)
+        assert is_active(run)
+        assert "held by process" in stop_run(run, patience=0)
+    finally:
+        driver.communicate()
+    assert not is_active(run)
+    (run / ".lock").write_text(f"process {driver.pid} on another-host")
+    assert not is_active(run)
