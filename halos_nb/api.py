@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar, cast
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -324,7 +324,8 @@ class WithoutSecrets:
 
 def hide_in_output() -> None:
     "From now on nothing that Python prints in this process says a secret."
-    sys.stdout, sys.stderr = WithoutSecrets(sys.stdout), WithoutSecrets(sys.stderr)
+    sys.stdout = cast(TextIO, WithoutSecrets(sys.stdout))
+    sys.stderr = cast(TextIO, WithoutSecrets(sys.stderr))
 
 # %% ../nbs/31_api.ipynb #bb0e815a
 class ServerError(RuntimeError):
