@@ -6,11 +6,12 @@
 __all__ = ['T', 'ESCAPED', 'ENCODED', 'LONGEST', 'IN_DATA', 'OBEYED', 'WHOLE', 'CUT', 'READ', 'MOST_TOKENS', 'PROXIES', 'FIRST',
            'run_in_thread', 'run_async', 'api_key', 'Letters', 'on_keyboard', 'letter_of', 'letters', 'only_letters',
            'fragments', 'Hidden', 'spans_of', 'words_of', 'places_of', 'decoded', 'encoded_places', 'said_places',
-           'without_secrets', 'hide', 'on_screen', 'excerpt', 'ServerError', 'is_hopeless', 'is_down', 'causes',
-           'cause_of', 'proxy_to', 'about_address', 'check_address', 'address_of', 'error_text', 'describe',
-           'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of', 'as_json', 'kept_as_it_came', 'said_in',
-           'writable', 'mended', 'count_in', 'error_in', 'not_its_words', 'reason_of', 'stream_parts', 'joined',
-           'from_stream', 'Limiter', 'proxy_problem', 'connect', 'is_one_fault', 'last_answers', 'ask_all']
+           'without_secrets', 'hide', 'on_screen', 'excerpt', 'WithoutSecrets', 'hide_in_output', 'ServerError',
+           'is_hopeless', 'is_down', 'causes', 'cause_of', 'proxy_to', 'about_address', 'check_address', 'address_of',
+           'error_text', 'describe', 'answer_or_error', 'how_it_ended', 'Said', 'field_of', 'text_of', 'as_json',
+           'kept_as_it_came', 'said_in', 'writable', 'mended', 'count_in', 'error_in', 'not_its_words', 'reason_of',
+           'stream_parts', 'joined', 'from_stream', 'Limiter', 'proxy_problem', 'connect', 'is_one_fault',
+           'last_answers', 'ask_all']
 
 # %% ../nbs/31_api.ipynb #e3f87bfb
 import asyncio
@@ -22,16 +23,17 @@ import re
 import socket
 import ssl
 import sys
+import threading
 import time
 import unicodedata
 from codecs import encode as rot13
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar, cast
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -288,6 +290,42 @@ def on_screen(text: str) -> str:
 def excerpt(x: Any, n: int = 200) -> str:
     "How something that a server said begins, without secrets."
     return shortened(hide(str(x)), n)
+
+# %% ../nbs/31_api.ipynb #9228ec81
+class WithoutSecrets:
+    "A stream to which lines are written without secrets."
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+        self.begun = ""  # of a line
+        self.lock = threading.RLock()
+
+    def write(self, text: str) -> int:
+        "Write the lines that this ends."
+        with self.lock:
+            lines, end, self.begun = (self.begun + text).rpartition("\n")
+            self.out.write(without_secrets(lines + end).text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        "Write the beginning of a line, too."
+        with self.lock:
+            self.out.write(without_secrets(self.begun).text)
+            self.begun = ""
+            self.out.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.out, name)
+
+
+def hide_in_output() -> None:
+    "From now on nothing that Python prints in this process says a secret."
+    sys.stdout = cast(TextIO, WithoutSecrets(sys.stdout))
+    sys.stderr = cast(TextIO, WithoutSecrets(sys.stderr))
 
 # %% ../nbs/31_api.ipynb #bb0e815a
 class ServerError(RuntimeError):

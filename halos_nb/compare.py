@@ -49,6 +49,7 @@ from .figures import styled, end_to_end, hover, thin
 from .loop import MEASURED
 from .rewards import frontier as reward_frontier, run_line
 from halos_nb.runs import (
+    DAMAGE,
     Run,
     Seeds,
     Truth,
@@ -364,8 +365,13 @@ def title(self: RunComparer, only_differences: bool) -> str:
     "What the table shows, and what was left out."
     title = "Last round of each run; "
     title += "only parameters that differ" if only_differences else "all parameters"
-    if self.left_out:
-        reasons = [f"{name} ({why})" for name, why in self.left_out.items()]
+    left_out = list(self.left_out.items())
+    for run in self.runs:
+        left_out += [
+            (f"a part of {run.name}", row[DAMAGE]) for row in run.rounds if DAMAGE in row
+        ]
+    if left_out:
+        reasons = [f"{name} ({why})" for name, why in left_out]
         title += f"; left out: {', '.join(reasons)}"
     return title
 

@@ -22,10 +22,10 @@ from .records import atomic_write, file_hash, read_records
 from .stats import Interval, kl_terms, mean_interval
 from .configs import LoopConfig
 from .identity import read_manifest
-from .loop import Round, losses_of, round_counts, round_samples
+from .loop import Round, losses_of, round_samples
 from .show import escape, readable, spread
 from .figures import reward_distributions
-from .runs import Run, kept_as_made, placed, read_params, read_run
+from .runs import Damage, Run, counts_at, kept_as_made, placed, read_params, read_run
 
 # %% ../nbs/71_handover.ipynb #39aebef4
 SIGNS = re.compile(r"([\\`*_{}\[\]()#+|~-])")  # that mean something in Markdown
@@ -75,8 +75,10 @@ def lost_rows(run: Run) -> list[dict[str, object]]:
     "What was lost in each round, in words."
     rows: list[dict[str, object]] = []
     for row in run.rounds:
-        counts = round_counts(run.round_folder(row["round"]))
-        lost = "; ".join(losses_of(counts)) or "nothing"
+        folder = run.round_folder(row["round"])
+        damage = Damage(folder)
+        counts = counts_at(folder, damage)
+        lost = "; ".join([*losses_of(counts), *damage.told]) or "nothing"
         rows.append(dict(round=row["round"], lost=lost))
     return rows
 

@@ -35,6 +35,7 @@ from halos_nb.records import (
     RecordError,
     file_bytes,
     file_hash,
+    not_a_file,
     on_disk,
     packed_beside,
     shortened,
@@ -737,7 +738,7 @@ def damage(files: RunFiles, manifest: dict, needed: str) -> str:
             continue
         if pruned or not on_disk(path).exists():
             return f"{name} is not there"
-        if files.hash(path) != digest:
+        if not_a_file(path) or files.hash(path) != digest:
             return f"{name} is not what was written"
     return ""
 

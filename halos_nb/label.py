@@ -125,7 +125,7 @@ from halos_nb.score import (
     weighted_score,
     with_rewards,
 )
-from .api import on_screen
+from .api import hide_in_output, on_screen
 from .judge import process_samples_with_api as process_samples_with_api
 from .replies import Reading
 from halos_nb.judge import (
@@ -1153,5 +1153,6 @@ def main(
 
 # %% ../nbs/43_label.ipynb #fdadf1c9
 if __name__ == "__main__" and "__file__" in globals():
+    hide_in_output()
     main(parse_args(LabelConfig))
     end_process()

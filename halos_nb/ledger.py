@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'MARKS', 'OPEN_LEDGERS', 'OF_EVENTS', 'NEEDED', 'SEALS', 'OF_PATIENCE', 'NEVER_WRITTEN_AGAIN', 'PACKABLE',
            'run_folder', 'looks_like_a_run', 'empty_run', 'NotOurs', 'object_if_any', 'made_by', 'check_owner',
-           'check_folder', 'claim', 'RunBusy', 'lock_run', 'is_number', 'is_time', 'is_text', 'is_count',
-           'names_or_hashes', 'event_problem', 'Journal', 'is_in_the_making', 'read_journal', 'read_events',
+           'check_folder', 'claim', 'RunBusy', 'set_aside_folder', 'lock_run', 'is_number', 'is_time', 'is_text',
+           'is_count', 'names_or_hashes', 'event_problem', 'Journal', 'is_in_the_making', 'read_journal', 'read_events',
            'mend_journal', 'RunFolder', 'identity_digest', 'told_digests', 'Running', 'Ledger', 'asks_engine',
            'RunChanged', 'what_changed', 'may_be_had_again', 'seconds_of', 'take_file', 'take_path', 'take_stage',
            'pack_outputs']
@@ -170,12 +170,21 @@ class RunBusy(RuntimeError):
 
 OPEN_LEDGERS: dict[Path, "RunFolder"] = {}  # of this process, by run folder
 
+
+def set_aside_folder(path: Path) -> str:
+    "Rename what stands where a file is to be and is none; says what was done, if it was."
+    if path.is_file() or not path.exists():
+        return ""
+    what = "a folder" if path.is_dir() else "no file"
+    return f"{path.name}: is {what}; it is set aside as {put_aside(path, 'broken').name}"
+
 # %% ../nbs/56_ledger.ipynb #c10104bf
 def lock_run(run: Path) -> IO[bytes]:
     "The open lock file of a run; RunBusy if another process has it."
     if run in OPEN_LEDGERS:
         OPEN_LEDGERS[run].close()
     path = run / ".lock"
+    set_aside_folder(path)
     try:
         file = lock_file(path)
     except FileLocked:
@@ -332,8 +341,12 @@ class RunFolder(RunFiles):
         OPEN_LEDGERS[self.run_dir] = self
         if fresh:
             empty_run(self.run_dir)
+        own = ("run.json", "params.json", "ledger.jsonl")
+        told = [set_aside_folder(self.run_dir / name) for name in own]
         claim(self.run_dir, owner)
         self.tidy_up()
+        for what in filter(None, told):
+            self.say(what)
 
     def __enter__(self) -> Self:
         return self
@@ -444,15 +457,17 @@ class Ledger(RunFolder):
 
     def close(self) -> None:
         "Stop what runs, waits or stays, and give the run's folder back."
-        if self.waiting:
-            self.waiting[1].stop()
-        self.stop_running()
-        self.take_beside()
-        self.stop_running()
-        if self.engine:
-            self.engine.stop()
-        self.engine = None
-        super().close()
+        jobs = [one.job for one in (self.running, self.beside) if one]
+        jobs += [self.waiting[1]] if self.waiting else []
+        jobs += [self.engine] if self.engine else []
+        self.running = self.beside = self.waiting = self.engine = None
+        for job in jobs:  # all, before the first is waited for: an interrupt may come again
+            job.tell_to_end()
+        try:
+            for job in jobs:
+                job.stop()
+        finally:
+            super().close()
 
 # %% ../nbs/56_ledger.ipynb #50cbafd2
 @patch
@@ -718,7 +733,8 @@ def keep_altered(self: Ledger, stage: Stage) -> None:
     for name, digest in stage.sealed().get("outputs", {}).items():
         path = self.run_dir / name
         own = path in stage.outputs and path not in stage.keeps
-        if own and path.is_file() and self.hash(path) != digest:
+        is_file = path.is_file() or path.is_dir() and path.suffix  # somebody's folder, else
+        if own and is_file and self.hash(path) != digest:
             aside = put_aside(path)
             self.say(f"{name} was altered since it was written; it is {aside.name} now")
 

@@ -11,21 +11,21 @@ __all__ = ['MEASURED', 'ROWS', 'NO_CAP', 'CHECKS', 'EXPECTED_COUNTS', 'ENGINE_TI
            'answers_of_start', 'people_stage', 'combining_stage', 'labelling_stages', 'train_stage', 'check_stage',
            'eval_source', 'compared_with', 'evaluator_stages', 'journal_of', 'evaluation_stages', 'estimating_stage',
            'losses_of', 'win_rate', 'wins_text', 'cost_text', 'sampler_line', 'estimate_text', 'evaluation_line',
-           'Round', 'check_prompt_counts', 'prompts_left', 'round_counts', 'drawn_at', 'scores_in', 'combined_how',
-           'round_scores', 'check_labelled', 'round_samples', 'git', 'revision', 'write_params', 'point_to', 'Estimate',
-           'CostError', 'Paid', 'paid_in', 'questions_in', 'lengths_in', 'lengths_of', 'lengths_asked',
-           'tokens_to_read', 'longest_answer', 'tokens_beside', 'longest_prompt', 'cost_of', 'dearest_question',
-           'prompts_sealed', 'parameters_before', 'totals_before', 'prompts_of_rounds', 'folders_in_order',
-           'evaluations_planned', 'questions_of_evaluations', 'people_asked', 'ToAsk', 'still_to_ask', 'estimate',
-           'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward', 'why_no_audit', 'is_small',
-           'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute', 'located_models',
-           'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers', 'check_training',
-           'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in', 'better', 'round_of',
-           'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed', 'check_kind',
-           'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed', 'Outlook',
-           'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder', 'change_text',
-           'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed', 'told_kept',
-           'branch', 'Settled', 'fits', 'keep_as_made', 'settle', 'check_changed_prompts', 'choose_run',
+           'Round', 'check_prompt_counts', 'prompts_left', 'count_files', 'read_counts', 'round_counts', 'drawn_at',
+           'scores_in', 'combined_how', 'round_scores', 'check_labelled', 'round_samples', 'git', 'revision',
+           'write_params', 'point_to', 'Estimate', 'CostError', 'Paid', 'paid_in', 'questions_in', 'lengths_in',
+           'lengths_of', 'lengths_asked', 'tokens_to_read', 'longest_answer', 'tokens_beside', 'longest_prompt',
+           'cost_of', 'dearest_question', 'prompts_sealed', 'parameters_before', 'totals_before', 'prompts_of_rounds',
+           'folders_in_order', 'evaluations_planned', 'questions_of_evaluations', 'people_asked', 'ToAsk',
+           'still_to_ask', 'estimate', 'round_up', 'set_aside', 'AuditError', 'audit_stage', 'as_policy_or_reward',
+           'why_no_audit', 'is_small', 'what_it_needs', 'wrong_checks', 'audited', 'Breakage', 'AlarmError', 'absolute',
+           'located_models', 'located_evaluation', 'located', 'check_sampler', 'has_package', 'check_trackers',
+           'check_training', 'Scored', 'Loop', 'one_round', 'answers_of', 'labelled_by', 'score_name', 'health_in',
+           'better', 'round_of', 'prompts_asked', 'check_costs', 'check_apart', 'names_all', 'refuse_world_seed',
+           'check_kind', 'check_sources', 'as_if_named', 'check_stages', 'check_run', 'check_before', 'AsSealed',
+           'Outlook', 'beside_the_rounds', 'stands_so_far', 'hash_of_records', 'look_ahead', 'counted_by_folder',
+           'change_text', 'ask_person', 'base_of', 'branches_of', 'next_branch', 'is_busy_otherwise', 'also_changed',
+           'told_kept', 'branch', 'Settled', 'fits', 'keep_as_made', 'settle', 'check_changed_prompts', 'choose_run',
            'choose_folder', 'spared_policies', 'run_rounds', 'main']
 
 # %% ../nbs/57_loop.ipynb #00a9acb8
@@ -870,20 +870,33 @@ def prompts_left(
     return max(0, len(known.examples) - used)
 
 
+def count_files(
+    folder: Path,  # the round's
+) -> dict[str, Path]:
+    "Where the stages of a round have counted, by stage."
+    files = dict(COUNT_FILES)
+    for path in folder.glob("human-*.counts.json"):
+        files[path.name.removesuffix(".counts.json")] = path.name
+    return {stage: folder / name for stage, name in files.items() if (folder / name).exists()}
+
+
+def read_counts(
+    stage: str,
+    file: Path,  # of `count_files`
+) -> dict:
+    "What a stage counted; a RecordError names the file that does not say it."
+    needs = ["prompts"] if stage in ("sample", "label") else []
+    counts = read_object(file, *needs)
+    check_prompt_counts(file, counts)
+    return counts
+
+
 def round_counts(
     folder: Path,  # the round's
 ) -> dict[str, dict]:
     "What the stages of a round counted, by stage."
-    files = dict(COUNT_FILES)
-    for path in folder.glob("human-*.counts.json"):
-        files[path.name.removesuffix(".counts.json")] = path.name
-    counts = {}
-    for stage, name in files.items():
-        if (folder / name).exists():
-            needs = ["prompts"] if stage in ("sample", "label") else []
-            counts[stage] = read_object(folder / name, *needs)
-            check_prompt_counts(folder / name, counts[stage])
-    return counts
+    files = count_files(folder)
+    return {stage: read_counts(stage, file) for stage, file in files.items()}
 
 # %% ../nbs/57_loop.ipynb #9c8bbece
 def drawn_at(folder: Path) -> dict[str, float]:

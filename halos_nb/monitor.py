@@ -36,7 +36,7 @@ import traitlets
 from fastcore.basics import patch
 from markupsafe import Markup
 
-from .records import is_locked, not_a_file, on_disk, read_object
+from .records import is_locked, keeps_locks, not_a_file, on_disk, read_object
 from .stats import Interval, finite_values, floats, order_accuracy
 from .failures import StageError
 from .progress import StatusLine, clock, describe, last_line
@@ -73,6 +73,8 @@ from halos_nb.figures import (
 )
 from .rewards import round_means
 from halos_nb.runs import (
+    DAMAGE,
+    DAMAGED,
     RIGHT,
     NoRun,
     Truth,
@@ -187,7 +189,11 @@ def is_active(run: str | Path) -> bool:
     here = owner[2] == socket.gethostname()
     if here and not psutil.pid_exists(pid):
         return False
-    return run in OPEN_LEDGERS if pid == os.getpid() else is_locked(run / ".lock")
+    if pid == os.getpid():
+        return run in OPEN_LEDGERS
+    if not keeps_locks(run / ".lock"):  # somebody goes on without: the process is all we know
+        return here
+    return is_locked(run / ".lock")
 
 # %% ../nbs/66_monitor.ipynb #d90eae19
 def writes_to(pid: int, log: Path) -> bool:
@@ -207,7 +213,7 @@ def supervisors(run: str | Path) -> dict[int, Path]:
         log = file.with_name(file.name.replace(".status.json.pid", ".log"))
         with suppress(OSError, ValueError):
             pid = int(file.read_text("utf-8"))
-            if is_locked(log) and writes_to(pid, log):
+            if (is_locked(log) or not keeps_locks(log)) and writes_to(pid, log):
                 found[pid] = file.with_suffix("")
     return found
 
@@ -585,7 +591,10 @@ def round_view(folder: Path, truth: Truth | None = None) -> RoundView:
         samples = with_truth(samples, truth)
     means = {key: round_means({"": samples}, key)[0, :3].tolist() for key in MEANS}
     file = on_disk(folder / "feedback.json")
-    records = read_feedback(folder / "feedback.json") if file.exists() else []
+    records: list[dict] = []
+    if file.exists():
+        with suppress(*DAMAGED, ValueError):  # the round's row tells of it
+            records = read_feedback(folder / "feedback.json")
     feedback = spread(records, 3) if records and "output_A" in records[0] else records[:3]
     name = folder.name.removeprefix("round-")
     scores = finite_values(samples)[0]
@@ -877,11 +886,18 @@ def summary(self: RunMonitor) -> list[dict]:
         try:
             self.rows = self.new_rows(seconds)
             self.views = self.new_views(seconds)
-            self.summed, self.unread = now, ""
+            self.summed, self.unread = now, self.damage()
         except (OSError, ValueError, KeyError) as e:
             # a file may just be replaced; what stays unread at the next look is told
             self.unread = f"a round cannot be read: {e}"
     return [row for _, row in self.rows.values()]
+
+
+@patch
+def damage(self: RunMonitor) -> str:
+    "Which files of the finished rounds cannot be used, and why; what they tell is left out."
+    told = [row[DAMAGE] for _, row in self.rows.values() if DAMAGE in row]
+    return f"left out, for its file is damaged: {'; '.join(told)}" if told else ""
 
 
 @patch
@@ -893,7 +909,7 @@ def new_rows(
     rows = {}
     for name, own in seconds.items():
         was, row = self.rows.get(name, ({}, {}))
-        if was == own:
+        if was == own and DAMAGE not in row:
             rows[name] = was, row
         elif is_finished(name, list(own)):
             total = round(sum(own.values()), 1)

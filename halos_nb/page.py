@@ -8,15 +8,16 @@ __all__ = ['Part', 'Rounds', 'SCORE_NAME', 'MOST_EVENTS', 'Row', 'data_block', '
            'truth_figures', 'watched_figures', 'feedback_figures', 'figure_sections', 'truncate', 'truncate_texts',
            'fold', 'searchable', 'feedback_gallery', 'repeated_prompts', 'text_sections', 'plain_value',
            'parameters_table', 'counts_table', 'utc', 'ledger_table', 'board_parts', 'state_and_rounds', 'audit_part',
-           'health_part', 'evaluation_parts', 'ends_of', 'gain_words', 'outcome', 'report']
+           'not_shown', 'parts_left', 'health_part', 'evaluation_parts', 'ends_of', 'gain_words', 'outcome', 'report']
 
 # %% ../nbs/69_page.ipynb #a2b47309
 import html
 import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,9 +66,11 @@ from halos_nb.rewards import (
     win_rates,
 )
 from .ledger import read_journal
-from .loop import MEASURED, round_counts
+from .loop import MEASURED
 from halos_nb.runs import (
     RIGHT,
+    Damage,
+    counts_at,
     Run,
     Truth,
     evaluation_rows,
@@ -179,13 +182,13 @@ def samples_by_round(run: Run, truth: Truth | None) -> Rounds:
     return found
 
 # %% ../nbs/69_page.ipynb #8194a112
-def feedback_by_round(run: Run) -> Rounds:
+def feedback_by_round(run: Run, damage: Damage) -> Rounds:
     "Feedback by the title of each round that is trained."
     found: Rounds = {}
     for name, title in shown_rounds(run).items():
         if name not in MEASURED:
             file = run.round_folder(name) / "feedback.json"
-            found[title] = read_feedback(file)
+            found[title] = damage.spare(partial(read_feedback, file), [], file)
     return found
 
 # %% ../nbs/69_page.ipynb #03d96be7
@@ -355,11 +358,11 @@ def parameters_table(run: Run) -> Shown:
     return summary_table([dict(parameter=name, value=plain_value(v)) for name, v in given])
 
 # %% ../nbs/69_page.ipynb #4e33fe0c
-def counts_table(run: Run) -> Shown:
+def counts_table(run: Run, damage: Damage) -> Shown:
     "What each stage counted, by round."
     rows = []
     folders = [run.round_folder(name) for name in shown_rounds(run)]
-    found = {folder.name: round_counts(folder) for folder in folders}
+    found = {folder.name: counts_at(folder, damage) for folder in folders}
     stages = dict.fromkeys(stage for counts in found.values() for stage in counts)
     for stage in stages:
         for round, counts in found.items():
@@ -422,6 +425,22 @@ def audit_part(run: Path) -> Part:
     "What the run's audit found; None if nobody looked."
     file = run / "audit.json"
     return audit_report(read_object(file, "checks")) if file.exists() else None
+
+
+def not_shown(damage: Damage) -> list[str]:
+    "What stands where a damaged file's part would: which it is, and why."
+    return [f"Not shown: {told}" for told in damage.told]
+
+
+def parts_left(
+    run: Run,
+    read: Callable[[], list],  # gives the parts of a section
+    file: str,  # of the run, that they are read from (empty: the error says it)
+) -> list[Part]:
+    "The parts of a section, or which file is damaged, and why."
+    damage = Damage(run.folder)
+    parts = damage.spare(read, [], run.folder / file if file else None)
+    return [*parts, *not_shown(damage)]
 
 # %% ../nbs/69_page.ipynb #757a21e7
 def health_part(run: Path) -> Part:
@@ -538,17 +557,22 @@ def report(
     path = Path(path or run.folder / "report.html")
     refuse_run_file(path, [run.folder], ".html")
     rounds = samples_by_round(run, truth)
-    feedback = feedback_by_round(run)
-    metrics = {title: rows for title, rows in run.metrics().items() if rows}
+    trained, steps, counted = (Damage(run.folder) for _ in range(3))
+    feedback = feedback_by_round(run, trained)
+    metrics = run.metrics(steps)
     unit = reward_words(run.params, SCORE_NAME)
+    figures = figure_sections(rounds, feedback, metrics, best, unit, held_out_right(run.params))
+    figures["Margins"] += not_shown(trained)
+    figures["Training"] += not_shown(steps)
+    counts = counts_table(run, counted)
     sections: dict[str, list] = {
         "Rounds": state_and_rounds(look(run.folder), run, truth),
-        "Evaluation": evaluation_parts(run, truth),
+        "Evaluation": parts_left(run, lambda: evaluation_parts(run, truth), ""),
         "Health": [health_part(run.folder)],
-        "What the models see": [audit_part(run.folder)],
-        **figure_sections(rounds, feedback, metrics, best, unit, held_out_right(run.params)),
+        "What the models see": parts_left(run, lambda: [audit_part(run.folder)], "audit.json"),
+        **figures,
         **text_sections(rounds, feedback, n),
-        "What was counted": [counts_table(run)],
+        "What was counted": [counts, *not_shown(counted)],
         "Parameters": [parameters_table(run)],
         "Ledger": [ledger_table(run.folder)],
     }

@@ -19,10 +19,10 @@ __all__ = ['Id', 'SampleId', 'Binary', 'Text', 'Turns', 'Ids', 'Logps', 'RECORDS
            'no_room', 'telling_full_disk', 'require_room', 'telling_read_only', 'sync_folder', 'this_place',
            'temporary', 'hidden_name', 'is_alive', 'is_left_over', 'remove_left_over', 'clean_left_over',
            'clean_beside', 'put_aside', 'opened_beside', 'atomic_write', 'StreamingJSONWriter', 'write_records',
-           'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'is_locked', 'lock_file',
-           'without_torn_line', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl', 'refuse_halves',
-           'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file', 'file_hash',
-           'Progress']
+           'write_json', 'FileLocked', 'NoLocks', 'lock', 'take_lock', 'wait_for_lock', 'keeps_locks', 'is_locked',
+           'lock_file', 'without_torn_line', 'cut_torn_line', 'append_jsonl', 'read_at_once', 'read_jsonl',
+           'refuse_halves', 'as_object', 'read_object', 'read_objects', 'label_lines', 'pack_file', 'unpack_file',
+           'file_hash', 'Progress']
 
 # %% ../nbs/00_records.ipynb #a68e8fd6
 import bz2
@@ -1236,6 +1236,16 @@ def wait_for_lock(file: IO) -> None:
     lock(file, fcntl.LOCK_EX)
 
 # %% ../nbs/00_records.ipynb #f0042ab2
+def keeps_locks(path: str | Path) -> bool:
+    "Whether the lock of a file can tell that somebody works there."
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in LOCKS_MISSING
+    return True
+
+
 def is_locked(path: str | Path) -> bool:
     "Whether somebody holds the lock of this file; False if it is not there."
     try:
@@ -1464,7 +1474,7 @@ def file_hash(path: str | Path) -> str:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(not_a_file(path) or f"{path}: no such file or folder")
     files = [p for p in path.rglob("*") if p.is_file()]
     names = sorted((p.relative_to(path).as_posix(), p) for p in files)
     hashes = [[name, file_hash(p)] for name, p in names]

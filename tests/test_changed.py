@@ -2,12 +2,15 @@
 unasked, and what is damaged is named and set aside.
 """
 
+import errno
 import html
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import long_runs
@@ -15,13 +18,13 @@ import pytest
 from job_helpers import NEEDS_LINUX
 from long_runs import Pretended, wait
 
-from halos_nb import identity, ledger, loop
+from halos_nb import identity, ledger, loop, records
 from halos_nb.compare import RunComparer
 from halos_nb.configs import AuditConfig, LoopConfig
 from halos_nb.handover import card_text
 from halos_nb.ledger import NotOurs, RunChanged, read_journal
 from halos_nb.loop import check_before, choose_run, run_rounds
-from halos_nb.monitor import look
+from halos_nb.monitor import RunMonitor, is_active, look, stop_run
 from halos_nb.page import report
 from halos_nb.records import RecordError, temporary, write_json, write_records
 from halos_nb.runs import health_rows, kept_as_made, read_run, run_summary
@@ -861,3 +864,110 @@ def test_a_copy_that_has_a_folder_for_the_link_goes_on(tmp_path, capsys):
     assert os.readlink(tmp_path / "policy") == "round-1/FINAL"
     assert (tmp_path / "policy.before-1/weights").read_text() == "1"
     assert capsys.readouterr().err.count("policy.before-1") == 1
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "params.json", "run.json", ".lock"])
+def test_a_folder_where_a_file_of_the_run_belongs_is_set_aside(home, capsys, name):
+    "Nothing in it is lost, and the run goes on."
+    place = home.runs / "r" / name
+    place.unlink()
+    place.mkdir()
+    (place / "thesis").write_text("years of work")
+    assert skipped(home.go()) == [ALL, ALL, ["sample", "label"]]
+    assert place.is_file()
+    aside = place.with_name(f"{place.stem}.broken-1{place.suffix}")
+    assert (aside / "thesis").read_text() == "years of work"
+    if name != ".lock":
+        assert (
+            f"{name}: is a folder; it is set aside as {aside.name}" in capsys.readouterr().err
+        )
+    assert summaries(home) == TOLD
+
+
+@pytest.mark.parametrize("name", ["samples.json", "samples.counts.json", "feedback.json"])
+def test_a_folder_where_an_output_was_is_kept_beside(home, capsys, name):
+    place = home.runs / "r/round-1" / name
+    place.unlink()
+    place.mkdir()
+    (place / "thesis").write_text("years of work")
+    home.go()
+    aside = place.with_name(f"{place.stem}.before-1{place.suffix}")
+    assert (aside / "thesis").read_text() == "years of work"
+    assert place.is_file() and f"it is {aside.name} now" in capsys.readouterr().err
+    assert summaries(home) == TOLD
+
+
+@pytest.mark.parametrize("name", ["samples.json", "feedback.counts.json"])
+def test_a_pipe_where_an_output_was_is_made_again(home, name):
+    place = home.runs / "r/round-1" / name
+    place.unlink()
+    os.mkfifo(place)
+    home.go()
+    assert place.is_file() and summaries(home) == TOLD
+
+
+# what is damaged, how, and where on the page that is said
+PARTS = [
+    ("audit.json", "[1]", "What the models see"),
+    ("audit.json", '{"checks": 7}', "What the models see"),
+    ("round-1/judge.counts.json", '{"prompts": -1}', "What was counted"),
+    ("round-1/feedback.counts.json", "{", "What was counted"),
+    ("round-1/samples.counts.json", None, "What was counted"),
+    ("round-1/policy/counts.json", "7", "What was counted"),
+    ("round-1/metrics.jsonl", '{"loss": "a"}\n', "Training"),
+    ("round-1/feedback.json", "{}", "Margins"),
+    ("round-1/label.config.json", "[1]", "Rounds"),
+]
+
+
+def text_of_section(page, heading):
+    "What a page says under a heading."
+    page = re.sub(r"(?s)<(script|style)\b.*?</\1>", "", page)
+    return re.search(rf"(?s)<h2[^>]*>{heading}</h2>(.*?)(<h2|$)", page)[1]
+
+
+@pytest.mark.parametrize("file, content, heading", PARTS)
+def test_a_damaged_file_takes_its_own_part_away_alone(home, tmp_path, file, content, heading):
+    "Summary, report, panel, comparison and card show the rest, and name the file."
+    run = home.runs / "r"
+    whole = run_summary(run)
+    said = dict(prompt_id="p0", sample_id=0, labeller="function:other", score=1.0, reason="")
+    for name in ("function.labels.jsonl",):  # so that label.config.json is read
+        (run / "round-1" / name).write_text(json.dumps(said) + "\n")
+    (run / file).unlink(missing_ok=True)
+    (run / file).mkdir() if content is None else (run / file).write_text(content)
+    rows = run_summary(run)
+    assert rows[1:] == whole[1:]
+    for name in ("round", "samples", "reward", "kl", "seconds"):
+        assert rows[0][name] == whole[0][name]
+    page = report(run, tmp_path / "report.html").read_text("utf-8")
+    assert Path(file).name in text_of_section(page, heading)
+    both = RunComparer(home.runs, mode="static")
+    assert [one.name for one in both.runs] == ["r"]
+    both.static()
+    shown = RunMonitor(run, mode="static").static().text
+    card_text(read_run(run))
+    if "/" in file:
+        assert file in rows[0]["damaged"] and file in shown and file in both.title(True)
+    assert not any("damaged" in row for row in rows[1:])
+
+
+def test_a_run_on_a_disk_without_locks_is_seen_to_run(home, monkeypatch):
+    "A network disk without locks: the process that has the run is alive, or it is not."
+    run = home.runs / "r"
+
+    def none(file, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    driver = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (run / ".lock").write_text(f"process {driver.pid} on {socket.gethostname()}")
+        assert not is_active(run)  # nobody has the lock
+        monkeypatch.setattr(records.fcntl, "flock", none)
+        assert is_active(run)
+        assert "held by process" in stop_run(run, patience=0)
+    finally:
+        driver.communicate()
+    assert not is_active(run)
+    (run / ".lock").write_text(f"process {driver.pid} on another-host")
+    assert not is_active(run)

@@ -231,3 +231,12 @@ def test_the_truth_of_the_playground_evaluates_where_it_is_asked():
     assert not asks_truth(LoopConfig(**given, **own))
     with pytest.raises(ValueError, match="eval_labeller: it asks function, and there is none"):
         LoopConfig(**given, prompts="mine.json", eval_labeller="function")
+
+
+@pytest.mark.parametrize("make", [Settings, LoopConfig])
+def test_a_path_whose_bytes_are_no_text_is_named(make):
+    "Linux allows such a name, and LC_ALL=C makes one of every umlaut."
+    name = dict(Settings="runs_dir", LoopConfig="prompts")
+    given = {name[make.__name__]: "caf\udce9"}
+    with pytest.raises(ValueError, match=f"{make.__name__}: .*no UTF-8.*PYTHONUTF8=1.*udce9"):
+        make(**given)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from conftest import every
 from job_helpers import CELL, LAUNCHERS, NEEDS_LINUX, ONE, alive, papermill, start, until
 
+from halos_nb import jobs
 from halos_nb.configs import SampleConfig
 from halos_nb.failures import StageError
 from halos_nb.identity import RunFiles, Stage, identity, versions
@@ -415,3 +417,19 @@ def test_a_notebook_keeps_one_line(tmp_path, kernel):
     assert set(kinds[1:]) == {"update_display_data"}
     texts = [m["data"]["text/plain"] for kind, m in said if kind in outputs]
     assert "done" in texts[-1]
+
+
+def test_more_processes_than_the_machine_carries_are_told(monkeypatch):
+    "Thousands are refused before any is started; a few too many are said, once."
+    monkeypatch.setattr(jobs, "processors", lambda: 2)
+    monkeypatch.setattr(jobs, "SAID", set())
+    with pytest.raises(
+        ValueError, match=r"crowd.* 5,000 processes.* has 2 processors .* 32 at"
+    ):
+        check_launch(Profile(name="crowd", num_processes=5000), "float32")
+    with pytest.warns(UserWarning, match="4 processes, which take turns on the 2 processors"):
+        check_launch(Profile(name="four", num_processes=4), "float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_launch(Profile(name="four", num_processes=4), "float32")
+        check_launch(Profile(name="two", num_processes=2), "float32")

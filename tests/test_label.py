@@ -1477,3 +1477,41 @@ def test_what_a_function_dies_of_names_no_key_and_ends_nothing(monkeypatch):
     assert score_with(asks, sample).reason == "RuntimeError: 401: [key] is no key of ours"
     assert key not in score_with(lambda prompt, output: key, sample).reason
     assert score_with(leaves, sample).reason == "SystemExit: 0"
+
+
+PRINTING = """
+import logging, os, sys, warnings
+key = os.environ["OPENAI_API_KEY"]
+if os.environ.get("AT_ONCE"):
+    raise RuntimeError(f"401 for {key}")
+def score(prompt, output):
+    print("asked with", key)
+    print(key[:12], end="")
+    print(key[12:])
+    logging.error("with %s", key)
+    warnings.warn(f"with {key}")
+    sys.stderr.write(key)
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("at_once", ["", "1"])
+def test_what_a_function_prints_is_in_its_log_without_a_key(tmp_path, at_once):
+    "Printed, logged, warned or raised: the stage's streams say it without the key."
+    key = "sk-" + "Zx9" * 10
+    (tmp_path / "rule.py").write_text(PRINTING)
+    write_records(tmp_path / "s.json", make_samples())
+    words = f"{tmp_path}/s.json {tmp_path}/f.json --function rule:score --feedback_type binary"
+    done = subprocess.run(
+        [sys.executable, "-m", "halos_nb.label", *words.split()],
+        cwd=tmp_path,
+        env=os.environ
+        | dict(OPENAI_API_KEY=key, AT_ONCE=at_once, PYTHONPATH=str(Path(__file__).parents[1])),
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert "[key]" in said and "Zx9Zx9" not in said
+    assert bool(done.returncode) == bool(at_once)
+    for file in tmp_path.glob("f*"):
+        assert "Zx9Zx9" not in file.read_text()

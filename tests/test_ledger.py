@@ -19,7 +19,7 @@ from halos_nb import identity, jobs, preload
 from halos_nb.configs import SampleConfig
 from halos_nb.failures import StageError
 from halos_nb.identity import Stage, code_hash
-from halos_nb.ledger import Ledger
+from halos_nb.ledger import Ledger, Running
 from halos_nb.preload import ForkedProcess
 from halos_nb.records import file_hash, read_jsonl
 from halos_nb.settings import Profile
@@ -398,3 +398,33 @@ def test_interrupt_leaves_the_stage_unsealed_and_the_run_free(run):
     assert "KeyboardInterrupt" in err
     assert not (run / "round-3/out").exists()
     assert sum(go(run, chain(run, 5))) >= 3
+
+
+class Impatient:
+    "A job that is told to end, and is interrupted while it is waited for."
+
+    def __init__(self):
+        self.told = False
+
+    def tell_to_end(self):
+        self.told = True
+
+    def stop(self):
+        self.tell_to_end()
+        raise KeyboardInterrupt
+
+
+def test_a_second_interrupt_leaves_no_job_untold_and_the_run_free(run):
+    "Ctrl-C twice: the second comes while the first job is waited for."
+    ledger = Ledger(run, ONE)
+    [stage] = chain(run, 1)
+    running, beside, waiting, engine = (Impatient() for _ in range(4))
+    ledger.running = Running(stage, {}, running, 0.0, 0.0)
+    ledger.beside = Running(stage, {}, beside, 0.0, 0.0)
+    ledger.waiting = stage, waiting
+    ledger.engine = engine
+    with pytest.raises(KeyboardInterrupt):
+        ledger.close()
+    assert all(job.told for job in (running, beside, waiting, engine))
+    assert ledger.lock.closed
+    Ledger(run, ONE).close()
