@@ -64,6 +64,7 @@ EVERYTHING = Reach()
 def reach_of(
     module: Any,  # an attention layer
     sliding_window: int | None,  # that the layer hands to its attention
+    handed: bool = True,  # it hands one, be it none; else its model's mask alone knows
 ) -> Reach:
     "Of a layer: its window, or what the config says of layers of its kind."
     config: Any = getattr(module, "config", None)
@@ -72,7 +73,8 @@ def reach_of(
     kind = kinds[number] if kinds and isinstance(number, int) else ""
     if kind == "chunked_attention":
         return Reach(chunk=config.attention_chunk_size)
-    if kind == "sliding_attention" and sliding_window is None:
+    by_config = kind == "sliding_attention" or not (kinds or handed)
+    if by_config and sliding_window is None:
         sliding_window = getattr(config, "sliding_window", None)
     return Reach(window=sliding_window)
 
@@ -297,6 +299,8 @@ def causal_pieces(
     how: Scoring,
 ) -> list[Tensor]:  # (1, positions, A, D) each, one after another
     "Attention of the last positions, block by block."
+    if not q.shape[2]:  # an answer that was cut to nothing
+        return []
     if how.bent and not how.dropout:
         out = BentAttention.apply(q, k, v, how.sinks, first, reach, how)
         return [out.transpose(1, 2)]
@@ -533,7 +537,7 @@ def tree_attention(
     if row is None:
         options = dict(dropout=dropout, scaling=scaling, **kwargs)
         return otherwise(module, query, key, value, attention_mask, **options)
-    reach = reach_of(module, kwargs.get("sliding_window"))
+    reach = reach_of(module, kwargs.get("sliding_window"), "sliding_window" in kwargs)
     how = Scoring(scaling, dropout, kwargs.get("softcap"), kwargs.get("s_aux"))
     groups = query.shape[1] // key.shape[1]
     kind = query.device.type, value.dtype, query.shape[-1], groups

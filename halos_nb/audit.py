@@ -672,7 +672,7 @@ def check_plain(policy: Policy) -> Finding:
     "Our plain rows, each alone, say what the untouched model says."
     ours: list[Tensor] = []
     for tree in rows_as_trees(policy):
-        ours += branch_logps(policy, [tree], "plain")
+        ours += branch_logps(policy, [tree], "alone")
     return same_logps(policy, ours, "our rows, the untouched model's")
 
 
@@ -747,7 +747,7 @@ def check_drawn_logps(policy: Policy) -> Finding:
     ours: list[Tensor] = []
     for row, answer in zip(drawn.asked, drawn.answers):
         tree = Tree(row.ids, [answer.ids], ["answer"], [0])
-        ours += branch_logps(policy, [tree], "plain")
+        ours += branch_logps(policy, [tree], "alone")
     carried = [torch.tensor(answer.logps) for answer in drawn.answers]
     allowed = ALLOWED[policy.cfg.precision]
     return within(differences(ours, carried), allowed, "log-probs of samples, a full pass")
@@ -894,7 +894,7 @@ def adapted_logps(trainer: DPOTrainer, policy: Policy) -> list[Tensor]:
     found = []
     with evaluating(trainer.model) as model:
         for tree in rows_as_trees(policy):
-            batch = make_batch([tree], "plain").to(trainer.args.device)
+            batch = make_batch([tree], "alone").to(trainer.args.device)
             found.append(model(tree=batch).logps[0].cpu())
     return found
 

@@ -39,7 +39,7 @@ def each_token(
 ) -> dict[int, list[float]]:
     "The log-prob of each token of each answer, by the answer's number."
     found = {}
-    for packed, said in logps_in_batches(trees, model, "plain", token_budget):
+    for packed, said in logps_in_batches(trees, model, "alone", token_budget):
         rows = iter(said.float().tolist())
         for tree in packed:
             for number, branch, skip in zip(tree.index, tree.branches, tree.skip):

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import Counter
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -22,13 +23,14 @@ from tiny_families import tiny_model
 from transformers import LlamaForCausalLM
 from transformers.models.auto import modeling_auto
 
-from halos_nb import attention
+from halos_nb import attention, audit
 from halos_nb.attention import rope_limit
 from halos_nb.configs import SampleConfig
 from halos_nb.data import Example
 from halos_nb.generate import Row, drawing_fault, generate, way_to_draw
 from halos_nb.layouts import choose_layout, shrunk_windows
 from halos_nb.models import TreePolicy, TreeScorer, mix_in
+from halos_nb.rescore import each_token
 from halos_nb.templates import byte_tokenizer
 from halos_nb.trees import Tree, make_batch
 
@@ -274,6 +276,7 @@ WINDOWS = {
     "gpt_oss": WINDOW,
     "cohere2": WINDOW,
     "exaone4": WINDOW,
+    "phimoe": WINDOW,  # which only its mask knows
     "llama4_text": dict(attention_chunk_size=6),
     "falcon": dict(alibi=True),
 }
@@ -284,8 +287,27 @@ BY_PLACE = ("falcon", "llama4_text")  # biases and temperatures by the place in 
 
 @pytest.mark.parametrize("family", WINDOWS)
 def test_windows_chunks_and_alibi(family):
-    how = check_policy(family, gradients=True, **WINDOWS[family])
+    by_chance = family == "phimoe"  # which experts it trains
+    how = check_policy(family, gradients=not by_chance, **WINDOWS[family])
     assert how.startswith("plain" if family in BY_PLACE else "tree"), how
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral"])
+def test_an_empty_answer_stands_between_others(family):
+    "One that was cut to nothing: it says nothing, and moves no gradient of its neighbours."
+    plain = tiny_model("causal", family, **WINDOW)
+    ours = mix_in(copy.deepcopy(plain), TreePolicy)
+    tree = Tree([9, 8, 7], [[20, 21, 22], [], [40]], ["sample"] * 3, [0] * 3)
+    table = ours(tree=make_batch([tree])).logps
+    rows = [(tree, branch, 0) for branch in tree.branches[::2]]
+    for line, row in zip(table[::2], rows):
+        near(line[: len(row[1])], plain_logps(plain, *row), "log-probs")
+    assert not table[1].any()
+    table.sum().backward()
+    sum(plain_logps(plain, *row).sum() for row in rows).backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters()):
+        if theirs.grad is not None:
+            near(mine.grad, theirs.grad, "gradient")
 
 
 BENT = ("mistral", "gpt_oss", "llama4_text")
@@ -423,6 +445,30 @@ def test_rope_that_stretches_goes_by_length_and_forgets():
         beyond = [PROMPTS[2], PROMPTS[1]]  # 12 tokens and more beside 2
         assert drawing_fault(ours, "own cache", beyond, 0) == ""
         assert float(drawing_fault(ours, "cache", beyond, 0)) > 1e-3
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_single_rows_are_read_with_nothing_left_of_others(rope):
+    "What a stage reads without a probe: the tokens of a few answers, the rows of an audit."
+    short = dict(max_position_embeddings=12)
+    more = dict(rope_parameters=DYNAMIC if rope == "dynamic" else LONGROPE) | short
+    plain = tiny_model("causal", "llama", **more)
+    ours = mix_in(copy.deepcopy(plain), TreePolicy)
+    ids = list(range(20, 60))  # rows of 30, 20, 13 and 12 tokens, of which 12 are not stretched
+    trees = [
+        Tree([9, 8, 7, 6], [ids[:26], ids[16:32]], ["sample"] * 2, [0, 0], [0, 1]),
+        Tree([5, 4], [ids[4:15], ids[29:39]], ["sample"] * 2, [0, 0], [2, 3]),
+    ]
+    with torch.no_grad():
+        want = [plain_logps(plain, *row) for row in rows_of(trees)]
+        said = each_token(trees, ours)
+    for number, logps in enumerate(want):
+        near(torch.tensor(said[number]), logps, "log-probs of an answer's tokens")
+    seen = [SimpleNamespace(context=t.prompt_ids, target=b) for t, b, _ in rows_of(trees)]
+    policy = SimpleNamespace(model=ours, seen=seen, measure=want, device="cpu")
+    policy.tokenizer = SimpleNamespace(pad_token_id=0)
+    policy.cfg = SimpleNamespace(precision="float32")
+    assert audit.check_plain(policy).verdict == "ok"
 
 
 # ---- what does not fit is refused, with the difference
