@@ -274,6 +274,8 @@ def comparison_table(
     if not compared.repeats():
         caption = "Last policies on held-out prompts, one seed each; differences with their "
         caption += "95% interval for other prompts, paired by prompt"
+    if any(isinstance(x, Interval) and math.isnan(x.low) for row in rows for x in row.values()):
+        caption += "; no brackets: a single seed, or the same in all of them"
     return paper_table(rows, {HEADS["share_of_way"]: ".0%"}, caption, label)
 
 

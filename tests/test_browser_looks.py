@@ -69,6 +69,73 @@ def test_report_looks_well(width, height, scheme, quiet, hostile_runs, tmp_path)
     set_window(page, 1400, 1600)
 
 
+SECTIONS = "details.section:not(:first-of-type)"
+
+
+def test_report_shows_what_matters_first_and_opens_the_rest(quiet, hostile_runs, tmp_path):  # noqa: F811
+    page, pages = quiet, report(hostile_runs / "one", tmp_path / "r.html", length_is_good, 2.0)
+    set_window(page, *LAPTOP)
+    page.goto(pages.as_uri())
+    page.locator("[data-charts] svg").last.wait_for()
+    told = page.locator("body").inner_text()
+    for needed in (
+        "one: finished",
+        "Reward per round",
+        "Scores of the last policy",
+        "Pairs of",
+    ):
+        assert needed in told
+    assert page.evaluate("document.documentElement.scrollHeight") < 3 * 768
+    rest = page.locator(SECTIONS)
+    is_open = lambda: rest.evaluate_all("them => them.map((one) => one.open)")
+    assert rest.count() > 8 and not any(is_open())
+    look_at(page, "body")
+    # a link opens what it leads to, also a second time; a figure is drawn when it is seen
+    link = page.get_by_role("link", name="Margins")
+    for _ in range(2):
+        link.click()
+        page.locator("details.section", has_text="Margin of chosen").wait_for()
+        assert sum(is_open()) == 1
+        assert page.evaluate("scrollY") > 400
+        page.locator("[data-figure] .main-svg:visible").first.wait_for(timeout=30_000)
+        rest.evaluate_all("them => them.forEach((one) => (one.open = false))")
+    # dark while it is folded: drawn anew, as wide as the page, when it is opened again
+    page.emulate_media(color_scheme="dark")
+    link.click()
+    page.wait_for_function(
+        "innerWidth && document.querySelector('.main-svg').clientWidth > 900"
+    )
+    paper = page.locator(".main-svg:visible").first
+    assert paper.evaluate("s => getComputedStyle(s).backgroundColor") == "rgb(13, 17, 23)"
+    page.get_by_role("button", name="open all").click()
+    assert all(is_open())
+    page.get_by_role("button", name="close all").click()
+    assert not any(is_open())
+    # on paper nothing can be opened; afterwards it is as it was
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert not any(is_open())
+    set_window(page, 1400, 1600)
+
+
+def test_a_table_that_is_wider_than_a_telephone_says_so(quiet, hostile_runs, tmp_path):  # noqa: F811
+    page = quiet
+    set_window(page, 390, 844)
+    page.goto(report(hostile_runs / "one", tmp_path / "r.html").as_uri())
+    hint = page.locator(".sideways", has_text="scroll to the right")
+    hint.first.wait_for()
+    assert hint.count() == 1, "only the table of rounds is wider"
+    box = page.locator(".sideways + div")
+    assert box.evaluate("b => b.scrollWidth > b.clientWidth")
+    box.evaluate("b => { b.scrollLeft = 9000 }")
+    last = box.locator("td").last.bounding_box()
+    assert last["x"] + last["width"] < 390
+    set_window(page, *LAPTOP)
+    hint.first.wait_for(state="hidden")
+    set_window(page, 1400, 1600)
+
+
 def test_charts_can_be_smoothed_zoomed_and_made_logarithmic(quiet, hostile_runs, tmp_path):  # noqa: F811
     page = quiet
     page.set_viewport_size(dict(width=1366, height=768))

@@ -21,7 +21,7 @@ from test_browser import (
 )
 from hostile import IN_A_SOAK, PAYLOADS
 from looks import complaints
-from test_widgets import HOSTILE, make_round, make_run, tell_tokens
+from test_widgets import HOSTILE, make_round, make_run, tell_tokens, turns
 
 from halos_nb.show import visible
 from halos_nb.records import as_text, read_records, write_records
@@ -355,6 +355,33 @@ def shades_of_tokens(page, record):
     tokens.first.wait_for()
     page.keyboard.press("g")
     tokens.first.wait_for(state="detached")
+
+
+def test_the_chosen_row_is_in_sight_and_nothing_is_said_to_be_nothing(lab, watched, tmp_path):
+    "In a low window too; answers that are empty or blank say so."
+    page = watched
+    make_round(tmp_path / "run/round-1", 20)
+    pairs = read_records(tmp_path / "run/round-1/feedback.json", "pairwise_feedback")
+    for pair, a, b in zip(pairs, ("", "x"), (" \n\t ", "")):
+        pair |= dict(output_A=turns(a), output_B=turns(b))
+    write_records(tmp_path / "run/round-1/feedback.json", pairs)
+    write_notebook(tmp_path / "n.ipynb", BROWSE.format(str(tmp_path / "run")), DONE)
+    page.set_viewport_size(dict(width=1366, height=681))
+    open_notebook(page, lab(), "n.ipynb")
+    run_all(page)
+    texts = widget(page).locator(".side .text")
+    found = [text.strip() for text in texts.all_inner_texts()]
+    assert found == ["(empty)", "(only white space, 4 characters)"]
+    widget(page).focus()
+    for i in range(14):
+        if i:
+            page.keyboard.press("j")
+        here = widget(page).locator(f".row.here[data-i='{i}']")
+        here.wait_for()
+        row, box = here.bounding_box(), widget(page).locator(".list").bounding_box()
+        assert row["y"] >= box["y"] - 1, i
+        assert row["y"] + row["height"] <= box["y"] + box["height"] + 1, i
+    page.set_viewport_size(dict(width=1400, height=1600))
 
 
 def test_answers_of_three_hundred_thousand_letters(lab, watched, tmp_path):

@@ -11,10 +11,10 @@ import pytest
 from hostile import HOST, PAYLOADS
 
 from halos_nb.figures import styled
-from halos_nb.page import page_html
+from halos_nb.page import page_html, searchable
 from halos_nb.paper import paper_table, save_figure
 from halos_nb.printing import pdf
-from halos_nb.show import summary_table
+from halos_nb.show import samples_table, summary_table
 
 
 @pytest.fixture
@@ -77,6 +77,25 @@ def test_a_page_is_printed_with_its_figures_and_nothing_in_it_runs(tmp_path, ask
     assert b"/Title (Run r)" in file.read_bytes()
     lines = len(re.findall(rb" l$", drawn(file), re.M))
     assert lines > 250, "the figure is not in it"
+
+
+def pages_of(file):
+    return len(re.findall(rb"/Type /Page\b(?!s)", file.read_bytes()))
+
+
+def test_what_a_page_has_folded_is_printed_too(tmp_path):
+    long = summary_table([dict(word="a word", number=i) for i in range(200)])
+    item = dict(prompt_id="p", prompt="Why?", output="So.\n" * 100, reward=0.0)
+    shown = [item | dict(prompt_id=str(i)) for i in range(8)]
+    texts = searchable(samples_table(shown, 8, "Samples"), "answers")
+    page = tmp_path / "report.html"
+    counts = []
+    for parts in ({}, dict(Long=[long]), dict(Long=[long], Texts=[texts])):
+        page.write_text(page_html("Run r", dict(First=["words"]) | parts), encoding="utf-8")
+        counts.append(pages_of(pdf(tmp_path)))
+    assert counts[0] == 1
+    assert counts[1] >= 4, "a folded section is not on paper"
+    assert counts[2] >= counts[1] + 10, "texts are cut, or stay folded, on paper"
 
 
 def test_a_notebook_is_printed_and_nothing_in_it_runs(tmp_path, asked):

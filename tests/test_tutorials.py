@@ -52,6 +52,18 @@ def test_a_tutorial_has_its_figures_and_no_place_of_a_machine(path):
     assert not re.search(r"/(tmp|home|root)/\w", text)
 
 
+@each
+def test_a_tutorial_s_figures_have_no_paper_of_their_own(path):
+    "A dark notebook has no white slab in it, and letters in the page's ink."
+    for cell in cells(path, "code"):
+        for output in cell["outputs"]:
+            if figure := output.get("data", {}).get(FIGURE):
+                layout = figure["layout"]
+                own = layout.get("template", {}).get("layout", {}) | layout
+                assert own.get("paper_bgcolor") == own.get("plot_bgcolor") == "rgba(0,0,0,0)"
+                assert "--jp-ui-font-color1" in json.dumps(layout["yaxis"])
+
+
 def test_the_round_by_hand_imports_nothing_of_ours_but_the_playground():
     "And is about as long as it says: what is not shown or asserted."
     tree = ast.parse(source(TUTORIALS[0]))

@@ -200,9 +200,16 @@ function fill(box, text, pattern) {
   return box;
 }
 
+// What stands where there is nothing to see: no text at all, or blanks and line ends alone.
+function nothing(text) {
+  const what = text ? `only white space, ${text.length.toLocaleString("en")} characters` : "empty";
+  return el("span", { class: "nothing" }, `(${what})`);
+}
+
 // A text as it is.
 function plain(text, pattern) {
   const box = el("pre", { class: "text", dir: "auto" });
+  if (!text.trim()) box.append(nothing(text));
   if (text.length < LONG_TEXT) return fill(box, text, pattern);
   box.append(...pieces(text).map((piece) => fill(el("div", { class: "piece" }), piece, pattern)));
   return box;

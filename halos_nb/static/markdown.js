@@ -143,6 +143,6 @@ function blocks(lines, depth = 0) {
 
 // A text as Markdown; as it is, where it is too long.
 function markdown(text) {
-  if (text.length > MARKDOWN_MOST) return plain(text);
+  if (text.length > MARKDOWN_MOST || !text.trim()) return plain(text);
   return el("div", { class: "text markdown", dir: "auto" }, ...blocks(text.split("\n")));
 }

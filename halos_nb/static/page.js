@@ -1,5 +1,5 @@
 // The report page: draws figures when they come into sight, follows the reader's light or dark
-// system, and filters galleries by what is typed.
+// system, filters galleries by what is typed, and opens what a link or the printer asks for.
 
 const parsed = (id) => JSON.parse(document.getElementById(id).textContent);
 const dark = parsed("dark"); // colour -> what becomes of it at night
@@ -57,11 +57,72 @@ function drawSeen(entries) {
 
 const observer = new IntersectionObserver(drawSeen, { rootMargin: "600px" });
 boxes.forEach((box) => observer.observe(box));
-night.addEventListener("change", () => drawn.forEach(draw));
+// What is folded has no width to be drawn in: it is drawn when it is opened.
+function redraw() {
+  const boxesDrawn = [...drawn];
+  drawn.clear();
+  boxesDrawn.filter((box) => box.checkVisibility()).forEach(draw);
+}
+night.addEventListener("change", redraw);
 for (const box of document.querySelectorAll("[data-charts]")) {
   drawCharts(box, parsed(box.dataset.charts), newView());
 }
-addEventListener("beforeprint", () => boxes.forEach(draw));
+
+// ---- sections
+const sections = [...document.querySelectorAll("details.section")];
+const all = document.querySelector("[data-all]");
+const isWhole = () => sections.every((section) => section.open);
+
+function openLinked() {
+  const section = document.getElementById(location.hash.slice(1));
+  if (!sections.includes(section)) return;
+  section.open = true;
+  section.scrollIntoView();
+}
+
+function sayAll() {
+  if (all) all.textContent = isWhole() ? "close all" : "open all";
+}
+
+addEventListener("hashchange", openLinked);
+for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", openLater);
+function openLater({ currentTarget }) {
+  if (currentTarget.hash === location.hash) openLinked(); // the hash does not change
+}
+for (const section of sections) section.addEventListener("toggle", sayAll);
+all?.addEventListener("click", () => {
+  const open = !isWhole();
+  sections.forEach((section, i) => (section.open = open || i === 0));
+});
+openLinked();
+sayAll();
+
+// On paper nothing can be opened, so everything is; afterwards it is folded as it was.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const one of folded) one.open = true;
+  boxes.forEach(draw);
+});
+addEventListener("afterprint", () => {
+  for (const one of folded) one.open = false;
+});
+
+// ---- what is wider than the page
+const wide = new ResizeObserver((entries) => entries.forEach(({ target }) => sayWide(target)));
+function sayWide(box) {
+  const isWide = box.scrollWidth > box.clientWidth + 2;
+  let said = box.previousElementSibling;
+  if (!said?.matches(".sideways")) {
+    if (!isWide) return;
+    said = document.createElement("div");
+    said.className = "sideways";
+    said.textContent = "wider than the page: scroll to the right \u2192";
+    box.before(said);
+  }
+  said.hidden = !isWide;
+}
+document.querySelectorAll(".tex2jax_ignore").forEach((box) => wide.observe(box));
 
 for (const field of document.querySelectorAll("input[data-filters]")) {
   const gallery = document.getElementById(field.dataset.filters);

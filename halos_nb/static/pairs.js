@@ -34,9 +34,11 @@ const [WIDTH, HEIGHT] = [300, 200]; // of the picture
 const [GREY, PALE, BLUE, ORANGE] = ["#8A9099", "#C9CED6", "#0072B2", "#D55E00"];
 
 const isNumber = (x) => x === x;
+// a zero has no sign, whatever was rounded to it
+const minus = (text) => text.replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 const tell = (x, digits = 3) =>
-  x == null || Number.isNaN(x) ? "–" : (+x).toFixed(digits).replace("-", "−");
-const whole = (x) => (x == null ? "–" : x.toLocaleString("en").replace("-", "−"));
+  x == null || Number.isNaN(x) ? "–" : minus((+x).toFixed(digits));
+const whole = (x) => (x == null ? "–" : minus(x.toLocaleString("en")));
 const signed = (x) => (x > 0 ? "+" : "") + whole(x);
 const along = (x, [a, b], from, to) => from + ((x - a) / (b - a)) * (to - from);
 
@@ -320,7 +322,7 @@ function render({ model, el: host }) {
       const here = +row.dataset.i === view.order[view.place];
       row.classList.toggle("here", here);
       row.setAttribute("aria-selected", here);
-      if (here) list.scrollTop = Math.max(0, row.offsetTop - list.offsetTop - 160);
+      if (here) list.scrollTop = row.offsetTop - list.offsetTop - (list.clientHeight - row.offsetHeight) / 2;
     }
   }
 
