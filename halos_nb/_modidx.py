@@ -1492,6 +1492,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.layouts.probe_fault': ('layouts.html#probe_fault', 'halos_nb/layouts.py'),
                                   'halos_nb.layouts.row_alone': ('layouts.html#row_alone', 'halos_nb/layouts.py'),
                                   'halos_nb.layouts.row_layout': ('layouts.html#row_layout', 'halos_nb/layouts.py'),
+                                  'halos_nb.layouts.run_on_text': ('layouts.html#run_on_text', 'halos_nb/layouts.py'),
+                                  'halos_nb.layouts.sequential_modules': ('layouts.html#sequential_modules', 'halos_nb/layouts.py'),
                                   'halos_nb.layouts.shrunk_windows': ('layouts.html#shrunk_windows', 'halos_nb/layouts.py'),
                                   'halos_nb.layouts.small_trees': ('layouts.html#small_trees', 'halos_nb/layouts.py'),
                                   'halos_nb.layouts.smallest_window': ('layouts.html#smallest_window', 'halos_nb/layouts.py'),

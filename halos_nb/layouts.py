@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROW_LAYOUTS', 'NO_WINDOWS', 'SHRUNK', 'SEQUENTIAL', 'Layout', 'is_window', 'windows_in', 'smallest_window',
-           'why_unpadded', 'shrunk_windows', 'why_not_trees', 'longest_row', 'small_trees', 'long_trees', 'far_trees',
-           'without_wrapper', 'Part', 'row_alone', 'make_part', 'make_probe', 'spread', 'probe_fault', 'not_causal',
-           'row_layout', 'why_alone', 'whole_logits', 'tree_reason', 'choose_layout', 'training_difference']
+           'why_unpadded', 'shrunk_windows', 'sequential_modules', 'run_on_text', 'why_not_trees', 'longest_row',
+           'small_trees', 'long_trees', 'far_trees', 'without_wrapper', 'Part', 'row_alone', 'make_part', 'make_probe',
+           'spread', 'probe_fault', 'not_causal', 'row_layout', 'why_alone', 'whole_logits', 'tree_reason',
+           'choose_layout', 'training_difference']
 
 # %% ../nbs/19_layouts.ipynb #f10c27a7
 import re
@@ -102,12 +103,37 @@ def shrunk_windows(model: Any, tokens: int | None) -> Iterator[None]:
 SEQUENTIAL = re.compile("mamba|rwkv|recurrent|lstm|deltanet|shortconv|linearattention", re.I)
 
 
+def sequential_modules(model: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    "Modules that go from token to token by their kind, each with the one it stands in."
+    found = []
+    for name, module in model.named_modules():
+        wide = isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1
+        if wide or SEQUENTIAL.search(type(module).__name__):
+            found.append((module, model.get_submodule(name.rpartition(".")[0])))
+    return found
+
+
+def run_on_text(model: Any, modules: list[torch.nn.Module]) -> set[torch.nn.Module]:
+    "Those of these modules that tokens go through, none that listens or looks."
+    ran: set[torch.nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: ran.add(m)) for m in modules]
+    ids = torch.tensor([probe_tokens(model, 3)], device=model.device)
+    try:
+        own_forward(model, ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
 def why_not_trees(model: Any) -> str:
     "What speaks against trees whatever a probe says; empty if nothing does."
     config = text_config(model.config)
-    for module in model.modules():
-        wide = isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] > 1
-        if wide or SEQUENTIAL.search(type(module).__name__):
+    found = sequential_modules(model)
+    # a module's weight may be used where it stands, and the module never be called
+    ran = run_on_text(model, [m for both in found for m in both]) if found else set()
+    for module, outer in found:
+        if module in ran or outer in ran:
             return f"{type(module).__name__} goes from token to token along the row"
     if getattr(config, "attn_temperature_tuning", None):
         return "its attention's temperature goes by the place in the row, not by position"
@@ -119,7 +145,7 @@ def why_not_trees(model: Any) -> str:
 def longest_row(model: Any, max_length: int) -> int:
     "How long a row may be: of `max_length`, or as long as the model has positions for."
     config = text_config(model.config)
-    names = ("max_position_embeddings", "max_seq_len")
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
     positions = [getattr(config, name, None) for name in names]
     known = [number for number in positions if isinstance(number, int)]
     if not known or getattr(config, "rope_parameters", None):
