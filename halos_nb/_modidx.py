@@ -585,6 +585,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.configs.has_comparisons': ('configs.html#has_comparisons', 'halos_nb/configs.py'),
                                   'halos_nb.configs.has_other_labellers': ('configs.html#has_other_labellers', 'halos_nb/configs.py'),
                                   'halos_nb.configs.has_reference': ('configs.html#has_reference', 'halos_nb/configs.py'),
+                                  'halos_nb.configs.holds_model': ('configs.html#holds_model', 'halos_nb/configs.py'),
                                   'halos_nb.configs.import_file': ('configs.html#import_file', 'halos_nb/configs.py'),
                                   'halos_nb.configs.is_clear': ('configs.html#is_clear', 'halos_nb/configs.py'),
                                   'halos_nb.configs.is_difference': ('configs.html#is_difference', 'halos_nb/configs.py'),

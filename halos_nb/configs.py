@@ -14,30 +14,30 @@ __all__ = ['Config', 'HALF_CHARACTER', 'NO_UTF8', 'SECRET_NAME', 'KEY_PREFIX', '
            'is_mixed', 'looks_secret', 'is_clear', 'secret_values', 'base64_forms', 'says_secret', 'texts_in',
            'secret_in', 'refuse_secrets', 'did_you_mean', 'option_for', 'called_here', 'unknown_parameter',
            'literal_problem', 'parameter_problem', 'field_names', 'config_error', 'make_config', 'looks_like_path',
-           'require_path', 'require_model', 'from_hub', 'name_problem', 'plain_name', 'free_name', 'place_problem',
-           'folder_problem', 'check_place', 'refuse_foreign', 'of_type', 'same_place', 'lies_at', 'is_written_over',
-           'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig', 'backend_problems',
-           'json_value', 'read_template_options', 'option_value', 'template_problems', 'sample_problems',
-           'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions', 'JudgeOptions',
-           'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names', 'ensemble_problems',
-           'several_models_problems', 'labeller_problems', 'pairwise_judge_problems', 'label_problems', 'is_file_name',
-           'module_and_name', 'source_near', 'own_source_near', 'source_file', 'names_in', 'syntax_of', 'near_source',
-           'given_to', 'takes_two', 'uncallable', 'require_function', 'import_file', 'load_named', 'is_own',
-           'own_trainer_name', 'Source', 'read_source', 'has_reference', 'family_of', 'own_spec', 'check_own', 'family',
-           'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions', 'CriticOptions', 'HumanlineOptions',
-           'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions', 'LoraOptions', 'TrackerOptions', 'TrainConfig',
-           'online_problems', 'clamping_problems', 'moving_problems', 'reference_problems', 'schedule_problems',
-           'dropout_problems', 'reward_problems', 'objectives_problems', 'place_problems', 'length_problems',
-           'adapter_problems', 'without_adapters', 'train_problems', 'read_options', 'Preset', 'MethodOptions',
-           'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers', 'compares', 'has_comparisons', 'evaluators',
-           'asks_judge', 'labelling', 'who_problems', 'together_problems', 'comparison_problems', 'labelling_problems',
-           'evaluator_problems', 'evaluation_problems', 'KeepOptions', 'PaceOptions', 'SamplerOptions',
-           'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig', 'preset_settings',
-           'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems', 'sampler_problems', 'is_difference',
-           'stale_problems', 'own_form', 'check_labelling', 'stage_config', 'training_config', 'sampling_config',
-           'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig', 'HandPairOptions', 'HandConfig',
-           'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig', 'RescoreConfig',
-           'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
+           'require_path', 'holds_model', 'require_model', 'from_hub', 'name_problem', 'plain_name', 'free_name',
+           'place_problem', 'folder_problem', 'check_place', 'refuse_foreign', 'of_type', 'same_place', 'lies_at',
+           'is_written_over', 'refuse_own_inputs', 'PromptOptions', 'DrawOptions', 'EngineOptions', 'SampleConfig',
+           'backend_problems', 'json_value', 'read_template_options', 'option_value', 'template_problems',
+           'sample_problems', 'LabellerOptions', 'read_share', 'read_threshold', 'FeedbackOptions', 'ReadingOptions',
+           'JudgeOptions', 'BudgetOptions', 'LabelConfig', 'Weighted', 'read_models', 'weight_of', 'split_names',
+           'ensemble_problems', 'several_models_problems', 'labeller_problems', 'pairwise_judge_problems',
+           'label_problems', 'is_file_name', 'module_and_name', 'source_near', 'own_source_near', 'source_file',
+           'names_in', 'syntax_of', 'near_source', 'given_to', 'takes_two', 'uncallable', 'require_function',
+           'import_file', 'load_named', 'is_own', 'own_trainer_name', 'Source', 'read_source', 'has_reference',
+           'family_of', 'own_spec', 'check_own', 'family', 'own_name', 'TrainingOptions', 'LossOptions', 'RatioOptions',
+           'CriticOptions', 'HumanlineOptions', 'ReferenceOptions', 'OptimiserOptions', 'ReadDataOptions',
+           'LoraOptions', 'TrackerOptions', 'TrainConfig', 'online_problems', 'clamping_problems', 'moving_problems',
+           'reference_problems', 'schedule_problems', 'dropout_problems', 'reward_problems', 'objectives_problems',
+           'place_problems', 'length_problems', 'adapter_problems', 'without_adapters', 'train_problems',
+           'read_options', 'Preset', 'MethodOptions', 'RoundOptions', 'LabellerLoopOptions', 'is_person', 'labellers',
+           'compares', 'has_comparisons', 'evaluators', 'asks_judge', 'labelling', 'who_problems', 'together_problems',
+           'comparison_problems', 'labelling_problems', 'evaluator_problems', 'evaluation_problems', 'KeepOptions',
+           'PaceOptions', 'SamplerOptions', 'EvaluationOptions', 'RunTrackerOptions', 'tracker_names', 'LoopConfig',
+           'preset_settings', 'method_problems', 'fill_from_preset', 'of_playground', 'loop_problems',
+           'sampler_problems', 'is_difference', 'stale_problems', 'own_form', 'check_labelling', 'stage_config',
+           'training_config', 'sampling_config', 'read_seeds', 'seed_problems', 'seeds_of', 'CompareConfig',
+           'HandPairOptions', 'HandConfig', 'has_other_labellers', 'hand_problems', 'PeopleConfig', 'RoundLabelConfig',
+           'RescoreConfig', 'EvaluatedOptions', 'EvaluateConfig', 'named_files', 'evaluate_problems', 'BenchmarkConfig',
            'benchmark_problems', 'RewardConfig', 'GalleryConfig', 'AuditConfig', 'RunsConfig', 'SubmitConfig',
            'PlanConfig', 'config_json']
 
@@ -501,6 +501,12 @@ def require_path(
     return path
 
 
+def holds_model(folder: Path) -> bool:
+    "Whether a model lies in a folder, or in one of its own."
+    places = (folder.glob(f"{inside}config.json") for inside in ("", "*/", "*/*/"))
+    return any(next(place, None) for place in places)
+
+
 def require_model(
     name: str,  # of a folder, or a name on the hub (empty: none)
     what: str,  # the parameter, for the message
@@ -508,7 +514,10 @@ def require_model(
     "The same; an error also if it might be on the hub, but a folder like it is here."
     require_path(name, what)
     top = Path(name).parts[:1]
-    if top and not Path(top[0]).exists() and meant_beside(name):
+    meant = re.search("`(.*)`", meant_beside(name))
+    # gpt2 is a name of the hub too, whatever script or data lie here under one like it
+    is_named = "/" in name or (meant is not None and holds_model(Path(meant[1])))
+    if top and not Path(top[0]).exists() and meant and is_named:
         raise FileNotFoundError(
             f"{what}: {nothing_at(name)} (one of the hub is written org/name)"
         )

@@ -622,6 +622,19 @@ def kernel_of(server):
     )
 
 
+def test_keys_are_in_sight_where_the_box_begins_below_its_cell(lab, watched, tmp_path):
+    "A short notebook on a laptop: nothing is scrolled, the box would end below the window."
+    page = watched
+    make_round(tmp_path / "round", 10)
+    page.set_viewport_size(dict(width=1366, height=768))
+    open_labeller(page, lab(), tmp_path)
+    page.wait_for_timeout(1000)
+    for name in ("left is better, key 1", "note on this pair"):
+        box = page.locator(".hnb").get_by_label(name).bounding_box()
+        assert box["y"] > 90 and box["y"] + box["height"] < 740, (name, box)
+    page.set_viewport_size(dict(width=1400, height=1600))
+
+
 def test_label_twenty_pairs_by_keyboard(lab, watched, tmp_path):
     page, server, pressed = watched, lab(), {}
     make_round(tmp_path / "round", 10)

@@ -49,9 +49,10 @@ function stayInView(root) {
   };
   const timer = setInterval(() => {
     if (!root.isConnected || performance.now() > until || typesElsewhere(root)) return end();
-    const { top, height } = root.getBoundingClientRect();
+    const { top, bottom, height } = root.getBoundingClientRect();
     if (!height) return;
-    if (top < 0 || top + 200 > window.innerHeight) root.scrollIntoView({ block: "start" });
+    // its keys are at its lower end; below it is JupyterLab's own line
+    if (top < 0 || bottom > window.innerHeight - 30) root.scrollIntoView({ block: "start" });
     root.focus({ preventScroll: true });
   }, 200);
   for (const kind of kinds) document.addEventListener(kind, end, true);
