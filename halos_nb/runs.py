@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -235,7 +235,7 @@ class Damage:
     def spare(
         self,
         read: Callable[[], T],  # a part
-        instead: T,  # where it cannot be read
+        instead: Any,  # where it cannot be read
         file: Path | None = None,  # that it is read from (None: the error says it)
     ) -> T:
         "A part; where its file is damaged, `instead`, and that is told."
@@ -590,7 +590,7 @@ class Run:
     def metrics(self, damage: Damage | None = None) -> dict[str, list[dict]]:
         "Lines of metrics of the rounds that are trained, by the round's name."
         damage = damage or Damage(self.folder)
-        found = {}
+        found: dict[str, list[dict]] = {}
         for row in self.rounds:
             file = self.folder / f"round-{row['round']}" / "metrics.jsonl"
             if file.exists():

@@ -158,7 +158,9 @@ function diffed(a, b) {
   const sides = diff(a, b);
   if (!sides) return [plain(a + "\n\n(too long to compare word by word)"), plain(b)];
   return sides.map((parts, side) => {
-    const box = plain("");
+    const box = el("pre", { class: "text", dir: "auto" });
+    const whole = side ? b : a;
+    if (!whole.trim()) box.append(nothing(whole));
     for (let k = 0; k < parts.length;) {
       const marked = parts[k][1];
       let text = "";
