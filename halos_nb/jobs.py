@@ -344,9 +344,9 @@ def crowd_problems(p: Profile) -> Iterator[str]:
     if p.num_machines == 1 and p.num_processes > CROWD * here:
         memory = psutil.virtual_memory().total / 1e9
         yield (
-            f"num_processes: [profile {p.name}] asks for {p.num_processes:,} processes, each "
-            f"with a copy of the model, on one machine; this one has {here} processors and "
-            f"{memory:.0f} GB of memory, and starts {CROWD * here} at most"
+            f"num_processes: [profile {p.name}] asks for {p.num_processes:,} processes on one "
+            f"machine; this one has {here} processors and {memory:.0f} GB of memory, and starts "
+            f"{CROWD * here} at most"
         )
 
 
@@ -355,9 +355,10 @@ def say_crowd(p: Profile) -> None:
     here = processors()
     told = (
         f"num_processes: [profile {p.name}] has {p.num_processes} processes, which take turns "
-        f"on the {here} processors of this machine, each with a copy of the model"
+        f"on the {here} processors of this machine"
     )
-    if p.num_machines == 1 and p.num_processes > here and told not in SAID:
+    crowded = p.cpu and p.num_machines == 1 and p.num_processes > here
+    if crowded and told not in SAID:
         SAID.add(told)
         warnings.warn(told, stacklevel=3)
 
