@@ -776,13 +776,19 @@ def chart_line(
     return line
 
 # %% ../nbs/61_figures.ipynb #c9127955
-def nice_ticks(low: float, high: float, most: int = 4) -> list[float]:
+def nice_ticks(
+    low: float,
+    high: float,
+    most: int = 4,
+    whole: bool = False,  # there is nothing between two whole numbers, as of steps
+) -> list[float]:
     "Round numbers between two values, about so many."
     raw = (high - low) / most
     if not raw > 0:
         return [low]
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.75)
+    step = max(step, 1) if whole and high - low >= 1 else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
@@ -901,7 +907,8 @@ def chart_picture(chart: dict) -> dict:
             text = tick_text(tick, chart["suffix"])
             shown["up"].append(Tick(text, round(100 * (1 - up.share(tick)), 2)))
         shown["across"] = name_ticks(chart["names"], across)
-        for tick in nice_ticks(*across) if not chart["names"] else []:
+        ticks = nice_ticks(*across, whole=chart["x"] == "step")
+        for tick in ticks if not chart["names"] else []:
             shown["across"].append(Tick(tick_text(tick), round(100 * across.share(tick), 2)))
     picture = render("chart.svg", marks=marks, ends=rounds)
     return shown | dict(picture=base64.b64encode(picture.encode()).decode())

@@ -25,8 +25,9 @@ function digits(value, suffix = "") {
   return minus(String(Number(value.toPrecision(3)))) + suffix;
 }
 
-// Steps of 1, 2 or 5 between two values, about so many; on a log axis the powers of ten.
-function niceTicks(low, high, most, log) {
+// Steps of 1, 2 or 5 between two values, about so many; on a log axis the powers of ten. Whole:
+// there is nothing between two whole numbers.
+function niceTicks(low, high, most, log, whole = false) {
   if (log) {
     const ticks = [];
     for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++) {
@@ -36,7 +37,8 @@ function niceTicks(low, high, most, log) {
   }
   const raw = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= raw * 0.75);
+  const nice = power * [1, 2, 5, 10].find((m) => m * power >= raw * 0.75);
+  const step = whole && high - low >= 1 ? Math.max(nice, 1) : nice;
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) {
     ticks.push(Number((i * step).toPrecision(12)));
@@ -132,7 +134,7 @@ function axes(plot, chart, seen, X, Y) {
   let places = chart.names.map((_, i) => i).filter((i) => i >= seen.x0 && i <= seen.x1);
   const every = Math.ceil(places.length / 6);
   if (chart.names.length) places = places.filter((_, i) => i % every === 0);
-  else places = niceTicks(seen.x0, seen.x1, 4, false);
+  else places = niceTicks(seen.x0, seen.x1, 4, false, chart.x === "step");
   for (const place of places) {
     const text = chart.names.length ? chart.names[place] : minus(place.toLocaleString("en"));
     const label = add(plot, "span", { class: "x" }, text);
