@@ -399,6 +399,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'halos_nb.checkpoints.read_manifest': ('checkpoints.html#read_manifest', 'halos_nb/checkpoints.py'),
                                       'halos_nb.checkpoints.real_losses': ('checkpoints.html#real_losses', 'halos_nb/checkpoints.py'),
                                       'halos_nb.checkpoints.refuse_adapter': ('checkpoints.html#refuse_adapter', 'halos_nb/checkpoints.py'),
+                                      'halos_nb.checkpoints.refuse_folder_above': ( 'checkpoints.html#refuse_folder_above',
+                                                                                    'halos_nb/checkpoints.py'),
                                       'halos_nb.checkpoints.refuse_reward_model': ( 'checkpoints.html#refuse_reward_model',
                                                                                     'halos_nb/checkpoints.py'),
                                       'halos_nb.checkpoints.remember': ('checkpoints.html#remember', 'halos_nb/checkpoints.py'),

@@ -8,11 +8,11 @@ __all__ = ['MANIFEST', 'ADVICE', 'SEALED', 'READ_BY_LOADERS', 'CHECKS', 'States'
            'digest_of', 'seal', 'read_manifest', 'says_sealed', 'outside_damage', 'inside_damage', 'json_problem',
            'tensors_problem', 'tensors_header', 'count_parameters', 'template_problem', 'shards_problem',
            'empty_problem', 'problem_of_file', 'visible_damage', 'FileState', 'states_of', 'remember', 'manifest_of',
-           'check_now', 'check_checkpoint_files', 'Checked', 'check_here', 'check_together', 'refuse_adapter',
-           'is_classifier', 'architecture', 'refuse_reward_model', 'need_files', 'naming', 'real_losses', 'few',
-           'need_all_weights', 'weights_file', 'nothing_new', 'Loaded', 'load_whole', 'tokenizer_class',
-           'load_whole_tokenizer', 'content', 'package_hash', 'made_of', 'difference', 'is_vague', 'keep_finished',
-           'drop_finished']
+           'refuse_folder_above', 'check_now', 'check_checkpoint_files', 'Checked', 'check_here', 'check_together',
+           'refuse_adapter', 'is_classifier', 'architecture', 'refuse_reward_model', 'need_files', 'naming',
+           'real_losses', 'few', 'need_all_weights', 'weights_file', 'nothing_new', 'Loaded', 'load_whole',
+           'tokenizer_class', 'load_whole_tokenizer', 'content', 'package_hash', 'made_of', 'difference', 'is_vague',
+           'keep_finished', 'drop_finished']
 
 # %% ../nbs/15_checkpoints.ipynb #5f94d162
 import hashlib
@@ -309,8 +309,18 @@ def manifest_of(folder: Path) -> dict[str, dict] | None:
 NO_MANIFEST = "no manifest"
 
 
+def refuse_folder_above(folder: Path) -> None:
+    "An error if a folder is not a model but has one in it: the folder of a stage or of a run."
+    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+        return
+    for name in ("FINAL", "policy", "policy/FINAL", "*/FINAL"):
+        if inside := sorted(p.parent for p in folder.glob(f"{name}/config.json")):
+            raise CheckpointError(f"{folder}: is no model but has one in it; name {inside[0]}")
+
+
 def check_now(folder: Path) -> str:  # a note
     "Read a checkpoint's files and hold them to its manifest, or to what can be seen."
+    refuse_folder_above(folder)
     files = manifest_of(folder)
     if files is None and says_sealed(folder):
         raise CheckpointError(f"{folder / MANIFEST}: is missing; {ADVICE}")

@@ -188,8 +188,8 @@ def round_color(name: str, place: int = 0) -> str:  # place: where the name has 
     "A round's colour, by its number alone: it stays when further rounds are known."
     if name == "start":
         return REFERENCE
-    found = re.search(r"\d+$", name)
-    number = int(found[0]) if found else place + 1
+    found = re.search(r"(?:^|round.?)(\d+)$", name)  # the seed of rm-s1 is no round
+    number = int(found[1]) if found else place + 1
     share = 1.0 if name == "final" else number / (number + 5)
     return sample_colorscale(ROUND_SCALE, [share])[0]
 

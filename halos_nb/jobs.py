@@ -345,8 +345,8 @@ def crowd_problems(p: Profile) -> Iterator[str]:
         memory = psutil.virtual_memory().total / 1e9
         yield (
             f"num_processes: [profile {p.name}] asks for {p.num_processes:,} processes on one "
-            f"machine; this one has {here} processors and {memory:.0f} GB of memory, and starts "
-            f"{CROWD * here} at most"
+            f"machine; this one has {here} processors and {memory:.0f} GB of memory, and "
+            f"starts {CROWD * here} at most"
         )
 
 

@@ -80,9 +80,8 @@ function checkbox(name, onchange) {
   return el("input", { type: "checkbox", name, onchange });
 }
 
-function numberField(name, title, onchange, extra = {}) {
-  const kind = { type: "number", step: "any", ...extra };
-  return el("input", { name, title, "aria-label": title, onchange, ...kind });
+function numberField(name, title, kind) {
+  return el("input", { name, title, "aria-label": title, type: "number", step: "any", ...kind });
 }
 
 function searchField(name, placeholder, title, oninput) {
@@ -116,15 +115,16 @@ function render({ model, el: host }) {
     changed: null, // what it changed in the pair shown; null: nobody was asked
     same: false, // is the prompt followed through the rounds?
   };
+  const typed = { oninput: later(filter) }; // numbers filter as they are typed, as the search does
   const fields = {
     text: searchField("text", "search", "only pairs that contain this text", filter),
     round: menu("round", "round", { "": "all rounds" }, filter),
-    low: numberField("low", "smallest margin", filter),
-    high: numberField("high", "largest margin", filter),
-    short: numberField("short", "fewest characters of the longer answer", filter),
-    long: numberField("long", "most characters of the longer answer", filter),
-    less: numberField("less", "smallest length difference, chosen − rejected", filter),
-    more: numberField("more", "largest length difference, chosen − rejected", filter),
+    low: numberField("low", "smallest margin", typed),
+    high: numberField("high", "largest margin", typed),
+    short: numberField("short", "fewest characters of the longer answer", typed),
+    long: numberField("long", "most characters of the longer answer", typed),
+    less: numberField("less", "smallest length difference, chosen − rejected", typed),
+    more: numberField("more", "largest length difference, chosen − rejected", typed),
     part: menu("part", "part of the pairs", { "": "all parts" }, filter),
     wrong: checkbox("wrong", filter),
     disputed: checkbox("disputed", filter),
@@ -138,7 +138,7 @@ function render({ model, el: host }) {
       "highlight what matches this regular expression",
       highlight,
     ),
-    jump: numberField("jump", "pair number", jumpToNumber, { min: "1", step: "1" }),
+    jump: numberField("jump", "pair number", { onchange: jumpToNumber, min: "1", step: "1" }),
     picture: menu(
       "picture",
       "picture",
