@@ -2555,6 +2555,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'halos_nb.playground.draw_pair': ('playground.html#draw_pair', 'halos_nb/playground.py'),
                                      'halos_nb.playground.fresh_policy': ('playground.html#fresh_policy', 'halos_nb/playground.py'),
                                      'halos_nb.playground.into_playground': ('playground.html#into_playground', 'halos_nb/playground.py'),
+                                     'halos_nb.playground.keep_records': ('playground.html#keep_records', 'halos_nb/playground.py'),
                                      'halos_nb.playground.locate': ('playground.html#locate', 'halos_nb/playground.py'),
                                      'halos_nb.playground.make_data': ('playground.html#make_data', 'halos_nb/playground.py'),
                                      'halos_nb.playground.method_label': ('playground.html#method_label', 'halos_nb/playground.py'),
