@@ -2136,6 +2136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'halos_nb.monitor.all_columns_of': ('monitor.html#all_columns_of', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.answer_while_busy': ('monitor.html#answer_while_busy', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.as_on_screen': ('monitor.html#as_on_screen', 'halos_nb/monitor.py'),
+                                  'halos_nb.monitor.besides': ('monitor.html#besides', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.cannot_stop': ('monitor.html#cannot_stop', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.columns_of': ('monitor.html#columns_of', 'halos_nb/monitor.py'),
                                   'halos_nb.monitor.fill_in_stage': ('monitor.html#fill_in_stage', 'halos_nb/monitor.py'),
