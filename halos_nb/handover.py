@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
-from .records import atomic_write, file_hash, read_records
+from .records import atomic_write, file_hash, read_records, telling_read_only
 from .stats import Interval, kl_terms, mean_interval
 from .configs import LoopConfig
 from .identity import read_manifest
@@ -231,7 +231,8 @@ def model_card(
     if path.exists() and not as_written(path):
         place = path.with_name("README.new.md")
         print(f"{path}: somebody has completed it, so it stays; the new one is {place.name}")
-    with atomic_write(place) as f:
+    elsewhere = "copy the run's folder, and make its card there"
+    with telling_read_only(place, elsewhere), atomic_write(place) as f:
         f.write(text)
     return path
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from .records import atomic_write
+from .records import atomic_write, telling_read_only
 from .stats import Interval
 from .configs import did_you_mean
 from .show import number_text, numeric_column, visible
@@ -232,9 +232,9 @@ def save_figure(
     files = []
     for kind in ("svg", "pdf"):
         file = Path(path).with_name(f"{Path(path).name}.{kind}")
-        file.parent.mkdir(parents=True, exist_ok=True)
         data = image_of(page, kind, width=page.layout.width, height=page.layout.height)
-        file.write_bytes(data)
+        with telling_read_only(file, "give the figure another path"), atomic_write(file) as f:
+            f.buffer.write(data)
         files.append(file)
     return files
 

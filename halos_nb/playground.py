@@ -10,21 +10,29 @@ __all__ = ['TABLE', 'TOPICS', 'FACTS', 'ANIMALS', 'QUESTIONS', 'MANNERS', 'ASKED
            'count_known', 'true_reward_parts', 'true_reward', 'Plan', 'draw_opening', 'other_animal', 'draw_aside',
            'plan_answer', 'write_answer', 'draw_pair', 'pair_record', 'with_ratings', 'sample_record', 'make_data',
            'shared_questions', 'noisy_reward', 'other_label', 'prefer_longer', 'Playground', 'world_texts',
-           'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'build',
-           'train_reward', 'asks_truth', 'into_playground', 'pairs_of_playground', 'models_of_playground',
+           'fresh_policy', 'outputs_of', 'policy_stage', 'reward_stage', 'open_ledger', 'locate', 'keep_records',
+           'build', 'train_reward', 'asks_truth', 'into_playground', 'pairs_of_playground', 'models_of_playground',
            'method_label', 'sweep_configs']
 
 # %% ../nbs/70_playground.ipynb #2613dcc8
+import io
 import random
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .records import as_text, file_hash, prompt_id, write_records
+from halos_nb.records import (
+    StreamingJSONWriter,
+    as_text,
+    file_hash,
+    prompt_id,
+    write_records,
+)
 from halos_nb.configs import (
     PLAYGROUND,
     AuditConfig,
@@ -601,6 +609,17 @@ def locate(settings: Settings, seed: int = 0) -> Playground:
     return Playground(run_folder(settings, name), seed)
 
 
+def keep_records(path: Path, rows: list[dict]) -> None:
+    "The rows as a file; one that is the same to the byte stays, and needs no room on a disk."
+    with StreamingJSONWriter(wanted := io.StringIO()) as out:
+        for row in rows:
+            out.write_item(row)
+    with suppress(OSError):
+        if path.read_bytes() == wanted.getvalue().encode():
+            return
+    write_records(path, rows)
+
+
 def build(
     settings: Settings | None = None,
     patience: float = 600,  # seconds to wait for another process that builds it
@@ -610,7 +629,7 @@ def build(
     world = locate(settings or load_settings(), seed)
     with open_ledger(world, patience) as ledger:
         for name, rows in make_data(seed=seed).items():
-            write_records(world.folder / f"{name}.json", rows)
+            keep_records(world.folder / f"{name}.json", rows)
         policy, reward = policy_stage(world), reward_stage(world)
         ledger.run(policy, "playground: a policy", "its reward model", then=reward)
         ledger.run(reward, "playground: its reward model", "the run")
@@ -627,7 +646,7 @@ def train_reward(
     "A reward model from pairs of one's own; returns its checkpoint."
     file = world.folder / f"{name}.json"
     with open_ledger(world, patience) as ledger:
-        write_records(file, pairs)
+        keep_records(file, pairs)
         stage = reward_stage(world, name, file, **options)
         ledger.run(stage, f"playground: the reward model {name}", "the run")
     return stage.folder / "FINAL"

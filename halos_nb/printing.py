@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .records import nothing_at
+from .records import atomic_write, nothing_at, telling_read_only
 from .runs import NoRun, placed
 
 # %% ../nbs/76_printing.ipynb #0471b5e4
@@ -70,8 +70,9 @@ def print_page(
         if not draft.is_file():
             said = done.stderr.decode("utf-8", "replace").strip()[-500:]
             raise RuntimeError(f"{page}: was not printed: {said}")
-        pdf.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(draft, pdf)
+        elsewhere = 'give the PDF another place: pdf(run, path="run.pdf")'
+        with telling_read_only(pdf, elsewhere), atomic_write(pdf) as file:
+            file.buffer.write(draft.read_bytes())
     return pdf
 
 # %% ../nbs/76_printing.ipynb #0e1feb29

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import plotly.graph_objects as go
 import pytest
 from papermill.inspection import inspect_notebook
 
-from halos_nb import configs
+from halos_nb import configs, paper, printing
 from halos_nb.compare import RunComparer
+from halos_nb.handover import model_card
 from halos_nb.jobs import environment
 from halos_nb.monitor import RunMonitor
 from halos_nb.page import report
@@ -252,6 +254,38 @@ def only_read(folder):
         subprocess.run(["umount", folder], check=True)
 
 
+def test_what_is_printed_names_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
+    "Whatever prints it; and where it can be written, an older one is replaced as a whole."
+    browser = tmp_path / "browser"
+    browser.write_text(
+        '#!/bin/sh\nfor word; do case "$word" in --print-to-pdf=*) '
+        'printf %%PDF-1 > "${word#*=}";; esac; done\n'
+    )
+    browser.chmod(0o755)
+    monkeypatch.setattr(printing, "find_browser", lambda: str(browser))
+    monkeypatch.setattr(paper, "print_figure", lambda *sizes: go.Figure())
+    monkeypatch.setattr(paper, "image_of", lambda *page, **size: b"<svg/>")
+    page = tmp_path / "runs/run/report.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<p>a run</p>", "utf-8")
+    with only_read(tmp_path / "runs"):
+        with pytest.raises(OSError, match="report.pdf.*may only be read.*path="):
+            printing.pdf(page)
+        with pytest.raises(OSError, match="kl.svg.*may only be read.*another path"):
+            paper.save_figure(go.Figure(), page.parent / "kl")
+    assert printing.pdf(page).read_bytes() == b"%PDF-1"
+    assert [file.name for file in paper.save_figure(None, page.parent / "kl")] == [
+        "kl.svg",
+        "kl.pdf",
+    ]
+    monkeypatch.setattr("os.replace", lambda *names: os.link(*names))  # it ends before that
+    browser.write_text(browser.read_text().replace("PDF-1", "PDF-2"))
+    with pytest.raises(OSError):
+        printing.pdf(page)
+    assert page.with_suffix(".pdf").read_bytes() == b"%PDF-1"
+    assert not list(page.parent.glob(".*"))
+
+
 def test_a_finished_run_is_looked_at_where_nothing_can_be_written(tmp_path):
     run = shutil.copytree(ROOT / "tests/data/2026-11/run", tmp_path / "runs/run", symlinks=True)
     with only_read(tmp_path / "runs"):
@@ -265,3 +299,5 @@ def test_a_finished_run_is_looked_at_where_nothing_can_be_written(tmp_path):
         with pytest.raises(OSError, match="report.*may only be read.*path="):
             report(run)
         assert "Ledger" in report(run, tmp_path / "report.html").read_text("utf-8")
+        with pytest.raises(OSError, match="README.*may only be read; copy the run's folder"):
+            model_card(run)

@@ -33,6 +33,7 @@ from halos_nb.monitor import (
     look,
     metric_charts,
     panels,
+    session_seconds,
     stop_run,
     supervisors,
     time_left,
@@ -532,3 +533,36 @@ def test_state_is_one_line():
         "r: running · round 1 of 2 · train · a b 1/4 steps · 2 steps/s · 0:03, 0:02 left "
         "· 1:10 since the start · about 0:30 left in all · x␛[2J"
     )
+
+
+def test_a_clock_that_is_set_while_a_stage_runs_adds_no_day():
+    "Either way and again; the stage knows how long it took. A run that rests may rest."
+
+    def event(name, time, stage, **more):
+        return dict(event=name, time=time, stage=stage, folder="round-1", **more)
+
+    day = 86_400
+    events = [
+        event("started", 1000, "sample"),
+        event("finished", 1010 + day, "sample", seconds=10.0),
+        event("started", 1011 + day, "label"),
+        event("finished", 1021 - day, "label", seconds=10.0),
+        event("started", 1022 - day, "train"),
+        event("finished", 1032 + 2 * day, "train", seconds=10.0),
+    ]
+    done = RunState("r", "finished")
+    assert session_seconds(done, events, now=0) == 32
+    for late in events[4:]:
+        late["time"] += 3 * day  # nobody was here for that long before it began
+    assert session_seconds(done, events, now=0) == 32 + 3 * day
+    assert session_seconds(done, events[:1], now=0) == session_seconds(done, [], 0) == 0
+    # others may begin in the meantime, and a large model is long in being sealed
+    events = [
+        event("started", 0, "train"),
+        event("started", 50, "sample"),
+        event("finished", 1000, "train", seconds=990.0),
+        event("finished", 1010, "sample", seconds=960.0),
+    ]
+    assert session_seconds(done, events, now=0) == 1010
+    sealed = [events[0], event("finished", 1900, "train", seconds=990.0)]
+    assert session_seconds(done, sealed, now=0) == 1900

@@ -270,6 +270,30 @@ def test_worlds_have_folders_of_their_own(tmp_path):
     assert [locate(settings, seed).seed for seed in range(3)] == [0, 1, 2]
 
 
+def test_a_world_that_is_there_is_not_written_again(data, tmp_path, monkeypatch):
+    from halos_nb import ledger, playground
+
+    monkeypatch.setattr(playground, "make_data", lambda seed: data)
+    for stage in ("policy_stage", "reward_stage"):
+        monkeypatch.setattr(playground, stage, lambda world: None)
+    monkeypatch.setattr(ledger.Ledger, "run", lambda *stage, **then: None)
+    settings = Settings(runs_dir=str(tmp_path))
+
+    def build():
+        files = [playground.build(settings).folder / f"{name}.json" for name in data]
+        return {file: (file.stat().st_ino, file.read_bytes()) for file in files}
+
+    there = build()
+    assert build() == there
+    # what is damaged, is
+    damaged, lost, *others = there
+    damaged.write_bytes(there[damaged][1].replace(b"a", b"b", 1))
+    lost.unlink()
+    again = build()
+    assert all(again[file] == there[file] for file in others)
+    assert all(again[file][1] == there[file][1] for file in (damaged, lost))
+
+
 def test_a_world_seed_that_decides_nothing_is_refused(tmp_path):
     own = dict(sft_checkpoint="gpt2", reward_checkpoint="rm", prompts="shp", lr=1e-5)
     with pytest.raises(ValueError, match="world_seed: 3 would decide nothing"):
