@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DROPPED', 'RATIOS', 'PLACES', 'ScoredPairs', 'read_scored_pairs', 'slices', 'accuracy_row', 'accuracy_rows',
-           'objective_rows', 'margin_rows', 'threshold_rows', 'threshold_figure', 'change_rows', 'change_text',
+           'objective_rows', 'margin_rows', 'threshold_rows', 'threshold_figure', 'change_rows', 'change_digits',
            'told_change', 'check_same_pairs', 'mean_right', 'seed_rows', 'compared_rows', 'places', 'shares_at',
            'length_line', 'length_axis', 'accuracy_by_length']
 
@@ -234,9 +234,10 @@ def change_rows(pairs: ScoredPairs) -> list[dict]:
     ]
 
 
-def change_text(x: Interval) -> str:
-    "A number with its interval."
-    return f"{x:.2f}"
+def change_digits(change: Interval) -> int:
+    "Decimals that tell a change from none: two, or more where its interval is narrower."
+    half = (change.high - change.low) / 2
+    return max(2, 1 - math.floor(math.log10(half))) if half > 0 else 2
 
 
 def told_change(path: str | Path) -> tuple[str, list[dict]]:
@@ -246,7 +247,9 @@ def told_change(path: str | Path) -> tuple[str, list[dict]]:
     pairs = read_scored_pairs(path)
     rows = []
     for row in change_rows(pairs):
-        rows.append({name: x if name == "what" else change_text(x) for name, x in row.items()})
+        digits = change_digits(row["change"])
+        told = {name: f"{x:.{digits}f}" for name, x in row.items() if name != "what"}
+        rows.append(dict(what=row["what"]) | told)
     prompts = len(set(pairs.prompts))
     return f"Held out: {len(pairs)} pairs of {prompts} prompts, before and after training", rows
 

@@ -52,6 +52,7 @@ from halos_nb.show import (
     SERIES,
     TRUTH,
     escape,
+    labeller_name,
     readable,
 )
 from .figures import TOP, hover, left_out, round_axis, round_colors, styled, violin
@@ -953,7 +954,8 @@ COEFFICIENTS = {
 def agreement_points(found: Sequence[Agreement], key: str) -> go.Scatter:
     "One coefficient of each two labellers, with its interval."
     estimate = band([getattr(a, key) for a in found])
-    names = [f"{escape(a.first)}<br>{escape(a.second)} (n={a.items:,})" for a in found]
+    both = [[escape(labeller_name(name)) for name in (a.first, a.second)] for a in found]
+    names = [f"{first}<br>{second} (n={a.items:,})" for (first, second), a in zip(both, found)]
     counts = np.array([(a.items, a.prompts) for a in found]).reshape(-1, 2)
     known = hover(
         "<b>%{y}</b>",

@@ -14,6 +14,7 @@ from test_browser import DONE, open_notebook, outputs, run_all, wait_idle, write
 from job_helpers import alive
 from looks import complaints
 
+from halos_nb.monitor import Panel
 from halos_nb.show import visible
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -461,3 +462,41 @@ def test_comparer_live(lab, quiet, hostile_runs, tmp_path):
     assert live.locator("ins").count() > 0
     for where in (live, outputs(page).nth(1)):
         everything_is_text(where)
+
+
+PANEL = """status => {
+  if (!window.panel) {
+    const box = document.createElement("div");
+    document.body.replaceChildren(box);
+    const heard = {};
+    const model = { get: (name) => panel[name], on: (name, f) => (heard[name] = f) };
+    window.panel = { status, curves: [], heard, box };
+    ours.render({ model, el: box });
+  }
+  panel.status = status;
+  panel.heard["change:status"]();
+  return panel.box.querySelector(".top").getBoundingClientRect().height;
+}"""
+
+
+def test_what_is_below_the_status_line_stays_where_it_is(page):
+    "Its words come and go ten times a round: while the run goes on, nothing jumps up again."
+    page.goto("about:blank")
+    page.set_viewport_size(dict(width=700, height=600))
+    page.add_style_tag(content=Panel._css)
+    code = Panel._esm.replace("export default", "window.ours =")
+    page.add_script_tag(content=code)
+
+    def height(words, state="running", share=0.5):
+        told = dict(state=state, text=words, share=share, warning="", stopping=False, log=[])
+        return page.evaluate(PANEL, told)
+
+    tall = height("sampled 12 of 64 " * 20)
+    assert height("starting", share=None) == tall
+    assert height("sampled 12 of 64 " * 10) == tall
+    page.set_viewport_size(dict(width=1400, height=600))  # another width has other lines
+    assert height("starting") < tall
+    assert height("sampled 12 of 64 " * 20) < tall
+    page.set_viewport_size(dict(width=700, height=600))
+    assert height("sampled 12 of 64 " * 20) == tall
+    assert height("done", "finished") < tall

@@ -23,6 +23,15 @@ function render({ model, el }) {
     model.send({ stop: true });
   };
 
+  // What is below stays where it is when the words get fewer: the line keeps the room that it had.
+  let [room, width] = [0, 0];
+  function keepRoom(isRunning) {
+    if (el.clientWidth !== width) [room, width] = [0, el.clientWidth];
+    top.style.minHeight = "";
+    room = isRunning ? Math.max(room, top.getBoundingClientRect().height) : 0;
+    top.style.minHeight = room ? `${room}px` : "";
+  }
+
   function showStatus() {
     const status = model.get("status");
     badge.textContent = status.state;
@@ -37,6 +46,7 @@ function render({ model, el }) {
     log.textContent = status.log.join("\n");
     head.textContent = "The last lines of the log";
     more.hidden = !status.log.length;
+    keepRoom(status.state === "running");
   }
 
   const showCurves = () => drawCharts(charts, model.get("curves"), view);
