@@ -1922,7 +1922,7 @@ def test_what_was_answered_before_the_server_stops_is_returned():
 
 def test_a_long_reply_keeps_nobody_waiting(tmp_path):
     "While it is read, the others go on: they are on disk before it, and none is over its time."
-    long = "It is a clear answer. " * 8_000 + "\nFinal Score: 3"
+    long = "It is a clear answer. " * 32_000 + "\nFinal Score: 3"
     with Server(lambda body, n: long if number_of(body) == 0 else "Final Score: 3") as server:
         counts = main(config(server, tmp_path, 30, structured=False, batch_size=4))
     assert counts["scored"] == len(server.heard) == 30
